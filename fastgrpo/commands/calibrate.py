@@ -1,0 +1,99 @@
+"""Measure the thresholds of the self-paced reward: train on each stage alone and see how far it comes (supplement A).
+
+Takes the options of `train`, and trains K short runs <name>-calibrate-<stage>. Threshold = start + 0.7 (end - start) of the smoothed mean
+reward. Works under torchrun too: `torchrun ... -m fastgrpo calibrate`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from fastgrpo import figures, parallel
+from fastgrpo.config import TrainConfig, parse_config
+from fastgrpo.run import run, say
+from fastgrpo.self_paced import calibrated_threshold
+from fastgrpo.tracking import read_metrics
+
+
+@dataclass(frozen=True)
+class CalibrateOptions:
+    """Calibration of the thresholds."""
+
+    iterations: int = 50
+    """Iterations on each stage alone."""
+    fraction: float = 0.7
+    """Share of a stage's gain at which the next stage opens."""
+    smoothing_window: int = 10
+    """Iterations of the moving average."""
+
+    def __post_init__(self) -> None:
+        for key, ok, expected in (
+            ("iterations", self.iterations >= 1, "at least 1"),
+            ("fraction", 0 < self.fraction <= 1, "a number in (0, 1]"),
+            ("smoothing_window", self.smoothing_window >= 1, "at least 1"),
+        ):
+            if not ok:
+                raise ValueError(f"options.{key}: expected {expected}, got {getattr(self, key)}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    config, config_yaml, options = parse_config(argv, CalibrateOptions, prog="python -m fastgrpo calibrate", description=__doc__)
+    curves: dict[str, list[float]] = {}
+    for number, stage in enumerate(config.reward.stages, start=1):
+        alone, text = stage_alone(config, config_yaml, number, stage, options.iterations)
+        say(f"calibrate: {stage} alone, {options.iterations} iterations, in {alone.run_folder}")
+        code = run(alone, text)
+        rows = read_metrics(alone.run_folder / "metrics.jsonl") if parallel.rank() == 0 else []
+        if code or (parallel.rank() == 0 and rows[-1]["iteration"] < options.iterations):
+            say(f"calibrate: stopped; the same command with --resume auto goes on")
+            return code or 1
+        curves[stage] = [row[f"rewards/{stage}/mean"] for row in rows if row["iteration"] > 0]
+    if parallel.rank() == 0:
+        write_thresholds(config, options, curves)
+    return 0
+
+
+def stage_alone(config: TrainConfig, config_yaml: str, number: int, stage: str, iterations: int) -> tuple[TrainConfig, str]:
+    """The configuration, and its YAML, of the run that trains stage `number` (from 1) alone."""
+    name = f"{config.name}-calibrate-{stage}"
+    alone = dataclasses.replace(
+        config, name=name, iterations=iterations, pacing=dataclasses.replace(config.pacing, mode="static", static_stage=number)
+    )
+    tree = yaml.safe_load(config_yaml)
+    tree["pacing"] |= {"mode": "static", "static_stage": number}
+    return alone, yaml.safe_dump(tree | {"name": name, "iterations": iterations}, sort_keys=False)
+
+
+def write_thresholds(config: TrainConfig, options: CalibrateOptions, curves: Mapping[str, Sequence[float]]) -> Path:
+    """`<output_dir>/<name>-calibrate/thresholds.yaml`, which `--config` takes after the recipe, with the curves as comments and a figure.
+
+    The difference gate takes K - 1 thresholds, the literal one all K.
+    """
+    every = {
+        stage: calibrated_threshold([float("nan") if v is None else v for v in curve], options.smoothing_window, options.fraction)
+        for stage, curve in curves.items()
+    }
+    used = list(every.values())[: len(every) - (config.pacing.gate == "difference")]
+    folder = Path(config.output_dir) / f"{config.name}-calibrate"
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [
+        f"# Thresholds for the {config.pacing.gate} gate: start + {options.fraction} (end - start) of each stage's mean reward when trained alone,",
+        f"# {options.iterations} iterations, smoothed over {options.smoothing_window}. Use: --config RECIPE --config {folder / 'thresholds.yaml'}",
+        "pacing:",
+        f"  thresholds: {[round(t, 4) for t in used]}",
+        "# Where they come from, a mean reward an iteration:",
+        *[f"#   {stage} (threshold {every[stage]:.4f}): {['-' if v is None else round(v, 4) for v in curve]}" for stage, curve in curves.items()],
+    ]
+    path = folder / "thresholds.yaml"
+    path.write_text("\n".join(lines) + "\n")
+    rows = [
+        {"iteration": i + 1} | {f"rewards/{stage}/mean": curve[i] for stage, curve in curves.items()} for i in range(options.iterations)
+    ]
+    figures.save_figure(figures.reward_curves(rows, list(curves), list(every.values()), options.smoothing_window), folder / "curves")
+    say(f"thresholds {', '.join(f'{stage} {t:.3f}' for stage, t in every.items())}: {path}")
+    return path

@@ -1,0 +1,367 @@
+"""The configuration: frozen dataclasses, one a section, and the parser of YAML recipes and dotted overrides.
+
+The defaults are the paper's common recipe (method.md, section 4); a recipe names only what differs. Every check that needs no model is
+made when a section is built, so that a wrong value is one clear line before any work starts.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+from fastgrpo.interfaces import Policy, RewardModel
+
+
+def _require(ok: bool, key: str, expected: str, came: object) -> None:
+    if not ok:
+        raise ValueError(f"{key}: expected {expected}, got {came!r}")
+
+
+@dataclass(frozen=True)
+class PromptsConfig:
+    """Where captions come from: text files, one prompt a line."""
+
+    train: str
+    """Prompts to train on. A relative path is looked for in the working directory, then beside the installed package."""
+    heldout: str | None = None
+    """Prompts of the evaluation; none: no evaluation, and the sample videos show the first training prompts."""
+    shuffle: bool = True
+    """Draw every epoch in a new order (seeded) instead of the file's."""
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """How groups of videos are sampled (method.md, sections 1, 2 and 4)."""
+
+    num_prompts: int = 8
+    """Prompts of one iteration, over all ranks; the paper takes one a GPU."""
+    num_generations: int = 16
+    """G, the videos of one group."""
+    height: int = 480
+    """Pixels."""
+    width: int = 832
+    """Pixels."""
+    num_frames: int = 53
+    """Frames of one video."""
+    num_inference_steps: int = 16
+    """N, the steps from noise to video."""
+    shift: float = 5.0
+    """Shift of the schedule sigma = shift t / (1 + (shift - 1) t)."""
+    sde: Literal["dance", "flow", "linear", "cps", "ode"] = "dance"
+    """Sampler; `ode` has no log-probability and serves evaluation only."""
+    eta: float = 0.5
+    """Noise level of the SDE (its meaning by sampler: method.md, section 1)."""
+    sde_window: Literal["all", "sliding", "single"] = "all"
+    """Which steps are stochastic and trained: all (the paper), a window that slides (MixGRPO), one step a prompt (Flash-GRPO)."""
+    window_size: int = 4
+    """Steps in the sliding window."""
+    window_interval: int = 25
+    """Iterations after which the sliding window moves by one step."""
+    window_order: Literal["progressive", "random"] = "progressive"
+    """Whether the sliding window walks from the first step on, or is drawn anew at every interval."""
+    guidance_scale: float = 5.0
+    """Classifier-free guidance w in v = v_uncond + w (v_cond - v_uncond); 1 runs no unconditional branch."""
+    same_noise: bool = True
+    """Start all videos of a group from one noise."""
+    timestep_rounding: Literal["trunc", "none"] = "trunc"
+    """Whether the model sees 1000 sigma truncated to an integer (DanceGRPO) or as it is."""
+    decode: Literal["x0", "final"] = "x0"
+    """Which latent becomes the video: the last step's x0 prediction, or the last state of the SDE."""
+    micro_batch_size: int = 1
+    """Videos that one forward pass holds, in rollout and update alike: another size is another kernel, and other bits."""
+
+    def __post_init__(self) -> None:
+        for key in ("num_prompts", "num_generations", "height", "width", "num_frames", "micro_batch_size", "window_interval"):
+            _require(getattr(self, key) >= 1, f"rollout.{key}", "at least 1", getattr(self, key))
+        _require(self.num_inference_steps >= 2, "rollout.num_inference_steps", "at least 2", self.num_inference_steps)
+        _require(0 < self.shift < math.inf, "rollout.shift", "a positive number", self.shift)
+        _require(0 < self.eta < math.inf, "rollout.eta", "a positive number", self.eta)
+        _require(self.sde != "cps" or self.eta < 2, "rollout.eta", "less than 2 for cps", self.eta)
+        _require(math.isfinite(self.guidance_scale), "rollout.guidance_scale", "a finite number", self.guidance_scale)
+        # The last transition is never trained, so neither is it part of a window.
+        _require(
+            self.sde_window != "sliding" or 1 <= self.window_size < self.num_inference_steps,
+            "rollout.window_size",
+            f"1 to {self.num_inference_steps - 1} (num_inference_steps - 1)",
+            self.window_size,
+        )
+
+
+@dataclass(frozen=True)
+class PacingConfig:
+    """The co-evolving reward (Eqs. 4-9; method.md, section 3)."""
+
+    mode: Literal["self_paced", "one_stage", "two_stage", "joint", "static"] = "self_paced"
+    """self_paced: Eqs. 4-9. one_stage: stage I. two_stage: self-paced over I and II. joint: equal weights. static: one stage."""
+    static_stage: int = 0
+    """The stage that `static` trains on, counted from 1; 0 is the last."""
+    thresholds: tuple[float, ...] = (0.75, 0.75)
+    """Competence that opens the next stage: K - 1 of them, or K with the literal gate. `calibrate` measures them."""
+    gate: Literal["difference", "literal"] = "difference"
+    """Reading of Eq. 9."""
+    saturation: Literal["one_minus_hoyer", "hoyer", "off"] = "one_minus_hoyer"
+    """What the sparsity term takes for saturation: 1 - Hoyer (the text's meaning), Eq. 8 as printed, or nothing."""
+    competence: Literal["ema", "batch", "group"] = "ema"
+    """The mean that the gates see: running over iterations, of the iteration, or of the group itself (Eq. 7 to the letter)."""
+    momentum: float = 0.9
+    """Momentum of the running mean."""
+    sharpness: float = 5.0
+    """The paper's alpha: sharpness of the softmax over gates (Eq. 6)."""
+    gate_temperature: float = 0.05
+    """T: width of the sigmoid in units of reward."""
+    sparsity_weight: float = 0.5
+    """The paper's beta: weight of the saturation term (Eq. 9)."""
+
+
+@dataclass(frozen=True)
+class UpdateConfig:
+    """The clipped policy-gradient update (Eq. 11; method.md, sections 2 and 4)."""
+
+    num_best: int = 4
+    """Videos of highest advantage that are trained, a group."""
+    num_worst: int = 4
+    """Videos of lowest advantage that are trained, a group."""
+    timestep_fraction: float = 0.6
+    """Share of the transitions (the last one dropped) that each sample trains, drawn at random."""
+    clip_range: float = 1e-4
+    """Epsilon of the clipped ratio."""
+    adv_clip: float = 5.0
+    """Advantages are clamped to [-adv_clip, adv_clip]."""
+    kl_coef: float = 0.0
+    """Weight of the exact KL to the base weights; 0 keeps no copy of them."""
+    cfg_grad: Literal["both", "cond_only"] = "both"
+    """Branches that the gradient of a guided velocity reaches."""
+    gradient_accumulation: int = 4
+    """Samples (videos) per rank between two optimizer steps."""
+    optimizer: Literal["adamw", "apex_fused_adam"] = "adamw"
+    """torch's fused AdamW, or NVIDIA apex's FusedAdam."""
+    learning_rate: float = 5e-6
+    """Peak learning rate."""
+    lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "constant"
+    """Schedule of the learning rate over the run's iterations (diffusers' get_scheduler)."""
+    warmup_iterations: int = 0
+    """Iterations of linear warm-up, for the schedules that have one."""
+    weight_decay: float = 1e-4
+    """Decoupled weight decay."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Adam's decay rates."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this 2-norm."""
+    ema_decay: float = 0.0
+    """Decay of an exponential average of the weights, which is then what is sampled and exported; 0 keeps none."""
+    max_skipped_updates: int = 5
+    """Updates in a row with a non-finite loss or gradient after which the run stops, checkpointed."""
+
+    def __post_init__(self) -> None:
+        _require(self.num_best >= 0 and self.num_worst >= 0, "update.num_best/num_worst", "no negative number", (self.num_best, self.num_worst))
+        _require(self.num_best + self.num_worst >= 1, "update.num_best + num_worst", "at least 1", 0)
+        _require(0 < self.timestep_fraction <= 1, "update.timestep_fraction", "a number in (0, 1]", self.timestep_fraction)
+        _require(0 < self.clip_range < 1, "update.clip_range", "a number in (0, 1)", self.clip_range)
+        _require(0 < self.adv_clip, "update.adv_clip", "a positive number", self.adv_clip)
+        _require(0 <= self.kl_coef < math.inf, "update.kl_coef", "a number of at least 0", self.kl_coef)
+        _require(self.gradient_accumulation >= 1, "update.gradient_accumulation", "at least 1", self.gradient_accumulation)
+        _require(0 < self.learning_rate < math.inf, "update.learning_rate", "a positive number", self.learning_rate)
+        _require(self.warmup_iterations >= 0, "update.warmup_iterations", "at least 0", self.warmup_iterations)
+        _require(0 <= self.weight_decay < math.inf, "update.weight_decay", "a number of at least 0", self.weight_decay)
+        _require(all(0 <= b < 1 for b in self.betas), "update.betas", "two numbers in [0, 1)", self.betas)
+        _require(self.max_grad_norm > 0, "update.max_grad_norm", "a positive number", self.max_grad_norm)
+        _require(0 <= self.ema_decay < 1, "update.ema_decay", "a number in [0, 1)", self.ema_decay)
+        _require(self.max_skipped_updates >= 1, "update.max_skipped_updates", "at least 1", self.max_skipped_updates)
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Held-out captions, sampled with fixed noise and scored by the same judge."""
+
+    interval: int = 50
+    """Iterations between evaluations; the first and the last state are always evaluated. 0: only those two."""
+    num_generations: int = 1
+    """Videos a held-out prompt."""
+    num_videos: int = 8
+    """Videos that are saved as mp4 and stills, the first of each of the first prompts."""
+    sde: Literal["dance", "flow", "linear", "cps", "ode"] = "ode"
+    """Sampler of the evaluation; schedule, guidance and size are the rollout's."""
+
+    def __post_init__(self) -> None:
+        _require(self.interval >= 0, "evaluation.interval", "at least 0", self.interval)
+        _require(self.num_generations >= 1, "evaluation.num_generations", "at least 1", self.num_generations)
+        _require(self.num_videos >= 0, "evaluation.num_videos", "at least 0", self.num_videos)
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When the state is written; a stop by a signal or by failures writes it too."""
+
+    interval: int = 50
+    """Iterations between checkpoints; the last iteration always has one."""
+    keep: int = 3
+    """Checkpoints kept, the newest."""
+
+    def __post_init__(self) -> None:
+        _require(self.interval >= 1, "checkpoint.interval", "at least 1", self.interval)
+        _require(self.keep >= 1, "checkpoint.keep", "at least 1", self.keep)
+
+
+@dataclass(frozen=True)
+class TrackingConfig:
+    """Where metrics go besides metrics.jsonl."""
+
+    trackers: tuple[str, ...] = ("tensorboard",)
+    """Names that accelerate.tracking knows: tensorboard, wandb, mlflow, aim, comet_ml, ..."""
+    project: str = "fastgrpo"
+    """Project name for the trackers that have one."""
+
+
+@dataclass(frozen=True)
+class RuntimeConfig:
+    """The machine."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: a GPU where there is one."""
+    compute_dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    """dtype of the forward pass over fp32 master weights; auto: bf16 on a GPU, fp32 on the CPU."""
+    num_threads: int = 0
+    """CPU threads of each process; 0 leaves torch's choice. Another number is another summation order, and other bits."""
+    timeout_minutes: float = 30.0
+    """A rank that waits longer than this for the others fails."""
+
+    def __post_init__(self) -> None:
+        _require(self.num_threads >= 0, "runtime.num_threads", "at least 0", self.num_threads)
+        _require(self.timeout_minutes > 0, "runtime.timeout_minutes", "a positive number", self.timeout_minutes)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Align a video diffusion model with Self-Paced GRPO."""
+
+    policy: Policy
+    """The generator: a class by its dotted path, and its arguments."""
+    reward: RewardModel
+    """The judge: a class by its dotted path, and its arguments."""
+    prompts: PromptsConfig
+    """Captions."""
+    name: str = "run"
+    """Name of the run; its folder is <output_dir>/<name>."""
+    output_dir: str = "runs"
+    """Folder that holds the runs; nothing is written outside it."""
+    iterations: int = 150
+    """Rollout iterations in all, those before a resume included."""
+    seed: int = 0
+    """Seed of every random choice; noise is counter-based, so it is all the random state there is."""
+    resume: Literal["never", "auto"] = "never"
+    """auto: go on from the newest checkpoint that verifies; never: refuse a run folder that has been used."""
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    """Sampling of groups."""
+    pacing: PacingConfig = field(default_factory=PacingConfig)
+    """The self-paced reward."""
+    update: UpdateConfig = field(default_factory=UpdateConfig)
+    """The policy-gradient update."""
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    """Held-out evaluation."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """Checkpoints."""
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    """Trackers."""
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    """Device, precision, processes."""
+
+    def __post_init__(self) -> None:
+        _require(self.name not in ("", ".", "..") and "/" not in self.name, "name", "a folder's name", self.name)
+        _require(self.iterations >= 0, "iterations", "at least 0", self.iterations)
+        _require(0 <= self.seed < 2**63, "seed", "an integer in [0, 2^63)", self.seed)
+        _require(self.rollout.sde != "ode", "rollout.sde", "a sampler with a log-probability to train on", self.rollout.sde)
+        kept = self.update.num_best + self.update.num_worst
+        _require(
+            self.rollout.num_generations >= kept,
+            "rollout.num_generations",
+            f"at least update.num_best + update.num_worst = {kept}",
+            self.rollout.num_generations,
+        )
+
+    @property
+    def run_folder(self) -> Path:
+        return Path(self.output_dir) / self.name
+
+
+def parse_config(argv: Sequence[str] | None = None, options: type | None = None, **parser_kwargs: Any) -> tuple[TrainConfig, str, Any]:
+    """Parse `--config RECIPE` (several allowed, later ones win) and dotted overrides (`--rollout.height 320`).
+
+    Args:
+        argv: arguments; None takes the command line's.
+        options: a dataclass of further options that a command has, given as `--options.name`.
+        parser_kwargs: `prog` and `description` of the help.
+
+    Returns:
+        The configuration; its YAML text, which `--config` loads again; the instance of `options` (None without).
+
+    Raises:
+        SystemExit: code 2 after one line on stderr, for any key or value that is not accepted; 0 for `--help` and `--print_config`.
+    """
+    import jsonargparse
+    import yaml
+
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    jsonargparse.set_loader("fastgrpo_yaml", _load_yaml, (yaml.YAMLError,))
+    parser = jsonargparse.ArgumentParser(
+        parser_mode="fastgrpo_yaml", exit_on_error=False, usage="%(prog)s [--config RECIPE ...] [--section.key VALUE ...]", **parser_kwargs
+    )
+    parser.add_argument("--config", action="config", help="A YAML recipe; may be given several times.")
+    parser.add_class_arguments(TrainConfig, as_group=True)
+    if options is not None:
+        parser.add_class_arguments(options, "options", as_group=True)
+    try:
+        namespace = parser.parse_args(None if argv is None else list(argv))
+        values = parser.instantiate(namespace)
+        config = TrainConfig(**{f.name: values[f.name] for f in fields(TrainConfig)})
+    except (jsonargparse.ArgumentError, ValueError, FileNotFoundError) as error:
+        refuse(error)
+    for key in ("config", "options"):
+        namespace.pop(key, None)
+    namespace["resume"] = "never"  # how this start was asked for is no part of what the run is
+    return config, parser.dump(namespace), values.get("options")
+
+
+def refuse(error: object) -> NoReturn:
+    """End the process as a wrong command line does: one message on stderr (from one rank), exit code 2."""
+    import os
+
+    if os.environ.get("RANK", "0") == "0":
+        print(f"error: {error}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def find_file(path: str, key: str) -> Path:
+    """An existing file: relative to the working directory, or else to the folder that holds the installed package.
+
+    Raises:
+        FileNotFoundError: neither is there; names `key` and both places.
+    """
+    here, packaged = Path(path), Path(__file__).resolve().parent.parent / path
+    for candidate in (here, packaged):
+        if candidate.is_file():
+            return candidate
+    raise FileNotFoundError(f"{key}: expected a file, found neither {here.absolute()} nor {packaged}")
+
+
+def _load_yaml(text: str) -> Any:
+    """YAML without its silent trap: a key given twice is an error, not the last one's victory."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    def mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = loader.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is given twice", key_node.start_mark)
+            seen.add(key)
+        return loader.construct_mapping(node, deep=True)
+
+    Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, mapping)
+    return yaml.load(text, Loader)

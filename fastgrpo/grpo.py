@@ -1,0 +1,203 @@
+"""One training step of Self-Paced GRPO, in the paper's terms.
+
+Departures from textbook GRPO, all of them the method's (method.md, sections 2 and 3): the reward is a mixture of stages whose weights move
+with competence (Eqs. 4-9); only the best and the worst videos of a group are trained; advantages are normalised over the whole group
+before that choice; the log-probability is a mean over elements, with a clip range to match (1e-4); no KL unless `kl_coef` asks for it.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from fastgrpo.advantages import best_of_n, group_advantages
+from fastgrpo.config import TrainConfig
+from fastgrpo.decode import decode
+from fastgrpo.interfaces import Policy
+from fastgrpo.parallel import gather, rank, world_size
+from fastgrpo.prompts import draw_prompts
+from fastgrpo.rewards.scoring import ScoringQueue
+from fastgrpo.rollout import sample_groups, start_rollout
+from fastgrpo.self_paced import GroupStatistics, Pacer, group_statistics, hoyer, mix
+from fastgrpo.timing import Stopwatch
+from fastgrpo.trajectory import derive_seed
+from fastgrpo.update import UpdateStatistics, make_optimizer, update
+
+
+@dataclass
+class Group:
+    """One prompt's G videos as scored. Advantages and chosen stay empty where the group is skipped."""
+
+    scores_GK: list[list[float]]
+    valid_G: list[bool]
+    statistics: GroupStatistics | None
+    weights_K: tuple[float, ...] = ()
+    rewards_G: list[float] = field(default_factory=list)
+    advantages: dict[int, float] = field(default_factory=dict)
+    chosen: list[int] = field(default_factory=list)
+
+
+class Trainer:
+    """What lives through a run, and the step that uses it."""
+
+    def __init__(
+        self, config: TrainConfig, policy: Policy, judge: ScoringQueue, prompts: list[str], device: torch.device, compute_dtype: torch.dtype
+    ) -> None:
+        from diffusers.optimization import get_scheduler
+
+        cfg, network = config.update, policy.transformer
+        self.config, self.policy, self.judge, self.prompts = config, policy, judge, prompts
+        self.device, self.compute_dtype = device, compute_dtype
+        self.pacer = Pacer(config.pacing, len(judge.reward.stages))
+        self.optimizer = make_optimizer([p for p in network.parameters() if p.requires_grad], cfg)
+        self.scheduler = get_scheduler(cfg.lr_scheduler, self.optimizer, cfg.warmup_iterations, max(1, config.iterations))
+        self.reference = copy.deepcopy(network).requires_grad_(False) if cfg.kl_coef else None
+        self.ema = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema_decay)) if cfg.ema_decay else None
+        self.prompts_drawn = 0
+        self.skipped_in_a_row = 0
+
+    def step(self, iteration: int) -> dict[str, Any]:
+        """Sample, score, mix, normalise, choose, update; `iteration` counts from 1. Returns the metrics over all ranks."""
+        cfg, G, clock = self.config, self.config.rollout.num_generations, Stopwatch()
+        slots, prompts = self.next_prompts()
+        rollout = start_rollout(  # seeds, schedule, shared first noise
+            self.policy, prompts, cfg.rollout, seed=cfg.seed, iteration=iteration, first_slot=slots[0], device=self.device,
+            compute_dtype=self.compute_dtype,
+        )  # fmt: skip
+        with clock.phase("rollout"):
+            for sample in sample_groups(self.policy, rollout):  # Eq. 2, one micro-batch after the other
+                self.judge.submit(decode(self.policy, sample.latents), sample.prompts)  # scored while the next one is sampled
+        with clock.phase("reward"):
+            scores_PGK, valid_PG = self.judge.collect(G)
+        groups = [Group(s, v, group_statistics(s, v, cfg.pacing.saturation)) for s, v in zip(scores_PGK, valid_PG, strict=True)]  # Eqs. 7, 8
+        self.pacer.observe(concatenate(gather([group.statistics for group in groups])))  # competence, over all ranks
+        for slot, group in zip(slots, groups, strict=True):
+            if group.statistics is None:
+                continue  # fewer than two videos with a score
+            group.weights_K = self.pacer.weights(group.statistics)  # Eqs. 6, 9
+            group.rewards_G = mix(group.scores_GK, group.weights_K)  # Eq. 5
+            group.advantages = group_advantages(group.rewards_G, group.valid_G)  # Eq. 10
+            group.chosen = best_of_n(group.advantages, cfg.update.num_best, cfg.update.num_worst, derive_seed(cfg.seed, "order", iteration, slot))
+        chosen = [p * G + g for p, group in enumerate(groups) for g in group.chosen]
+        advantages = {p * G + g: a for p, group in enumerate(groups) for g, a in group.advantages.items()}
+        with clock.phase("update"):
+            stats = update(  # Eq. 11
+                self.policy, self.optimizer, rollout, chosen, advantages, cfg.update, reference=self.reference, after_step=self.average_weights
+            )  # fmt: skip
+        return self.finish(iteration, groups, stats) | clock.metrics()
+
+    def next_prompts(self) -> tuple[range, list[str]]:
+        """This rank's slots among the iteration's prompts (they are dealt in blocks), and the captions there."""
+        cfg, share = self.config, self.config.rollout.num_prompts // world_size()
+        slots = range(rank() * share, (rank() + 1) * share)
+        return slots, draw_prompts(self.prompts, self.prompts_drawn + slots[0], share, cfg.seed, cfg.prompts.shuffle)
+
+    def average_weights(self) -> None:
+        """Take one optimizer step's weights into the EMA, where there is one."""
+        if self.ema is not None:
+            self.ema.update_parameters(self.policy.transformer)
+
+    def finish(self, iteration: int, groups: list[Group], stats: UpdateStatistics) -> dict[str, Any]:
+        """Move the counters and the learning rate on; the metrics of the iteration over all ranks."""
+        learning_rate = self.scheduler.get_last_lr()[0]
+        self.scheduler.step()
+        self.prompts_drawn += self.config.rollout.num_prompts
+        for skipped in stats.skipped:
+            self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+        return {
+            "iteration": iteration,
+            **reward_metrics(concatenate(gather(groups)), self.judge.reward.stages),
+            **{f"competence/{s}": c for s, c in zip(self.judge.reward.stages, self.pacer.competence or (), strict=False)},
+            **update_metrics(gather(stats)),
+            "learning_rate": learning_rate,
+        }
+
+    @property
+    def sampling_weights(self) -> nn.Module | None:
+        """The network to sample with and to export: the EMA where there is one, else None, the trained one itself."""
+        return None if self.ema is None else self.ema.module
+
+    def tensors(self) -> dict[str, Any]:
+        """The state that torch.distributed.checkpoint keeps, which it also loads into."""
+        model, optimizer = get_state_dict(self.policy.transformer, self.optimizer)
+        return {"model": model, "optimizer": optimizer} | ({} if self.ema is None else {"ema": self.ema.state_dict()})
+
+    def load_tensors(self, tensors: dict[str, Any]) -> None:
+        set_state_dict(
+            self.policy.transformer, self.optimizer, model_state_dict=tensors["model"], optim_state_dict=tensors["optimizer"]
+        )
+        if self.ema is not None:
+            self.ema.load_state_dict(tensors["ema"])
+
+    def state_dict(self) -> dict[str, Any]:
+        """The rest of the state, as JSON. Noise is counter-based: there is no generator to keep."""
+        return {
+            "prompts_drawn": self.prompts_drawn,
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "pacer": self.pacer.state_dict(),
+            "scheduler": {k: v for k, v in self.scheduler.state_dict().items() if k in ("last_epoch", "_step_count", "base_lrs", "_last_lr")},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.prompts_drawn, self.skipped_in_a_row = state["prompts_drawn"], state["skipped_in_a_row"]
+        self.pacer.load_state_dict(state["pacer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+
+
+def concatenate(lists: Iterable[list[Any]]) -> list[Any]:
+    return list(itertools.chain.from_iterable(lists))
+
+
+def mean(values: Sequence[float]) -> float:
+    """NaN where there is nothing to average, which is written as null."""
+    return math.fsum(values) / len(values) if values else math.nan
+
+
+def reward_metrics(groups: Sequence[Group], stages: Sequence[str]) -> dict[str, Any]:
+    """Metrics of all ranks' groups; the README's glossary says what each is."""
+    scored = [[row for row, ok in zip(g.scores_GK, g.valid_G, strict=True) if ok] for g in groups]
+    rewards = [[r for r, ok in zip(g.rewards_G, g.valid_G, strict=False) if ok] for g in groups if g.rewards_G]
+    metrics: dict[str, Any] = {
+        "reward": mean(concatenate(rewards)),
+        "reward_std": mean([statistics.stdev(r) for r in rewards]),
+    }
+    for k, stage in enumerate(stages):
+        values = [row[k] for rows in scored for row in rows]
+        metrics[f"rewards/{stage}/mean"] = mean(values)
+        metrics[f"rewards/{stage}/std"] = statistics.stdev(values) if len(values) > 1 else math.nan
+        metrics[f"weights/{stage}"] = mean([g.weights_K[k] for g in groups if g.weights_K])
+        metrics[f"hoyer/{stage}"] = mean([hoyer([row[k] for row in rows]) for rows in scored if len(rows) > 1])
+    return metrics | {
+        "frac_reward_zero_std": sum(bool(g.rewards_G) and not g.advantages for g in groups) / len(groups),
+        "num_skipped_groups": sum(not g.advantages for g in groups),
+        "num_invalid_videos": sum(not ok for g in groups for ok in g.valid_G),
+    }
+
+
+def update_metrics(ranks: Sequence[UpdateStatistics]) -> dict[str, Any]:
+    """Metrics of one iteration's optimizer steps over all ranks. The drift is that of the first step, before any weight has moved."""
+    drift: dict[int, float] = {}
+    for stats in ranks:
+        for step, ratio in list(zip(stats.steps, stats.ratios, strict=True))[: stats.num_first]:
+            drift[step] = max(drift.get(step, 0.0), abs(ratio - 1.0), key=lambda d: (math.isnan(d), d))
+    log_ratios = concatenate(s.log_ratios for s in ranks)
+    return {
+        "ratio_drift": max(drift.values(), default=math.nan),
+        **{f"ratio_drift/step_{step:02d}": drift[step] for step in sorted(drift)},
+        "clip_ratio": mean(concatenate(s.clipped for s in ranks)),
+        "approx_kl": mean([0.5 * x * x for x in log_ratios]),
+        "kl": mean(concatenate(s.kl for s in ranks)),
+        "loss": mean(concatenate(s.losses for s in ranks)),
+        "grad_norm": mean(ranks[0].grad_norms),
+        "num_skipped_updates": sum(ranks[0].skipped),
+    }

@@ -1,0 +1,74 @@
+"""Sample given captions with fixed noise and score them: evaluation during a run, and the `sample` command."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fastgrpo.config import RolloutConfig
+from fastgrpo.decode import decode
+from fastgrpo.interfaces import Policy
+from fastgrpo.parallel import gather, rank, world_size
+from fastgrpo.rewards.scoring import ScoringQueue
+from fastgrpo.rollout import sample_groups, start_rollout
+from fastgrpo.trajectory import derive_seed, using_weights
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Scores of P prompts with G videos each, over all ranks, and the first video of each of the first `len(videos)` prompts."""
+
+    prompts: list[str]
+    scores_PGK: list[list[list[float]]]
+    valid_PG: list[list[bool]]
+    videos: Tensor
+    """[n, T, 3, H, W] uint8, on the CPU."""
+
+    def stage_means(self, num_stages: int) -> list[float]:
+        """Mean of each stage over the valid videos; NaN where there is none."""
+        rows = [row for s, v in zip(self.scores_PGK, self.valid_PG, strict=True) for row, ok in zip(s, v, strict=True) if ok]
+        return [sum(row[k] for row in rows) / len(rows) if rows else float("nan") for k in range(num_stages)]
+
+
+@torch.no_grad()
+def sample_heldout(
+    policy: Policy,
+    judge: ScoringQueue,
+    prompts: list[str],
+    cfg: RolloutConfig,
+    *,
+    seed: int,
+    num_videos: int,
+    device: torch.device,
+    compute_dtype: torch.dtype,
+    transformer: nn.Module | None = None,
+) -> HeldOut:
+    """Videos of all prompts by the sampler of `cfg`, dealt over ranks; the noise depends on seed and prompt number only.
+
+    transformer: the network to run instead of the policy's own (the EMA). Every rank makes the same number of passes: where prompts do
+    not come out even, the last ranks repeat some and drop the result.
+    """
+    share = -(-len(prompts) // world_size())
+    first = rank() * share
+    mine = [prompts[slot % len(prompts)] for slot in range(first, first + share)]
+    kept = max(0, min(share, num_videos - first))
+    videos: list[Tensor] = []
+    with using_weights(policy, transformer):
+        rollout = start_rollout(
+            policy, mine, cfg, seed=derive_seed(seed, "held out"), iteration=0, first_slot=first, device=device, compute_dtype=compute_dtype
+        )  # fmt: skip
+        for sample in sample_groups(policy, rollout):
+            frames = decode(policy, sample.latents)
+            judge.submit(frames, sample.prompts)
+            for video, picture in zip(sample.videos, frames, strict=True):
+                prompt, generation = divmod(video, cfg.num_generations)
+                if generation == 0 and prompt < kept:
+                    videos.append((picture.nan_to_num() * 255).round().to(torch.uint8).cpu())
+    ranks = gather((*judge.collect(cfg.num_generations), videos))
+    scores, valid, shown = ([item for of_rank in ranks for item in of_rank[i]] for i in range(3))
+    num_shown = min(num_videos, len(prompts))
+    return HeldOut(
+        prompts, scores[: len(prompts)], valid[: len(prompts)], torch.stack(shown[:num_shown]) if num_shown else torch.empty(0)
+    )

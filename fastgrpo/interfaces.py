@@ -1,0 +1,74 @@
+"""What the trainer asks of a generator and of a judge.
+
+Any class that has these methods can be named by its dotted path in a recipe (`policy:` and `reward:`); nothing is registered.
+Constructors only keep their arguments; `load` does the work, so that a configuration can be checked before anything is allocated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+Conditioning = Mapping[str, Tensor]
+"""What one branch of a policy is conditioned on: keyword tensors of the network, each with the batch first."""
+
+
+class Policy(Protocol):
+    """A rectified-flow video generator: x_sigma = (1 - sigma) x0 + sigma eps, the network predicts v = eps - x0.
+
+    Attributes:
+        transformer: the network that is trained, fp32 master weights, set by `load`.
+        fps: frames per second of a decoded video.
+    """
+
+    transformer: nn.Module
+    fps: int
+
+    def latent_shape(self, height: int, width: int, num_frames: int) -> tuple[int, ...]:
+        """Shape of one latent, without the batch. ValueError for a size that the model cannot make."""
+        ...
+
+    def load(self, device: torch.device) -> None:
+        """Load every weight onto `device`, in eval mode; FileNotFoundError or ValueError name what is missing or wrong."""
+        ...
+
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        """Conditioning of B prompts; the empty prompt "" is the unconditional branch. ValueError for a prompt it cannot take."""
+        ...
+
+    def velocity(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+        """v [B, *latent_shape] for latents [B, *latent_shape] fp32 and model timesteps [B] (1000 sigma); one branch, differentiable."""
+        ...
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Frames [B, T, 3, H, W], float in [0, 1], of clean latents [B, *latent_shape]."""
+        ...
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Write `transformer` so that diffusers' `from_pretrained(folder)` loads it."""
+        ...
+
+
+class RewardModel(Protocol):
+    """A frozen judge that scores videos at K stages of growing strictness.
+
+    Attributes:
+        stages: the K names, easiest first; they name the metrics.
+    """
+
+    stages: tuple[str, ...]
+
+    def load(self, device: torch.device) -> None:
+        """Load what the judge needs onto `device`."""
+        ...
+
+    def score(self, videos: Tensor, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Scores [B, K] float64 in [0, 1] and validity [B] bool, in the order given.
+
+        videos [B, T, 3, H, W], uint8 or float in [0, 1], on any device. A video that could not be scored is invalid; its row is not read.
+        """
+        ...

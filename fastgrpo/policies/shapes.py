@@ -1,0 +1,112 @@
+"""The tiny generator of the embedded world: diffusers' own WanTransformer3DModel, 0.77 M parameters, over the frame codec's latents."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from diffusers import WanTransformer3DModel
+from torch import Tensor
+
+from fastgrpo.interfaces import Conditioning
+from fastgrpo.shapes.captions import TOKEN_DIM, text_tokens
+from fastgrpo.shapes.codec import CODEC_FILE, LATENT_CHANNELS, Codec, load_codec
+from fastgrpo.shapes.render import NUM_FRAMES, SIZE
+
+SHIPPED_CHECKPOINT = Path(__file__).resolve().parent.parent / "shapes" / "checkpoint"
+_POSITION_CHANNELS = 2
+
+
+def new_transformer() -> WanTransformer3DModel:
+    """An untrained network of the embedded world's size."""
+    return WanTransformer3DModel(
+        patch_size=(1, 1, 1),
+        num_attention_heads=4,
+        attention_head_dim=32,
+        in_channels=LATENT_CHANNELS + _POSITION_CHANNELS,
+        out_channels=LATENT_CHANNELS,
+        text_dim=TOKEN_DIM,
+        freq_dim=64,
+        ffn_dim=256,
+        num_layers=3,
+        rope_max_seq_len=32,
+    )
+
+
+def frame_positions() -> Tensor:
+    """[2, T, 1, 1] fp32: cosine and sine of each frame's place in the clip, a half turn over all frames.
+
+    Wan's rotary embedding knows only distances between frames, from which the direction of time is not learned; hence these two input channels.
+    """
+    angle = math.pi * (torch.arange(NUM_FRAMES) + 0.5) / NUM_FRAMES
+    return torch.stack([angle.cos(), angle.sin()])[:, :, None, None]
+
+
+class ShapesPolicy:
+    """The generator of the embedded world (interfaces.Policy).
+
+    Args:
+        checkpoint: a folder as `fastgrpo.shapes.pretrain` writes it (`transformer/` and `codec.safetensors`), or a folder that `save_pretrained`
+            wrote (the transformer alone), which goes with the shipped codec. None is the shipped checkpoint.
+    """
+
+    transformer: torch.nn.Module
+    fps: int = 4
+
+    def __init__(self, checkpoint: str | None = None) -> None:
+        self.checkpoint = checkpoint
+        self._codec: Codec
+        self._positions: Tensor
+
+    def latent_shape(self, height: int = SIZE, width: int = SIZE, num_frames: int = NUM_FRAMES) -> tuple[int, ...]:
+        """(96, 8, 1, 1). ValueError for anything but 8 frames of 16 x 16, which is all the codec knows."""
+        if (height, width, num_frames) != (SIZE, SIZE, NUM_FRAMES):
+            raise ValueError(
+                f"the embedded world makes height {SIZE}, width {SIZE}, num_frames {NUM_FRAMES} only, "
+                f"got height {height}, width {width}, num_frames {num_frames}"
+            )
+        return (LATENT_CHANNELS, NUM_FRAMES, 1, 1)
+
+    def load(self, device: torch.device) -> None:
+        """Load transformer and codec onto `device`, in eval mode. FileNotFoundError or ValueError say what is missing or wrong."""
+        folder = SHIPPED_CHECKPOINT if self.checkpoint is None else Path(self.checkpoint)
+        if not folder.is_dir():
+            raise FileNotFoundError(f"policy.checkpoint: expected a folder, found none at {folder}")
+        weights = folder / "transformer" if (folder / "transformer").is_dir() else folder
+        if not (weights / "config.json").is_file():
+            raise FileNotFoundError(f"policy.checkpoint: expected config.json of a WanTransformer3DModel in {weights}")
+        transformer = WanTransformer3DModel.from_pretrained(weights, torch_dtype=torch.float32)
+        expected = new_transformer().config
+        for key in ("in_channels", "out_channels", "text_dim"):
+            if transformer.config[key] != expected[key]:
+                raise ValueError(f"policy.checkpoint: expected {key} {expected[key]} in {weights}, got {transformer.config[key]}")
+        codec_file = folder / CODEC_FILE
+        codec = load_codec(codec_file if codec_file.is_file() else SHIPPED_CHECKPOINT / CODEC_FILE)
+        self.use(transformer, codec, device)
+
+    def use(self, transformer: WanTransformer3DModel, codec: Codec, device: torch.device) -> None:
+        """Take a network and a codec that are already in memory, instead of `load`."""
+        self.transformer = transformer.to(device).eval()
+        self._codec = codec.to(device)
+        self._positions = frame_positions().to(device)
+
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        """{"encoder_hidden_states": [B, 3, 32] fp32}; the empty prompt "" is all zeros. ValueError for a prompt outside the grammar."""
+        return {"encoder_hidden_states": text_tokens(prompts).to(self._positions.device)}
+
+    def velocity(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+        """v [B, 96, 8, 1, 1] for latents of that shape and timesteps [B] (1000 sigma)."""
+        positions = self._positions.to(latents.dtype).expand(len(latents), -1, -1, -1, -1)
+        hidden_states = torch.cat([latents, positions], dim=1)
+        (velocity,) = self.transformer(hidden_states=hidden_states, timestep=timesteps, return_dict=False, **conditioning)
+        return velocity
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Frames [B, 8, 3, 16, 16] fp32 in [0, 1] of latents [B, 96, 8, 1, 1]; a frame's bits do not depend on the batch."""
+        return self._codec.decode(latents)
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Write the transformer so that `WanTransformer3DModel.from_pretrained(folder)` and `ShapesPolicy(folder)` load it."""
+        self.transformer.save_pretrained(folder)

@@ -1,0 +1,121 @@
+"""Stage 2: sample groups of videos with an SDE, keeping every state and its log-probability (Eqs. 1, 2; method.md, section 1)."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from fastgrpo_kernels import gaussian_noise, guided_velocity, sde_step
+from torch import Tensor
+
+from fastgrpo.config import RolloutConfig
+from fastgrpo.interfaces import Policy
+from fastgrpo.sde import sde_coefficients, sigma_schedule, timesteps, x0_prediction
+from fastgrpo.trajectory import Rollout, branch_velocities, derive_seed
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One micro-batch of finished videos: their numbers in the rollout, their captions, their clean latents [n, *latent_shape]."""
+
+    videos: list[int]
+    prompts: list[str]
+    latents: Tensor
+
+
+def stochastic_steps(cfg: RolloutConfig, seed: int, iteration: int, slot: int) -> tuple[int, ...]:
+    """The steps of a prompt that are stochastic and may be trained (`sde_window`; method.md, section 2). The last step is never among them,
+    except as noise of the `all` window.
+
+    slot: the prompt's number among all the ranks' prompts of the iteration.
+    """
+    last = cfg.num_inference_steps - 1
+    if cfg.sde_window == "all":
+        return tuple(range(last))
+    if cfg.sde_window == "single":
+        return (random.Random(derive_seed(seed, "single step", iteration, slot)).randrange(max(1, cfg.num_inference_steps // 2)),)
+    starts = last - cfg.window_size + 1
+    move = (iteration - 1) // cfg.window_interval
+    progressive = cfg.window_order == "progressive"
+    first = move % starts if progressive else random.Random(derive_seed(seed, "window", move)).randrange(starts)
+    return tuple(range(first, first + cfg.window_size))
+
+
+@torch.no_grad()
+def start_rollout(policy: Policy, prompts: list[str], cfg: RolloutConfig, *, seed: int, iteration: int, first_slot: int, device: torch.device, compute_dtype: torch.dtype = torch.float32) -> Rollout:
+    """An empty rollout for this rank's prompts: schedule, coefficients, seeds, conditioning and room for the trajectories.
+
+    first_slot: number of the first of these prompts among all ranks', from which (with seed and iteration) all noise follows, so that a
+    trajectory does not depend on the number of ranks.
+    """
+    P, G, N = len(prompts), cfg.num_generations, cfg.num_inference_steps
+    slots = range(first_slot, first_slot + P)
+    sigmas = sigma_schedule(N, cfg.shift)
+    table, ode = sde_coefficients(sigmas, cfg.sde, cfg.eta), sde_coefficients(sigmas, "ode")
+    trainable = [stochastic_steps(cfg, seed, iteration, slot) for slot in slots]
+    stochastic = torch.tensor([[cfg.sde_window == "all" or i in steps for i in range(N)] for steps in trainable]).reshape(P, N)
+    videos = [(slot, g) for slot in slots for g in range(G)]
+    shape = policy.latent_shape(cfg.height, cfg.width, cfg.num_frames)
+    return Rollout(
+        prompts=prompts,
+        num_generations=G,
+        latent_shape=shape,
+        conditioning=policy.encode(prompts),
+        unconditional=policy.encode([""]) if cfg.guidance_scale != 1 else None,
+        guidance_scale=cfg.guidance_scale,
+        sigmas=sigmas,
+        timesteps=timesteps(sigmas, cfg.timestep_rounding),
+        a=torch.where(stochastic, table.a, ode.a),
+        b=torch.where(stochastic, table.b, ode.b),
+        std=torch.where(stochastic, table.std, ode.std),
+        normalized=table.normalized,
+        trainable_steps=trainable,
+        noise_seeds=torch.tensor([derive_seed(seed, "sde", iteration, s, g) for s, g in videos], dtype=torch.int64, device=device),
+        first_seeds=torch.tensor(
+            [derive_seed(seed, "first", iteration, s, 0 if cfg.same_noise else g) for s, g in videos], dtype=torch.int64, device=device
+        ),
+        latents=torch.empty(P * G, N + 1, *shape, dtype=torch.float32, device=device),
+        log_probs=torch.empty(P * G, N, dtype=torch.float32, device=device),
+        micro_batch_size=cfg.micro_batch_size,
+        decode=cfg.decode,
+        compute_dtype=compute_dtype,
+    )
+
+
+@torch.no_grad()
+def sample_groups(policy: Policy, rollout: Rollout) -> Iterator[Sample]:
+    """Sample the videos of a rollout, one micro-batch after the other, filling its latents and log-probabilities.
+
+    Every micro-batch has the same size, the last one filled up with its own last video, since another size would be other bits.
+    """
+    size = rollout.micro_batch_size
+    for begin in range(0, rollout.num_videos, size):
+        real = list(range(begin, min(begin + size, rollout.num_videos)))
+        videos = torch.tensor(real + real[-1:] * (size - len(real)))
+        clean = _sample(policy, rollout, videos, len(real))
+        yield Sample(real, [rollout.prompts[i // rollout.num_generations] for i in real], clean)
+
+
+def _sample(policy: Policy, rollout: Rollout, videos: Tensor, num_real: int) -> Tensor:
+    device = rollout.latents.device
+    seeds = rollout.noise_seeds[videos.to(device)]
+    keep = videos[:num_real].to(device)
+    latents = gaussian_noise(rollout.first_seeds[videos.to(device)], 0, rollout.latent_shape, device)
+    rollout.latents[keep, 0] = latents[:num_real]
+    for i in range(rollout.num_steps):
+        steps = torch.full_like(videos, i)
+        velocity, uncond = branch_velocities(policy, rollout, latents, videos, steps)
+        a, b, std = rollout.coefficients(videos, steps)
+        previous = latents
+        latents, log_probs = sde_step(
+            previous, velocity, a, b, std, seeds=seeds, step=i,
+            velocity_uncond=uncond, guidance_scale=rollout.guidance_scale, normalized=rollout.normalized,
+        )  # fmt: skip
+        rollout.latents[keep, i + 1] = latents[:num_real]
+        rollout.log_probs[keep, i] = log_probs[:num_real]
+    if rollout.decode == "final":
+        return latents[:num_real]
+    guided = guided_velocity(velocity, uncond, rollout.guidance_scale)
+    return x0_prediction(previous, guided, float(rollout.sigmas[-2]))[:num_real]

@@ -1,0 +1,242 @@
+"""A run: check everything, build the parts, loop over iterations, and leave a folder that another run can go on from."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import torch
+import yaml
+from tqdm import tqdm
+
+from fastgrpo import checkpoint, figures, parallel
+from fastgrpo.config import TrainConfig, refuse
+from fastgrpo.grpo import Trainer
+from fastgrpo.heldout import sample_heldout
+from fastgrpo.prompts import read_prompts
+from fastgrpo.rewards.scoring import ScoringQueue
+from fastgrpo.self_paced import check_pacing
+from fastgrpo.timing import Stopwatch
+from fastgrpo.tracking import MetricsLog, check_trackers, console_line
+from fastgrpo.trajectory import using_weights
+
+
+def run(config: TrainConfig, config_yaml: str) -> int:
+    """Train as configured, or go on with it. All ranks call this.
+
+    Returns:
+        0 when all iterations are done or a signal ended the run (checkpointed either way); 1 when updates failed too often (checkpointed).
+
+    Raises:
+        SystemExit: code 2 after one line on stderr, for anything wrong that can be known before work starts.
+    """
+    try:
+        train_prompts, heldout_prompts = check(config)
+        device = parallel.start(config.runtime)
+        parallel.require_agreement("the configuration", config_yaml)
+        claim_folder(config)
+        config.policy.load(device)
+        config.reward.load(device)
+        config.policy.encode(train_prompts[:1])
+    except (ValueError, FileNotFoundError, FileExistsError) as error:
+        refuse(error)
+    judge = ScoringQueue(config.reward)
+    try:
+        trainer = Trainer(config, config.policy, judge, train_prompts, device, compute_dtype(config, device))
+        last_row = resume(trainer, config, config_yaml)
+        with open_log(config, config_yaml, last_row) as log, stop_signals() as stop:
+            return loop(trainer, log, stop, heldout_prompts, last_row)
+    finally:
+        judge.close()
+        parallel.stop()
+
+
+def check(config: TrainConfig) -> tuple[list[str], list[str]]:
+    """Everything that can be wrong and be known without weights; the training and the held-out captions.
+
+    Raises:
+        ValueError, FileNotFoundError: names the key, what was expected and what came.
+    """
+    cfg = config.rollout
+    check_pacing(config.pacing, len(config.reward.stages))
+    config.policy.latent_shape(cfg.height, cfg.width, cfg.num_frames)
+    if cfg.num_prompts % parallel.world_size():
+        raise ValueError(
+            f"rollout.num_prompts: expected a multiple of the {parallel.world_size()} processes, which share them, got {cfg.num_prompts}"
+        )
+    check_trackers(config.tracking.trackers)
+    train_prompts = read_prompts(config.prompts.train, "prompts.train")
+    if config.prompts.heldout is None:
+        return train_prompts, train_prompts[: config.evaluation.num_videos]
+    return train_prompts, read_prompts(config.prompts.heldout, "prompts.heldout")
+
+
+def claim_folder(config: TrainConfig) -> None:
+    """FileExistsError where the run folder holds an earlier run that the configuration does not ask to resume."""
+    folder = config.run_folder
+    used = parallel.gather((folder / "metrics.jsonl").exists() or (folder / "checkpoints").exists())[0]
+    if used and config.resume == "never":
+        raise FileExistsError(f"{folder} holds a run already: add `--resume auto` to go on with it, or give this one another --name")
+    if parallel.rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+
+
+def compute_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
+    choice = config.runtime.compute_dtype
+    bf16 = choice == "bf16" or (choice == "auto" and device.type == "cuda")
+    return torch.bfloat16 if bf16 else torch.float32
+
+
+def resume(trainer: Trainer, config: TrainConfig, config_yaml: str) -> int | None:
+    """Load the newest whole checkpoint and return its iteration; -1 where a used folder has none yet, None for a new run."""
+    folder = config.run_folder
+    if parallel.any_rank(config.resume == "never" or not (folder / "config.yaml").exists()):
+        return None
+    for line in differences(yaml.safe_load((folder / "config.yaml").read_text()), yaml.safe_load(config_yaml)):
+        say(f"resume: changed since the run began: {line}")
+    tensors = trainer.tensors()
+    try:
+        found = checkpoint.load(folder / "checkpoints", tensors)
+    except ValueError as error:
+        refuse(error)
+    if found is None:
+        say(f"resume: no checkpoint in {folder} yet; starting over")
+        return -1
+    iteration, state = found
+    trainer.load_tensors(tensors)
+    trainer.load_state_dict(state)
+    say(f"resume: going on after iteration {iteration}")
+    return iteration
+
+
+def loop(trainer: Trainer, log: MetricsLog | None, stop: StopSignals, heldout_prompts: list[str], last_row: int | None) -> int:
+    """Iterations, evaluations, checkpoints, until all are done, a signal comes, or updates fail too often. Returns the exit code."""
+    config = trainer.config
+    done = max(last_row or 0, 0)
+    if last_row is None or last_row < 0:
+        record(log, {"iteration": 0} | evaluate(trainer, heldout_prompts, 0), trainer)
+    progress = tqdm(total=config.iterations, initial=done, unit="it", disable=None if parallel.rank() == 0 else True)
+    stopping = failed = False
+    with progress:
+        while done < config.iterations and not (stopping or failed):
+            done += 1
+            row = trainer.step(done)
+            stopping = parallel.any_rank(stop.requested)
+            failed = trainer.skipped_in_a_row >= config.update.max_skipped_updates
+            every = config.evaluation.interval
+            if done == config.iterations or (every and done % every == 0):
+                row |= evaluate(trainer, heldout_prompts, done)
+            record(log, row, trainer)
+            progress.update()
+            if done % config.checkpoint.interval == 0 or done == config.iterations or stopping or failed:
+                checkpoint.save(config.run_folder / "checkpoints", done, trainer.tensors(), trainer.state_dict(), config.checkpoint.keep)
+    return close(trainer, done, failed)
+
+
+def close(trainer: Trainer, done: int, failed: bool) -> int:
+    """Export the policy where all is done, and say what lies where or how to go on."""
+    config, folder = trainer.config, trainer.config.run_folder
+    command = f"torchrun --standalone --nproc-per-node {parallel.world_size()} fastgrpo/train.py --config {shlex.quote(str(folder / 'config.yaml'))} --resume auto"
+    if failed:
+        say(
+            f"stopped after iteration {done}: {trainer.skipped_in_a_row} updates in a row had a loss or gradient that was not finite "
+            f"(update.max_skipped_updates). The state is in {folder}/checkpoints. After a change go on with: {command}"
+        )
+        return 1
+    if done < config.iterations:
+        say(f"stopped by a signal after iteration {done}, with a checkpoint. Go on with: {command}")
+        return 0
+    if parallel.rank() == 0:
+        with using_weights(trainer.policy, trainer.sampling_weights):
+            trainer.policy.save_pretrained(folder / "transformer")
+    say(
+        f"done: {folder}/ holds metrics.jsonl, samples/ (mp4), checkpoints/latest, transformer/ (for diffusers' from_pretrained)"
+        + (" and tensorboard/" if "tensorboard" in config.tracking.trackers else "")
+    )
+    return 0
+
+
+def evaluate(trainer: Trainer, prompts: list[str], iteration: int) -> dict[str, Any]:
+    """Score the held-out captions, with the same noise every time, and save the first videos; `eval/...` metrics."""
+    config, stages, clock = trainer.config, trainer.judge.reward.stages, Stopwatch()
+    with clock.phase("evaluation"):
+        heldout = sample_heldout(
+            trainer.policy, trainer.judge, prompts,
+            dataclasses.replace(config.rollout, sde=config.evaluation.sde, sde_window="all", num_generations=config.evaluation.num_generations),
+            seed=config.seed, num_videos=config.evaluation.num_videos, device=trainer.device, compute_dtype=trainer.compute_dtype,
+            transformer=trainer.sampling_weights,
+        )  # fmt: skip
+        if parallel.rank() == 0 and len(heldout.videos):
+            shown = len(heldout.videos)
+            scores = [s[0] if v[0] else [float("nan")] * len(stages) for s, v in zip(heldout.scores_PGK[:shown], heldout.valid_PG, strict=False)]
+            folder = config.run_folder / "samples" / f"iteration_{iteration:06d}"
+            figures.save_samples(folder, heldout.videos, heldout.prompts[:shown], trainer.policy.fps, scores, stages)
+    means = heldout.stage_means(len(stages))
+    return {f"eval/rewards/{stage}/mean": m for stage, m in zip(stages, means, strict=True)} | {"time/evaluation": clock.seconds["evaluation"]}
+
+
+@contextmanager
+def open_log(config: TrainConfig, config_yaml: str, last_row: int | None) -> Iterator[MetricsLog | None]:
+    """The metrics of the run, on rank 0; and the configuration as this start resolved it, written beside them."""
+    if parallel.rank() != 0:
+        yield None
+        return
+    tracking = config.tracking
+    with MetricsLog(
+        config.run_folder, tracking.trackers, config=yaml.safe_load(config_yaml), last_iteration=last_row, project=tracking.project
+    ) as log:
+        (config.run_folder / "config.yaml").write_text(config_yaml)
+        yield log
+
+
+def record(log: MetricsLog | None, row: dict[str, Any], trainer: Trainer) -> None:
+    if log is not None:
+        log.log(row)
+        say(console_line(row, trainer.judge.reward.stages))
+
+
+def differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
+    """One line for each key whose value differs between two configurations."""
+    lines = []
+    for key in sorted({*before, *now}):
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            lines += differences(old, new, f"{prefix}{key}.")
+        elif old != new:
+            lines.append(f"{prefix}{key}: {old!r} -> {new!r}")
+    return lines
+
+
+def say(text: str) -> None:
+    """One line on stdout, from rank 0, that does not break a progress bar."""
+    if parallel.rank() == 0:
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
+
+
+class StopSignals:
+    """Whether SIGINT or SIGTERM has come. Ctrl-C reaches a worker twice, from the terminal and from torchrun, so a second one changes nothing."""
+
+    requested = False
+
+    def receive(self, number: int, frame: FrameType | None) -> None:
+        if not self.requested:
+            say(f"{signal.Signals(number).name}: finishing this iteration")
+        self.requested = True
+
+
+@contextmanager
+def stop_signals() -> Iterator[StopSignals]:
+    stop = StopSignals()
+    previous = {number: signal.signal(number, stop.receive) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,243 @@
+"""The analytic judge of the embedded world: visual quality, motion quality and text alignment in [0, 1], from pixels alone.
+
+The stages are nested as the paper's prompts are (method.md section 3): R1 = VQ, R2 = VQ*MQ, R3 = VQ*MQ*TA. Everything is computed clip by clip in
+float64 with sums over contiguous rows, so a clip's scores have the same bits alone and in any batch.
+
+Legend: B clips, T = 8 frames, N = 256 pixels of a frame (row, column flattened), positions (x, y) in pixels with y downwards.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastgrpo.shapes.captions import caption_indices, parse_caption
+from fastgrpo.shapes.render import NUM_FRAMES, PALETTE, SHAPE_COUNT, SIZE, STEPS, shape_coverage
+from fastgrpo_kernels import gaussian_noise
+
+_TINY = 1e-9
+_HAZE = 0.12  # brightness taken for background: the codec leaves ripples of this height
+_RADIUS = 5.0  # pixels from its centre that an object reaches
+
+
+@dataclass(frozen=True)
+class Measurements:
+    """What is seen in B clips, all float64.
+
+    Attributes:
+        centre: [B, T, 2] centre of brightness squared.
+        colour: [B, T, 3] mean colour of the object, weighted by brightness squared.
+        area: [B, T] pixels that the object covers.
+        clean: [B, T] share of the picture's energy that lies in the object.
+        sharp: [B, T] mean over the object of brightness / peak brightness, 1 without any soft edge.
+        peak: [B, T] brightness of the object's core.
+        purity: [B, T] share of the object's energy that one palette colour explains.
+        palette_match: [B, T, 4] cosine of the object's colour and each palette colour.
+        template_match: [B, T, 3] cosine of the brightness and each shape's template at the same centre.
+        velocity: [B, 2] pixels a frame, least squares over all frames.
+        unsteadiness: [B] root mean square distance in pixels from uniform motion.
+    """
+
+    centre: Tensor
+    colour: Tensor
+    area: Tensor
+    clean: Tensor
+    sharp: Tensor
+    peak: Tensor
+    purity: Tensor
+    palette_match: Tensor
+    template_match: Tensor
+    velocity: Tensor
+    unsteadiness: Tensor
+
+
+def _ramp(x: Tensor, low: float, high: float) -> Tensor:
+    """0 up to `low`, 1 from `high` on, straight between."""
+    return ((x - low) / (high - low)).clamp(0.0, 1.0)
+
+
+def _template_offsets() -> Tensor:
+    """[3, 2]: where the centre of brightness squared of each shape lies relative to the centre it is drawn at."""
+    middle = torch.full((SHAPE_COUNT, 2), (SIZE - 1) / 2, dtype=torch.float64)
+    energy = shape_coverage(torch.arange(SHAPE_COUNT), middle).flatten(1) ** 2
+    return _centroid(energy) - middle
+
+
+def _centroid(weight: Tensor) -> Tensor:
+    """Centres [..., 2] of non-negative weights [..., N]."""
+    axis = torch.arange(SIZE, dtype=weight.dtype, device=weight.device)
+    x, y = axis.repeat(SIZE), axis.repeat_interleave(SIZE)
+    total = weight.sum(-1) + _TINY
+    return torch.stack([(weight * x).sum(-1) / total, (weight * y).sum(-1) / total], dim=-1)
+
+
+def _uniform_motion(centre: Tensor) -> tuple[Tensor, Tensor]:
+    """Least-squares velocity [B, 2] of centres [B, T, 2], and the root mean square distance [B] of the centres from that motion."""
+    time = torch.arange(NUM_FRAMES, dtype=centre.dtype, device=centre.device) - (NUM_FRAMES - 1) / 2
+    velocity = (centre * time[None, :, None]).sum(1) / (time**2).sum()
+    residual = centre - centre.mean(1, keepdim=True) - velocity[:, None] * time[None, :, None]
+    return velocity, (residual**2).sum(-1).mean(-1).sqrt()
+
+
+def measure(videos: Tensor) -> Measurements:
+    """Measurements of clips [B, T, 3, 16, 16], float64 in [0, 1]."""
+    pixels = videos.flatten(3)  # [B, T, 3, N]
+    bright = ((pixels.amax(2) - _HAZE) / (1.0 - _HAZE)).clamp_min(0.0)  # [B, T, N]
+    energy = bright**2
+    centre = _centroid(energy)
+
+    axis = torch.arange(SIZE, dtype=pixels.dtype, device=pixels.device)
+    x, y = axis.repeat(SIZE), axis.repeat_interleave(SIZE)
+    distance = ((x - centre[..., 0, None]) ** 2 + (y - centre[..., 1, None]) ** 2).sqrt()
+    inside = (_RADIUS + 0.5 - distance).clamp(0.0, 1.0)
+    bright_in, energy_in = bright * inside, energy * inside
+    total_in = energy_in.sum(-1) + _TINY
+    peak = (bright * energy_in).sum(-1) / total_in
+    mass = bright_in.sum(-1) + _TINY
+
+    palette = torch.tensor(PALETTE, dtype=pixels.dtype, device=pixels.device)
+    palette = palette / (palette**2).sum(-1, keepdim=True).sqrt()
+    colour = (pixels * energy_in[:, :, None]).sum(-1) / total_in[..., None]  # [B, T, 3]
+    length = (colour**2).sum(-1).sqrt() + _TINY
+    palette_match = (colour[:, :, None] * palette).sum(-1) / length[..., None]
+    nearest = palette[palette_match.mean(1).argmax(-1)][:, None, :, None]  # one palette colour a clip
+    along = (pixels * nearest).sum(2)
+    whole = (pixels**2).sum(2)
+    purity = (energy_in * along**2).sum(-1) / ((energy_in * whole).sum(-1) + _TINY)
+
+    centres = centre[:, :, None] - _template_offsets().to(centre)
+    kinds = torch.arange(SHAPE_COUNT, device=pixels.device).expand(centres.shape[:-1])
+    templates = shape_coverage(kinds, centres).flatten(3)  # [B, T, 3, N]
+    norms = (templates**2).sum(-1).sqrt() * (bright_in**2).sum(-1).sqrt()[..., None] + _TINY
+    velocity, unsteadiness = _uniform_motion(centre)
+    return Measurements(
+        centre=centre,
+        colour=colour,
+        area=mass / (peak + _TINY),
+        clean=energy_in.sum(-1) / (energy.sum(-1) + _TINY),
+        sharp=total_in / (mass * peak + _TINY),
+        peak=peak,
+        purity=purity,
+        palette_match=palette_match,
+        template_match=(templates * bright_in[:, :, None]).sum(-1) / norms,
+        velocity=velocity,
+        unsteadiness=unsteadiness,
+    )
+
+
+def visual_quality(seen: Measurements) -> Tensor:
+    """VQ [B]: one pure palette colour, bright, sharp, on a clean background, of plausible area; mean over the frames."""
+    pure = _ramp(seen.purity, 0.70, 0.98)
+    bright = _ramp(seen.peak, 0.25, 0.78)
+    sharp = _ramp(seen.sharp, 0.55, 0.85)
+    clean = _ramp(seen.clean, 0.50, 0.97)
+    plausible = _ramp(seen.area, 5.0, 12.0) * (1.0 - _ramp(seen.area, 34.0, 50.0))
+    return (pure * bright * sharp * clean * plausible).mean(-1)
+
+
+def motion_quality(seen: Measurements) -> Tensor:
+    """MQ [B]: even motion of real amplitude by an object whose colour and area stay what they are."""
+    speed = (seen.velocity**2).sum(-1).sqrt()
+    even = torch.exp(-((seen.unsteadiness / 0.6) ** 2))
+    flicker = seen.colour.std(1, correction=0).square().sum(-1).sqrt()
+    breathing = seen.area.std(1, correction=0) / (seen.area.mean(1) + _TINY)
+    return even * _ramp(speed, 0.1, 0.7) * torch.exp(-((flicker / 0.2) ** 2)) * torch.exp(-((breathing / 0.35) ** 2))
+
+
+def attribute_posteriors(seen: Measurements) -> tuple[Tensor, Tensor, Tensor]:
+    """How far each colour [B, 4], shape [B, 3] and direction [B, 4] is the one that is seen; each row sums to one."""
+    colours = torch.softmax(seen.palette_match.mean(1) / 0.05, dim=-1)
+    shapes = torch.softmax(seen.template_match.mean(1) / 0.02, dim=-1)
+    steps = torch.tensor(STEPS, dtype=seen.velocity.dtype, device=seen.velocity.device)
+    directions = torch.softmax((seen.velocity[:, None] * steps).sum(-1) / 0.15, dim=-1)
+    return colours, shapes, directions
+
+
+def text_alignment(seen: Measurements, indices: Tensor) -> Tensor:
+    """TA [B] of captions [B, 3]: each attribute that is not the caption's divides the score by three."""
+    score = torch.ones(len(indices), dtype=torch.float64, device=seen.velocity.device)
+    for column, posterior in enumerate(attribute_posteriors(seen)):
+        score = score * (1.0 + 2.0 * posterior.gather(1, indices[:, column, None]).squeeze(1)) / 3.0
+    return score
+
+
+def _content_seeds(videos: Tensor) -> Tensor:
+    """[B] int64: a hash of each clip's pixels, rounded to 8 bits."""
+    rounded = (videos * 255.0).round().to(torch.uint8).cpu().contiguous().numpy()
+    digests = [hashlib.blake2b(clip.tobytes(), digest_size=8).digest() for clip in rounded]
+    return torch.tensor([int.from_bytes(digest, "little", signed=True) for digest in digests], dtype=torch.int64)
+
+
+class ShapesJudge:
+    """The stage judge of the embedded world (interfaces.RewardModel).
+
+    Args:
+        rounding: stage scores are rounded to multiples of this, as a VLM that answers in halves or quarters does; 0 leaves them alone.
+        noise: standard deviation of the error added to each stage score of a clip with VQ = 0; it falls in proportion to 1 - VQ. The error
+            depends on nothing but the clip's pixels (rounded to 8 bits) and the stage. Scores are clamped to [0, 1], then rounded; under noise
+            they need not be nested.
+    """
+
+    stages: tuple[str, ...] = ("visual_quality", "temporal_smoothness", "text_alignment")
+
+    def __init__(self, rounding: float = 0.0, noise: float = 0.0) -> None:
+        if not (math.isfinite(rounding) and 0.0 <= rounding <= 1.0):
+            raise ValueError(f"rounding: expected a number from 0 (off) to 1, got {rounding}")
+        if not (math.isfinite(noise) and noise >= 0.0):
+            raise ValueError(f"noise: expected a standard deviation of at least 0, got {noise}")
+        self.rounding = rounding
+        self.noise = noise
+        self._device = torch.device("cpu")
+
+    def load(self, device: torch.device) -> None:
+        """Remember where to compute; the judge has no weights."""
+        self._device = device
+
+    def score(self, videos: Tensor, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Stage scores [B, 3] float64 in [0, 1] and validity [B] bool of videos [B, 8, 3, 16, 16], uint8 or float in [0, 1].
+
+        A video with a non-finite pixel is invalid and its row is 0. ValueError for another shape or a prompt outside the grammar.
+        """
+        clips, valid = self._prepare(videos)
+        quality, motion, alignment = self._components(clips, prompts).unbind(1)
+        scores = torch.stack([quality, quality * motion, quality * motion * alignment], dim=1)
+        if self.noise > 0.0:
+            errors = gaussian_noise(_content_seeds(clips), 0, (len(self.stages),), torch.device("cpu"))
+            scores = scores + self.noise * (1.0 - quality)[:, None] * errors.to(scores)
+        scores = scores.clamp(0.0, 1.0)
+        if self.rounding > 0.0:
+            scores = ((scores / self.rounding).round() * self.rounding).clamp(0.0, 1.0)
+        return torch.where(valid[:, None], scores, 0.0), valid
+
+    def components(self, videos: Tensor, prompts: Sequence[str]) -> Tensor:
+        """VQ, MQ and TA [B, 3] float64 in [0, 1], neither rounded nor noisy, for evaluation; NaN for a video with a non-finite pixel."""
+        clips, valid = self._prepare(videos)
+        return torch.where(valid[:, None], self._components(clips, prompts), torch.nan)
+
+    def classify(self, videos: Tensor) -> Tensor:
+        """[B, 3] int64: the colour, shape and direction most like what is seen (indices of captions.py); -1 for an invalid video."""
+        clips, valid = self._prepare(videos)
+        found = torch.stack([posterior.argmax(-1) for posterior in attribute_posteriors(measure(clips))], dim=1)
+        return torch.where(valid[:, None], found, -1)
+
+    def _components(self, clips: Tensor, prompts: Sequence[str]) -> Tensor:
+        if len(prompts) != len(clips):
+            raise ValueError(f"expected one prompt a video, got {len(prompts)} prompts for {len(clips)} videos")
+        indices = caption_indices(parse_caption(prompt) for prompt in prompts).to(clips.device)
+        seen = measure(clips)
+        return torch.stack([visual_quality(seen), motion_quality(seen), text_alignment(seen, indices)], dim=1)
+
+    def _prepare(self, videos: Tensor) -> tuple[Tensor, Tensor]:
+        """Clips float64 in [0, 1] with every invalid one made black, and validity [B]."""
+        if videos.ndim != 5 or tuple(videos.shape[1:]) != (NUM_FRAMES, 3, SIZE, SIZE):
+            raise ValueError(f"expected videos of shape [B, {NUM_FRAMES}, 3, {SIZE}, {SIZE}], got {list(videos.shape)}")
+        clips = videos.to(self._device, torch.float64)
+        if videos.dtype == torch.uint8:
+            clips = clips / 255.0
+        valid = clips.flatten(1).isfinite().all(1)
+        return torch.where(valid[:, None, None, None, None], clips, 0.0).clamp(0.0, 1.0).contiguous(), valid

@@ -1,0 +1,134 @@
+"""Rendered clips: one soft-edged shape on black that moves 1 pixel a frame, and the deliberate faults that pretraining learns.
+
+Legend: B clips, T = 8 frames, H = W = 16. Positions are (x, y) in pixels, pixel centres at 0..15, y downwards. Clips are [B, T, 3, H, W] fp32 in [0, 1].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+NUM_FRAMES = 8
+SIZE = 16
+SHAPE_COUNT = 3
+MARGIN = 3  # least distance of an object's centre from the outermost pixel centres, so that no object is cut
+EDGE = 1.4  # width in pixels of a soft edge
+
+PALETTE = ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0), (1.0, 1.0, 0.0))  # red, green, blue, yellow, as captions.COLOURS
+STEPS = ((-1.0, 0.0), (1.0, 0.0), (0.0, -1.0), (0.0, 1.0))  # pixels a frame: left, right, up, down, as captions.DIRECTIONS
+
+
+@dataclass(frozen=True)
+class Faults:
+    """How often and how far pretraining clips are spoilt.
+
+    Attributes:
+        jitter, jitter_size: share of clips whose every frame is displaced, and the standard deviation of that in pixels.
+        flicker, flicker_size: share of clips whose frames are dimmed, each by a random part up to this of its brightness.
+        mix, mix_size: share of clips whose colour is mixed with a random palette colour, up to this part.
+        clutter: share of clips with still specks in the background.
+        blur: share of clips that are smoothed.
+    """
+
+    jitter: float = 0.30
+    jitter_size: float = 0.7
+    flicker: float = 0.25
+    flicker_size: float = 0.6
+    mix: float = 0.3
+    mix_size: float = 0.5
+    clutter: float = 0.2
+    blur: float = 0.15
+
+
+def shape_coverage(shapes: Tensor, centres: Tensor, edge: Tensor | float = EDGE) -> Tensor:
+    """How much of each pixel a shape covers, [*N, H, W] in [0, 1], for shapes [*N] int64 (captions.SHAPES) and centres [*N, 2].
+
+    A linear ramp of width `edge` pixels across the outline; `edge` is a number or [*N].
+    """
+    axis = torch.arange(SIZE, dtype=centres.dtype, device=centres.device)
+    x = (axis - centres[..., 0, None, None]).expand(*centres.shape[:-1], SIZE, SIZE)
+    y = (axis[:, None] - centres[..., 1, None, None]).expand(*centres.shape[:-1], SIZE, SIZE)
+    ax, ay = x.abs(), y.abs()
+    square = torch.maximum(ax, ay) - 2.3
+    cross = torch.minimum(torch.maximum(ax - 3.3, ay - 1.0), torch.maximum(ax - 1.0, ay - 3.3))
+    # Upright triangle: apex (0, -3.2), base from (-3.3, 3.2) to (3.3, 3.2); the slanted sides' normal is (6.4, -3.3)/7.2.
+    triangle = torch.maximum(y - 3.2, (6.4 * ax - 3.3 * (y + 3.2)) / 7.2)
+    kind = shapes[..., None, None]
+    distance = torch.where(kind == 0, square, torch.where(kind == 1, cross, triangle))
+    width = edge[..., None, None] if isinstance(edge, Tensor) else edge
+    return (0.5 - distance / width).clamp(0.0, 1.0)
+
+
+def start_positions(directions: Tensor, generator: torch.Generator) -> Tensor:
+    """Seeded random centres [B, 2] fp32 of the first frames, on whole pixels, so that 8 frames in `directions` [B] stay inside the picture."""
+    travel = (NUM_FRAMES - 1) * torch.tensor(STEPS)[directions]
+    low = MARGIN + (-travel).clamp_min(0.0)
+    high = SIZE - 1 - MARGIN - travel.clamp_min(0.0)
+    return (low + (high - low + 1.0) * torch.rand(len(directions), 2, generator=generator)).floor().minimum(high)
+
+
+def centre_paths(starts: Tensor, directions: Tensor) -> Tensor:
+    """Centres [B, T, 2] of uniform motion, 1 pixel a frame, from starts [B, 2] in directions [B]."""
+    time = torch.arange(NUM_FRAMES, dtype=starts.dtype)
+    return starts[:, None] + time[None, :, None] * torch.tensor(STEPS, dtype=starts.dtype)[directions][:, None]
+
+
+def render_clips(indices: Tensor, starts: Tensor) -> Tensor:
+    """Clean clips of caption indices [B, 3] (colour, shape, direction) whose centres start at `starts` [B, 2]."""
+    centres = centre_paths(starts, indices[:, 2])
+    coverage = shape_coverage(indices[:, 1, None].expand(-1, NUM_FRAMES), centres)
+    return coverage[:, :, None] * torch.tensor(PALETTE)[indices[:, 0]][:, None, :, None, None]
+
+
+def replace_attributes(indices: Tensor, probability: float, generator: torch.Generator) -> Tensor:
+    """Caption indices [B, 3] with each attribute drawn anew, uniformly, with the given probability."""
+    drawn = torch.stack([torch.randint(count, (len(indices),), generator=generator) for count in (4, 3, 4)], dim=1)
+    return torch.where(torch.rand(indices.shape, generator=generator) < probability, drawn, indices)
+
+
+def _chosen(count: int, probability: float, generator: torch.Generator) -> Tensor:
+    """[count] fp32: 1 with the given probability, else 0."""
+    return (torch.rand(count, generator=generator) < probability).float()
+
+
+def _clutter(count: int, generator: torch.Generator) -> Tensor:
+    """[count, 3, H, W]: two soft still specks of random colour and place, the background fault."""
+    axis = torch.arange(SIZE, dtype=torch.float32)
+    clutter = torch.zeros(count, 3, SIZE, SIZE)
+    for _ in range(2):
+        centre = torch.rand(count, 2, generator=generator) * (SIZE - 1)
+        distance = (axis - centre[:, 0, None, None]) ** 2 + (axis[:, None] - centre[:, 1, None, None]) ** 2
+        colour = torch.rand(count, 3, generator=generator)
+        clutter = torch.maximum(clutter, colour[:, :, None, None] * torch.exp(-distance / 3.0)[:, None])
+    return clutter
+
+
+def _blur(clips: Tensor, chosen: Tensor) -> Tensor:
+    """Clips smoothed with a binomial 3x3 filter twice where `chosen` [B] is 1."""
+    kernel = torch.tensor([1.0, 2.0, 1.0]) / 4.0
+    flat = clips.flatten(0, 2)[:, None]
+    for _ in range(2):
+        flat = torch.nn.functional.conv2d(flat, kernel.reshape(1, 1, 1, 3), padding=(0, 1))
+        flat = torch.nn.functional.conv2d(flat, kernel.reshape(1, 1, 3, 1), padding=(1, 0))
+    return torch.where(chosen[:, None, None, None, None] > 0, flat.reshape(clips.shape), clips)
+
+
+def render_corrupted(indices: Tensor, generator: torch.Generator, faults: Faults = Faults()) -> Tensor:
+    """Clips of caption indices [B, 3] with random faults: what pretraining learns, so that RL has something to mend."""
+    count = len(indices)
+    centres = centre_paths(start_positions(indices[:, 2], generator), indices[:, 2])
+    jitter = torch.randn(centres.shape, generator=generator) * _chosen(count, faults.jitter, generator)[:, None, None]
+    coverage = shape_coverage(indices[:, 1, None].expand(-1, NUM_FRAMES), centres + faults.jitter_size * jitter)
+
+    dimmed = faults.flicker_size * torch.rand(count, NUM_FRAMES, generator=generator)
+    gain = 1.0 - dimmed * _chosen(count, faults.flicker, generator)[:, None]
+    palette = torch.tensor(PALETTE)
+    other = palette[torch.randint(len(PALETTE), (count,), generator=generator)]
+    share = faults.mix_size * torch.rand(count, generator=generator) * _chosen(count, faults.mix, generator)
+    colour = torch.lerp(palette[indices[:, 0]], other, share[:, None])
+
+    clips = (coverage * gain[:, :, None, None])[:, :, None] * colour[:, None, :, None, None]
+    specks = _clutter(count, generator) * _chosen(count, faults.clutter, generator)[:, None, None, None]
+    return _blur(torch.maximum(clips, specks[:, None]), _chosen(count, faults.blur, generator))
