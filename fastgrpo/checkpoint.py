@@ -99,16 +99,16 @@ def verify(checkpoint: Path) -> None:
     """ValueError that names the first file of a checkpoint that is missing, truncated or altered."""
     manifest = checkpoint / "manifest.json"
     try:
-        files = json.loads(manifest.read_text())["files"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{manifest}: unreadable ({error})") from error
-    for name, expected in files.items():
+        files = {name: (entry["bytes"], entry["sha256"]) for name, entry in json.loads(manifest.read_text())["files"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{manifest}: unreadable ({error!r})") from error
+    for name, (size, digest) in files.items():
         file = checkpoint / name
         if not file.is_file():
             raise ValueError(f"{file}: missing")
-        if file.stat().st_size != expected["bytes"]:
-            raise ValueError(f"{file}: expected {expected['bytes']} bytes, found {file.stat().st_size}")
-        if _sha256(file) != expected["sha256"]:
+        if file.stat().st_size != size:
+            raise ValueError(f"{file}: expected {size} bytes, found {file.stat().st_size}")
+        if _sha256(file) != digest:
             raise ValueError(f"{file}: its SHA-256 is not the one it was written with")
 
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, get_type_hints
 
 from fastgrpo.interfaces import Policy, RewardModel
 
@@ -80,7 +80,7 @@ class RolloutConfig:
         _require(self.num_inference_steps >= 2, "rollout.num_inference_steps", "at least 2", self.num_inference_steps)
         _require(0 < self.shift < math.inf, "rollout.shift", "a positive number", self.shift)
         _require(0 < self.eta < math.inf, "rollout.eta", "a positive number", self.eta)
-        _require(self.sde != "cps" or self.eta < 2, "rollout.eta", "less than 2 for cps", self.eta)
+        _require(self.sde != "cps" or self.eta <= 1, "rollout.eta", "at most 1 for cps", self.eta)
         _require(math.isfinite(self.guidance_scale), "rollout.guidance_scale", "a finite number", self.guidance_scale)
         # The last transition is never trained, so neither is it part of a window.
         _require(
@@ -231,7 +231,7 @@ class RuntimeConfig:
 
     def __post_init__(self) -> None:
         _require(self.num_threads >= 0, "runtime.num_threads", "at least 0", self.num_threads)
-        _require(self.timeout_minutes > 0, "runtime.timeout_minutes", "a positive number", self.timeout_minutes)
+        _require(0 < self.timeout_minutes < math.inf, "runtime.timeout_minutes", "a positive number", self.timeout_minutes)
 
 
 @dataclass(frozen=True)
@@ -274,6 +274,7 @@ class TrainConfig:
         _require(self.iterations >= 0, "iterations", "at least 0", self.iterations)
         _require(0 <= self.seed < 2**63, "seed", "an integer in [0, 2^63)", self.seed)
         _require(self.rollout.sde != "ode", "rollout.sde", "a sampler with a log-probability to train on", self.rollout.sde)
+        _require(self.evaluation.sde != "cps" or self.rollout.eta <= 1, "rollout.eta", "at most 1 for evaluation.sde cps", self.rollout.eta)
         kept = self.update.num_best + self.update.num_worst
         _require(
             self.rollout.num_generations >= kept,
@@ -315,10 +316,14 @@ def parse_config(argv: Sequence[str] | None = None, options: type | None = None,
         parser.add_class_arguments(options, "options", as_group=True)
     try:
         namespace = parser.parse_args(None if argv is None else list(argv))
+        # From a file, the parser takes null for anything, and anything for a section.
+        for key, kind in get_type_hints(TrainConfig).items():
+            _require(not is_dataclass(kind) or isinstance(namespace[key], jsonargparse.Namespace), key, "keys and their values", namespace[key])
+        parser.validate(namespace, skip_unset=False)
         values = parser.instantiate(namespace)
         config = TrainConfig(**{f.name: values[f.name] for f in fields(TrainConfig)})
-    except (jsonargparse.ArgumentError, ValueError, FileNotFoundError) as error:
-        refuse(error)
+    except (jsonargparse.ArgumentError, ValueError, TypeError, FileNotFoundError) as error:
+        refuse(" ".join(str(error).split()))
     for key in ("config", "options"):
         namespace.pop(key, None)
     namespace["resume"] = "never"  # how this start was asked for is no part of what the run is
@@ -326,11 +331,11 @@ def parse_config(argv: Sequence[str] | None = None, options: type | None = None,
 
 
 def refuse(error: object) -> NoReturn:
-    """End the process as a wrong command line does: one message on stderr (from one rank), exit code 2."""
+    """End the process as a wrong command line does: one line on stderr (from one rank), exit code 2."""
     import os
 
     if os.environ.get("RANK", "0") == "0":
-        print(f"error: {error}", file=sys.stderr)
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -357,7 +362,7 @@ def _load_yaml(text: str) -> Any:
     def mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
         seen = set()
         for key_node, _ in node.value:
-            key = loader.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            key = loader.construct_object(key_node, deep=True)
             if key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is given twice", key_node.start_mark)
             seen.add(key)

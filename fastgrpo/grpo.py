@@ -60,7 +60,10 @@ class Trainer:
         self.device, self.compute_dtype = device, compute_dtype
         self.pacer = Pacer(config.pacing, len(judge.reward.stages))
         self.optimizer = make_optimizer([p for p in network.parameters() if p.requires_grad], cfg)
-        self.scheduler = get_scheduler(cfg.lr_scheduler, self.optimizer, cfg.warmup_iterations, max(1, config.iterations))
+        scheduler = get_scheduler(
+            cfg.lr_scheduler, self.optimizer, num_warmup_steps=cfg.warmup_iterations, num_training_steps=max(1, config.iterations)
+        )
+        self.learning_rate_factor = scheduler.lr_lambdas[0]  # a function of the iteration: no state of a schedule has to be kept
         self.reference = copy.deepcopy(network).requires_grad_(False) if cfg.kl_coef else None
         self.ema = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema_decay)) if cfg.ema_decay else None
         self.prompts_drawn = 0
@@ -69,6 +72,7 @@ class Trainer:
     def step(self, iteration: int) -> dict[str, Any]:
         """Sample, score, mix, normalise, choose, update; `iteration` counts from 1. Returns the metrics over all ranks."""
         cfg, G, clock = self.config, self.config.rollout.num_generations, Stopwatch()
+        self.set_learning_rate(iteration)
         slots, prompts = self.next_prompts()
         rollout = start_rollout(  # seeds, schedule, shared first noise
             self.policy, prompts, cfg.rollout, seed=cfg.seed, iteration=iteration, first_slot=slots[0], device=self.device,
@@ -102,15 +106,17 @@ class Trainer:
         slots = range(rank() * share, (rank() + 1) * share)
         return slots, draw_prompts(self.prompts, self.prompts_drawn + slots[0], share, cfg.seed, cfg.prompts.shuffle)
 
+    def set_learning_rate(self, iteration: int) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.update.learning_rate * self.learning_rate_factor(iteration - 1)
+
     def average_weights(self) -> None:
         """Take one optimizer step's weights into the EMA, where there is one."""
         if self.ema is not None:
             self.ema.update_parameters(self.policy.transformer)
 
     def finish(self, iteration: int, groups: list[Group], stats: UpdateStatistics) -> dict[str, Any]:
-        """Move the counters and the learning rate on; the metrics of the iteration over all ranks."""
-        learning_rate = self.scheduler.get_last_lr()[0]
-        self.scheduler.step()
+        """Move the counters on; the metrics of the iteration over all ranks."""
         self.prompts_drawn += self.config.rollout.num_prompts
         for skipped in stats.skipped:
             self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
@@ -119,7 +125,7 @@ class Trainer:
             **reward_metrics(concatenate(gather(groups)), self.judge.reward.stages),
             **{f"competence/{s}": c for s, c in zip(self.judge.reward.stages, self.pacer.competence or (), strict=False)},
             **update_metrics(gather(stats)),
-            "learning_rate": learning_rate,
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
         }
 
     @property
@@ -133,6 +139,9 @@ class Trainer:
         return {"model": model, "optimizer": optimizer} | ({} if self.ema is None else {"ema": self.ema.state_dict()})
 
     def load_tensors(self, tensors: dict[str, Any]) -> None:
+        # Learning rate, decay rates and the like are the configuration's, which a resume may change, not the checkpoint's.
+        for loaded, own in zip(tensors["optimizer"]["param_groups"], self.optimizer.param_groups, strict=True):
+            loaded.update({key: value for key, value in own.items() if key != "params"})
         set_state_dict(
             self.policy.transformer, self.optimizer, model_state_dict=tensors["model"], optim_state_dict=tensors["optimizer"]
         )
@@ -145,13 +154,11 @@ class Trainer:
             "prompts_drawn": self.prompts_drawn,
             "skipped_in_a_row": self.skipped_in_a_row,
             "pacer": self.pacer.state_dict(),
-            "scheduler": {k: v for k, v in self.scheduler.state_dict().items() if k in ("last_epoch", "_step_count", "base_lrs", "_last_lr")},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.prompts_drawn, self.skipped_in_a_row = state["prompts_drawn"], state["skipped_in_a_row"]
         self.pacer.load_state_dict(state["pacer"])
-        self.scheduler.load_state_dict(state["scheduler"])
 
 
 def concatenate(lists: Iterable[list[Any]]) -> list[Any]:

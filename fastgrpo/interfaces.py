@@ -32,12 +32,16 @@ class Policy(Protocol):
         """Shape of one latent, without the batch. ValueError for a size that the model cannot make."""
         ...
 
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """ValueError for a prompt that `encode` cannot take. Needs no weights: the whole prompt file is checked before any work starts."""
+        ...
+
     def load(self, device: torch.device) -> None:
         """Load every weight onto `device`, in eval mode; FileNotFoundError or ValueError name what is missing or wrong."""
         ...
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """Conditioning of B prompts; the empty prompt "" is the unconditional branch. ValueError for a prompt it cannot take."""
+        """Conditioning of B prompts; the empty prompt "" is the unconditional branch. ValueError as `check_prompts`."""
         ...
 
     def velocity(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:

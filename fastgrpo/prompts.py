@@ -17,7 +17,7 @@ def read_prompts(path: str, key: str) -> list[str]:
     """
     file = find_file(path, key)
     try:
-        prompts = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+        prompts = [line.strip() for line in file.read_text(encoding="utf-8-sig").split("\n")]
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{key}: cannot read {file} as UTF-8 text: {error}") from error
     prompts = [p for p in prompts if p]

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shlex
+import shutil
 import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -25,6 +28,7 @@ from fastgrpo.self_paced import check_pacing
 from fastgrpo.timing import Stopwatch
 from fastgrpo.tracking import MetricsLog, check_trackers, console_line
 from fastgrpo.trajectory import using_weights
+from fastgrpo.update import import_fused_adam
 
 
 def run(config: TrainConfig, config_yaml: str) -> int:
@@ -43,7 +47,6 @@ def run(config: TrainConfig, config_yaml: str) -> int:
         claim_folder(config)
         config.policy.load(device)
         config.reward.load(device)
-        config.policy.encode(train_prompts[:1])
     except (ValueError, FileNotFoundError, FileExistsError) as error:
         refuse(error)
     judge = ScoringQueue(config.reward)
@@ -70,21 +73,37 @@ def check(config: TrainConfig) -> tuple[list[str], list[str]]:
         raise ValueError(
             f"rollout.num_prompts: expected a multiple of the {parallel.world_size()} processes, which share them, got {cfg.num_prompts}"
         )
+    if config.update.optimizer == "apex_fused_adam":
+        import_fused_adam()
     check_trackers(config.tracking.trackers)
-    train_prompts = read_prompts(config.prompts.train, "prompts.train")
+    train_prompts = captions(config, config.prompts.train, "prompts.train")
     if config.prompts.heldout is None:
         return train_prompts, train_prompts[: config.evaluation.num_videos]
-    return train_prompts, read_prompts(config.prompts.heldout, "prompts.heldout")
+    return train_prompts, captions(config, config.prompts.heldout, "prompts.heldout")
+
+
+def captions(config: TrainConfig, path: str, key: str) -> list[str]:
+    """The captions of a file, each one that the policy can take; ValueError or FileNotFoundError name `key`."""
+    prompts = read_prompts(path, key)
+    try:
+        config.policy.check_prompts(prompts)
+    except ValueError as error:
+        raise ValueError(f"{key}: {error} ({path})") from error
+    return prompts
 
 
 def claim_folder(config: TrainConfig) -> None:
     """FileExistsError where the run folder holds an earlier run that the configuration does not ask to resume."""
     folder = config.run_folder
-    used = parallel.gather((folder / "metrics.jsonl").exists() or (folder / "checkpoints").exists())[0]
-    if used and config.resume == "never":
+    if config.resume == "never" and is_used(folder):
         raise FileExistsError(f"{folder} holds a run already: add `--resume auto` to go on with it, or give this one another --name")
     if parallel.rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
+
+
+def is_used(folder: Path) -> bool:
+    """Whether a run has written to its folder, as rank 0 sees it."""
+    return bool(parallel.gather((folder / "metrics.jsonl").exists() or (folder / "checkpoints").exists())[0])
 
 
 def compute_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
@@ -96,10 +115,11 @@ def compute_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
 def resume(trainer: Trainer, config: TrainConfig, config_yaml: str) -> int | None:
     """Load the newest whole checkpoint and return its iteration; -1 where a used folder has none yet, None for a new run."""
     folder = config.run_folder
-    if parallel.any_rank(config.resume == "never" or not (folder / "config.yaml").exists()):
+    if config.resume == "never" or not is_used(folder):
         return None
-    for line in differences(yaml.safe_load((folder / "config.yaml").read_text()), yaml.safe_load(config_yaml)):
-        say(f"resume: changed since the run began: {line}")
+    if (folder / "config.yaml").exists():
+        for line in differences(yaml.safe_load((folder / "config.yaml").read_text()), yaml.safe_load(config_yaml)):
+            say(f"resume: changed since the run began: {line}")
     tensors = trainer.tensors()
     try:
         found = checkpoint.load(folder / "checkpoints", tensors)
@@ -142,7 +162,7 @@ def loop(trainer: Trainer, log: MetricsLog | None, stop: StopSignals, heldout_pr
 def close(trainer: Trainer, done: int, failed: bool) -> int:
     """Export the policy where all is done, and say what lies where or how to go on."""
     config, folder = trainer.config, trainer.config.run_folder
-    command = f"torchrun --standalone --nproc-per-node {parallel.world_size()} fastgrpo/train.py --config {shlex.quote(str(folder / 'config.yaml'))} --resume auto"
+    command = resume_command(folder)
     if failed:
         say(
             f"stopped after iteration {done}: {trainer.skipped_in_a_row} updates in a row had a loss or gradient that was not finite "
@@ -160,6 +180,17 @@ def close(trainer: Trainer, done: int, failed: bool) -> int:
         + (" and tensorboard/" if "tensorboard" in config.tracking.trackers else "")
     )
     return 0
+
+
+def resume_command(folder: Path) -> str:
+    """The shell command that goes on with a run from the same working directory, started the way this process was."""
+    train = shlex.quote(sys.argv[0]) if Path(sys.argv[0]).name == "train.py" else "-m fastgrpo train"
+    launcher = shlex.quote(sys.executable)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        beside = Path(sys.executable).with_name("torchrun")
+        torchrun = "torchrun" if shutil.which("torchrun") == str(beside) else shlex.quote(str(beside))
+        launcher = f"{torchrun} --standalone --nproc-per-node {parallel.world_size()}"
+    return f"{launcher} {train} --config {shlex.quote(str(folder / 'config.yaml'))} --resume auto"
 
 
 def evaluate(trainer: Trainer, prompts: list[str], iteration: int) -> dict[str, Any]:
@@ -191,7 +222,9 @@ def open_log(config: TrainConfig, config_yaml: str, last_row: int | None) -> Ite
     with MetricsLog(
         config.run_folder, tracking.trackers, config=yaml.safe_load(config_yaml), last_iteration=last_row, project=tracking.project
     ) as log:
-        (config.run_folder / "config.yaml").write_text(config_yaml)
+        written = config.run_folder / ".config.yaml.tmp"
+        written.write_text(config_yaml)
+        os.replace(written, config.run_folder / "config.yaml")  # never half of one, whenever the process is killed
         yield log
 
 

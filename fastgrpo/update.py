@@ -6,6 +6,7 @@ import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from fastgrpo_kernels import gaussian_kl, grpo_loss, guided_velocity
@@ -49,11 +50,17 @@ def make_optimizer(parameters: list[nn.Parameter], cfg: UpdateConfig) -> torch.o
     """torch's fused AdamW, or NVIDIA apex's FusedAdam where `optimizer: apex_fused_adam` asks for it.
 
     Raises:
-        ValueError: there is no NVIDIA apex (PyPI's package of that name is something else).
+        ValueError: there is no NVIDIA apex.
     """
     options = {"lr": cfg.learning_rate, "betas": cfg.betas, "weight_decay": cfg.weight_decay}
     if cfg.optimizer == "adamw":
         return torch.optim.AdamW(parameters, fused=True, **options)  # type: ignore[arg-type]
+    optimizer: torch.optim.Optimizer = import_fused_adam()(parameters, adam_w_mode=True, **options)
+    return optimizer
+
+
+def import_fused_adam() -> Any:
+    """NVIDIA apex's FusedAdam. ValueError where there is none (PyPI's package of that name is something else)."""
     try:
         from apex.optimizers import FusedAdam
     except ImportError as error:
@@ -61,8 +68,7 @@ def make_optimizer(parameters: list[nn.Parameter], cfg: UpdateConfig) -> torch.o
             "update.optimizer: apex_fused_adam needs NVIDIA apex, built from NVIDIA's source with its CUDA extensions; "
             f"the `apex` on PyPI is another package ({error}). Use adamw, torch's own fused optimizer"
         ) from error
-    optimizer: torch.optim.Optimizer = FusedAdam(parameters, adam_w_mode=True, **options)
-    return optimizer
+    return FusedAdam
 
 
 def trained_steps(rollout: Rollout, video: int, fraction: float, seed: int) -> list[int]:

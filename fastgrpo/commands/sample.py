@@ -12,9 +12,8 @@ from fastgrpo import checkpoint, figures, parallel
 from fastgrpo.config import parse_config, refuse
 from fastgrpo.heldout import HeldOut, sample_heldout
 from fastgrpo.interfaces import Policy, RewardModel
-from fastgrpo.prompts import read_prompts
 from fastgrpo.rewards.scoring import ScoringQueue
-from fastgrpo.run import compute_dtype
+from fastgrpo.run import captions, compute_dtype
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -59,7 +58,7 @@ def sample(
     config, _, _ = parse_config(["--config", str(folder / "config.yaml")])
     path = (folder / "checkpoints" / checkpoint_name).resolve()
     checkpoint.verify(path)
-    captions = read_prompts(prompts or config.prompts.heldout or config.prompts.train, "prompts")[:num_videos]
+    shown = captions(config, prompts or config.prompts.heldout or config.prompts.train, "prompts")[:num_videos]
     rollout = dataclasses.replace(
         config.rollout,
         sde=sde,
@@ -78,7 +77,7 @@ def sample(
             if name == "trained":
                 checkpoint.load_weights(path, policy.transformer)
             heldout = sample_heldout(
-                policy, judge, captions, rollout, seed=config.seed if seed is None else seed, num_videos=len(captions), device=device,
+                policy, judge, shown, rollout, seed=config.seed if seed is None else seed, num_videos=len(shown), device=device,
                 compute_dtype=compute_dtype(config, device),
             )  # fmt: skip
             save(heldout, out / name, policy, reward)

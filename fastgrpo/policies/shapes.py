@@ -11,7 +11,7 @@ from diffusers import WanTransformer3DModel
 from torch import Tensor
 
 from fastgrpo.interfaces import Conditioning
-from fastgrpo.shapes.captions import TOKEN_DIM, text_tokens
+from fastgrpo.shapes.captions import TOKEN_DIM, parse_caption, text_tokens
 from fastgrpo.shapes.codec import CODEC_FILE, LATENT_CHANNELS, Codec, load_codec
 from fastgrpo.shapes.render import NUM_FRAMES, SIZE
 
@@ -68,6 +68,11 @@ class ShapesPolicy:
                 f"got height {height}, width {width}, num_frames {num_frames}"
             )
         return (LATENT_CHANNELS, NUM_FRAMES, 1, 1)
+
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """ValueError for the first prompt outside the grammar."""
+        for prompt in prompts:
+            parse_caption(prompt)
 
     def load(self, device: torch.device) -> None:
         """Load transformer and codec onto `device`, in eval mode. FileNotFoundError or ValueError say what is missing or wrong."""

@@ -13,6 +13,8 @@ from torch import Tensor
 NUM_FRAMES = 8
 SIZE = 16
 SHAPE_COUNT = 3
+WANDER=2.0
+SLACK=0.4
 MARGIN = 3  # least distance of an object's centre from the outermost pixel centres, so that no object is cut
 EDGE = 1.4  # width in pixels of a soft edge
 
@@ -62,11 +64,11 @@ def shape_coverage(shapes: Tensor, centres: Tensor, edge: Tensor | float = EDGE)
 
 
 def start_positions(directions: Tensor, generator: torch.Generator) -> Tensor:
-    """Seeded random centres [B, 2] fp32 of the first frames, on whole pixels, so that 8 frames in `directions` [B] stay inside the picture."""
-    travel = (NUM_FRAMES - 1) * torch.tensor(STEPS)[directions]
-    low = MARGIN + (-travel).clamp_min(0.0)
-    high = SIZE - 1 - MARGIN - travel.clamp_min(0.0)
-    return (low + (high - low + 1.0) * torch.rand(len(directions), 2, generator=generator)).floor().minimum(high)
+    """Seeded random centres [B, 2] fp32 of the first frames: the path's middle lies up to WANDER pixels from the picture's, in x and in y."""
+    middle = (SIZE - 1) / 2 + WANDER * (2.0 * torch.rand(len(directions), 2, generator=generator) - 1.0) * 1.0
+    along = torch.tensor(STEPS)[directions]
+    middle = torch.where(along != 0, (SIZE - 1) / 2 + (middle - (SIZE - 1) / 2) * SLACK, middle)
+    return middle - (NUM_FRAMES - 1) / 2 * along
 
 
 def centre_paths(starts: Tensor, directions: Tensor) -> Tensor:

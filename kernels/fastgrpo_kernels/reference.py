@@ -263,7 +263,7 @@ def _log_prob(next_latents: Tensor, mean: Tensor, std_B: Tensor, normalized: boo
 class _RowSum(torch.autograd.Function):
     """Sum of each row, [B, P] -> [B], along one fixed binary tree: the upper half onto the lower, again and again.
 
-    torch.sum splits its work by the size of the whole tensor and by threads, so its bits change with the batch.
+    torch.sum orders its terms by threads, by strides and by the shape of the whole tensor: its bits change with them.
     """
 
     @staticmethod

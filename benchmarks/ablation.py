@@ -1,0 +1,191 @@
+"""The paper's ablation on the embedded world: which reward teaches the small generator most in a given number of iterations?
+
+    python benchmarks/ablation.py                      # seven rows, three seeds, two processes at a time
+    python benchmarks/ablation.py --judge rounded_0.25 # the same under a judge that rounds; or rounded_0.1, or noisy
+
+Every row is a real run of fastgrpo/train.py with the shipped recipe; rows differ in the `pacing` section alone. What is compared is not the
+reward that was trained on: visual quality (VQ), motion quality (MQ) and text alignment (TA) of held-out captions by the clean judge, on
+videos sampled with noise that is the same for every row. Writes benchmarks/data/ablation_<judge>.csv and .png; runs go to runs/ablation/,
+where finished ones are reused.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import jsonargparse
+import torch
+from matplotlib.figure import Figure
+
+from fastgrpo.config import parse_config
+from fastgrpo.decode import decode
+from fastgrpo.policies.shapes import ShapesPolicy
+from fastgrpo.prompts import read_prompts
+from fastgrpo.rollout import sample_groups, start_rollout
+from fastgrpo.shapes.captions import COLOURS, DIRECTIONS, SHAPES
+from fastgrpo.shapes.judge import ShapesJudge
+
+ROOT = Path(__file__).resolve().parent.parent
+RECIPE = ROOT / "fastgrpo" / "recipes" / "shapes.yaml"
+LITERAL_THRESHOLDS = ROOT / "fastgrpo" / "recipes" / "shapes_literal_gate.yaml"
+Judge = Literal["clean", "rounded_0.1", "rounded_0.25", "noisy"]
+
+ROWS: dict[str, list[str] | None] = {
+    "untrained": None,
+    "one_stage": ["--pacing.mode", "one_stage"],
+    "two_stage": ["--pacing.mode", "two_stage"],
+    "joint": ["--pacing.mode", "joint"],
+    "stage III alone": ["--pacing.mode", "static"],
+    "self_paced, literal gate": ["--config", str(LITERAL_THRESHOLDS)],
+    "self_paced": ["--pacing.mode", "self_paced"],
+}
+JUDGES: dict[str, list[str]] = {
+    "clean": [],
+    "rounded_0.1": ["--reward.init_args.rounding", "0.1"],
+    "rounded_0.25": ["--reward.init_args.rounding", "0.25"],
+    "noisy": ["--reward.init_args.noise", "0.3"],
+}
+METRICS = ("VQ", "MQ", "TA", "geometric mean")
+
+
+@dataclass(frozen=True)
+class Result:
+    """One trained generator on held-out captions: means of the metrics, and the shares of what it draws."""
+
+    row: str
+    seed: int
+    metrics: tuple[float, ...]
+    shares: dict[str, float]
+
+
+def main(
+    judge: Judge = "clean", seeds: tuple[int, ...] = (0, 1, 2), iterations: int = 150, processes: int = 2, videos_per_caption: int = 16
+) -> None:
+    """Train, measure, print the table, write CSV and figure.
+
+    Args:
+        judge: what the training sees: the clean judge, one that rounds, or one whose noise falls as visual quality rises.
+        seeds: one run each, for every row.
+        iterations: length of each run.
+        processes: runs at a time, one thread each.
+        videos_per_caption: videos of each held-out caption that are measured.
+    """
+    started = time.perf_counter()
+    jobs = [(row, seed) for seed in seeds for row in ROWS]
+    with ThreadPoolExecutor(processes) as pool:
+        results = list(pool.map(lambda job: train_and_measure(*job, judge, iterations, videos_per_caption), jobs))
+    seconds = time.perf_counter() - started
+    stem = ROOT / "benchmarks" / "data" / f"ablation_{judge}"
+    write_csv(stem.with_suffix(".csv"), results, iterations)
+    draw(results, judge, iterations).savefig(stem.with_suffix(".png"), dpi=160)
+    print(f"\n{judge} judge, {iterations} iterations, {len(seeds)} seeds, {seconds / 60:.1f} minutes; mean ± standard deviation over seeds\n")
+    print(table(results))
+    print(f"\n{stem}.csv, {stem}.png")
+
+
+def train_and_measure(row: str, seed: int, judge: str, iterations: int, videos_per_caption: int) -> Result:
+    overrides = ROWS[row]
+    if overrides is None:
+        return measure(None, row, seed, videos_per_caption)
+    name = f"{row.replace(', ', '_').replace(' ', '_')}-{iterations}-seed{seed}"
+    folder = ROOT / "runs" / "ablation" / judge
+    options = [*overrides, *JUDGES[judge], "--seed", str(seed), "--iterations", str(iterations), "--name", name, "--output_dir", str(folder)]
+    options += ["--resume", "auto", "--evaluation.interval", "0", "--evaluation.num_videos", "1", "--tracking.trackers", "[]"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    command = [sys.executable, str(ROOT / "fastgrpo" / "train.py"), "--config", str(RECIPE), *options]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{name} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+    result = measure(folder / name / "transformer", row, seed, videos_per_caption)
+    print(f"{row:<26} seed {seed}  " + "  ".join(f"{m} {v:.3f}" for m, v in zip(METRICS, result.metrics, strict=True)), flush=True)
+    return result
+
+
+@torch.no_grad()
+def measure(transformer: Path | None, row: str, seed: int, videos_per_caption: int) -> Result:
+    """VQ, MQ, TA and the shares of colours, shapes and directions on held-out captions, by the clean judge."""
+    torch.set_num_threads(1)
+    config, _, _ = parse_config(["--config", str(RECIPE), "--rollout.num_generations", str(videos_per_caption), "--rollout.sde", "dance"])
+    assert config.prompts.heldout is not None
+    policy, judge, device = ShapesPolicy(None if transformer is None else str(transformer)), ShapesJudge(), torch.device("cpu")
+    policy.load(device)
+    judge.load(device)
+    prompts = read_prompts(config.prompts.heldout, "prompts.heldout")
+    rollout = start_rollout(policy, prompts, config.rollout, seed=10**6 + seed, iteration=0, first_slot=0, device=device)
+    components, kinds = [], []
+    for sample in sample_groups(policy, rollout):
+        videos = decode(policy, sample.latents)
+        components.append(judge.components(videos, sample.prompts))
+        kinds.append(torch.stack(judge.classify(videos), dim=1))
+    vq, mq, ta = torch.cat(components).double().mean(dim=0).tolist()
+    drawn = torch.cat(kinds)
+    shares = {
+        name: float((drawn[:, axis] == index).double().mean())
+        for axis, names in enumerate((COLOURS, SHAPES, DIRECTIONS))
+        for index, name in enumerate(names)
+    }
+    return Result(row, seed, (vq, mq, ta, (vq * mq * ta) ** (1 / 3)), shares)
+
+
+def of_row(results: Iterable[Result], row: str) -> list[Result]:
+    return [r for r in results if r.row == row]
+
+
+def spread(values: list[float]) -> str:
+    return f"{statistics.mean(values):.3f}" + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
+
+
+def table(results: list[Result]) -> str:
+    """The two Markdown tables: metrics, and shares of what is drawn (held-out captions ask for each about equally)."""
+    names = list(results[0].shares)
+    lines = ["| reward | " + " | ".join(METRICS) + " |", "|---|" + "---|" * len(METRICS)]
+    lines += [
+        f"| {row} | " + " | ".join(spread([r.metrics[m] for r in of_row(results, row)]) for m in range(len(METRICS))) + " |" for row in ROWS
+    ]
+    lines += ["", "| share drawn | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
+    lines += [
+        f"| {row} | " + " | ".join(f"{statistics.mean(r.shares[n] for r in of_row(results, row)):.2f}" for n in names) + " |" for row in ROWS
+    ]
+    return "\n".join(lines)
+
+
+def write_csv(path: Path, results: list[Result], iterations: int) -> None:
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["reward", "seed", "iterations", *METRICS, *results[0].shares, "torch", "commit"])
+        for r in results:
+            values = [f"{v:.4f}" for v in (*r.metrics, *r.shares.values())]
+            writer.writerow([r.row, r.seed, iterations, *values, torch.__version__, commit])
+
+
+def draw(results: list[Result], judge: str, iterations: int) -> Figure:
+    """Dots for seeds, bars for means, one panel a metric."""
+    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    for m, (axes, metric) in enumerate(zip(figure.subplots(1, len(METRICS), sharey=True), METRICS, strict=True)):
+        for y, row in enumerate(ROWS):
+            values = [r.metrics[m] for r in of_row(results, row)]
+            axes.barh(y, statistics.mean(values), color="#0072B2" if row == "self_paced" else "#B0B7BF", height=0.65)
+            axes.plot(values, [y] * len(values), "o", color="black", markersize=3)
+        axes.set_title(metric, loc="left", fontsize=10)
+        axes.set_yticks(range(len(ROWS)), list(ROWS), fontsize=9)
+        axes.set_xlim(0, math.ceil(10 * max(max(r.metrics[m] for r in results), 0.5)) / 10)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(f"Held-out captions after {iterations} iterations, {judge} judge", x=0.01, ha="left", fontsize=11)
+    return figure
+
+
+if __name__ == "__main__":
+    jsonargparse.auto_cli(main)

@@ -1,0 +1,136 @@
+"""What the tests share: a generator and a judge of a few lines, and one process or two.
+
+Test files do not import each other; they take these as fixtures. A script for another process says `from conftest import TinyPolicy`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class TinyNetwork(nn.Module):
+    """v = tanh(x A + 0.001 t B + sum over tokens of (text C)) over P elements and text [B, 2, 4]."""
+
+    def __init__(self, elements: int, seed: int = 0) -> None:
+        super().__init__()
+        draw = torch.Generator().manual_seed(seed)
+        self.A = nn.Parameter(torch.randn(elements, elements, generator=draw) / elements**0.5)
+        self.B = nn.Parameter(torch.randn(elements, generator=draw))
+        self.C = nn.Parameter(torch.randn(4, elements, generator=draw))
+
+    def forward(self, latents: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
+        x = latents.flatten(1)
+        return torch.tanh(x @ self.A + timesteps[:, None] * (0.001 * self.B) + (text @ self.C).sum(1)).view_as(latents)
+
+
+class TinyPolicy:
+    """interfaces.Policy: latents [3, T, H, W], a caption's text from its hash, videos by a logistic function."""
+
+    fps = 2
+
+    def __init__(self, seed: int = 0, shape: tuple[int, int, int] = (2, 2, 2)) -> None:
+        self.shape = shape
+        self.transformer: nn.Module = TinyNetwork(3 * shape[0] * shape[1] * shape[2], seed)
+        self.batch_sizes: list[int] = []
+
+    def latent_shape(self, height: int, width: int, num_frames: int) -> tuple[int, ...]:
+        if (num_frames, height, width) != self.shape:
+            raise ValueError(f"expected num_frames, height, width {self.shape}, got {(num_frames, height, width)}")
+        return (3, num_frames, height, width)
+
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        pass
+
+    def load(self, device: torch.device) -> None:
+        self.transformer.to(device)
+
+    def encode(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        words = [[b / 128 - 1 for b in hashlib.sha256(p.encode()).digest()[:8]] if p else [0.0] * 8 for p in prompts]
+        return {"text": torch.tensor(words).view(-1, 2, 4)}
+
+    def velocity(self, latents: Tensor, timesteps: Tensor, conditioning: Any) -> Tensor:
+        self.batch_sizes.append(len(latents))
+        return self.transformer(latents, timesteps, conditioning["text"])
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return torch.sigmoid(latents).transpose(1, 2)
+
+    def save_pretrained(self, folder: Path) -> None:
+        folder.mkdir(parents=True)
+        torch.save(self.transformer.state_dict(), folder / "weights.pt")
+
+
+class TinyJudge:
+    """interfaces.RewardModel: the mean of the red, green and blue channel; a caption with "unseen" in it gets no score."""
+
+    stages = ("red", "green", "blue")
+
+    def load(self, device: torch.device) -> None:
+        pass
+
+    def score(self, videos: Tensor, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        return videos.double().mean(dim=(1, 3, 4)), torch.tensor(["unseen" not in p for p in prompts])
+
+
+@pytest.fixture
+def tiny_policy() -> type[TinyPolicy]:
+    return TinyPolicy
+
+
+@pytest.fixture
+def tiny_judge() -> type[TinyJudge]:
+    return TinyJudge
+
+
+@pytest.fixture
+def one_rank() -> Iterator[torch.device]:
+    """This process as a world of one, as `fastgrpo.parallel.start` makes it."""
+    from fastgrpo import parallel
+    from fastgrpo.config import RuntimeConfig
+
+    yield parallel.start(RuntimeConfig(device="cpu"))
+    parallel.stop()
+
+
+@pytest.fixture(scope="session")
+def run_ranks() -> Callable[..., list[Any]]:
+    """run_ranks(script, world_size=2): run a script in that many processes; what each printed as JSON in its last line, by rank."""
+
+    def run(script: str, world_size: int = 2) -> list[Any]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        paths = [str(ROOT / "tests"), str(ROOT), str(ROOT / "kernels")]
+        shared = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+        shared |= {"PYTHONPATH": os.pathsep.join(paths), "OMP_WAIT_POLICY": "PASSIVE"}
+        processes = [
+            subprocess.Popen(
+                [sys.executable, "-c", script], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            )
+            for rank in range(world_size)
+        ]  # fmt: skip
+        try:
+            outputs = [process.communicate(timeout=120) for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+        failures = [err for process, (_, err) in zip(processes, outputs, strict=True) if process.returncode]
+        assert not failures, "\n\n".join(failures)
+        return [json.loads(out.splitlines()[-1]) for out, _ in outputs]
+
+    return run

@@ -1,0 +1,244 @@
+"""Tiny runs of the embedded world through the real command line: in this process, forked off it to be killed, or under torchrun."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+import fastgrpo.train
+from fastgrpo import parallel
+from fastgrpo.grpo import Trainer
+from fastgrpo.shapes.captions import heldout_captions, train_captions
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPE = ROOT / "fastgrpo" / "recipes" / "shapes.yaml"
+TORCHRUN = Path(sys.executable).with_name("torchrun")
+MAIN_SCRIPT = ROOT / "fastgrpo" / "train.py"
+
+# The recipe at the least size that still has several prompts, a choice of videos and of steps, and padding nowhere. About half a second.
+TINY: dict[str, Any] = {
+    "iterations": 3,
+    "rollout": {"num_prompts": 2, "num_generations": 4, "num_inference_steps": 5, "micro_batch_size": 4},
+    "update": {"num_best": 1, "num_worst": 1, "gradient_accumulation": 4},
+    "evaluation": {"num_generations": 1, "num_videos": 0},
+    "tracking": {"trackers": []},
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a start of the trainer gave: exit code, run folder and what it printed."""
+
+    code: int
+    folder: Path
+    out: str
+    err: str
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+
+    @property
+    def trained_rows(self) -> list[dict[str, Any]]:
+        return [row for row in self.rows if row["iteration"] > 0]
+
+
+@pytest.fixture(scope="session")
+def recipe() -> Path:
+    return RECIPE
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[str]]:
+    """tiny(folder, *overrides): the arguments of a tiny run in that folder."""
+    common = tmp_path_factory.mktemp("tiny")
+    (common / "train.txt").write_text("\n".join(map(str, train_captions())) + "\n")
+    (common / "heldout.txt").write_text("\n".join(map(str, heldout_captions()[:3])) + "\n")
+    prompts = {"train": str(common / "train.txt"), "heldout": str(common / "heldout.txt")}
+    (common / "tiny.yaml").write_text(yaml.safe_dump(TINY | {"prompts": prompts}))
+
+    def arguments(folder: Path, *overrides: str) -> list[str]:
+        where = ["--output_dir", str(folder.parent), "--name", folder.name]
+        return ["--config", str(RECIPE), "--config", str(common / "tiny.yaml"), *where, *overrides]
+
+    return arguments
+
+
+@pytest.fixture(scope="session")
+def start() -> Callable[..., Outcome]:
+    """start(folder, argv, main=..., report=False): a command in this process, its output taken down."""
+
+    def call(folder: Path, argv: Sequence[str], main: Callable[..., int] = fastgrpo.train.main, report: bool = False) -> Outcome:
+        out, err = io.StringIO(), io.StringIO()
+        write_report = fastgrpo.train.write_report
+        if not report:  # four figures, three times the cost of the run
+            fastgrpo.train.write_report = lambda run, smoothing_window=10: run
+        try:
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+                code = main(list(argv)) or 0
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
+        finally:
+            fastgrpo.train.write_report = write_report
+            parallel.stop()
+        return Outcome(code, folder, out.getvalue(), err.getvalue())
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def train(tiny: Callable[..., list[str]], start: Callable[..., Outcome]) -> Callable[..., Outcome]:
+    """train(folder, *overrides): a tiny run in this process."""
+    return lambda folder, *overrides, report=False: start(folder, tiny(folder, *overrides), report=report)
+
+
+@pytest.fixture(scope="session")
+def torchrun() -> Callable[..., subprocess.Popen[str]]:
+    """torchrun(argv, ranks, cwd, ...): the trainer as a job of its own, in a process group of its own; stdout and stderr in one pipe."""
+
+    def popen(argv: Sequence[str], ranks: int, cwd: Path, modules: Path | None = None) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [str(TORCHRUN), "--standalone", "--nproc-per-node", str(ranks), str(MAIN_SCRIPT), *argv],
+            cwd=cwd, env=job_environment(modules), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+
+    return popen
+
+
+def job_environment(modules: Path | None = None) -> dict[str, str]:
+    paths = [str(modules)] if modules else []
+    paths += [str(ROOT), str(ROOT / "kernels")]
+    return {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": os.pathsep.join(paths)}
+
+
+@pytest.fixture(scope="session")
+def environment() -> Callable[..., dict[str, str]]:
+    return job_environment
+
+
+@pytest.fixture(scope="session")
+def background() -> Callable[[Sequence[str]], Any]:
+    """background(argv): the trainer in a process of its own that has all imports done, to be killed; a multiprocessing.Process."""
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["fastgrpo.train", "fastgrpo.policies.shapes", "fastgrpo.shapes.judge", "diffusers.optimization"])
+
+    def begin(argv: Sequence[str]) -> Any:
+        process = server.Process(target=_train_quietly, args=(list(argv),))
+        process.start()
+        return process
+
+    # The child finds its target by name, and this file has none that it could import.
+    _train_quietly = fastgrpo.train.main
+    return begin
+
+
+@pytest.fixture
+def during(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[int], None]], None]:
+    """during(f): call f(iteration) at the beginning of every training step."""
+
+    def hook(call: Callable[[int], None]) -> None:
+        step = Trainer.step
+
+        def hooked(self: Trainer, iteration: int) -> dict[str, Any]:
+            call(iteration)
+            return step(self, iteration)
+
+        monkeypatch.setattr(Trainer, "step", hooked)
+
+    return hook
+
+
+@pytest.fixture
+def interrupt(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], contextlib.AbstractContextManager[None]]:
+    """with interrupt(k): the process gets SIGTERM at the beginning of iteration k."""
+
+    @contextlib.contextmanager
+    def during_iteration(number: int) -> Iterator[None]:
+        step = Trainer.step
+
+        def hooked(self: Trainer, iteration: int) -> dict[str, Any]:
+            if iteration == number:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return step(self, iteration)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Trainer, "step", hooked)
+            yield
+
+    return during_iteration
+
+
+@pytest.fixture(scope="session")
+def tensors() -> Callable[[Path], dict[str, torch.Tensor]]:
+    """tensors(checkpoint folder): everything in it by its flattened name, read with torch's own converter."""
+
+    def read(checkpoint: Path) -> dict[str, Any]:
+        with tempfile.TemporaryDirectory() as scratch:
+            dcp_to_torch_save(checkpoint, Path(scratch) / "all.pt")
+            return dict(flatten(torch.load(Path(scratch) / "all.pt", weights_only=False)))
+
+    return read
+
+
+def flatten(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(tree, dict):
+        for key, value in tree.items():
+            yield from flatten(value, f"{prefix}{key}/")
+    elif isinstance(tree, list | tuple) and any(isinstance(item, dict) for item in tree):
+        for index, item in enumerate(tree):
+            yield from flatten(item, f"{prefix}{index}/")
+    else:
+        yield prefix.rstrip("/"), tree
+
+
+@pytest.fixture(scope="session")
+def rows_without_times() -> Callable[[Path], list[str]]:
+    """The rows of a run as text, every digit of them, but for what the clock says."""
+
+    def read(folder: Path) -> list[str]:
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        return [json.dumps({k: v for k, v in row.items() if not k.startswith("time/") and k != "step_time"}) for row in rows]
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def assert_same_end(tensors: Callable[[Path], dict[str, Any]], rows_without_times: Callable[[Path], list[str]]) -> Callable[[Path, Path], None]:
+    """assert_same_end(a, b): two runs ended in the same state, bit for bit: last checkpoint, its counters, metrics, exported weights."""
+
+    def check(one: Path, other: Path) -> None:
+        assert rows_without_times(one) == rows_without_times(other)
+        last_one, last_other = (folder / "checkpoints" / "latest" for folder in (one, other))
+        assert last_one.resolve().name == last_other.resolve().name
+        assert (last_one / "state.json").read_text() == (last_other / "state.json").read_text()
+        assert_same_tensors(tensors(last_one), tensors(last_other))
+        assert_same_tensors(*(load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors") for folder in (one, other)))
+
+    return check
+
+
+def assert_same_tensors(one: dict[str, Any], other: dict[str, Any]) -> None:
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        if isinstance(value, torch.Tensor):
+            assert value.dtype == other[name].dtype, name
+            assert torch.equal(value, other[name]), name
+        else:
+            assert value == other[name], name
