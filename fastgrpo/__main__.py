@@ -17,6 +17,7 @@ def commands() -> dict[str, str]:
 
 
 def main(argv: list[str]) -> int:
+    """Run the command that the first argument names with the rest; its exit code, 0 for help, 2 for a name that is none."""
     known = commands()
     name = argv[0].replace("-", "_") if argv else ""
     if name in known:

@@ -92,7 +92,8 @@ def load_weights(checkpoint: Path, transformer: nn.Module) -> None:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """The finished checkpoints, newest first, damaged ones among them if they were not yet found out."""
-    return sorted((p for p in folder.glob(f"{_PREFIX}*") if p.name.removeprefix(_PREFIX).isdigit()), reverse=True)
+    numbers = {p: p.name.removeprefix(_PREFIX) for p in folder.glob(f"{_PREFIX}*")}
+    return sorted((p for p in numbers if numbers[p].isdecimal()), key=lambda p: int(numbers[p]), reverse=True)
 
 
 def verify(checkpoint: Path) -> None:

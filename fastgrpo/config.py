@@ -308,7 +308,11 @@ def parse_config(argv: Sequence[str] | None = None, options: type | None = None,
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     jsonargparse.set_loader("fastgrpo_yaml", _load_yaml, (yaml.YAMLError,))
     parser = jsonargparse.ArgumentParser(
-        parser_mode="fastgrpo_yaml", exit_on_error=False, usage="%(prog)s [--config RECIPE ...] [--section.key VALUE ...]", **parser_kwargs
+        parser_mode="fastgrpo_yaml",
+        exit_on_error=False,
+        allow_abbrev=False,  # a key that is cut short is misspelt
+        usage="%(prog)s [--config RECIPE ...] [--section.key VALUE ...]",
+        **parser_kwargs,
     )
     parser.add_argument("--config", action="config", help="A YAML recipe; may be given several times.")
     parser.add_class_arguments(TrainConfig, as_group=True)
@@ -323,7 +327,8 @@ def parse_config(argv: Sequence[str] | None = None, options: type | None = None,
         values = parser.instantiate(namespace)
         config = TrainConfig(**{f.name: values[f.name] for f in fields(TrainConfig)})
     except (jsonargparse.ArgumentError, ValueError, TypeError, FileNotFoundError) as error:
-        refuse(" ".join(str(error).split()))
+        hint = "; its methods need the parameter names and type hints of fastgrpo/interfaces.py" if "implement protocol" in str(error) else ""
+        refuse(f"{error}{hint}")
     for key in ("config", "options"):
         namespace.pop(key, None)
     namespace["resume"] = "never"  # how this start was asked for is no part of what the run is

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, get_state_dict, set_state_dict
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from fastgrpo.advantages import best_of_n, group_advantages
@@ -68,6 +68,7 @@ class Trainer:
         self.ema = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema_decay)) if cfg.ema_decay else None
         self.prompts_drawn = 0
         self.skipped_in_a_row = 0
+        self.make_optimizer_state()
 
     def step(self, iteration: int) -> dict[str, Any]:
         """Sample, score, mix, normalise, choose, update; `iteration` counts from 1. Returns the metrics over all ranks."""
@@ -106,6 +107,13 @@ class Trainer:
         slots = range(rank() * share, (rank() + 1) * share)
         return slots, draw_prompts(self.prompts, self.prompts_drawn + slots[0], share, cfg.seed, cfg.prompts.shuffle)
 
+    def make_optimizer_state(self) -> None:
+        """Make the optimizer's state now, at step 0. Left to torch, the first checkpoint would make it, by a step that counts as one."""
+        get_optimizer_state_dict(self.policy.transformer, self.optimizer)
+        for counted in (*self.optimizer.state.values(), *self.optimizer.param_groups):  # AdamW counts for each weight, apex for each group
+            if "step" in counted:
+                counted["step"] *= 0
+
     def set_learning_rate(self, iteration: int) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.update.learning_rate * self.learning_rate_factor(iteration - 1)
@@ -139,9 +147,9 @@ class Trainer:
         return {"model": model, "optimizer": optimizer} | ({} if self.ema is None else {"ema": self.ema.state_dict()})
 
     def load_tensors(self, tensors: dict[str, Any]) -> None:
-        # Learning rate, decay rates and the like are the configuration's, which a resume may change, not the checkpoint's.
+        # These are the configuration's, which a resume may change, not the checkpoint's.
         for loaded, own in zip(tensors["optimizer"]["param_groups"], self.optimizer.param_groups, strict=True):
-            loaded.update({key: value for key, value in own.items() if key != "params"})
+            loaded.update({key: own[key] for key in ("lr", "betas", "weight_decay")})
         set_state_dict(
             self.policy.transformer, self.optimizer, model_state_dict=tensors["model"], optim_state_dict=tensors["optimizer"]
         )
@@ -162,6 +170,7 @@ class Trainer:
 
 
 def concatenate(lists: Iterable[list[Any]]) -> list[Any]:
+    """One list of all the lists' items, in order."""
     return list(itertools.chain.from_iterable(lists))
 
 

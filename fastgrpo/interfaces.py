@@ -41,7 +41,10 @@ class Policy(Protocol):
         ...
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """Conditioning of B prompts; the empty prompt "" is the unconditional branch. ValueError as `check_prompts`."""
+        """Conditioning of B prompts; the empty prompt "" is the unconditional branch. ValueError as `check_prompts`.
+
+        A prompt's bits must not depend on the others, which are those of a rank: encode one by one if need be.
+        """
         ...
 
     def velocity(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
@@ -49,7 +52,7 @@ class Policy(Protocol):
         ...
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Frames [B, T, 3, H, W], float in [0, 1], of clean latents [B, *latent_shape]."""
+        """Frames [B, T, 3, H, W], float in [0, 1], of clean latents [B, *latent_shape]; a video's bits must not depend on the others."""
         ...
 
     def save_pretrained(self, folder: Path) -> None:

@@ -68,7 +68,10 @@ def check(config: TrainConfig) -> tuple[list[str], list[str]]:
     """
     cfg = config.rollout
     check_pacing(config.pacing, len(config.reward.stages))
-    config.policy.latent_shape(cfg.height, cfg.width, cfg.num_frames)
+    try:
+        config.policy.latent_shape(cfg.height, cfg.width, cfg.num_frames)
+    except ValueError as error:
+        raise ValueError(f"rollout.height, width, num_frames: {error}") from error
     if cfg.num_prompts % parallel.world_size():
         raise ValueError(
             f"rollout.num_prompts: expected a multiple of the {parallel.world_size()} processes, which share them, got {cfg.num_prompts}"
@@ -107,6 +110,7 @@ def is_used(folder: Path) -> bool:
 
 
 def compute_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
+    """dtype of the forward pass: as `runtime.compute_dtype` says, bf16 on a GPU and fp32 elsewhere for `auto`."""
     choice = config.runtime.compute_dtype
     bf16 = choice == "bf16" or (choice == "auto" and device.type == "cuda")
     return torch.bfloat16 if bf16 else torch.float32
@@ -194,7 +198,9 @@ def resume_command(folder: Path) -> str:
 
 
 def evaluate(trainer: Trainer, prompts: list[str], iteration: int) -> dict[str, Any]:
-    """Score the held-out captions, with the same noise every time, and save the first videos; `eval/...` metrics."""
+    """Score the held-out captions, with the same noise every time, and save the first videos; `eval/...` metrics, none without captions."""
+    if not prompts:
+        return {}
     config, stages, clock = trainer.config, trainer.judge.reward.stages, Stopwatch()
     with clock.phase("evaluation"):
         heldout = sample_heldout(
@@ -229,6 +235,7 @@ def open_log(config: TrainConfig, config_yaml: str, last_row: int | None) -> Ite
 
 
 def record(log: MetricsLog | None, row: dict[str, Any], trainer: Trainer) -> None:
+    """Write an iteration's metrics and say them in one line, on the rank that has the log."""
     if log is not None:
         log.log(row)
         say(console_line(row, trainer.judge.reward.stages))
@@ -266,6 +273,7 @@ class StopSignals:
 
 @contextmanager
 def stop_signals() -> Iterator[StopSignals]:
+    """Take SIGINT and SIGTERM as requests to stop after the iteration, for a while."""
     stop = StopSignals()
     previous = {number: signal.signal(number, stop.receive) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -23,7 +23,10 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 class TinyNetwork(nn.Module):
-    """v = tanh(x A + 0.001 t B + sum over tokens of (text C)) over P elements and text [B, 2, 4]."""
+    """v = f(x A + 0.001 t B + sum over tokens of (text C)) over P elements and text [B, 2, 4], f(h) = h / (1 + |h|).
+
+    f is made of operations that IEEE 754 rounds, so that an element's bits do not depend on its place in a vector register.
+    """
 
     def __init__(self, elements: int, seed: int = 0) -> None:
         super().__init__()
@@ -34,7 +37,8 @@ class TinyNetwork(nn.Module):
 
     def forward(self, latents: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
         x = latents.flatten(1)
-        return torch.tanh(x @ self.A + timesteps[:, None] * (0.001 * self.B) + (text @ self.C).sum(1)).view_as(latents)
+        h = x @ self.A + timesteps[:, None] * (0.001 * self.B) + (text @ self.C).sum(1)
+        return (h / (1 + h.abs())).view_as(latents)
 
 
 class TinyPolicy:
@@ -67,7 +71,7 @@ class TinyPolicy:
         return self.transformer(latents, timesteps, conditioning["text"])
 
     def decode(self, latents: Tensor) -> Tensor:
-        return torch.sigmoid(latents).transpose(1, 2)
+        return torch.stack([torch.sigmoid(video) for video in latents]).transpose(1, 2)
 
     def save_pretrained(self, folder: Path) -> None:
         folder.mkdir(parents=True)

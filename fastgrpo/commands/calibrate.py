@@ -42,6 +42,7 @@ class CalibrateOptions:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Calibrate every stage, on all ranks; the exit code of the run that stopped, or 0."""
     config, config_yaml, options = parse_config(argv, CalibrateOptions, prog="python -m fastgrpo calibrate", description=__doc__)
     curves: dict[str, list[float]] = {}
     for number, stage in enumerate(config.reward.stages, start=1):

@@ -17,8 +17,9 @@ from fastgrpo.run import captions, compute_dtype
 
 
 def main(argv: list[str] | None = None) -> int:
+    """The command line; exit code 2 with one message for a run, a checkpoint or captions that cannot be used."""
     parser = jsonargparse.ArgumentParser(prog="python -m fastgrpo sample", description=__doc__)
-    parser.add_function_arguments(sample, as_group=False)
+    parser.add_function_arguments(sample, as_group=False, as_positional=True)
     arguments = parser.parse_args(argv)
     try:
         print(f"videos, stills, scores and comparison.png: {sample(**arguments.as_dict())}")
@@ -89,6 +90,7 @@ def sample(
 
 
 def save(heldout: HeldOut, folder: Path, policy: Policy, reward: RewardModel) -> None:
+    """Write videos, stills and scores to `folder`, and print the mean of each stage."""
     scores = [s[0] if v[0] else [float("nan")] * len(reward.stages) for s, v in zip(heldout.scores_PGK, heldout.valid_PG, strict=True)]
     figures.save_samples(folder, heldout.videos, heldout.prompts, policy.fps, scores, reward.stages)
     means = heldout.stage_means(len(reward.stages))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from diffusers import WanTransformer3DModel
+from safetensors import SafetensorError
 from torch import Tensor
 
 from fastgrpo.interfaces import Conditioning
@@ -38,7 +39,8 @@ def new_transformer() -> WanTransformer3DModel:
 def frame_positions() -> Tensor:
     """[2, T, 1, 1] fp32: cosine and sine of each frame's place in the clip, a half turn over all frames.
 
-    Wan's rotary embedding knows only distances between frames, from which the direction of time is not learned; hence these two input channels.
+    Wan's rotary embedding knows only distances between frames, from which the direction of motion is not learned; hence these
+    two input channels.
     """
     angle = math.pi * (torch.arange(NUM_FRAMES) + 0.5) / NUM_FRAMES
     return torch.stack([angle.cos(), angle.sin()])[:, :, None, None]
@@ -48,11 +50,11 @@ class ShapesPolicy:
     """The generator of the embedded world (interfaces.Policy).
 
     Args:
-        checkpoint: a folder as `fastgrpo.shapes.pretrain` writes it (`transformer/` and `codec.safetensors`), or a folder that `save_pretrained`
-            wrote (the transformer alone), which goes with the shipped codec. None is the shipped checkpoint.
+        checkpoint: a folder as `fastgrpo.shapes.pretrain` writes it (`transformer/` and `codec.safetensors`), or a folder that
+            `save_pretrained` wrote (the transformer alone), which goes with the shipped codec. None is the shipped checkpoint.
     """
 
-    transformer: torch.nn.Module
+    transformer: WanTransformer3DModel
     fps: int = 4
 
     def __init__(self, checkpoint: str | None = None) -> None:
@@ -60,7 +62,7 @@ class ShapesPolicy:
         self._codec: Codec
         self._positions: Tensor
 
-    def latent_shape(self, height: int = SIZE, width: int = SIZE, num_frames: int = NUM_FRAMES) -> tuple[int, ...]:
+    def latent_shape(self, height: int, width: int, num_frames: int) -> tuple[int, ...]:
         """(96, 8, 1, 1). ValueError for anything but 8 frames of 16 x 16, which is all the codec knows."""
         if (height, width, num_frames) != (SIZE, SIZE, NUM_FRAMES):
             raise ValueError(
@@ -80,13 +82,20 @@ class ShapesPolicy:
         if not folder.is_dir():
             raise FileNotFoundError(f"policy.checkpoint: expected a folder, found none at {folder}")
         weights = folder / "transformer" if (folder / "transformer").is_dir() else folder
-        if not (weights / "config.json").is_file():
-            raise FileNotFoundError(f"policy.checkpoint: expected config.json of a WanTransformer3DModel in {weights}")
-        transformer = WanTransformer3DModel.from_pretrained(weights, torch_dtype=torch.float32)
-        expected = new_transformer().config
-        for key in ("in_channels", "out_channels", "text_dim"):
-            if transformer.config[key] != expected[key]:
-                raise ValueError(f"policy.checkpoint: expected {key} {expected[key]} in {weights}, got {transformer.config[key]}")
+        for name in ("config.json", "diffusion_pytorch_model.safetensors"):
+            if not (weights / name).is_file():
+                raise FileNotFoundError(f"policy.checkpoint: expected {name} of a WanTransformer3DModel in {weights}, found none")
+        try:
+            transformer = WanTransformer3DModel.from_pretrained(weights, torch_dtype=torch.float32)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise ValueError(f"policy.checkpoint: expected a readable WanTransformer3DModel in {weights}, got {error}") from error
+        for key, expected in (
+            ("in_channels", LATENT_CHANNELS + _POSITION_CHANNELS),
+            ("out_channels", LATENT_CHANNELS),
+            ("text_dim", TOKEN_DIM),
+        ):
+            if transformer.config[key] != expected:
+                raise ValueError(f"policy.checkpoint: expected {key} {expected} in {weights}, got {transformer.config[key]}")
         codec_file = folder / CODEC_FILE
         codec = load_codec(codec_file if codec_file.is_file() else SHIPPED_CHECKPOINT / CODEC_FILE)
         self.use(transformer, codec, device)

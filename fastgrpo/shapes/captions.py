@@ -1,7 +1,7 @@
 """Captions of the embedded world: "a red square moving right", 4 colours x 3 shapes x 4 directions = 48.
 
-The split is fixed: 12 captions are held out of RL (pretraining sees all 48). They form a Latin design, so that every pair (colour, shape) is held
-out in exactly one direction, and each colour is held out 3 times, each shape 4 times, each direction 3 times.
+The split is fixed: 12 captions are held out of RL (pretraining sees all 48). They form a Latin design, so that every
+pair (colour, shape) is held out in exactly one direction: each colour 3 times, each shape 4 times, each direction 3 times.
 """
 
 from __future__ import annotations
@@ -10,9 +10,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
-
 from fastgrpo_kernels import gaussian_noise
+from torch import Tensor
 
 COLOURS = ("red", "green", "blue", "yellow")
 SHAPES = ("square", "cross", "triangle")

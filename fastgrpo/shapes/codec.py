@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fastgrpo.shapes.render import NUM_FRAMES, SIZE
+from fastgrpo.shapes.render import SIZE
 
 CODEC_FILE = "codec.safetensors"
 LATENT_CHANNELS = 96
@@ -73,11 +74,12 @@ def load_codec(path: Path) -> Codec:
     """The codec in a safetensors file. FileNotFoundError when it is missing, ValueError when a tensor is missing or misshapen."""
     if not path.is_file():
         raise FileNotFoundError(f"expected the codec of the embedded world at {path}, found no such file")
-    tensors = load_file(path)
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"expected a readable safetensors file at {path}, got {error}") from error
     for name, shape in _SHAPES.items():
         if name not in tensors or tuple(tensors[name].shape) != shape:
             found = tuple(tensors[name].shape) if name in tensors else "nothing"
             raise ValueError(f"expected {name} of shape {shape} in {path}, got {found}")
     return Codec(**{name: tensors[name].float() for name in _SHAPES})
-
-

@@ -1,7 +1,7 @@
 """The analytic judge of the embedded world: visual quality, motion quality and text alignment in [0, 1], from pixels alone.
 
-The stages are nested as the paper's prompts are (method.md section 3): R1 = VQ, R2 = VQ*MQ, R3 = VQ*MQ*TA. Everything is computed clip by clip in
-float64 with sums over contiguous rows, so a clip's scores have the same bits alone and in any batch.
+The stages are nested as the paper's prompts are (its section on stage rewards): R1 = VQ, R2 = VQ*MQ, R3 = VQ*MQ*TA. All sums are
+float64 and run over one clip's own contiguous rows, so a clip's scores have the same bits alone and in any batch.
 
 Legend: B clips, T = 8 frames, N = 256 pixels of a frame (row, column flattened), positions (x, y) in pixels with y downwards.
 """
@@ -14,11 +14,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from fastgrpo_kernels import gaussian_noise
 from torch import Tensor
 
 from fastgrpo.shapes.captions import caption_indices, parse_caption
 from fastgrpo.shapes.render import NUM_FRAMES, PALETTE, SHAPE_COUNT, SIZE, STEPS, shape_coverage
-from fastgrpo_kernels import gaussian_noise
 
 _TINY = 1e-9
 _HAZE = 0.12  # brightness taken for background: the codec leaves ripples of this height
@@ -33,6 +33,7 @@ class Measurements:
         centre: [B, T, 2] centre of brightness squared.
         colour: [B, T, 3] mean colour of the object, weighted by brightness squared.
         area: [B, T] pixels that the object covers.
+        spread: [B, T] root mean square distance in pixels of the picture's energy from its centre: about 2 for one object.
         clean: [B, T] share of the picture's energy that lies in the object.
         sharp: [B, T] mean over the object of brightness / peak brightness, 1 without any soft edge.
         peak: [B, T] brightness of the object's core.
@@ -46,6 +47,7 @@ class Measurements:
     centre: Tensor
     colour: Tensor
     area: Tensor
+    spread: Tensor
     clean: Tensor
     sharp: Tensor
     peak: Tensor
@@ -119,6 +121,7 @@ def measure(videos: Tensor) -> Measurements:
         centre=centre,
         colour=colour,
         area=mass / (peak + _TINY),
+        spread=((energy * distance**2).sum(-1) / (energy.sum(-1) + _TINY)).sqrt(),
         clean=energy_in.sum(-1) / (energy.sum(-1) + _TINY),
         sharp=total_in / (mass * peak + _TINY),
         peak=peak,
@@ -131,13 +134,14 @@ def measure(videos: Tensor) -> Measurements:
 
 
 def visual_quality(seen: Measurements) -> Tensor:
-    """VQ [B]: one pure palette colour, bright, sharp, on a clean background, of plausible area; mean over the frames."""
-    pure = _ramp(seen.purity, 0.70, 0.98)
-    bright = _ramp(seen.peak, 0.25, 0.78)
-    sharp = _ramp(seen.sharp, 0.55, 0.85)
-    clean = _ramp(seen.clean, 0.50, 0.97)
+    """VQ [B]: one object of a pure palette colour, bright, sharp, on a clean background, of plausible area; mean over the frames."""
+    pure = _ramp(seen.purity, 0.80, 1.0)
+    bright = _ramp(seen.peak, 0.35, 0.88)
+    sharp = _ramp(seen.sharp, 0.72, 0.90)
+    clean = _ramp(seen.clean, 0.60, 1.0)
     plausible = _ramp(seen.area, 5.0, 12.0) * (1.0 - _ramp(seen.area, 34.0, 50.0))
-    return (pure * bright * sharp * clean * plausible).mean(-1)
+    single = 1.0 - _ramp(seen.spread, 2.7, 3.7)
+    return (pure * bright * sharp * clean * plausible * single).mean(-1)
 
 
 def motion_quality(seen: Measurements) -> Tensor:
@@ -178,9 +182,9 @@ class ShapesJudge:
 
     Args:
         rounding: stage scores are rounded to multiples of this, as a VLM that answers in halves or quarters does; 0 leaves them alone.
-        noise: standard deviation of the error added to each stage score of a clip with VQ = 0; it falls in proportion to 1 - VQ. The error
-            depends on nothing but the clip's pixels (rounded to 8 bits) and the stage. Scores are clamped to [0, 1], then rounded; under noise
-            they need not be nested.
+        noise: standard deviation of the error added to each stage score of a clip with VQ = 0; it falls in proportion to 1 - VQ.
+            The error depends on nothing but the clip's pixels (rounded to 8 bits), its VQ and the stage. Scores are clamped to
+            [0, 1], then rounded; under noise they need not be nested.
     """
 
     stages: tuple[str, ...] = ("visual_quality", "temporal_smoothness", "text_alignment")
@@ -219,11 +223,11 @@ class ShapesJudge:
         clips, valid = self._prepare(videos)
         return torch.where(valid[:, None], self._components(clips, prompts), torch.nan)
 
-    def classify(self, videos: Tensor) -> Tensor:
-        """[B, 3] int64: the colour, shape and direction most like what is seen (indices of captions.py); -1 for an invalid video."""
+    def classify(self, videos: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Colour, shape and direction, each [B] int64, most like what is seen (indices of captions.py); -1 for an invalid video."""
         clips, valid = self._prepare(videos)
-        found = torch.stack([posterior.argmax(-1) for posterior in attribute_posteriors(measure(clips))], dim=1)
-        return torch.where(valid[:, None], found, -1)
+        colour, shape, direction = (torch.where(valid, p.argmax(-1), -1) for p in attribute_posteriors(measure(clips)))
+        return colour, shape, direction
 
     def _components(self, clips: Tensor, prompts: Sequence[str]) -> Tensor:
         if len(prompts) != len(clips):

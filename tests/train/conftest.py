@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import logging
 import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,15 +33,21 @@ ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "fastgrpo" / "recipes" / "shapes.yaml"
 TORCHRUN = Path(sys.executable).with_name("torchrun")
 MAIN_SCRIPT = ROOT / "fastgrpo" / "train.py"
+MODULES = Path(__file__).resolve().parent / "modules"
+sys.path.insert(0, str(MODULES))  # tiny_parts, for the runs in this process and for those forked off it
 
 # The recipe at the least size that still has several prompts, a choice of videos and of steps, and padding nowhere. About half a second.
 TINY: dict[str, Any] = {
     "iterations": 3,
+    "reward": {"class_path": "tiny_parts.SmoothJudge"},
     "rollout": {"num_prompts": 2, "num_generations": 4, "num_inference_steps": 5, "micro_batch_size": 4},
     "update": {"num_best": 1, "num_worst": 1, "gradient_accumulation": 4},
     "evaluation": {"num_generations": 1, "num_videos": 0},
     "tracking": {"trackers": []},
 }
+
+
+logging.getLogger("c10d-NullHandler-dcp_logger").setLevel(logging.WARNING)  # fifteen lines a checkpoint in the report of a failed test
 
 
 @dataclass(frozen=True)
@@ -58,11 +66,6 @@ class Outcome:
     @property
     def trained_rows(self) -> list[dict[str, Any]]:
         return [row for row in self.rows if row["iteration"] > 0]
-
-
-@pytest.fixture(scope="session")
-def recipe() -> Path:
-    return RECIPE
 
 
 @pytest.fixture(scope="session")
@@ -91,7 +94,8 @@ def start() -> Callable[..., Outcome]:
         if not report:  # four figures, three times the cost of the run
             fastgrpo.train.write_report = lambda run, smoothing_window=10: run
         try:
-            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Unable to enable fault handler")  # it wants a stderr with a file number
                 code = main(list(argv)) or 0
         except SystemExit as stop:
             code = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
@@ -113,24 +117,24 @@ def train(tiny: Callable[..., list[str]], start: Callable[..., Outcome]) -> Call
 def torchrun() -> Callable[..., subprocess.Popen[str]]:
     """torchrun(argv, ranks, cwd, ...): the trainer as a job of its own, in a process group of its own; stdout and stderr in one pipe."""
 
-    def popen(argv: Sequence[str], ranks: int, cwd: Path, modules: Path | None = None) -> subprocess.Popen[str]:
+    def popen(argv: Sequence[str], ranks: int, cwd: Path) -> subprocess.Popen[str]:
         return subprocess.Popen(
             [str(TORCHRUN), "--standalone", "--nproc-per-node", str(ranks), str(MAIN_SCRIPT), *argv],
-            cwd=cwd, env=job_environment(modules), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+            cwd=cwd, env=job_environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
 
     return popen
 
 
-def job_environment(modules: Path | None = None) -> dict[str, str]:
-    paths = [str(modules)] if modules else []
-    paths += [str(ROOT), str(ROOT / "kernels")]
-    return {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": os.pathsep.join(paths)}
+def job_environment() -> dict[str, str]:
+    paths = os.pathsep.join(map(str, (MODULES, ROOT, ROOT / "kernels")))
+    return {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": paths}
 
 
 @pytest.fixture(scope="session")
-def environment() -> Callable[..., dict[str, str]]:
-    return job_environment
+def environment() -> dict[str, str]:
+    """Of a process that finds the packages and `modules`."""
+    return job_environment()
 
 
 @pytest.fixture(scope="session")
@@ -140,49 +144,35 @@ def background() -> Callable[[Sequence[str]], Any]:
     server.set_forkserver_preload(["fastgrpo.train", "fastgrpo.policies.shapes", "fastgrpo.shapes.judge", "diffusers.optimization"])
 
     def begin(argv: Sequence[str]) -> Any:
-        process = server.Process(target=_train_quietly, args=(list(argv),))
+        process = server.Process(target=fastgrpo.train.main, args=(list(argv),))
         process.start()
         return process
 
-    # The child finds its target by name, and this file has none that it could import.
-    _train_quietly = fastgrpo.train.main
     return begin
 
 
-@pytest.fixture
-def during(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[int], None]], None]:
-    """during(f): call f(iteration) at the beginning of every training step."""
-
-    def hook(call: Callable[[int], None]) -> None:
-        step = Trainer.step
-
-        def hooked(self: Trainer, iteration: int) -> dict[str, Any]:
-            call(iteration)
-            return step(self, iteration)
-
-        monkeypatch.setattr(Trainer, "step", hooked)
-
-    return hook
-
-
-@pytest.fixture
-def interrupt(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], contextlib.AbstractContextManager[None]]:
-    """with interrupt(k): the process gets SIGTERM at the beginning of iteration k."""
+@pytest.fixture(scope="session")
+def each_step() -> Callable[[Callable[[int], object]], contextlib.AbstractContextManager[None]]:
+    """with each_step(f): f(iteration) is called at the beginning of every training step."""
 
     @contextlib.contextmanager
-    def during_iteration(number: int) -> Iterator[None]:
-        step = Trainer.step
+    def calling(call: Callable[[int], object]) -> Iterator[None]:
+        def step(self: Trainer, iteration: int) -> dict[str, Any]:
+            call(iteration)
+            return own(self, iteration)
 
-        def hooked(self: Trainer, iteration: int) -> dict[str, Any]:
-            if iteration == number:
-                os.kill(os.getpid(), signal.SIGTERM)
-            return step(self, iteration)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(Trainer, "step", hooked)
+        own = Trainer.step
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Trainer, "step", step)
             yield
 
-    return during_iteration
+    return calling
+
+
+@pytest.fixture(scope="session")
+def interrupt(each_step: Callable[..., Any]) -> Callable[[int], contextlib.AbstractContextManager[None]]:
+    """with interrupt(k): the process gets SIGTERM at the beginning of iteration k."""
+    return lambda number: each_step(lambda iteration: iteration == number and os.kill(os.getpid(), signal.SIGTERM))
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastgrpo.sde import sde_coefficients, sigma_schedule, timesteps, x0_prediction
+from fastgrpo.sde import SDECoefficients, sde_coefficients, sigma_schedule, timesteps, x0_prediction
 
 SHAPE = (3, 2, 5)
 # method.md section 1: 16 steps, shift 5; i, sigma, D, then a, b, s of dance at eta 0.5.
@@ -93,6 +93,7 @@ def test_table_layout() -> None:
     sigmas = sigma_schedule(16, 5.0)
     for kind, eta in PUBLISHED:
         table = sde_coefficients(sigmas, kind, eta)
+        assert isinstance(table, SDECoefficients)
         assert table.normalized == (kind != "cps")
         for column in (table.a, table.b, table.std):
             assert column.dtype == torch.float64

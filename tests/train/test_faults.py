@@ -1,0 +1,344 @@
+"""What goes wrong, and what the run makes of it: damaged checkpoints, numbers that are not finite, configurations that cannot be."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastgrpo import checkpoint
+from fastgrpo.policies.shapes import ShapesPolicy
+
+Train = Callable[..., Any]
+
+# --- damaged checkpoints -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory, train: Train) -> Path:
+    return train(tmp_path_factory.mktemp("faults") / "whole", "--iterations", "4", "--checkpoint.interval", "1").folder
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory, train: Train, interrupt: Any) -> Path:
+    """A run of four iterations that was stopped after the third, with three checkpoints."""
+    folder = tmp_path_factory.mktemp("faults") / "stopped"
+    with interrupt(3):
+        train(folder, "--iterations", "4", "--checkpoint.interval", "1")
+    return folder
+
+
+def truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def flip(file: Path, position: int = -1) -> None:
+    content = bytearray(file.read_bytes())
+    content[position if position >= 0 else len(content) // 2] ^= 0x10
+    file.write_bytes(content)
+
+
+DAMAGES: dict[str, tuple[str, Callable[[Path], None]]] = {
+    "truncated": ("__0_0.distcp", truncate),
+    "flipped": ("__0_0.distcp", flip),
+    "missing": (".metadata", Path.unlink),
+    "manifest": ("manifest.json", lambda file: file.write_text("{}")),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_refused_and_the_one_before_is_used(
+    tmp_path: Path, train: Train, stopped: Path, uninterrupted: Path, assert_same_end: Any, damage: str
+) -> None:
+    name, spoil = DAMAGES[damage]
+    shutil.copytree(stopped, tmp_path / "run", symlinks=True)
+    spoil(tmp_path / "run" / "checkpoints" / "iteration_000003" / name)
+    run = train(tmp_path / "run", "--iterations", "4", "--checkpoint.interval", "1", "--resume", "auto")
+    assert run.code == 0
+    (refused,) = [line for line in run.out.splitlines() if "refused" in line]
+    assert "iteration_000003" in refused
+    assert name in refused
+    assert "resume: going on after iteration 2" in run.out
+    assert (run.folder / "checkpoints" / "iteration_000003.refused").is_dir(), "kept, for whoever wants to know why"
+    assert_same_end(run.folder, uninterrupted)
+
+
+def test_flipped_bytes_of_a_checkpoint_are_refused(tmp_path: Path, one_rank: torch.device) -> None:
+    """Of a small one, in every file, and all in turn of those that are read as text; only what changes nothing when the manifest is read may pass, and nothing but ValueError is raised."""
+    whole = checkpoint.save(tmp_path / "checkpoints", 1, {"model": {"weight": torch.ones(2)}}, {"count": 1}, keep=1)
+    files = sorted(file for file in whole.rglob("*") if file.is_file())
+    assert [file.name for file in files] == [".metadata", "__0_0.distcp", "manifest.json", "state.json"]
+    for file in files:
+        content = file.read_bytes()
+        for position in range(0, len(content), 1 if file.suffix == ".json" else 61):
+            flip(file, position)
+            if file.name == "manifest.json" and parsed(file.read_bytes()) == json.loads(content):
+                checkpoint.verify(whole)
+            else:
+                with pytest.raises(ValueError, match=f"{whole}/"):
+                    checkpoint.verify(whole)
+            file.write_bytes(content)
+    checkpoint.verify(whole)
+
+
+def parsed(text: bytes) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None
+
+
+def contents(folder: Path) -> list[str]:
+    return sorted(hashlib.sha256(file.read_bytes()).hexdigest() for file in folder.rglob("*") if file.is_file())
+
+
+def test_all_checkpoints_damaged(tmp_path: Path, train: Train, stopped: Path) -> None:
+    """Exit code 2 and clear words, twice over; nothing is deleted, nothing is trained."""
+    shutil.copytree(stopped, tmp_path / "run", symlinks=True)
+    for whole in checkpoint.list_checkpoints(tmp_path / "run" / "checkpoints"):
+        flip(whole / "__0_0.distcp")
+    before = contents(tmp_path / "run")
+    for _ in range(2):
+        run = train(tmp_path / "run", "--iterations", "4", "--resume", "auto")
+        assert run.code == 2
+        (line,) = run.err.splitlines()
+        assert line.startswith("error: ")
+        assert "every checkpoint" in line
+        assert str(tmp_path / "run" / "checkpoints") in line
+        assert contents(tmp_path / "run") == before
+
+
+# --- numbers that are not finite -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def poison(monkeypatch: pytest.MonkeyPatch, each_step: Any) -> Any:
+    """poison(f): velocities pass through f(velocity, iteration, number of the call in it), with and without gradient told apart by torch."""
+    patches = []
+
+    def begin(change: Callable[[Tensor, int, int], Tensor]) -> None:
+        now = {"iteration": 0, "call": 0}
+        own = ShapesPolicy.velocity
+
+        def velocity(self: ShapesPolicy, *args: Any, **kwargs: Any) -> Tensor:
+            now["call"] += 1
+            return change(own(self, *args, **kwargs), now["iteration"], now["call"])
+
+        monkeypatch.setattr(ShapesPolicy, "velocity", velocity)
+        patches.append(each_step(lambda iteration: now.update(iteration=iteration, call=0)))
+        patches[-1].__enter__()
+
+    yield begin
+    for patch in patches:
+        patch.__exit__(None, None, None)
+
+
+def spoiled_gradient(velocity: Tensor) -> Tensor:
+    velocity.register_hook(lambda gradient: gradient * torch.nan)
+    return velocity
+
+
+SPOILS: dict[str, Callable[[Tensor], Tensor]] = {
+    "NaN in the loss": lambda velocity: velocity * torch.nan,
+    "Inf in the loss": lambda velocity: velocity + torch.inf,
+    "NaN in the gradient alone": spoiled_gradient,
+}
+
+
+@pytest.mark.parametrize("kind", SPOILS)
+def test_an_update_that_is_not_finite_is_skipped(tmp_path: Path, train: Train, poison: Any, tensors: Any, kind: str) -> None:
+    """In iteration 2 of 3: weights, moments and averages stay, the step is counted, the run goes on."""
+    poison(lambda velocity, iteration, call: SPOILS[kind](velocity) if torch.is_grad_enabled() and iteration == 2 else velocity)
+    run = train(tmp_path / "run", "--checkpoint.interval", "1", "--checkpoint.keep", "9", "--update.ema_decay", "0.5")
+    assert run.code == 0
+    assert [row["num_skipped_updates"] for row in run.trained_rows] == [0, 1, 0]
+    assert run.trained_rows[1]["grad_norm"] is None
+    assert run.trained_rows[1]["reward"] is not None
+    first, second, third = (tensors(run.folder / "checkpoints" / f"iteration_{i:06d}") for i in (1, 2, 3))
+    for name, value in first.items():
+        if isinstance(value, Tensor):
+            assert torch.equal(value, second[name]), name
+    moved = [name for name, value in second.items() if isinstance(value, Tensor) and not torch.equal(value, third[name])]
+    assert len(moved) > 100
+    assert all(torch.isfinite(value).all() for value in third.values() if isinstance(value, Tensor))
+
+
+def test_one_update_of_several_is_skipped(tmp_path: Path, train: Train, poison: Any) -> None:
+    """Two optimizer steps an iteration, the first of iteration 1 spoiled: the second is made."""
+    spoiled = set()
+
+    def change(velocity: Tensor, iteration: int, call: int) -> Tensor:
+        if torch.is_grad_enabled() and iteration == 1 and not spoiled:
+            spoiled.add(call)
+            return velocity * torch.nan
+        return velocity
+
+    poison(change)
+    run = train(tmp_path / "run", "--iterations", "2", "--update.gradient_accumulation", "2")
+    assert [row["num_skipped_updates"] for row in run.trained_rows] == [1, 0]
+    assert [row["ratio_drift"] for row in run.trained_rows] == [None, 0.0], "a drift that is not a number is not 0"
+
+
+def test_too_many_in_a_row_stop_the_run_with_a_checkpoint(tmp_path: Path, train: Train, poison: Any, tensors: Any) -> None:
+    poison(lambda velocity, iteration, call: velocity * torch.nan if torch.is_grad_enabled() and iteration >= 2 else velocity)
+    run = train(tmp_path / "run", "--iterations", "9", "--update.max_skipped_updates", "3", "--checkpoint.interval", "3")
+    assert run.code == 1
+    assert [row["iteration"] for row in run.rows] == [0, 1, 2, 3, 4]
+    (said,) = [line for line in run.out.splitlines() if line.startswith("stopped after iteration 4: 3 updates in a row")]
+    assert "update.max_skipped_updates" in said
+    assert "--resume auto" in said
+    assert (run.folder / "checkpoints" / "latest").resolve().name == "iteration_000004"
+    before, last = (tensors(run.folder / "checkpoints" / f"iteration_{i:06d}") for i in (3, 4))
+    assert all(torch.equal(value, last[name]) and torch.isfinite(value).all() for name, value in before.items() if isinstance(value, Tensor))
+    assert not (run.folder / "transformer").exists()
+
+
+def test_a_run_that_stopped_for_them_goes_on_when_they_are_gone(tmp_path: Path, train: Train, poison: Any) -> None:
+    sick = {"now": True}
+    poison(lambda velocity, iteration, call: velocity * torch.nan if torch.is_grad_enabled() and sick["now"] else velocity)
+    arguments = ["--iterations", "3", "--update.max_skipped_updates", "2"]
+    assert train(tmp_path / "run", *arguments).code == 1
+    sick["now"] = False
+    run = train(tmp_path / "run", *arguments, "--resume", "auto")
+    assert run.code == 0
+    assert [row["num_skipped_updates"] for row in run.trained_rows] == [1, 1, 0]
+
+
+def test_only_those_in_a_row_count(tmp_path: Path, train: Train, poison: Any) -> None:
+    poison(lambda velocity, iteration, call: velocity * torch.nan if torch.is_grad_enabled() and iteration % 2 else velocity)
+    run = train(tmp_path / "run", "--iterations", "5", "--update.max_skipped_updates", "2")
+    assert run.code == 0
+    assert [row["num_skipped_updates"] for row in run.trained_rows] == [1, 0, 1, 0, 1]
+
+
+def test_latents_that_are_not_finite_make_invalid_videos(tmp_path: Path, train: Train, poison: Any) -> None:
+    """A group is a micro-batch of 4 here, sampled in 5 calls. Three of the first group (skipped), one of the second (trained), all (no update)."""
+    videos = {2: (1, [0, 1, 3]), 3: (2, [2]), 4: (None, [0, 1, 2, 3])}
+
+    def change(velocity: Tensor, iteration: int, call: int) -> Tensor:
+        group, broken = videos.get(iteration, (0, []))
+        if not torch.is_grad_enabled() and call in ((1, 6) if group is None else (5 * group - 4,)):
+            velocity[broken] = torch.nan
+        return velocity
+
+    poison(change)
+    run = train(tmp_path / "run", "--iterations", "5")
+    assert run.code == 0
+    assert [row["num_invalid_videos"] for row in run.trained_rows] == [0, 3, 1, 8, 0]
+    assert [row["num_skipped_groups"] for row in run.trained_rows] == [0, 1, 0, 2, 0]
+    assert [row["num_skipped_updates"] for row in run.trained_rows] == [0] * 5
+    assert [row["ratio_drift"] for row in run.trained_rows] == [0.0, 0.0, 0.0, None, 0.0]
+    assert run.trained_rows[3]["reward"] is None
+    assert run.trained_rows[3]["grad_norm"] is None
+    assert all(run.trained_rows[4][f"competence/{s}"] is not None for s in ("visual_quality", "text_alignment"))
+
+
+# --- configurations that cannot be -----------------------------------------------------------------------------------------------------------
+
+BINARY, EMPTY, BLANK, STRANGE = "binary.txt", "empty.txt", "blank.txt", "strange.txt"
+TWICE, MISSPELT, NOT_YAML = "twice.yaml", "misspelt.yaml", "not.yaml"
+FILES = {
+    BINARY: b"\xff\xfe\x00\x01",
+    EMPTY: b"",
+    BLANK: b"\n  \n",
+    STRANGE: b"a red square moving right\n" * 40 + b"a mauve square moving right\n",
+    TWICE: b"rollout:\n  eta: 0.5\nseed: 1\nrollout:\n  eta: 0.6\n",
+    MISSPELT: b"rollout:\n  num_generation: 4\n",
+    NOT_YAML: b"rollout: [\n",
+}
+
+WITHOUT_WEIGHTS: dict[str, tuple[list[str], list[str]]] = {
+    "binary prompt file": (["--prompts.train", BINARY], ["prompts.train", BINARY, "UTF-8"]),
+    "empty prompt file": (["--prompts.train", EMPTY], ["prompts.train", EMPTY, "at least one caption"]),
+    "blank prompt file": (["--prompts.heldout", BLANK], ["prompts.heldout", BLANK, "at least one caption"]),
+    "missing prompt file": (["--prompts.train", "nowhere.txt"], ["prompts.train", "nowhere.txt"]),
+    "prompt file is a folder": (["--prompts.train", "."], ["prompts.train"]),
+    "caption outside the grammar": (["--prompts.train", STRANGE], ["prompts.train", "mauve", STRANGE]),
+    "held-out caption outside the grammar": (["--prompts.heldout", STRANGE], ["prompts.heldout", "mauve"]),
+    "duplicate keys": (["--config", TWICE], ["rollout", "twice"]),
+    "misspelt key in a file": (["--config", MISSPELT], ["rollout", "num_generation"]),
+    "misspelt key on the command line": (["--rollout.num_generation", "4"], ["--rollout.num_generation"]),
+    "misspelt section": (["--rolout.eta", "0.5"], ["--rolout.eta"]),
+    "recipe that is not YAML": (["--config", NOT_YAML], ["config"]),
+    "missing recipe": (["--config", "nowhere.yaml"], ["config", "nowhere.yaml"]),
+    "word for a number": (["--rollout.height", "tall"], ["rollout.height", "int", "tall"]),
+    "fraction for a count": (["--iterations", "1.5"], ["iterations", "1.5"]),
+    "number for a list": (["--pacing.thresholds", "0.5"], ["pacing.thresholds", "0.5"]),
+    "null for a number": (["--update.learning_rate", "null"], ["update.learning_rate"]),
+    "one beta": (["--update.betas", "[0.9]"], ["update.betas"]),
+    "unknown sampler": (["--rollout.sde", "ddim"], ["rollout.sde", "ddim", "dance"]),
+    "a sampler without log-probability": (["--rollout.sde", "ode"], ["rollout.sde", "ode"]),
+    "height 17": (["--rollout.height", "17"], ["rollout.height", "17"]),
+    "no frames": (["--rollout.num_frames", "0"], ["rollout.num_frames", "0"]),
+    "too few thresholds": (["--pacing.thresholds", "[0.5]"], ["pacing.thresholds", "expected 2", "got 1"]),
+    "too many thresholds": (["--pacing.thresholds", "[0.5,0.5,0.5]"], ["pacing.thresholds", "expected 2", "got 3"]),
+    "thresholds for the other gate": (["--pacing.gate", "literal"], ["pacing.thresholds", "expected 3", "literal"]),
+    "group smaller than best-of-n": (["--update.num_best", "4"], ["rollout.num_generations", "num_best", "5"]),
+    "window longer than the steps": (["--rollout.sde_window", "sliding", "--rollout.window_size", "5"], ["rollout.window_size", "5"]),
+    "negative learning rate": (["--update.learning_rate", "-1"], ["update.learning_rate", "-1"]),
+    "not a number": (["--rollout.shift", ".nan"], ["rollout.shift", "nan"]),
+    "unknown tracker": (["--tracking.trackers", "[tensorbord]"], ["tracking.trackers", "tensorbord", "tensorboard"]),
+    "apex without apex": (["--update.optimizer", "apex_fused_adam"], ["update.optimizer", "apex"]),
+    "unknown policy class": (["--policy.class_path", "fastgrpo.policies.shapes.Shape"], ["policy", "fastgrpo.policies.shapes.Shape"]),
+    "class that is no policy": (["--policy.class_path", "fastgrpo.shapes.judge.ShapesJudge"], ["policy", "ShapesJudge", "interfaces.py"]),
+    "unknown argument of the policy": (["--policy.weights", "x"], ["policy", "weights"]),
+    "impossible argument of the judge": (["--reward.class_path", "fastgrpo.shapes.judge.ShapesJudge", "--reward.noise", "-1"], ["noise", "-1"]),
+    "name with a slash": (["--name", "a/b"], ["name", "a/b"]),
+}  # fmt: skip
+WITH_WEIGHTS: dict[str, tuple[list[str], list[str]]] = {
+    "no such checkpoint folder": (["--policy.checkpoint", "nowhere"], ["policy.checkpoint", "nowhere"]),
+    "a folder without a model": (["--policy.checkpoint", "."], ["policy.checkpoint", "config.json"]),
+}
+if not torch.cuda.is_available():
+    WITHOUT_WEIGHTS["cuda without a GPU"] = (["--runtime.device", "cuda"], ["runtime.device", "cuda", "GPU"])
+
+
+@pytest.fixture
+def fault_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name, content in FILES.items():
+        (tmp_path / name).write_bytes(content)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def assert_one_clear_line(outcome: Any, words: list[str]) -> None:
+    assert outcome.code == 2
+    assert outcome.out == ""
+    (line,) = outcome.err.splitlines()
+    assert line.startswith("error: ")
+    assert all(word in line for word in words), line
+    assert len(line) < 600
+
+
+@pytest.mark.parametrize("fault", WITHOUT_WEIGHTS)
+def test_wrong_configuration_is_one_line_before_any_work(
+    fault_folder: Path, train: Train, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    def load(self: ShapesPolicy, device: torch.device) -> None:
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr(ShapesPolicy, "load", load)
+    arguments, words = WITHOUT_WEIGHTS[fault]
+    assert_one_clear_line(train(fault_folder / "runs" / "run", *arguments), words)
+    assert not (fault_folder / "runs").exists(), "nor is a folder made"
+
+
+@pytest.mark.parametrize("fault", WITH_WEIGHTS)
+def test_wrong_checkpoint_is_one_line_and_leaves_the_name_free(fault_folder: Path, train: Train, fault: str) -> None:
+    arguments, words = WITH_WEIGHTS[fault]
+    assert_one_clear_line(train(fault_folder / "runs" / "run", *arguments), words)
+    assert train(fault_folder / "runs" / "run", "--iterations", "0").code == 0
+
+
+def test_the_rank_that_speaks(fault_folder: Path, train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every rank finds the error; one says it."""
+    monkeypatch.setenv("RANK", "1")
+    silent = train(fault_folder / "runs" / "run", "--prompts.train", EMPTY)
+    assert (silent.code, silent.out, silent.err) == (2, "", "")

@@ -1,0 +1,344 @@
+"""A run that was stopped or killed, and resumed, ends in the same state as one that never was: weights, optimizer, metrics, bit for bit."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import shlex
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.checkpoint import CheckpointException
+
+import fastgrpo.checkpoint
+from fastgrpo.shapes.captions import train_captions
+
+Train = Callable[..., Any]
+
+# Everything at once that has a state: averaged weights, several optimizer steps, a schedule, a window that moves, running competence.
+MANY_STATES = [
+    "--update.ema_decay", "0.5", "--update.gradient_accumulation", "2", "--update.lr_scheduler", "cosine", "--update.warmup_iterations", "1",
+    "--rollout.sde_window", "sliding", "--rollout.window_size", "2", "--rollout.window_interval", "1", "--update.kl_coef", "0.1",
+]  # fmt: skip
+SETTINGS = {"plain": [], "many states": MANY_STATES}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory, train: Train) -> dict[str, Any]:
+    """Runs of four iterations that nothing disturbed, by their settings, with a checkpoint at every iteration."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    return {
+        name: train(folder / name.replace(" ", "_"), "--iterations", "4", "--checkpoint.interval", "1", "--checkpoint.keep", "9", *overrides)
+        for name, overrides in SETTINGS.items()
+    }
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_stopped_by_a_signal_and_resumed_twice(
+    tmp_path: Path, train: Train, interrupt: Any, uninterrupted: dict[str, Any], assert_same_end: Any, settings: str
+) -> None:
+    """A signal in iteration 2 ends the run after it; the resumed one ends after iteration 3; the third start finishes."""
+    arguments = ["--iterations", "4", "--checkpoint.interval", "50", *SETTINGS[settings]]
+    for stopped_in in (2, 3):
+        with interrupt(stopped_in):
+            run = train(tmp_path / "run", *arguments, "--resume", "auto")
+        assert run.code == 0
+        assert run.rows[-1]["iteration"] == stopped_in, "the iteration's work is finished, and no other begun"
+        assert (run.folder / "checkpoints" / "latest").resolve().name == f"iteration_{stopped_in:06d}"
+        assert not (run.folder / "transformer").exists()
+        assert "SIGTERM: finishing this iteration" in run.out
+        assert "--resume auto" in run.out
+    run = train(tmp_path / "run", *arguments, "--resume", "auto")
+    assert "resume: going on after iteration 3" in run.out
+    assert "changed since" not in run.out
+    assert_same_end(run.folder, uninterrupted[settings].folder)
+
+
+def test_resumed_states_are_not_trivially_equal(uninterrupted: dict[str, Any], tensors: Callable[[Path], dict[str, Any]]) -> None:
+    """What the comparisons compare: every kind of state is in a checkpoint, and differs from one iteration to the next."""
+    before, after = (tensors(uninterrupted["many states"].folder / "checkpoints" / f"iteration_{i:06d}") for i in (3, 4))
+    for part in ("model/", "ema/module.", "optimizer/state/"):
+        names = [name for name in before if name.startswith(part)]
+        changed = [isinstance(before[name], torch.Tensor) and not torch.equal(before[name], after[name]) for name in names]
+        assert sum(changed) > 0.9 * len(names) > 0
+    states = [json.loads((uninterrupted["many states"].folder / "checkpoints" / f"iteration_{i:06d}" / "state.json").read_text()) for i in (3, 4)]
+    assert [state["prompts_drawn"] for state in states] == [6, 8]
+    assert states[0]["pacer"] != states[1]["pacer"]
+
+
+def test_resuming_a_finished_run_changes_nothing(tmp_path: Path, train: Train, uninterrupted: dict[str, Any], assert_same_end: Any) -> None:
+    shutil.copytree(uninterrupted["plain"].folder, tmp_path / "plain", symlinks=True)
+    again = train(tmp_path / "plain", "--iterations", "4", "--resume", "auto")
+    assert again.code == 0
+    assert "done: " in again.out
+    assert_same_end(again.folder, uninterrupted["plain"].folder)
+
+
+def test_more_iterations_than_first_asked_for(
+    tmp_path: Path, train: Train, uninterrupted: dict[str, Any], rows_without_times: Any, tensors: Any
+) -> None:
+    """Under a constant learning rate a run of 2 iterations that is given 4 ends as one of 4; the log has one evaluation more, after the second."""
+    train(tmp_path / "run", "--iterations", "2")
+    run = train(tmp_path / "run", "--iterations", "4", "--resume", "auto")
+    assert "changed since the run began: iterations: 2 -> 4" in run.out
+    assert "rollout" not in run.out.split("resume: changed")[1].split("\n")[0]
+    expected = uninterrupted["plain"]
+    rows, expected_rows = ([json.loads(row) for row in rows_without_times(folder)] for folder in (run.folder, expected.folder))
+    assert [row["iteration"] for row in rows] == [0, 1, 2, 3, 4]
+    extra = {key: value for key, value in rows[2].items() if key not in expected_rows[2]}
+    assert extra and all(key.startswith("eval/") for key in extra)
+    assert [row | (extra if row["iteration"] == 2 else {}) for row in expected_rows] == rows
+    one, other = (tensors(folder / "checkpoints" / "latest") for folder in (run.folder, expected.folder))
+    assert all(torch.equal(one[name], other[name]) for name in one if isinstance(one[name], torch.Tensor))
+
+
+def test_a_changed_setting_takes_effect_and_is_said(tmp_path: Path, train: Train, tensors: Any) -> None:
+    """The configuration's hyperparameters rule, not those in the checkpoint's optimizer state."""
+    train(tmp_path / "run", "--iterations", "1")
+    changes = ["--update.learning_rate", "1e-3", "--update.weight_decay", "0.25", "--update.betas", "[0.5, 0.75]"]
+    run = train(tmp_path / "run", "--iterations", "2", "--resume", "auto", *changes)
+    assert run.code == 0
+    assert "changed since the run began: update.learning_rate: 0.0002 -> 0.001" in run.out
+    assert run.rows[-1]["learning_rate"] == 1e-3
+    state = tensors(run.folder / "checkpoints" / "latest")
+    groups = {name.rpartition("/")[2]: value for name, value in state.items() if "param_groups" in name}
+    assert (groups["lr"], groups["weight_decay"], tuple(groups["betas"])) == (1e-3, 0.25, (0.5, 0.75))
+
+
+def test_resume_auto_in_a_new_folder_is_a_new_run(tmp_path: Path, train: Train) -> None:
+    run = train(tmp_path / "run", "--iterations", "1", "--resume", "auto")
+    assert run.code == 0
+    assert [row["iteration"] for row in run.rows] == [0, 1]
+    assert "resume:" not in run.out
+
+
+def test_killed_before_the_first_checkpoint(
+    tmp_path: Path, train: Train, each_step: Any, uninterrupted: dict[str, Any], assert_same_end: Any
+) -> None:
+    """Rows are there, and no checkpoint: the run starts over, and says so."""
+    with each_step(fail_in(3)), pytest.raises(Killed):
+        train(tmp_path / "run", "--iterations", "4")
+    assert (tmp_path / "run" / "metrics.jsonl").read_text().count("\n") == 3
+    assert train(tmp_path / "run", "--iterations", "4").code == 2, "the folder is used"
+    run = train(tmp_path / "run", "--iterations", "4", "--resume", "auto")
+    assert "no checkpoint" in run.out
+    assert_same_end(run.folder, uninterrupted["plain"].folder)
+
+
+@pytest.mark.parametrize("tail", ['{"iteration": 4, "rew', '{"iteration": 4}\n{"iteration": 5, "reward": 0.1}\n', "\x00" * 20])
+def test_rows_after_the_checkpoint_and_half_a_line(
+    tmp_path: Path, train: Train, interrupt: Any, uninterrupted: dict[str, Any], assert_same_end: Any, tail: str
+) -> None:
+    with interrupt(2):
+        train(tmp_path / "run", "--iterations", "4")
+    with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
+        file.write(tail)
+    run = train(tmp_path / "run", "--iterations", "4", "--resume", "auto")
+    assert_same_end(run.folder, uninterrupted["plain"].folder)
+
+
+@pytest.mark.parametrize("lost", ["config.yaml", "metrics.jsonl", "checkpoints/latest"])
+def test_a_file_beside_the_checkpoints_was_lost(
+    tmp_path: Path, train: Train, interrupt: Any, uninterrupted: dict[str, Any], tensors: Any, lost: str
+) -> None:
+    with interrupt(2):
+        train(tmp_path / "run", "--iterations", "4")
+    (tmp_path / "run" / lost).unlink()
+    run = train(tmp_path / "run", "--iterations", "4", "--resume", "auto")
+    assert run.code == 0
+    one, other = (tensors(folder / "checkpoints" / "latest") for folder in (run.folder, uninterrupted["plain"].folder))
+    assert all(torch.equal(one[name], other[name]) for name in one if isinstance(one[name], torch.Tensor))
+
+
+# --- killed ----------------------------------------------------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """Stands in for SIGKILL at an exact place: nothing in the trainer catches it, and nothing is tidied up."""
+
+
+def fail_in(number: int) -> Callable[[int], None]:
+    def call(iteration: int) -> None:
+        if iteration == number:
+            raise Killed
+
+    return call
+
+
+OPERATIONS = [
+    (fastgrpo.checkpoint, "_sync"), (fastgrpo.checkpoint.dcp, "save"), (os, "replace"), (shutil, "rmtree"), (Path, "mkdir"), (Path, "symlink_to"),
+]  # fmt: skip
+
+
+@contextlib.contextmanager
+def killed_at_operation(number: int) -> Iterator[list[str]]:
+    """Killed just before the file operation of that number (from 0) below a folder `checkpoints`; gives the names of those before it."""
+    done: list[str] = []
+
+    def counting(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if any("checkpoints" in str(argument) for argument in (*args, *kwargs.values())):
+                if len(done) == number:
+                    raise Killed(name)
+                done.append(name)
+            return function(*args, **kwargs)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name in OPERATIONS:
+            patch.setattr(owner, name, counting(name, getattr(owner, name)))
+        yield done
+
+
+def test_killed_at_every_step_of_writing_a_checkpoint(tmp_path: Path, one_rank: torch.device) -> None:
+    """The second checkpoint replaces the first (keep 1). Killed between any two file operations, what loads is whole, and one of the two."""
+
+    def state(iteration: int) -> dict[str, Any]:
+        return {"model": {"weight": torch.full((3,), float(iteration))}}
+
+    places: set[str] = set()
+    for number in range(100):
+        folder = tmp_path / f"killed_{number}" / "checkpoints"
+        fastgrpo.checkpoint.save(folder, 1, state(1), {"count": 1}, keep=1)
+        with killed_at_operation(number) as done, contextlib.suppress(Killed, CheckpointException):  # the latter where torch wraps it
+            fastgrpo.checkpoint.save(folder, 2, state(2), {"count": 2}, keep=1)
+        places.update(done)
+        assert (folder / "latest").exists()
+        for checkpoint in ((folder / "latest").resolve(), *fastgrpo.checkpoint.list_checkpoints(folder)):
+            fastgrpo.checkpoint.verify(checkpoint)
+        loaded = state(0)
+        found = fastgrpo.checkpoint.load(folder, loaded)
+        assert found in ((1, {"count": 1}), (2, {"count": 2}))
+        assert loaded["model"]["weight"].tolist() == [float(found[0])] * 3
+        assert (folder / "latest").resolve().name == f"iteration_{found[0]:06d}"
+        fastgrpo.checkpoint.save(folder, 2, state(2), {"count": 2}, keep=1)
+        assert sorted(path.name for path in folder.iterdir()) == ["iteration_000002", "latest"], "nothing is left over"
+        if len(done) < number:
+            break
+    assert number > 12
+    assert places == {name for _, name in OPERATIONS}
+
+
+def kill_until_done(background: Any, argv: list[str], folder: Path, rounds: int, draw: random.Random, longest: float) -> int:
+    """Start, kill at a random moment, resume, kill, ...; after so many kills let it finish. Returns the kills that hit a running process."""
+    hits = 0
+    for _ in range(rounds):
+        process = background([*argv, "--resume", "auto"])
+        process.join(timeout=draw.uniform(0.05, longest))
+        if process.exitcode is None:
+            hits += 1
+        process.kill()
+        process.join()
+        if (folder / "transformer" / "config.json").exists():
+            break
+    process = background([*argv, "--resume", "auto"])
+    process.join(timeout=120)
+    assert process.exitcode == 0
+    return hits
+
+
+def test_sigkill_at_random_moments(
+    tmp_path: Path, tiny: Callable[..., list[str]], background: Any, uninterrupted: dict[str, Any], assert_same_end: Any
+) -> None:
+    draw = random.Random(20_240)
+    argv = tiny(tmp_path / "run", "--iterations", "4", "--checkpoint.interval", "1", "--checkpoint.keep", "2", *MANY_STATES)
+    assert kill_until_done(background, argv, tmp_path / "run", 4, draw, longest=1.5) >= 1
+    assert_same_end(tmp_path / "run", uninterrupted["many states"].folder)
+    rows = [json.loads(line)["iteration"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert rows == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.slow
+def test_sigkill_at_random_moments_many_times(
+    tmp_path: Path, tiny: Callable[..., list[str]], train: Train, background: Any, assert_same_end: Any
+) -> None:
+    """Checkpoints are most of such a run's time, and are hit most often: 40 iterations, killed until they are done."""
+    arguments = ["--iterations", "40", "--checkpoint.interval", "1", "--checkpoint.keep", "2", *MANY_STATES]
+    expected = train(tmp_path / "expected", *arguments)
+    draw = random.Random(int.from_bytes(os.urandom(4), "little"))
+    hits = kill_until_done(background, tiny(tmp_path / "run", *arguments), tmp_path / "run", 60, draw, longest=2.5)
+    assert hits >= 10
+    assert_same_end(tmp_path / "run", expected.folder)
+    assert [row["iteration"] for row in expected.rows] == list(range(41))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_sigkill_of_a_whole_job(
+    tmp_path: Path, tiny: Callable[..., list[str]], torchrun: Any, train: Train, assert_same_end: Any, ranks: int
+) -> None:
+    """The same through torchrun: launcher and workers die together, as on a machine that loses power."""
+    argv = tiny(tmp_path / "run", "--iterations", "12", "--checkpoint.interval", "1")
+    draw = random.Random(ranks)
+    for _ in range(4):
+        job = torchrun([*argv, "--resume", "auto"], ranks, tmp_path)
+        wait_for(job, "iteration ")
+        time.sleep(draw.uniform(0.0, 2.0))
+        os.killpg(job.pid, signal.SIGKILL)
+        job.communicate()
+    job = torchrun([*argv, "--resume", "auto"], ranks, tmp_path)
+    out, _ = job.communicate(timeout=120)
+    assert job.returncode == 0, out
+    rows = [json.loads(line)["iteration"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert rows == list(range(13))
+    if ranks == 1:
+        train(tmp_path / "expected", "--iterations", "12", "--checkpoint.interval", "1")
+    else:
+        job = torchrun(tiny(tmp_path / "expected", "--iterations", "12", "--checkpoint.interval", "1"), ranks, tmp_path)
+        out, _ = job.communicate(timeout=120)
+        assert job.returncode == 0, out
+    assert_same_end(tmp_path / "run", tmp_path / "expected")
+
+
+# --- signals, through torchrun -----------------------------------------------------------------------------------------------------------
+
+
+def wait_for(job: subprocess.Popen[str], text: str) -> str:
+    """Read a job's output up to the first line with that text in it."""
+    assert job.stdout is not None
+    seen = []
+    for line in job.stdout:
+        seen.append(line)
+        if text in line:
+            return "".join(seen)
+    raise AssertionError(f"the job ended without {text!r}:\n{''.join(seen)}")
+
+
+def test_sigterm_and_sigint_and_the_command_that_is_printed(
+    tmp_path: Path, tiny: Callable[..., list[str]], torchrun: Any, train: Train, environment: dict[str, str], assert_same_end: Any
+) -> None:
+    """A job is stopped by SIGTERM; the command that it prints, run as printed, goes on; that one is stopped by Ctrl-C; its command finishes."""
+    (tmp_path / "train.txt").write_text("\n".join(map(str, train_captions())))
+    arguments = ["--iterations", "40", "--prompts.train", "train.txt"]
+    relative = ["--output_dir", "runs", "--name", "my run"]  # looked for in the working directory, and in need of quotes
+    job = torchrun([*tiny(tmp_path / "runs" / "my run", *arguments), *relative], 1, tmp_path)
+    command = ""
+    for number, line in ((signal.SIGTERM, "iteration     2 "), (signal.SIGINT, "iteration    ")):
+        before = wait_for(job, line)
+        os.killpg(job.pid, number)  # as a terminal does: every process of the job gets it
+        after, _ = job.communicate(timeout=60)
+        assert number.name + ": finishing this iteration" in after, before + after
+        (said,) = [line for line in after.splitlines() if "Go on with: " in line]
+        done = int(said.split("after iteration ")[1].split(",")[0])
+        assert (tmp_path / "runs" / "my run" / "checkpoints" / "latest").resolve().name == f"iteration_{done:06d}"
+        assert done < 40
+        command = said.split("Go on with: ")[1]
+        assert shlex.split(command)[-2:] == ["--resume", "auto"]
+        job = subprocess.Popen(
+            command, shell=True, cwd=tmp_path, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )  # fmt: skip
+    out, _ = job.communicate(timeout=60)
+    assert job.returncode == 0, out
+    train(tmp_path / "expected", *arguments[:2])
+    assert_same_end(tmp_path / "runs" / "my run", tmp_path / "expected")

@@ -1,0 +1,337 @@
+"""Checkpoints come back exactly, damage is named and passed over, and a kill at any moment leaves one that is whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from fastgrpo import checkpoint
+from fastgrpo.checkpoint import list_checkpoints, load, load_weights, save, verify
+
+
+def tensors_of(iteration: int) -> dict[str, Any]:
+    """Nested as a trainer's: tensors of several dtypes, numbers, lists."""
+    draw = torch.Generator().manual_seed(iteration)
+    return {
+        "model": {"a.weight": torch.randn(3, 5, generator=draw), "a.bias": torch.randn(3, generator=draw).bfloat16()},
+        "optimizer": {
+            "state": {"a.weight": {"step": torch.tensor(float(iteration)), "exp_avg": torch.randn(3, 5, generator=draw).double()}},
+            "param_groups": [{"lr": 1e-3 / iteration, "betas": (0.9, 0.999), "params": ["a.weight", "a.bias"]}],
+        },
+        "ema": {"n_averaged": torch.tensor(iteration), "module.a.weight": torch.randn(3, 5, generator=draw)},
+    }
+
+
+def blank() -> dict[str, Any]:
+    tensors = tensors_of(1000)
+    for part in (tensors["model"], tensors["optimizer"]["state"]["a.weight"], tensors["ema"]):
+        for value in part.values():
+            value.zero_()
+    tensors["optimizer"]["param_groups"][0]["lr"] = -1.0
+    return tensors
+
+
+def assert_equal(came: Any, expected: Any) -> None:
+    assert type(came) is type(expected)
+    if isinstance(expected, dict):
+        assert came.keys() == expected.keys()
+        for key in expected:
+            assert_equal(came[key], expected[key])
+    elif isinstance(expected, list | tuple):
+        assert len(came) == len(expected)
+        for one, other in zip(came, expected, strict=True):
+            assert_equal(one, other)
+    elif isinstance(expected, torch.Tensor):
+        assert came.dtype == expected.dtype
+        assert torch.equal(came, expected)
+    else:
+        assert came == expected
+
+
+def state_of(iteration: int) -> dict[str, Any]:
+    return {"prompts_drawn": 4 * iteration, "pacer": {"competence": [0.1, 1 / 3, iteration / 7]}, "none": None}
+
+
+def write(folder: Path, *iterations: int, keep: int = 9) -> list[Path]:
+    return [save(folder, i, tensors_of(i), state_of(i), keep) for i in iterations]
+
+
+def assert_loads(folder: Path, iteration: int) -> None:
+    tensors = blank()
+    found = load(folder, tensors)
+    assert found == (iteration, state_of(iteration))
+    assert_equal(tensors, tensors_of(iteration))
+    assert (folder / "latest").resolve() == (folder / f"iteration_{iteration:06d}").resolve()
+
+
+def test_what_is_saved_comes_back_to_the_bit_and_in_place(one_rank: Any, tmp_path: Path) -> None:
+    (path,) = write(tmp_path / "checkpoints", 7)
+    assert path == tmp_path / "checkpoints" / "iteration_000007"
+    tensors = blank()
+    weight = tensors["model"]["a.weight"]
+    load(tmp_path / "checkpoints", tensors)
+    assert torch.equal(weight, tensors_of(7)["model"]["a.weight"])
+    assert_loads(tmp_path / "checkpoints", 7)
+
+
+def test_no_folder_and_no_checkpoint_is_none(one_rank: Any, tmp_path: Path) -> None:
+    assert load(tmp_path / "none", blank()) is None
+    assert load(tmp_path, blank()) is None
+    assert list_checkpoints(tmp_path / "none") == []
+
+
+def test_the_newest_are_kept_and_latest_follows(one_rank: Any, tmp_path: Path) -> None:
+    for iteration in (5, 10, 15, 20):
+        write(tmp_path, iteration, keep=2)
+        assert (tmp_path / "latest").is_symlink()
+        assert not os.path.isabs(os.readlink(tmp_path / "latest"))  # a run folder can be moved
+        assert (tmp_path / "latest").resolve().name == f"iteration_{iteration:06d}"
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["iteration_000020", "iteration_000015"]
+    assert {p.name for p in tmp_path.iterdir()} == {"iteration_000015", "iteration_000020", "latest"}
+
+
+def test_checkpoints_are_listed_by_number_and_nothing_else_is(one_rank: Any, tmp_path: Path) -> None:
+    for name in (
+        "iteration_999999",
+        "iteration_1000000",
+        "iteration_000002",
+        "iteration_000003.refused",
+        ".partial-iteration_000009",
+        "latest",
+    ):
+        (tmp_path / name).mkdir()
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["iteration_1000000", "iteration_999999", "iteration_000002"]
+
+
+def test_an_iteration_done_again_replaces_the_old_one(one_rank: Any, tmp_path: Path) -> None:
+    save(tmp_path, 5, tensors_of(4), state_of(4), 3)
+    write(tmp_path, 5)
+    assert_loads(tmp_path, 5)
+
+
+# --------------------------------------------------------------------------------------------------------------- damage
+
+
+def truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-2])
+
+
+def empty(file: Path) -> None:
+    file.write_bytes(b"")
+
+
+def flip(file: Path, place: int = 0) -> None:
+    content = bytearray(file.read_bytes())
+    content[place] ^= 1
+    file.write_bytes(bytes(content))
+
+
+def flip_last(file: Path) -> None:
+    flip(file, -1)
+
+
+def remove(file: Path) -> None:
+    file.unlink()
+
+
+FILES = ["__0_0.distcp", ".metadata", "state.json", "manifest.json"]
+
+
+@pytest.mark.parametrize("harm", [truncate, empty, flip, flip_last, remove])
+@pytest.mark.parametrize("name", FILES)
+def test_damage_is_named_and_the_one_before_is_taken(
+    one_rank: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, harm: Callable[[Path], None]
+) -> None:
+    older, newer = write(tmp_path, 1, 2)
+    assert {p.name for p in newer.iterdir()} == {*FILES}
+    verify(newer)
+    harm(newer / name)
+    with pytest.raises(ValueError, match=re.escape(str(newer / name))) as caught:
+        verify(newer)
+    assert_loads(tmp_path, 1)
+    out = capsys.readouterr().out
+    assert "iteration_000002" in out
+    assert str(caught.value) in out
+    assert (tmp_path / "iteration_000002.refused" / "state.json").exists() or name == "state.json"
+    assert_loads(tmp_path, 1)  # and again: what was refused stays refused
+    write(tmp_path, 2)
+    assert_loads(tmp_path, 2)
+    verify(older)
+
+
+def test_no_flipped_bit_of_the_manifest_goes_unseen(one_rank: Any, tmp_path: Path) -> None:
+    """Refused as a ValueError, whatever the flip makes of the JSON; but for white space, and a digit's other spellings."""
+    (path,) = write(tmp_path, 1)
+    manifest = path / "manifest.json"
+    original = manifest.read_bytes()
+    meant = json.loads(original)
+    for place in range(len(original)):
+        for bit in (1, 2, 4, 8, 16, 32, 64, 128):
+            changed = bytearray(original)
+            changed[place] ^= bit
+            manifest.write_bytes(bytes(changed))
+            try:
+                verify(path)
+            except ValueError:
+                continue
+            assert json.loads(bytes(changed)) == meant
+
+
+def test_nothing_whole_is_an_error_that_says_so(one_rank: Any, tmp_path: Path) -> None:
+    for path in write(tmp_path, 1, 2):
+        flip(path / "__0_0.distcp")
+    for _ in range(2):  # also when all of them were refused earlier
+        with pytest.raises(ValueError, match=r"every checkpoint.*damaged") as caught:
+            load(tmp_path, blank())
+        assert str(tmp_path) in str(caught.value)
+    assert {p.name for p in tmp_path.iterdir()} == {"iteration_000001.refused", "iteration_000002.refused", "latest"}
+
+
+def test_a_second_refusal_of_one_number_keeps_both(one_rank: Any, tmp_path: Path) -> None:
+    write(tmp_path, 1)
+    for count in (1, 2, 3):
+        (path,) = write(tmp_path, 2)
+        flip(path / "state.json")
+        assert_loads(tmp_path, 1)
+        assert len([*tmp_path.glob("iteration_000002.refused*")]) == count
+
+
+# ----------------------------------------------------------------------------------------------------------------- kills
+
+
+class Killed(BaseException):
+    pass
+
+
+def kill_at(monkeypatch: pytest.MonkeyPatch, moment: int) -> None:
+    """Die before the moment-th of all the calls that change the disk."""
+    calls = 0
+    for owner, name in (
+        (os, "replace"),
+        (shutil, "rmtree"),
+        (Path, "mkdir"),
+        (Path, "write_text"),
+        (Path, "symlink_to"),
+        (Path, "unlink"),
+        (dcp, "save"),
+    ):
+        real = getattr(owner, name)
+
+        def counted(*args: Any, _real: Any = real, **kwargs: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == moment:
+                raise Killed
+            return _real(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, counted)
+
+
+def is_killed(action: Callable[[], Any]) -> bool:
+    try:
+        action()
+    except Killed:
+        return True
+    except dcp.CheckpointException as wrapped:  # torch wraps what happens on one rank
+        return "Killed" in str(wrapped)
+    return False
+
+
+def test_a_kill_at_any_moment_of_a_save_loses_no_checkpoint(one_rank: Any, tmp_path: Path) -> None:
+    moments = 0
+    for moment in range(1, 100):
+        folder = tmp_path / str(moment)
+        write(folder, 1, 2)
+        with pytest.MonkeyPatch.context() as patch:
+            kill_at(patch, moment)
+            finished = not is_killed(lambda folder=folder: write(folder, 3, keep=2))
+        if finished:
+            break
+        moments += 1
+        latest = (folder / "latest").resolve()
+        verify(latest)  # never half of one
+        found = load(folder, blank())
+        assert found is not None
+        assert_loads(folder, found[0])
+        assert found[0] >= int(latest.name[-6:]) >= 2
+        assert not [p for p in folder.iterdir() if p.name.startswith((".partial", ".discarded"))]
+        write(folder, 3, keep=2)
+        assert {p.name for p in folder.iterdir()} == {"iteration_000002", "iteration_000003", "latest"}
+        assert_loads(folder, 3)
+    assert finished
+    assert moments >= 8
+
+
+def test_a_kill_while_an_iteration_is_done_again_leaves_the_one_before(one_rank: Any, tmp_path: Path) -> None:
+    for moment in range(1, 100):
+        folder = tmp_path / str(moment)
+        write(folder, 1, 2)
+        with pytest.MonkeyPatch.context() as patch:
+            kill_at(patch, moment)
+            if not is_killed(lambda folder=folder: write(folder, 2, keep=2)):
+                break
+        found = load(folder, blank())
+        assert found is not None
+        assert found[0] in (1, 2)
+        assert_loads(folder, found[0])
+    else:
+        pytest.fail("the save never came to its end")
+
+
+# --------------------------------------------------------------------------------------------------------- weights alone
+
+
+@pytest.mark.parametrize("with_ema", [False, True])
+def test_weights_are_loaded_and_the_average_where_there_is_one(one_rank: Any, tmp_path: Path, with_ema: bool) -> None:
+    network = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    ema = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(0.5))
+    for _ in range(3):
+        with torch.no_grad():
+            for p in network.parameters():
+                p += 1.0
+        ema.update_parameters(network)
+    tensors = {"model": network.state_dict()} | ({"ema": ema.state_dict()} if with_ema else {})
+    path = save(tmp_path, 1, tensors, {}, 1)
+    fresh = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    load_weights(path, fresh)
+    expected = ema.module if with_ema else network
+    assert_equal(dict(fresh.state_dict()), dict(expected.state_dict()))
+    assert not torch.equal(network[0].weight, ema.module[0].weight)
+
+
+def test_two_ranks_write_one_checkpoint_and_load_it(run_ranks: Callable[..., list[Any]], tmp_path: Path) -> None:
+    """Each rank has the same weights, as data-parallel ranks do; a fault of the newest is seen by both."""
+    script = f"""
+import json, pathlib, torch
+from fastgrpo import checkpoint, parallel
+from fastgrpo.config import RuntimeConfig
+parallel.start(RuntimeConfig(device="cpu"))
+folder = pathlib.Path({str(tmp_path)!r})
+for i in (1, 2):
+    path = checkpoint.save(folder, i, {{"model": {{"w": torch.full((4, 4), float(i))}}}}, {{"i": i}}, 3)
+answers = []
+for _ in range(2):
+    tensors = {{"model": {{"w": torch.zeros(4, 4)}}}}
+    found = checkpoint.load(folder, tensors)
+    answers.append([found, tensors["model"]["w"].mean().item()])
+    parallel.gather(None)
+    if parallel.rank() == 0:
+        (folder / "latest" / "state.json").write_text("{{}}")
+    parallel.gather(None)
+print(json.dumps(answers))
+parallel.stop()
+"""
+    expected = [[[2, {"i": 2}], 2.0], [[1, {"i": 1}], 1.0]]
+    assert run_ranks(script) == [expected, expected]
+    assert checkpoint.list_checkpoints(tmp_path) == [tmp_path / "iteration_000001"]

@@ -1,0 +1,240 @@
+"""The queue in front of the judge: order, bounded memory, and every way in which a judge can be wrong."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fastgrpo.rewards.scoring import ScoringQueue
+
+
+class Judge:
+    """Scores (x, x / 2) of videos that are filled with x; `before` runs at each call, on the queue's thread."""
+
+    stages = ("whole", "half")
+
+    def __init__(self, before: Callable[[], Any] = lambda: None) -> None:
+        self.before = before
+        self.calls: list[list[str]] = []
+        self.threads: set[int] = set()
+
+    def load(self, device: torch.device) -> None:
+        pass
+
+    def score(self, videos: Tensor, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        self.before()
+        self.calls.append(list(prompts))
+        self.threads.add(threading.get_ident())
+        x = videos.double().flatten(1).mean(1)
+        return torch.stack([x, x / 2], dim=1), torch.ones(len(videos), dtype=torch.bool)
+
+
+def videos(*values: float) -> Tensor:
+    return torch.tensor(values)[:, None, None, None, None].expand(-1, 2, 3, 4, 4)
+
+
+@pytest.fixture
+def opened() -> Iterator[Callable[..., ScoringQueue]]:
+    """opened(judge, ...): a queue that is closed at the end."""
+    queues: list[ScoringQueue] = []
+
+    def make(*args: Any, **kwargs: Any) -> ScoringQueue:
+        queues.append(ScoringQueue(*args, **kwargs))
+        return queues[-1]
+
+    yield make
+    for queue in queues:
+        queue.close()
+
+
+def test_scores_come_in_groups_in_the_order_given(opened: Callable[..., ScoringQueue]) -> None:
+    judge = Judge()
+    queue = opened(judge)
+    queue.submit(videos(0.125, 0.25, 0.5), ["a", "a", "b"])
+    queue.submit(videos(1.0), ["b"])
+    scores, valid = queue.collect(2)
+    assert scores == [[[0.125, 0.0625], [0.25, 0.125]], [[0.5, 0.25], [1.0, 0.5]]]
+    assert valid == [[True, True], [True, True]]
+    assert judge.calls == [["a", "a", "b"], ["b"]]
+    assert threading.get_ident() not in judge.threads  # sampling goes on meanwhile
+    assert queue.collect(2) == ([], [])
+    queue.submit(videos(0.75, 0.0), ["c", "c"])
+    assert queue.collect(2)[0] == [[[0.75, 0.375], [0.0, 0.0]]]
+
+
+@settings(max_examples=20, deadline=None)
+@given(sizes=st.lists(st.integers(1, 4), min_size=1, max_size=6), pauses=st.lists(st.sampled_from((0.0, 0.003)), min_size=6, max_size=6))
+def test_neither_batches_nor_delays_change_the_order(sizes: list[int], pauses: list[float]) -> None:
+    waits = iter(pauses)
+    queue = ScoringQueue(Judge(lambda: time.sleep(next(waits))), max_pending=2)
+    values = [i / 32 for i in range(sum(sizes))]
+    at = 0
+    for size in sizes:
+        queue.submit(videos(*values[at : at + size]), ["a"] * size)
+        at += size
+    scores, _ = queue.collect(len(values))
+    queue.close()
+    assert scores == [[[x, x / 2] for x in values]]
+
+
+def test_no_more_than_max_pending_wait(opened: Callable[..., ScoringQueue]) -> None:
+    """The judge stands still; the third batch of two has to wait until it has done one."""
+    go = threading.Semaphore(0)
+    queue = opened(Judge(go.acquire), max_pending=2)
+    submitted: list[int] = []
+
+    def sampler() -> None:
+        for i in range(5):
+            queue.submit(videos(i / 8), ["a"])
+            submitted.append(i)
+
+    def reaches(count: int) -> bool:
+        deadline = time.monotonic() + 10
+        while len(submitted) < count and time.monotonic() < deadline:
+            time.sleep(0.002)
+        time.sleep(0.05)  # it may not run on
+        return len(submitted) == count
+
+    thread = threading.Thread(target=sampler)
+    thread.start()
+    try:
+        assert reaches(2)
+        for done in (1, 2):
+            go.release()
+            assert reaches(2 + done)
+    finally:
+        go.release(10)
+        thread.join(10)
+    assert queue.collect(5)[0] == [[[i / 8, i / 16] for i in range(5)]]
+
+
+def test_the_list_of_captions_is_taken_as_it_was(opened: Callable[..., ScoringQueue]) -> None:
+    go = threading.Event()
+    judge = Judge(go.wait)
+    queue = opened(judge)
+    captions = ["a"]
+    queue.submit(videos(0.5), captions)
+    captions[0] = "changed"
+    go.set()
+    queue.collect(1)
+    assert judge.calls == [["a"]]
+
+
+# ------------------------------------------------------------------------------------------------------- judges that fail
+
+
+class Broken(Judge):
+    """Answers whatever it was given."""
+
+    def __init__(self, scores: Any, valid: Any = None) -> None:
+        super().__init__()
+        self.answer = torch.tensor(scores), torch.ones(len(scores), dtype=torch.bool) if valid is None else torch.tensor(valid)
+
+    def score(self, videos: Tensor, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        return self.answer
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_score_that_is_not_finite_makes_its_video_invalid(opened: Callable[..., ScoringQueue], bad: float) -> None:
+    queue = opened(Broken([[0.5, 0.5], [0.5, bad], [bad, 0.5], [0.0, 1.0]]))
+    queue.submit(videos(0, 0, 0, 0), ["a"] * 4)
+    scores, valid = queue.collect(4)
+    assert valid == [[True, False, False, True]]
+    assert (scores[0][0], scores[0][3]) == ([0.5, 0.5], [0.0, 1.0])
+
+
+@pytest.mark.parametrize("bad", [-1e-9, 1.0000001, 7.5])
+def test_a_score_outside_0_to_1_is_the_judges_error(opened: Callable[..., ScoringQueue], bad: float) -> None:
+    queue = opened(Broken([[0.5, 0.5], [0.25, bad]]))
+    queue.submit(videos(0, 0), ["a"] * 2)
+    with pytest.raises(ValueError, match=r"\[0, 1\] from Broken") as caught:
+        queue.collect(2)
+    assert "0.25" in str(caught.value)  # the row that is wrong
+
+
+def test_the_scores_of_an_invalid_video_are_not_read(opened: Callable[..., ScoringQueue]) -> None:
+    queue = opened(Broken([[7.5, 0.5], [0.25, math.nan], [0.5, 0.5]], [False, False, True]))
+    queue.submit(videos(0, 0, 0), ["a"] * 3)
+    assert queue.collect(3)[1] == [[False, False, True]]
+
+
+@pytest.mark.parametrize(
+    ("scores", "valid", "came"),
+    [
+        ([[0.5, 0.5]], None, "(1, 2) and (1,)"),
+        ([[0.5, 0.5, 0.5]] * 2, None, "(2, 3) and (2,)"),
+        ([0.5, 0.5], None, "(2,) and (2,)"),
+        ([[0.5, 0.5]] * 2, [True], "(2, 2) and (1,)"),
+        ([[0.5, 0.5]] * 2, [[True], [True]], "(2, 2) and (2, 1)"),
+    ],
+)
+def test_wrong_shapes_are_the_judges_error(opened: Callable[..., ScoringQueue], scores: Any, valid: Any, came: str) -> None:
+    queue = opened(Broken(scores, valid))
+    queue.submit(videos(0, 0), ["a"] * 2)
+    with pytest.raises(ValueError, match=r"\(2, 2\) and validity \(2,\) from Broken") as caught:
+        queue.collect(2)
+    assert f"got {came}" in str(caught.value)
+
+
+def fail() -> None:
+    raise ConnectionError("no answer")
+
+
+def test_the_judges_exception_comes_out_of_collect(opened: Callable[..., ScoringQueue]) -> None:
+    queue = opened(Judge(fail))
+    queue.submit(videos(0.5), ["a"])
+    with pytest.raises(ConnectionError, match="no answer"):
+        queue.collect(1)
+
+
+def test_a_full_queue_lets_it_out_of_submit(opened: Callable[..., ScoringQueue]) -> None:
+    go = threading.Event()
+
+    def wait_and_fail() -> None:
+        go.wait(10)
+        fail()
+
+    queue = opened(Judge(wait_and_fail), max_pending=1)
+    queue.submit(videos(0.5), ["a"])
+    threading.Timer(0.05, go.set).start()
+    with pytest.raises(ConnectionError, match="no answer"):
+        queue.submit(videos(0.5), ["a"])
+
+
+def test_scores_are_float64_on_the_host_without_a_gradient(opened: Callable[..., ScoringQueue]) -> None:
+    weight = torch.tensor(0.5, requires_grad=True)
+
+    class Differentiable(Judge):
+        def score(self, videos: Tensor, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+            assert not torch.is_grad_enabled()
+            return (weight * torch.tensor([[0.2, 0.4]])), torch.tensor([True])
+
+    queue = opened(Differentiable())
+    queue.submit(videos(0.0), ["a"])
+    scores, _ = queue.collect(1)
+    assert scores == [[[pytest.approx(0.1, rel=1e-6), pytest.approx(0.2, rel=1e-6)]]]
+
+
+def test_close_ends_the_thread_and_what_waits() -> None:
+    go = threading.Event()
+    judge = Judge(lambda: go.wait(10))
+    queue = ScoringQueue(judge)
+    before = {*threading.enumerate()}
+    for _ in range(3):
+        queue.submit(videos(0.5), ["a"])
+    (worker,) = {*threading.enumerate()} - before
+    threading.Timer(0.05, go.set).start()
+    queue.close()
+    assert not worker.is_alive()
+    assert len(judge.calls) == 1  # the one that was running
+    with pytest.raises(RuntimeError, match="shutdown"):
+        queue.submit(videos(0.5), ["a"])
