@@ -28,7 +28,7 @@ import jsonargparse
 import torch
 from matplotlib.figure import Figure
 
-from fastgrpo.config import parse_config
+from fastgrpo.config import TrainConfig, parse_config
 from fastgrpo.decode import decode
 from fastgrpo.policies.shapes import ShapesPolicy
 from fastgrpo.prompts import read_prompts
@@ -82,41 +82,54 @@ def main(
         videos_per_caption: videos of each held-out caption that are measured.
     """
     started = time.perf_counter()
+    config, _, _ = parse_config(["--config", str(RECIPE), "--rollout.num_generations", str(videos_per_caption)])
     jobs = [(row, seed) for seed in seeds for row in ROWS]
     with ThreadPoolExecutor(processes) as pool:
-        results = list(pool.map(lambda job: train_and_measure(*job, judge, iterations, videos_per_caption), jobs))
+        results = list(pool.map(lambda job: train_and_measure(job[0], job[1], judge, iterations, config), jobs))
     seconds = time.perf_counter() - started
     stem = ROOT / "benchmarks" / "data" / f"ablation_{judge}"
     write_csv(stem.with_suffix(".csv"), results, iterations)
     draw(results, judge, iterations).savefig(stem.with_suffix(".png"), dpi=160)
-    print(f"\n{judge} judge, {iterations} iterations, {len(seeds)} seeds, {seconds / 60:.1f} minutes; mean ± standard deviation over seeds\n")
+    print(
+        f"\n{judge} judge, {iterations} iterations, {len(seeds)} seeds, {seconds / 60:.1f} minutes; mean ± standard deviation over seeds\n"
+    )
     print(table(results))
     print(f"\n{stem}.csv, {stem}.png")
 
 
-def train_and_measure(row: str, seed: int, judge: str, iterations: int, videos_per_caption: int) -> Result:
+def train_and_measure(row: str, seed: int, judge: str, iterations: int, config: TrainConfig) -> Result:
     overrides = ROWS[row]
     if overrides is None:
-        return measure(None, row, seed, videos_per_caption)
+        return measure(None, row, seed, config)
     name = f"{row.replace(', ', '_').replace(' ', '_')}-{iterations}-seed{seed}"
     folder = ROOT / "runs" / "ablation" / judge
-    options = [*overrides, *JUDGES[judge], "--seed", str(seed), "--iterations", str(iterations), "--name", name, "--output_dir", str(folder)]
+    options = [
+        *overrides,
+        *JUDGES[judge],
+        "--seed",
+        str(seed),
+        "--iterations",
+        str(iterations),
+        "--name",
+        name,
+        "--output_dir",
+        str(folder),
+    ]
     options += ["--resume", "auto", "--evaluation.interval", "0", "--evaluation.num_videos", "1", "--tracking.trackers", "[]"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     command = [sys.executable, str(ROOT / "fastgrpo" / "train.py"), "--config", str(RECIPE), *options]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{name} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
-    result = measure(folder / name / "transformer", row, seed, videos_per_caption)
+    result = measure(folder / name / "transformer", row, seed, config)
     print(f"{row:<26} seed {seed}  " + "  ".join(f"{m} {v:.3f}" for m, v in zip(METRICS, result.metrics, strict=True)), flush=True)
     return result
 
 
 @torch.no_grad()
-def measure(transformer: Path | None, row: str, seed: int, videos_per_caption: int) -> Result:
+def measure(transformer: Path | None, row: str, seed: int, config: TrainConfig) -> Result:
     """VQ, MQ, TA and the shares of colours, shapes and directions on held-out captions, by the clean judge."""
     torch.set_num_threads(1)
-    config, _, _ = parse_config(["--config", str(RECIPE), "--rollout.num_generations", str(videos_per_caption), "--rollout.sde", "dance"])
     assert config.prompts.heldout is not None
     policy, judge, device = ShapesPolicy(None if transformer is None else str(transformer)), ShapesJudge(), torch.device("cpu")
     policy.load(device)
@@ -155,7 +168,8 @@ def table(results: list[Result]) -> str:
     ]
     lines += ["", "| share drawn | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
     lines += [
-        f"| {row} | " + " | ".join(f"{statistics.mean(r.shares[n] for r in of_row(results, row)):.2f}" for n in names) + " |" for row in ROWS
+        f"| {row} | " + " | ".join(f"{statistics.mean(r.shares[n] for r in of_row(results, row)):.2f}" for n in names) + " |"
+        for row in ROWS
     ]
     return "\n".join(lines)
 

@@ -157,7 +157,9 @@ class UpdateConfig:
     """Updates in a row with a non-finite loss or gradient after which the run stops, checkpointed."""
 
     def __post_init__(self) -> None:
-        _require(self.num_best >= 0 and self.num_worst >= 0, "update.num_best/num_worst", "no negative number", (self.num_best, self.num_worst))
+        _require(
+            self.num_best >= 0 and self.num_worst >= 0, "update.num_best/num_worst", "no negative number", (self.num_best, self.num_worst)
+        )
         _require(self.num_best + self.num_worst >= 1, "update.num_best + num_worst", "at least 1", 0)
         _require(0 < self.timestep_fraction <= 1, "update.timestep_fraction", "a number in (0, 1]", self.timestep_fraction)
         _require(0 < self.clip_range < 1, "update.clip_range", "a number in (0, 1)", self.clip_range)
@@ -322,12 +324,16 @@ def parse_config(argv: Sequence[str] | None = None, options: type | None = None,
         namespace = parser.parse_args(None if argv is None else list(argv))
         # From a file, the parser takes null for anything, and anything for a section.
         for key, kind in get_type_hints(TrainConfig).items():
-            _require(not is_dataclass(kind) or isinstance(namespace[key], jsonargparse.Namespace), key, "keys and their values", namespace[key])
+            _require(
+                not is_dataclass(kind) or isinstance(namespace[key], jsonargparse.Namespace), key, "keys and their values", namespace[key]
+            )
         parser.validate(namespace, skip_unset=False)
         values = parser.instantiate(namespace)
         config = TrainConfig(**{f.name: values[f.name] for f in fields(TrainConfig)})
     except (jsonargparse.ArgumentError, ValueError, TypeError, FileNotFoundError) as error:
-        hint = "; its methods need the parameter names and type hints of fastgrpo/interfaces.py" if "implement protocol" in str(error) else ""
+        hint = (
+            "; its methods need the parameter names and type hints of fastgrpo/interfaces.py" if "implement protocol" in str(error) else ""
+        )
         refuse(f"{error}{hint}")
     for key in ("config", "options"):
         namespace.pop(key, None)

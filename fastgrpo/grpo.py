@@ -84,7 +84,7 @@ class Trainer:
                 self.judge.submit(decode(self.policy, sample.latents), sample.prompts)  # scored while the next one is sampled
         with clock.phase("reward"):
             scores_PGK, valid_PG = self.judge.collect(G)
-        groups = [Group(s, v, group_statistics(s, v, cfg.pacing.saturation)) for s, v in zip(scores_PGK, valid_PG, strict=True)]  # Eqs. 7, 8
+        groups = [Group(s, v, group_statistics(s, v, cfg.pacing.saturation)) for s, v in zip(scores_PGK, valid_PG, strict=True)]  # Eqs. 7-8
         self.pacer.observe(concatenate(gather([group.statistics for group in groups])))  # competence, over all ranks
         for slot, group in zip(slots, groups, strict=True):
             if group.statistics is None:
@@ -92,12 +92,14 @@ class Trainer:
             group.weights_K = self.pacer.weights(group.statistics)  # Eqs. 6, 9
             group.rewards_G = mix(group.scores_GK, group.weights_K)  # Eq. 5
             group.advantages = group_advantages(group.rewards_G, group.valid_G)  # Eq. 10
-            group.chosen = best_of_n(group.advantages, cfg.update.num_best, cfg.update.num_worst, derive_seed(cfg.seed, "order", iteration, slot))
+            order = derive_seed(cfg.seed, "order", iteration, slot)
+            group.chosen = best_of_n(group.advantages, cfg.update.num_best, cfg.update.num_worst, order)
         chosen = [p * G + g for p, group in enumerate(groups) for g in group.chosen]
         advantages = {p * G + g: a for p, group in enumerate(groups) for g, a in group.advantages.items()}
         with clock.phase("update"):
             stats = update(  # Eq. 11
-                self.policy, self.optimizer, rollout, chosen, advantages, cfg.update, reference=self.reference, after_step=self.average_weights
+                self.policy, self.optimizer, rollout, chosen, advantages, cfg.update,
+                reference=self.reference, after_step=self.average_weights,
             )  # fmt: skip
         return self.finish(iteration, groups, stats) | clock.metrics()
 
@@ -150,9 +152,7 @@ class Trainer:
         # These are the configuration's, which a resume may change, not the checkpoint's.
         for loaded, own in zip(tensors["optimizer"]["param_groups"], self.optimizer.param_groups, strict=True):
             loaded.update({key: own[key] for key in ("lr", "betas", "weight_decay")})
-        set_state_dict(
-            self.policy.transformer, self.optimizer, model_state_dict=tensors["model"], optim_state_dict=tensors["optimizer"]
-        )
+        set_state_dict(self.policy.transformer, self.optimizer, model_state_dict=tensors["model"], optim_state_dict=tensors["optimizer"])
         if self.ema is not None:
             self.ema.load_state_dict(tensors["ema"])
 

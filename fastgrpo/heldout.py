@@ -26,6 +26,16 @@ class HeldOut:
     videos: Tensor
     """[n, T, 3, H, W] uint8, on the CPU."""
 
+    @property
+    def prompts_shown(self) -> list[str]:
+        return self.prompts[: len(self.videos)]
+
+    @property
+    def scores_shown(self) -> list[list[float]]:
+        """Scores of the videos that are shown; NaN for one without a score."""
+        rows = zip(self.scores_PGK[: len(self.videos)], self.valid_PG, strict=False)
+        return [s[0] if v[0] else [float("nan")] * len(s[0]) for s, v in rows]
+
     def stage_means(self, num_stages: int) -> list[float]:
         """Mean of each stage over the valid videos; NaN where there is none."""
         rows = [row for s, v in zip(self.scores_PGK, self.valid_PG, strict=True) for row, ok in zip(s, v, strict=True) if ok]
@@ -69,6 +79,4 @@ def sample_heldout(
     ranks = gather((*judge.collect(cfg.num_generations), videos))
     scores, valid, shown = ([item for of_rank in ranks for item in of_rank[i]] for i in range(3))
     num_shown = min(num_videos, len(prompts))
-    return HeldOut(
-        prompts, scores[: len(prompts)], valid[: len(prompts)], torch.stack(shown[:num_shown]) if num_shown else torch.empty(0)
-    )
+    return HeldOut(prompts, scores[: len(prompts)], valid[: len(prompts)], torch.stack(shown[:num_shown]) if num_shown else torch.empty(0))

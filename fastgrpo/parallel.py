@@ -51,6 +51,11 @@ def start(runtime: RuntimeConfig) -> torch.device:
     return device
 
 
+def started() -> bool:
+    """Whether this process has joined the others."""
+    return dist.is_initialized()
+
+
 def stop() -> None:
     """Leave the group; without it NCCL complains at exit."""
     if dist.is_initialized():

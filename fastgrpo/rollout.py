@@ -44,7 +44,17 @@ def stochastic_steps(cfg: RolloutConfig, seed: int, iteration: int, slot: int) -
 
 
 @torch.no_grad()
-def start_rollout(policy: Policy, prompts: list[str], cfg: RolloutConfig, *, seed: int, iteration: int, first_slot: int, device: torch.device, compute_dtype: torch.dtype = torch.float32) -> Rollout:
+def start_rollout(
+    policy: Policy,
+    prompts: list[str],
+    cfg: RolloutConfig,
+    *,
+    seed: int,
+    iteration: int,
+    first_slot: int,
+    device: torch.device,
+    compute_dtype: torch.dtype = torch.float32,
+) -> Rollout:
     """An empty rollout for this rank's prompts: schedule, coefficients, seeds, conditioning and room for the trajectories.
 
     first_slot: number of the first of these prompts among all ranks', from which (with seed and iteration) all noise follows, so that a

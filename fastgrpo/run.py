@@ -26,7 +26,7 @@ from fastgrpo.prompts import read_prompts
 from fastgrpo.rewards.scoring import ScoringQueue
 from fastgrpo.self_paced import check_pacing
 from fastgrpo.timing import Stopwatch
-from fastgrpo.tracking import MetricsLog, check_trackers, console_line
+from fastgrpo.tracking import MetricsLog, check_trackers, console_line, evaluation_line
 from fastgrpo.trajectory import using_weights
 from fastgrpo.update import import_fused_adam
 
@@ -40,6 +40,7 @@ def run(config: TrainConfig, config_yaml: str) -> int:
     Raises:
         SystemExit: code 2 after one line on stderr, for anything wrong that can be known before work starts.
     """
+    own_group = not parallel.started()
     try:
         train_prompts, heldout_prompts = check(config)
         device = parallel.start(config.runtime)
@@ -57,7 +58,8 @@ def run(config: TrainConfig, config_yaml: str) -> int:
             return loop(trainer, log, stop, heldout_prompts, last_row)
     finally:
         judge.close()
-        parallel.stop()
+        if own_group:
+            parallel.stop()
 
 
 def check(config: TrainConfig) -> tuple[list[str], list[str]]:
@@ -210,12 +212,10 @@ def evaluate(trainer: Trainer, prompts: list[str], iteration: int) -> dict[str, 
             transformer=trainer.sampling_weights,
         )  # fmt: skip
         if parallel.rank() == 0 and len(heldout.videos):
-            shown = len(heldout.videos)
-            scores = [s[0] if v[0] else [float("nan")] * len(stages) for s, v in zip(heldout.scores_PGK[:shown], heldout.valid_PG, strict=False)]
             folder = config.run_folder / "samples" / f"iteration_{iteration:06d}"
-            figures.save_samples(folder, heldout.videos, heldout.prompts[:shown], trainer.policy.fps, scores, stages)
-    means = heldout.stage_means(len(stages))
-    return {f"eval/rewards/{stage}/mean": m for stage, m in zip(stages, means, strict=True)} | {"time/evaluation": clock.seconds["evaluation"]}
+            figures.save_samples(folder, heldout.videos, heldout.prompts_shown, trainer.policy.fps, heldout.scores_shown, stages)
+    scores = {f"eval/rewards/{stage}/mean": m for stage, m in zip(stages, heldout.stage_means(len(stages)), strict=True)}
+    return scores | {"time/evaluation": clock.seconds["evaluation"]}
 
 
 @contextmanager
@@ -235,10 +235,14 @@ def open_log(config: TrainConfig, config_yaml: str, last_row: int | None) -> Ite
 
 
 def record(log: MetricsLog | None, row: dict[str, Any], trainer: Trainer) -> None:
-    """Write an iteration's metrics and say them in one line, on the rank that has the log."""
-    if log is not None:
-        log.log(row)
+    """Write an iteration's metrics and say them, a line for the training and one for an evaluation, on the rank that has the log."""
+    if log is None:
+        return
+    log.log(row)
+    if "reward" in row:
         say(console_line(row, trainer.judge.reward.stages))
+    if any(key.startswith("eval/") for key in row):
+        say(evaluation_line(row, trainer.judge.reward.stages))
 
 
 def differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
@@ -261,7 +265,7 @@ def say(text: str) -> None:
 
 
 class StopSignals:
-    """Whether SIGINT or SIGTERM has come. Ctrl-C reaches a worker twice, from the terminal and from torchrun, so a second one changes nothing."""
+    """Whether SIGINT or SIGTERM has come. A second one changes nothing: Ctrl-C reaches a worker from the terminal and from torchrun."""
 
     requested = False
 

@@ -141,8 +141,7 @@ def gate_literal(
     _check_gate_lengths(means, saturations, thresholds, len(means))
     sparsity = _sparsity_terms(saturations, sparsity_weight)
     return tuple(
-        _sigmoid((mean - threshold) / temperature) + term
-        for mean, threshold, term in zip(means, thresholds, sparsity, strict=True)
+        _sigmoid((mean - threshold) / temperature) + term for mean, threshold, term in zip(means, thresholds, sparsity, strict=True)
     )
 
 
@@ -181,9 +180,7 @@ def _sparsity_terms(saturations: Sequence[float], sparsity_weight: float) -> lis
     return [0.0, *(sparsity_weight * (previous - current) for previous, current in pairwise(saturations))]
 
 
-def _check_gate_lengths(
-    means: Sequence[float], saturations: Sequence[float], thresholds: Sequence[float], num_thresholds: int
-) -> None:
+def _check_gate_lengths(means: Sequence[float], saturations: Sequence[float], thresholds: Sequence[float], num_thresholds: int) -> None:
     if not means or len(saturations) != len(means) or len(thresholds) != num_thresholds:
         raise ValueError(
             f"expected at least one stage, as many saturations as means and {num_thresholds} thresholds,"
@@ -346,8 +343,7 @@ class Pacer:
     def _check_stages(self, group: GroupStatistics) -> None:
         if not len(group.means) == len(group.saturations) == self._num_stages:
             raise ValueError(
-                f"expected statistics of {self._num_stages} stages, got {len(group.means)} means and"
-                f" {len(group.saturations)} saturations"
+                f"expected statistics of {self._num_stages} stages, got {len(group.means)} means and {len(group.saturations)} saturations"
             )
 
 

@@ -153,10 +153,8 @@ def console_line(row: Row, stages: Sequence[str]) -> str:
     """One line (< 200 characters) for an iteration; lines of one run align. A number the row lacks is shown as a dash.
 
     Stages are `name mean (weight)`, shortened to initials (visual_quality -> VQ) where the names are long; |ratio-1| is the
-    largest before the first update. A row without training (iteration 0) gives `evaluation_line`.
+    largest before the first update.
     """
-    if "reward" not in row and any(key.startswith("eval/") for key in row):
-        return evaluation_line(row, stages)
     names = _short_names(stages)
     parts = [f"iteration {row['iteration']:>5}", f"reward {_number(row.get('reward'), '.3f')}"]
     parts += [

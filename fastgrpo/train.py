@@ -21,7 +21,9 @@ from fastgrpo.run import run
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, run, and draw the report; the exit code."""
     config, config_yaml, _ = parse_config(
-        argv, prog="fastgrpo/train.py", description="Align a video diffusion model with Self-Paced GRPO. Metrics, checkpoints and videos go to <output_dir>/<name>/."
+        argv,
+        prog="fastgrpo/train.py",
+        description="Align a video diffusion model with Self-Paced GRPO. Metrics, checkpoints and videos go to <output_dir>/<name>/.",
     )
     code = run(config, config_yaml)
     if rank() == 0:

@@ -110,9 +110,7 @@ def update(
         pairs = [
             Pair(video, step, advantages[video])
             for video in videos
-            for step in trained_steps(
-                rollout, video, cfg.timestep_fraction, derive_seed("trained steps", int(rollout.noise_seeds[video]))
-            )
+            for step in trained_steps(rollout, video, cfg.timestep_fraction, derive_seed("trained steps", int(rollout.noise_seeds[video])))
         ]
         num_pairs = max(gather(len(pairs)))
         steps_per_video = num_pairs / min(cfg.gradient_accumulation, most_videos - begin)

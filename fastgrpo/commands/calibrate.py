@@ -14,7 +14,7 @@ from pathlib import Path
 import yaml
 
 from fastgrpo import figures, parallel
-from fastgrpo.config import TrainConfig, parse_config
+from fastgrpo.config import TrainConfig, parse_config, refuse
 from fastgrpo.run import run, say
 from fastgrpo.self_paced import calibrated_threshold
 from fastgrpo.tracking import read_metrics
@@ -44,14 +44,27 @@ class CalibrateOptions:
 def main(argv: Sequence[str] | None = None) -> int:
     """Calibrate every stage, on all ranks; the exit code of the run that stopped, or 0."""
     config, config_yaml, options = parse_config(argv, CalibrateOptions, prog="python -m fastgrpo calibrate", description=__doc__)
+    try:
+        parallel.start(config.runtime)  # once for all the runs: a second group from the same store would find the first one's addresses
+    except ValueError as error:
+        refuse(error)
+    try:
+        return calibrate(config, config_yaml, options)
+    finally:
+        parallel.stop()
+
+
+def calibrate(config: TrainConfig, config_yaml: str, options: CalibrateOptions) -> int:
+    """Train on each stage alone and write the thresholds; the exit code."""
     curves: dict[str, list[float]] = {}
     for number, stage in enumerate(config.reward.stages, start=1):
         alone, text = stage_alone(config, config_yaml, number, stage, options.iterations)
         say(f"calibrate: {stage} alone, {options.iterations} iterations, in {alone.run_folder}")
         code = run(alone, text)
         rows = read_metrics(alone.run_folder / "metrics.jsonl") if parallel.rank() == 0 else []
-        if code or (parallel.rank() == 0 and rows[-1]["iteration"] < options.iterations):
-            say(f"calibrate: stopped; the same command with --resume auto goes on")
+        done = parallel.gather(rows[-1]["iteration"] if rows else None)[0]
+        if code or done < options.iterations:
+            say("calibrate: stopped; the same command with --resume auto goes on")
             return code or 1
         curves[stage] = [row[f"rewards/{stage}/mean"] for row in rows if row["iteration"] > 0]
     if parallel.rank() == 0:
@@ -83,12 +96,16 @@ def write_thresholds(config: TrainConfig, options: CalibrateOptions, curves: Map
     folder = Path(config.output_dir) / f"{config.name}-calibrate"
     folder.mkdir(parents=True, exist_ok=True)
     lines = [
-        f"# Thresholds for the {config.pacing.gate} gate: start + {options.fraction} (end - start) of each stage's mean reward when trained alone,",
-        f"# {options.iterations} iterations, smoothed over {options.smoothing_window}. Use: --config RECIPE --config {folder / 'thresholds.yaml'}",
+        f"# Thresholds for the {config.pacing.gate} gate: start + {options.fraction} (end - start) of each stage's mean reward when",
+        f"# trained alone for {options.iterations} iterations, smoothed over {options.smoothing_window}.",
+        f"# Use: --config RECIPE --config {folder / 'thresholds.yaml'}",
         "pacing:",
         f"  thresholds: {[round(t, 4) for t in used]}",
         "# Where they come from, a mean reward an iteration:",
-        *[f"#   {stage} (threshold {every[stage]:.4f}): {['-' if v is None else round(v, 4) for v in curve]}" for stage, curve in curves.items()],
+        *[
+            f"#   {stage} (threshold {every[stage]:.4f}): {['-' if v is None else round(v, 4) for v in curve]}"
+            for stage, curve in curves.items()
+        ],
     ]
     path = folder / "thresholds.yaml"
     path.write_text("\n".join(lines) + "\n")

@@ -91,7 +91,6 @@ def sample(
 
 def save(heldout: HeldOut, folder: Path, policy: Policy, reward: RewardModel) -> None:
     """Write videos, stills and scores to `folder`, and print the mean of each stage."""
-    scores = [s[0] if v[0] else [float("nan")] * len(reward.stages) for s, v in zip(heldout.scores_PGK, heldout.valid_PG, strict=True)]
-    figures.save_samples(folder, heldout.videos, heldout.prompts, policy.fps, scores, reward.stages)
+    figures.save_samples(folder, heldout.videos, heldout.prompts_shown, policy.fps, heldout.scores_shown, reward.stages)
     means = heldout.stage_means(len(reward.stages))
     print(f"{folder.name:<8}" + "  ".join(f"{stage} {m:.3f}" for stage, m in zip(reward.stages, means, strict=True)))

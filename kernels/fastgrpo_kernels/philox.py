@@ -77,9 +77,7 @@ def box_muller(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return radius * torch.cos(angle).float(), radius * torch.sin(angle).float()
 
 
-def gaussian_noise(
-    seeds: Tensor, step: int | Tensor, shape: Sequence[int], device: torch.device | str | None = None
-) -> Tensor:
+def gaussian_noise(seeds: Tensor, step: int | Tensor, shape: Sequence[int], device: torch.device | str | None = None) -> Tensor:
     """Standard normal noise [B, *shape], fp32 on `device` (default: where the seeds are).
 
     seeds: [B] int64, every value allowed (the 64 bits are the key). step: one int for all, or [B] int64; 0 <= step <

@@ -210,7 +210,9 @@ def rows_without_times() -> Callable[[Path], list[str]]:
 
 
 @pytest.fixture(scope="session")
-def assert_same_end(tensors: Callable[[Path], dict[str, Any]], rows_without_times: Callable[[Path], list[str]]) -> Callable[[Path, Path], None]:
+def assert_same_end(
+    tensors: Callable[[Path], dict[str, Any]], rows_without_times: Callable[[Path], list[str]]
+) -> Callable[[Path, Path], None]:
     """assert_same_end(a, b): two runs ended in the same state, bit for bit: last checkpoint, its counters, metrics, exported weights."""
 
     def check(one: Path, other: Path) -> None:

@@ -35,7 +35,7 @@ def fastgrpo(start: Start, tmp_path: Path) -> Callable[..., Any]:
     return lambda *argv: start(tmp_path, [str(word) for word in argv], main=command_line.main)
 
 
-# --- what it says of itself ------------------------------------------------------------------------------------------------------------------
+# --- what it says of itself -------------------------------------------------------------------------------------------
 
 
 def test_python_m_fastgrpo(environment: dict[str, str], tmp_path: Path) -> None:
@@ -66,7 +66,17 @@ def test_no_command_is_a_call_for_help(fastgrpo: Any) -> None:
 @pytest.mark.parametrize(
     ("command", "words"),
     [
-        ("train", ["--rollout.num_generations", "G, the videos of one group", "--config", "--print_config", "--pacing.sharpness", "default: 5.0)"]),
+        (
+            "train",
+            [
+                "--rollout.num_generations",
+                "G, the videos of one group",
+                "--config",
+                "--print_config",
+                "--pacing.sharpness",
+                "default: 5.0)",
+            ],
+        ),
         ("calibrate", ["--options.iterations", "Iterations on each stage alone", "0.7", "--config", "thresholds"]),
         ("sample", ["run", "--checkpoint_name", "--prompts", "same noise"]),
         ("report", ["run", "--smoothing_window"]),
@@ -122,7 +132,7 @@ def test_wrong_arguments(fastgrpo: Any, tmp_path: Path, monkeypatch: pytest.Monk
     assert list(tmp_path.iterdir()) == []
 
 
-# --- calibrate -------------------------------------------------------------------------------------------------------------------------------
+# --- calibrate --------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -217,7 +227,21 @@ def test_interrupted_calibrate_goes_on(
     assert ours == theirs
 
 
-# --- sample and report -----------------------------------------------------------------------------------------------------------------------
+@pytest.mark.slow
+def test_calibrate_on_two_ranks(tiny: Callable[..., list[str]], environment: dict[str, str], tmp_path: Path) -> None:
+    """One process group for all the runs: made anew for each, it would now and then find the addresses of the one before."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "fastgrpo", "calibrate"]
+    command += tiny(tmp_path / "world", "--options.iterations", "2")
+    for _ in range(3):
+        job = subprocess.run(command, cwd=tmp_path, env=environment, text=True, capture_output=True, timeout=90)
+        assert job.returncode == 0, job.stderr
+        thresholds = yaml.safe_load((tmp_path / "world-calibrate" / "thresholds.yaml").read_text())["pacing"]["thresholds"]
+        assert len(thresholds) == 2
+        for folder in tmp_path.iterdir():
+            shutil.rmtree(folder)
+
+
+# --- sample and report ------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -259,7 +283,18 @@ def test_sample_shows_base_and_trained_from_the_same_noise(finished: Path, fastg
 
 def test_sample_with_options_of_its_own(finished: Path, fastgrpo: Any, tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("a red cross moving up\na blue square moving left\na green square moving left\n")
-    arguments = ["--prompts", tmp_path / "mine.txt", "--num_videos", "2", "--num_inference_steps", "3", "--sde", "dance", "--output", tmp_path / "out"]
+    arguments = [
+        "--prompts",
+        tmp_path / "mine.txt",
+        "--num_videos",
+        "2",
+        "--num_inference_steps",
+        "3",
+        "--sde",
+        "dance",
+        "--output",
+        tmp_path / "out",
+    ]
     outcome = fastgrpo("sample", finished, *arguments)
     assert outcome.code == 0, outcome.err
     first = stills(tmp_path / "out" / "base")
@@ -280,7 +315,12 @@ def test_sample_refuses(finished: Path, fastgrpo: Any, tmp_path: Path) -> None:
     strange = fastgrpo("sample", finished, "--prompts", tmp_path / "strange.txt")
     (tmp_path / "strange.txt").write_text("")
     empty = fastgrpo("sample", finished, "--prompts", tmp_path / "strange.txt")
-    for refused, word in ((missing, "iteration_000099"), (damaged, "__0_0.distcp"), (strange, "something else"), (empty, "at least one caption")):
+    for refused, word in (
+        (missing, "iteration_000099"),
+        (damaged, "__0_0.distcp"),
+        (strange, "something else"),
+        (empty, "at least one caption"),
+    ):
         assert refused.code == 2
         (line,) = refused.err.splitlines()
         assert line.startswith("error: ")
@@ -314,7 +354,9 @@ def test_the_command_that_resumes(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     assert resume_command(folder) == f"{Path(sys.executable).with_name('torchrun')} {expected}"
 
 
-def test_checkpoint_of_an_average_loads_the_average(finished: Path, tensors: Callable[[Path], dict[str, Any]]) -> None:
+def test_checkpoint_of_an_average_loads_the_average(
+    finished: Path, tensors: Callable[[Path], dict[str, Any]], one_rank: torch.device
+) -> None:
     """What `sample` calls trained is the EMA where there is one."""
     from fastgrpo.policies.shapes import new_transformer
 

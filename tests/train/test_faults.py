@@ -18,7 +18,7 @@ from fastgrpo.policies.shapes import ShapesPolicy
 
 Train = Callable[..., Any]
 
-# --- damaged checkpoints -----------------------------------------------------------------------------------------------------------------
+# --- damaged checkpoints ----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_is_used(
 
 
 def test_flipped_bytes_of_a_checkpoint_are_refused(tmp_path: Path, one_rank: torch.device) -> None:
-    """Of a small one, in every file, and all in turn of those that are read as text; only what changes nothing when the manifest is read may pass, and nothing but ValueError is raised."""
+    """Bytes of every file of a small one, all of those that are text: ValueError names the file; but for a manifest that reads the same."""
     whole = checkpoint.save(tmp_path / "checkpoints", 1, {"model": {"weight": torch.ones(2)}}, {"count": 1}, keep=1)
     files = sorted(file for file in whole.rglob("*") if file.is_file())
     assert [file.name for file in files] == [".metadata", "__0_0.distcp", "manifest.json", "state.json"]
@@ -115,12 +115,12 @@ def test_all_checkpoints_damaged(tmp_path: Path, train: Train, stopped: Path) ->
         assert contents(tmp_path / "run") == before
 
 
-# --- numbers that are not finite -----------------------------------------------------------------------------------------------------------
+# --- numbers that are not finite --------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def poison(monkeypatch: pytest.MonkeyPatch, each_step: Any) -> Any:
-    """poison(f): velocities pass through f(velocity, iteration, number of the call in it), with and without gradient told apart by torch."""
+    """poison(f): velocities pass through f(velocity, iteration, number of the call in it); torch knows whether with gradient or without."""
     patches = []
 
     def begin(change: Callable[[Tensor, int, int], Tensor]) -> None:
@@ -196,7 +196,9 @@ def test_too_many_in_a_row_stop_the_run_with_a_checkpoint(tmp_path: Path, train:
     assert "--resume auto" in said
     assert (run.folder / "checkpoints" / "latest").resolve().name == "iteration_000004"
     before, last = (tensors(run.folder / "checkpoints" / f"iteration_{i:06d}") for i in (3, 4))
-    assert all(torch.equal(value, last[name]) and torch.isfinite(value).all() for name, value in before.items() if isinstance(value, Tensor))
+    assert all(
+        torch.equal(value, last[name]) and torch.isfinite(value).all() for name, value in before.items() if isinstance(value, Tensor)
+    )
     assert not (run.folder / "transformer").exists()
 
 
@@ -219,7 +221,7 @@ def test_only_those_in_a_row_count(tmp_path: Path, train: Train, poison: Any) ->
 
 
 def test_latents_that_are_not_finite_make_invalid_videos(tmp_path: Path, train: Train, poison: Any) -> None:
-    """A group is a micro-batch of 4 here, sampled in 5 calls. Three of the first group (skipped), one of the second (trained), all (no update)."""
+    """A group is a micro-batch of 4, sampled in 5 calls. 3 of the first group (skipped), one of the second (trained), all (no update)."""
     videos = {2: (1, [0, 1, 3]), 3: (2, [2]), 4: (None, [0, 1, 2, 3])}
 
     def change(velocity: Tensor, iteration: int, call: int) -> Tensor:
@@ -240,7 +242,7 @@ def test_latents_that_are_not_finite_make_invalid_videos(tmp_path: Path, train: 
     assert all(run.trained_rows[4][f"competence/{s}"] is not None for s in ("visual_quality", "text_alignment"))
 
 
-# --- configurations that cannot be -----------------------------------------------------------------------------------------------------------
+# --- configurations that cannot be ------------------------------------------------------------------------------------
 
 BINARY, EMPTY, BLANK, STRANGE = "binary.txt", "empty.txt", "blank.txt", "strange.txt"
 TWICE, MISSPELT, NOT_YAML = "twice.yaml", "misspelt.yaml", "not.yaml"
@@ -289,7 +291,7 @@ WITHOUT_WEIGHTS: dict[str, tuple[list[str], list[str]]] = {
     "unknown policy class": (["--policy.class_path", "fastgrpo.policies.shapes.Shape"], ["policy", "fastgrpo.policies.shapes.Shape"]),
     "class that is no policy": (["--policy.class_path", "fastgrpo.shapes.judge.ShapesJudge"], ["policy", "ShapesJudge", "interfaces.py"]),
     "unknown argument of the policy": (["--policy.weights", "x"], ["policy", "weights"]),
-    "impossible argument of the judge": (["--reward.class_path", "fastgrpo.shapes.judge.ShapesJudge", "--reward.noise", "-1"], ["noise", "-1"]),
+    "impossible argument of the judge": (["--reward", "fastgrpo.shapes.judge.ShapesJudge", "--reward.noise", "-1"], ["noise", "-1"]),
     "name with a slash": (["--name", "a/b"], ["name", "a/b"]),
 }  # fmt: skip
 WITH_WEIGHTS: dict[str, tuple[list[str], list[str]]] = {

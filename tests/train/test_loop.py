@@ -35,7 +35,7 @@ def steps_trained(row: dict[str, Any]) -> list[int]:
     return sorted(int(key.rpartition("_")[2]) for key in row if key.startswith("ratio_drift/step_"))
 
 
-# --- the ratio before the first update is exactly 1 ----------------------------------------------------------------------------------
+# --- the ratio before the first update is exactly 1 -------------------------------------------------------------------
 
 SAMPLERS = [["--rollout.sde", kind, "--rollout.guidance_scale", w] for kind in ("dance", "flow", "linear", "cps") for w in ("1", "3")]
 WINDOWS = [
@@ -111,7 +111,9 @@ def test_ratio_drift_shows_weights_that_moved_between_rollout_and_update(
 def test_later_optimizer_steps_of_an_iteration_are_off_policy(tmp_path: Path, train: Callable[..., Any]) -> None:
     """Two steps: the second sees other weights, so its ratios leave 1, though the drift, taken from the first, stays 0."""
     on, off = (
-        train(tmp_path / name, "--iterations", "1", "--update.gradient_accumulation", samples, "--update.clip_range", "1e-7").trained_rows[0]
+        train(tmp_path / name, "--iterations", "1", "--update.gradient_accumulation", samples, "--update.clip_range", "1e-7").trained_rows[
+            0
+        ]
         for name, samples in (("on", "4"), ("off", "2"))
     )
     assert on["approx_kl"] == 0 == on["clip_ratio"]
@@ -142,11 +144,15 @@ def test_the_recipe_as_it_stands(tmp_path: Path, start: Callable[..., Any], monk
     assert [row["ratio_drift"] for row in run.trained_rows] == [0.0, 0.0]
     assert steps_trained(run.trained_rows[0]) == list(range(15)), "of 32 videos each trains 9 of the first 15 steps"
     assert all(0 < row[f"eval/rewards/{stage}/mean"] < 1 for row in (run.rows[0], run.rows[-1]) for stage in STAGES)
-    assert run.rows[0][f"eval/rewards/{STAGES[0]}/mean"] > run.rows[0][f"eval/rewards/{STAGES[1]}/mean"] > run.rows[0][f"eval/rewards/{STAGES[2]}/mean"]
+    assert (
+        run.rows[0][f"eval/rewards/{STAGES[0]}/mean"]
+        > run.rows[0][f"eval/rewards/{STAGES[1]}/mean"]
+        > run.rows[0][f"eval/rewards/{STAGES[2]}/mean"]
+    )
     assert len(list((run.folder / "samples" / "iteration_000000").glob("*.mp4"))) == 8
 
 
-# --- what a run leaves behind --------------------------------------------------------------------------------------------------------
+# --- what a run leaves behind -----------------------------------------------------------------------------------------
 
 
 def listing(folder: Path) -> dict[str, tuple[int, str]]:
@@ -159,9 +165,11 @@ def listing(folder: Path) -> dict[str, tuple[int, str]]:
 def whole_run(
     tmp_path_factory: pytest.TempPathFactory, start: Callable[..., Any], tiny: Callable[..., list[str]]
 ) -> tuple[Any, Path, dict[str, Any], dict[str, Any]]:
-    """A run with all that is on by default (trackers, videos, report), started where output_dir's default puts it: the working directory."""
+    """A run with all that is on by default (tracker, videos, report), put where output_dir's default puts it: the working directory."""
     here = tmp_path_factory.mktemp("cwd")
-    argv = tiny(Path("runs") / "whole", "--tracking.trackers", "[tensorboard]", "--evaluation.num_videos", "2", "--evaluation.interval", "2")
+    argv = tiny(
+        Path("runs") / "whole", "--tracking.trackers", "[tensorboard]", "--evaluation.num_videos", "2", "--evaluation.interval", "2"
+    )
     before = listing(PACKAGE)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(here)
@@ -195,9 +203,25 @@ def test_metrics_and_console(whole_run: Any) -> None:
     evaluated = [row["iteration"] for row in run.rows if f"eval/rewards/{STAGES[0]}/mean" in row]
     assert evaluated == [0, 2, 3]
     for row in run.trained_rows:
-        assert {"reward", "reward_std", "clip_ratio", "grad_norm", "loss", "kl", "learning_rate", "step_time", "frac_reward_zero_std"} <= row.keys()
+        assert {
+            "reward",
+            "reward_std",
+            "clip_ratio",
+            "grad_norm",
+            "loss",
+            "kl",
+            "learning_rate",
+            "step_time",
+            "frac_reward_zero_std",
+        } <= row.keys()
         for stage in STAGES:
-            assert {f"rewards/{stage}/mean", f"rewards/{stage}/std", f"weights/{stage}", f"hoyer/{stage}", f"competence/{stage}"} <= row.keys()
+            assert {
+                f"rewards/{stage}/mean",
+                f"rewards/{stage}/std",
+                f"weights/{stage}",
+                f"hoyer/{stage}",
+                f"competence/{stage}",
+            } <= row.keys()
         assert all(row[f"time/{phase}"] >= 0 for phase in ("rollout", "reward", "update"))
     lines = run.out.splitlines()
     assert sum(line.startswith("iteration ") for line in lines) == 4, "one line an iteration, and one of the untrained model"
@@ -248,7 +272,11 @@ def test_exported_transformer_goes_on_as_a_policy(whole_run: Any, tmp_path: Path
     further = train(tmp_path / "further", "--iterations", "0", "--policy.checkpoint", str(run.folder / "transformer"))
     assert further.code == 0
     for stage in STAGES:
-        assert further.rows[0][f"eval/rewards/{stage}/mean"] == run.rows[-1][f"eval/rewards/{stage}/mean"] != run.rows[0][f"eval/rewards/{stage}/mean"]
+        assert (
+            further.rows[0][f"eval/rewards/{stage}/mean"]
+            == run.rows[-1][f"eval/rewards/{stage}/mean"]
+            != run.rows[0][f"eval/rewards/{stage}/mean"]
+        )
 
 
 def test_second_start_in_a_used_folder_refuses(whole_run: Any, tiny: Callable[..., list[str]], start: Callable[..., Any]) -> None:
@@ -272,7 +300,7 @@ def test_run_without_heldout_captions(tmp_path: Path, train: Callable[..., Any])
     assert all(str(caption).replace(" ", "-") in "".join(names) for caption in train_captions()[:2])
 
 
-# --- what an update does -------------------------------------------------------------------------------------------------------------
+# --- what an update does ----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Two ranks under torchrun against one: the same videos and rewards bit for bit, the same gradients to rounding, and no hang when they differ."""
+"""Two ranks under torchrun against one: the same rewards bit for bit, the same gradients to rounding, no hang when they differ."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_gradients_at_equal_weights_are_equal(one_rank_run: Path, two_ranks_run:
 def test_a_rank_more_or_less_after_a_resume(
     tmp_path: Path, one_rank_run: Path, two_ranks_run: Path, tiny: Any, train: Any, torchrun: Any, iteration: int
 ) -> None:
-    """A checkpoint of two ranks resumes on one, and the other way round; the next rollout is, bit for bit, the one that the writer made next."""
+    """A checkpoint of two ranks resumes on one, and the other way round; the next rollout is bit for bit what the writer made next."""
 
     def cut(source: Path, name: str) -> Path:
         shutil.copytree(source, tmp_path / name, symlinks=True)

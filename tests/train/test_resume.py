@@ -26,7 +26,8 @@ Train = Callable[..., Any]
 
 # Everything at once that has a state: averaged weights, several optimizer steps, a schedule, a window that moves, running competence.
 MANY_STATES = [
-    "--update.ema_decay", "0.5", "--update.gradient_accumulation", "2", "--update.lr_scheduler", "cosine", "--update.warmup_iterations", "1",
+    "--update.ema_decay", "0.5", "--update.gradient_accumulation", "2",
+    "--update.lr_scheduler", "cosine", "--update.warmup_iterations", "1",
     "--rollout.sde_window", "sliding", "--rollout.window_size", "2", "--rollout.window_interval", "1", "--update.kl_coef", "0.1",
 ]  # fmt: skip
 SETTINGS = {"plain": [], "many states": MANY_STATES}
@@ -37,7 +38,9 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory, train: Train) -> dic
     """Runs of four iterations that nothing disturbed, by their settings, with a checkpoint at every iteration."""
     folder = tmp_path_factory.mktemp("uninterrupted")
     return {
-        name: train(folder / name.replace(" ", "_"), "--iterations", "4", "--checkpoint.interval", "1", "--checkpoint.keep", "9", *overrides)
+        name: train(
+            folder / name.replace(" ", "_"), "--iterations", "4", "--checkpoint.interval", "1", "--checkpoint.keep", "9", *overrides
+        )
         for name, overrides in SETTINGS.items()
     }
 
@@ -70,7 +73,9 @@ def test_resumed_states_are_not_trivially_equal(uninterrupted: dict[str, Any], t
         names = [name for name in before if name.startswith(part)]
         changed = [isinstance(before[name], torch.Tensor) and not torch.equal(before[name], after[name]) for name in names]
         assert sum(changed) > 0.9 * len(names) > 0
-    states = [json.loads((uninterrupted["many states"].folder / "checkpoints" / f"iteration_{i:06d}" / "state.json").read_text()) for i in (3, 4)]
+    states = [
+        json.loads((uninterrupted["many states"].folder / "checkpoints" / f"iteration_{i:06d}" / "state.json").read_text()) for i in (3, 4)
+    ]
     assert [state["prompts_drawn"] for state in states] == [6, 8]
     assert states[0]["pacer"] != states[1]["pacer"]
 
@@ -86,16 +91,17 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path: Path, train: Train, u
 def test_more_iterations_than_first_asked_for(
     tmp_path: Path, train: Train, uninterrupted: dict[str, Any], rows_without_times: Any, tensors: Any
 ) -> None:
-    """Under a constant learning rate a run of 2 iterations that is given 4 ends as one of 4; the log has one evaluation more, after the second."""
+    """Under a constant learning rate a run of 2 iterations that is given 4 ends as one of 4, with one evaluation more, after the second."""
     train(tmp_path / "run", "--iterations", "2")
     run = train(tmp_path / "run", "--iterations", "4", "--resume", "auto")
     assert "changed since the run began: iterations: 2 -> 4" in run.out
-    assert "rollout" not in run.out.split("resume: changed")[1].split("\n")[0]
+    assert run.out.count("changed since the run began") == 1
     expected = uninterrupted["plain"]
     rows, expected_rows = ([json.loads(row) for row in rows_without_times(folder)] for folder in (run.folder, expected.folder))
     assert [row["iteration"] for row in rows] == [0, 1, 2, 3, 4]
     extra = {key: value for key, value in rows[2].items() if key not in expected_rows[2]}
-    assert extra and all(key.startswith("eval/") for key in extra)
+    assert len(extra) == 3
+    assert all(key.startswith("eval/") for key in extra)
     assert [row | (extra if row["iteration"] == 2 else {}) for row in expected_rows] == rows
     one, other = (tensors(folder / "checkpoints" / "latest") for folder in (run.folder, expected.folder))
     assert all(torch.equal(one[name], other[name]) for name in one if isinstance(one[name], torch.Tensor))
@@ -159,7 +165,7 @@ def test_a_file_beside_the_checkpoints_was_lost(
     assert all(torch.equal(one[name], other[name]) for name in one if isinstance(one[name], torch.Tensor))
 
 
-# --- killed ----------------------------------------------------------------------------------------------------------------------------
+# --- killed -----------------------------------------------------------------------------------------------------------
 
 
 class Killed(BaseException):
@@ -175,7 +181,8 @@ def fail_in(number: int) -> Callable[[int], None]:
 
 
 OPERATIONS = [
-    (fastgrpo.checkpoint, "_sync"), (fastgrpo.checkpoint.dcp, "save"), (os, "replace"), (shutil, "rmtree"), (Path, "mkdir"), (Path, "symlink_to"),
+    (fastgrpo.checkpoint, "_sync"), (fastgrpo.checkpoint.dcp, "save"), (os, "replace"), (shutil, "rmtree"),
+    (Path, "mkdir"), (Path, "symlink_to"),
 ]  # fmt: skip
 
 
@@ -201,7 +208,7 @@ def killed_at_operation(number: int) -> Iterator[list[str]]:
 
 
 def test_killed_at_every_step_of_writing_a_checkpoint(tmp_path: Path, one_rank: torch.device) -> None:
-    """The second checkpoint replaces the first (keep 1). Killed between any two file operations, what loads is whole, and one of the two."""
+    """The second checkpoint replaces the first (keep 1). Killed between any two file operations, what loads is one of the two, whole."""
 
     def state(iteration: int) -> dict[str, Any]:
         return {"model": {"weight": torch.full((3,), float(iteration))}}
@@ -230,7 +237,7 @@ def test_killed_at_every_step_of_writing_a_checkpoint(tmp_path: Path, one_rank: 
 
 
 def kill_until_done(background: Any, argv: list[str], folder: Path, rounds: int, draw: random.Random, longest: float) -> int:
-    """Start, kill at a random moment, resume, kill, ...; after so many kills let it finish. Returns the kills that hit a running process."""
+    """Start, kill at a random moment, resume, kill, ...; after so many rounds let it finish. Returns how many kills hit a live process."""
     hits = 0
     for _ in range(rounds):
         process = background([*argv, "--resume", "auto"])
@@ -300,7 +307,7 @@ def test_sigkill_of_a_whole_job(
     assert_same_end(tmp_path / "run", tmp_path / "expected")
 
 
-# --- signals, through torchrun -----------------------------------------------------------------------------------------------------------
+# --- signals, through torchrun ----------------------------------------------------------------------------------------
 
 
 def wait_for(job: subprocess.Popen[str], text: str) -> str:
@@ -317,7 +324,7 @@ def wait_for(job: subprocess.Popen[str], text: str) -> str:
 def test_sigterm_and_sigint_and_the_command_that_is_printed(
     tmp_path: Path, tiny: Callable[..., list[str]], torchrun: Any, train: Train, environment: dict[str, str], assert_same_end: Any
 ) -> None:
-    """A job is stopped by SIGTERM; the command that it prints, run as printed, goes on; that one is stopped by Ctrl-C; its command finishes."""
+    """A job is stopped by SIGTERM; the command that it prints, run as printed, goes on; that is stopped by Ctrl-C; its command finishes."""
     (tmp_path / "train.txt").write_text("\n".join(map(str, train_captions())))
     arguments = ["--iterations", "40", "--prompts.train", "train.txt"]
     relative = ["--output_dir", "runs", "--name", "my run"]  # looked for in the working directory, and in need of quotes

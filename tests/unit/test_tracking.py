@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from fastgrpo.tracking import MetricsLog, check_trackers, console_line, read_metrics, stage_names, truncate_metrics
+from fastgrpo.tracking import MetricsLog, check_trackers, console_line, evaluation_line, read_metrics, stage_names, truncate_metrics
 
 STAGES = ("visual_quality", "temporal_coherence", "text_alignment")
 
@@ -325,7 +325,7 @@ def test_console_line_with_short_or_many_stages() -> None:
 
 def test_a_row_with_evaluation_only_gives_the_held_out_scores() -> None:
     row = {"iteration": 0, **{f"eval/rewards/{stage}/mean": 0.36 for stage in STAGES}}
-    assert console_line(row, STAGES) == "iteration     0  held-out  VQ 0.360  TC 0.360  TA 0.360"
+    assert evaluation_line(row, STAGES) == "iteration     0  held-out  VQ 0.360  TC 0.360  TA 0.360"
 
 
 def _environment() -> dict[str, str]:

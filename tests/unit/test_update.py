@@ -179,7 +179,7 @@ def test_micro_batches_of_any_size_give_the_gradient_of_one_sum(tiny_policy: Any
     """13 pairs are filled up in all of these sizes but one."""
     base = tiny_policy()
     rollout = dataclasses.replace(make_rollout(base, guidance_scale=3.0), micro_batch_size=micro_batch_size)
-    policy, cfg = moved(base, 0.02), UpdateConfig(clip_range=0.02)
+    policy, cfg = moved(base, 0.02), UpdateConfig(clip_range=1e-3)
     numbers = [(v, i) for v in range(6) for i in (0, 2, 4)][:13]
     pairs = [Pair(v, i, ADVANTAGES[v]) for v, i in numbers]
     stats = UpdateStatistics()
@@ -192,7 +192,9 @@ def test_micro_batches_of_any_size_give_the_gradient_of_one_sum(tiny_policy: Any
     assert [len(values) for values in (stats.steps, stats.ratios, stats.log_ratios, stats.clipped, stats.kl)] == [13] * 5
     for ratio, log_ratio, clipped, pair in zip(stats.ratios, stats.log_ratios, stats.clipped, pairs, strict=True):
         assert math.log(ratio) == pytest.approx(log_ratio, abs=1e-6)
-        assert clipped == (ratio > 1.02 if pair.advantage > 0 else ratio < 0.98)
+        assert clipped == (ratio > 1.001 if pair.advantage > 0 else ratio < 0.999)
+    # Beyond either edge, with an advantage of either sign.
+    assert len({(ratio > 1, pair.advantage > 0) for ratio, pair in zip(stats.ratios, pairs, strict=True) if abs(ratio - 1) > 1e-3}) == 4
 
 
 @pytest.mark.parametrize(("num_pairs", "passes"), [(0, 0), (1, 1), (4, 2), (9, 5)])
