@@ -187,7 +187,7 @@ def save_samples(
     entries = []
     for index, (video, prompt) in enumerate(zip(frames, prompts, strict=True)):
         name = f"{index:0{digits}d}_{_slug(prompt)}"
-        write_video(folder / f"{name}.mp4", video, fps)
+        _write_video(folder / f"{name}.mp4", video, fps)
         still = _strip(video)
         Image.fromarray(still).save(folder / f"{name}.png")
         row = None if table is None else [value if math.isfinite(value) else None for value in table[index]]
@@ -205,7 +205,7 @@ def read_samples(folder: Path) -> dict[str, Any]:
     return summary
 
 
-def write_video(path: Path, frames: NDArray[np.uint8], fps: float) -> None:
+def _write_video(path: Path, frames: NDArray[np.uint8], fps: float) -> None:
     """H.264 yuv420p mp4 of frames [T, H, W, 3], enlarged and padded as `save_samples` says."""
     height, width = frames.shape[1:3]
     scale = max(1, math.ceil(256 / min(height, width)))

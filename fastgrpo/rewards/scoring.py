@@ -58,7 +58,7 @@ class ScoringQueue:
                 f"reward: expected scores {expected} and validity {expected[:1]} from {type(self.reward).__name__}, "
                 f"got {tuple(scores.shape)} and {tuple(valid.shape)}"
             )
-        scores, valid = scores.double().cpu(), valid.cpu() & torch.isfinite(scores.cpu()).all(dim=1)
+        scores, valid = scores.double().cpu(), valid.cpu().bool() & torch.isfinite(scores.cpu()).all(dim=1)
         outside = valid & ((scores < 0) | (scores > 1)).any(dim=1)
         if outside.any():
             raise ValueError(f"reward: expected scores in [0, 1] from {type(self.reward).__name__}, got {scores[outside][0].tolist()}")

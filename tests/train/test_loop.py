@@ -75,6 +75,7 @@ PACING = [
 ]
 
 
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")  # bf16 on the CPU has no fused RMSNorm
 @pytest.mark.parametrize("overrides", [*SAMPLERS, *WINDOWS, *UPDATES, *SIZES, *PACING], ids=lambda o: " ".join(o).replace("--", ""))
 def test_ratio_is_exactly_one_before_the_first_update(tmp_path: Path, train: Callable[..., Any], overrides: list[str]) -> None:
     run = train(tmp_path / "run", "--iterations", "2", *overrides)
@@ -224,8 +225,10 @@ def test_metrics_and_console(whole_run: Any) -> None:
             } <= row.keys()
         assert all(row[f"time/{phase}"] >= 0 for phase in ("rollout", "reward", "update"))
     lines = run.out.splitlines()
-    assert sum(line.startswith("iteration ") for line in lines) == 4, "one line an iteration, and one of the untrained model"
-    assert all("|ratio-1|     0" in line for line in lines[1:4])
+    trained = [line for line in lines if line.startswith("iteration ") and "held-out" not in line]
+    assert [int(line.split()[1]) for line in trained] == [1, 2, 3], "one line an iteration"
+    assert all("|ratio-1|     0" in line for line in trained)
+    assert [int(line.split()[1]) for line in lines if line.startswith("iteration ") and "held-out" in line] == [0, 2, 3]
     assert any(line.startswith("done: ") and "runs/whole/" in line for line in lines)
     assert lines[-1].startswith("report: ")
     assert "it/s" not in run.err, "no progress bar where there is no terminal"
@@ -252,7 +255,7 @@ def test_config_yaml_loads_again_and_gives_the_same(whole_run: Any) -> None:
     assert again == text
     assert config.iterations == 3
     assert config.rollout.num_generations == 4
-    assert config.pacing.thresholds == (0.54, 0.35)
+    assert config.pacing.thresholds == tuple(yaml.safe_load((PACKAGE / "recipes" / "shapes.yaml").read_text())["pacing"]["thresholds"])
     assert config.name == "whole"
     assert type(config.policy).__name__ == "ShapesPolicy"
     assert yaml.safe_load(text)["resume"] == "never"

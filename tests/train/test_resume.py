@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch.distributed.checkpoint import CheckpointException
 
 import fastgrpo.checkpoint
@@ -60,6 +61,7 @@ def test_stopped_by_a_signal_and_resumed_twice(
         assert not (run.folder / "transformer").exists()
         assert "SIGTERM: finishing this iteration" in run.out
         assert "--resume auto" in run.out
+        assert yaml.safe_load((run.folder / "config.yaml").read_text())["resume"] == "never", "how it was asked for is no part of the run"
     run = train(tmp_path / "run", *arguments, "--resume", "auto")
     assert "resume: going on after iteration 3" in run.out
     assert "changed since" not in run.out
@@ -195,6 +197,8 @@ def killed_at_operation(number: int) -> Iterator[list[str]]:
         def call(*args: Any, **kwargs: Any) -> Any:
             if any("checkpoints" in str(argument) for argument in (*args, *kwargs.values())):
                 if len(done) == number:
+                    if name == "rmtree" and args[0].exists():  # in the middle of it
+                        next(args[0].glob("*.distcp"), args[0]).unlink()
                     raise Killed(name)
                 done.append(name)
             return function(*args, **kwargs)
@@ -207,8 +211,9 @@ def killed_at_operation(number: int) -> Iterator[list[str]]:
         yield done
 
 
-def test_killed_at_every_step_of_writing_a_checkpoint(tmp_path: Path, one_rank: torch.device) -> None:
-    """The second checkpoint replaces the first (keep 1). Killed between any two file operations, what loads is one of the two, whole."""
+@pytest.mark.parametrize("written_before", [[1], [1, 2]], ids=["the next", "one that is there already"])
+def test_killed_at_every_step_of_writing_a_checkpoint(tmp_path: Path, one_rank: torch.device, written_before: list[int]) -> None:
+    """Checkpoint 2 is written and 1 removed (keep 1). Killed between any two file operations, what loads is one of the two, whole."""
 
     def state(iteration: int) -> dict[str, Any]:
         return {"model": {"weight": torch.full((3,), float(iteration))}}
@@ -216,13 +221,15 @@ def test_killed_at_every_step_of_writing_a_checkpoint(tmp_path: Path, one_rank: 
     places: set[str] = set()
     for number in range(100):
         folder = tmp_path / f"killed_{number}" / "checkpoints"
-        fastgrpo.checkpoint.save(folder, 1, state(1), {"count": 1}, keep=1)
+        for iteration in written_before:
+            fastgrpo.checkpoint.save(folder, iteration, state(iteration), {"count": iteration}, keep=2)
         with killed_at_operation(number) as done, contextlib.suppress(Killed, CheckpointException):  # the latter where torch wraps it
             fastgrpo.checkpoint.save(folder, 2, state(2), {"count": 2}, keep=1)
         places.update(done)
-        assert (folder / "latest").exists()
-        for checkpoint in ((folder / "latest").resolve(), *fastgrpo.checkpoint.list_checkpoints(folder)):
+        for checkpoint in fastgrpo.checkpoint.list_checkpoints(folder):
             fastgrpo.checkpoint.verify(checkpoint)
+        if written_before == [1]:
+            assert (folder / "latest").resolve() in fastgrpo.checkpoint.list_checkpoints(folder)
         loaded = state(0)
         found = fastgrpo.checkpoint.load(folder, loaded)
         assert found in ((1, {"count": 1}), (2, {"count": 2}))

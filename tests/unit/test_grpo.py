@@ -14,10 +14,8 @@ import torch
 
 from fastgrpo import grpo
 from fastgrpo.config import EvaluationConfig, PacingConfig, PromptsConfig, RolloutConfig, TrainConfig, UpdateConfig
-from fastgrpo.grpo import Group, Trainer, concatenate, mean, reward_metrics, update_metrics
+from fastgrpo.grpo import Trainer
 from fastgrpo.rewards.scoring import ScoringQueue
-from fastgrpo.self_paced import GroupStatistics
-from fastgrpo.update import UpdateStatistics
 
 CPU = torch.device("cpu")
 CAPTIONS = ["a cat", "a dog", "a fish", "a cow", "a horse"]
@@ -35,9 +33,10 @@ def make(one_rank: Any, tiny_policy: Any, tiny_judge: Any) -> Iterator[Callable[
     judges: list[ScoringQueue] = []
 
     def build(
-        rollout: Any = None, update: Any = None, pacing: Any = None, captions: list[str] = CAPTIONS, shuffle: bool = True, **top: Any
-    ) -> Trainer:
-        policy, reward = tiny_policy(), tiny_judge()
+        rollout: Any = None, update: Any = None, pacing: Any = None, captions: list[str] = CAPTIONS, shuffle: bool = True,
+        reward: Any = None, **top: Any,
+    ) -> Trainer:  # fmt: skip
+        policy, reward = tiny_policy(), reward or tiny_judge()
         config = TrainConfig(
             policy=policy, reward=reward, prompts=PromptsConfig(train="-", shuffle=shuffle),
             rollout=RolloutConfig(**(ROLLOUT | (rollout or {}))), update=UpdateConfig(**(UPDATE | (update or {}))),
@@ -61,93 +60,6 @@ def weights(trainer: Trainer) -> list[torch.Tensor]:
 
 def all_equal(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
     return all(torch.equal(p, q) for p, q in zip(one, other, strict=True))
-
-
-# ------------------------------------------------------------------------------------------------------ metrics by hand
-
-
-def test_reward_metrics_by_hand() -> None:
-    seen = GroupStatistics((0.0, 0.0), (0.0, 0.0))
-    usable = Group(
-        [[0.2, 0.0], [0.6, 0.0], [9.0, 9.0]], [True, True, False], seen, (0.75, 0.25), [0.15, 0.45, NAN], {0: -0.7, 1: 0.7}, [1, 0]
-    )
-    alike = Group([[0.5, 0.5]] * 3, [True] * 3, seen, (0.25, 0.75), [0.5, 0.5, 0.5])
-    alone = Group([[9.0, 9.0], [0.7, 0.1], [9.0, 9.0]], [False, True, False], None)
-    came = reward_metrics([usable, alike, alone], ("vq", "ta"))
-    vq, ta = [0.2, 0.6, 0.5, 0.5, 0.5, 0.7], [0.0, 0.0, 0.5, 0.5, 0.5, 0.1]
-    # Hoyer of (0.2, 0.6): (sqrt 2 - 0.8 / sqrt 0.4) / (sqrt 2 - 1); of equal scores 0, of zeros 0; one score has none.
-    hoyer = (math.sqrt(2) - 0.8 / math.sqrt(0.4)) / (math.sqrt(2) - 1)
-    expected = {
-        "reward": (0.15 + 0.45 + 1.5) / 5,
-        "reward_std": (0.3 / math.sqrt(2) + 0.0) / 2,
-        "rewards/vq/mean": sum(vq) / 6,
-        "rewards/vq/std": statistics.stdev(vq),
-        "rewards/ta/mean": sum(ta) / 6,
-        "rewards/ta/std": statistics.stdev(ta),
-        "weights/vq": 0.5,
-        "weights/ta": 0.5,
-        "hoyer/vq": hoyer / 2,
-        "hoyer/ta": 0.0,
-        "frac_reward_zero_std": 1 / 3,
-        "num_skipped_groups": 2,
-        "num_invalid_videos": 3,
-    }
-    assert came == pytest.approx(expected, abs=1e-12)
-
-
-def test_reward_metrics_without_any_score_are_nan_and_not_zero() -> None:
-    came = reward_metrics([Group([[1.0], [1.0]], [False, False], None)], ("vq",))
-    counted = {"frac_reward_zero_std": 0.0, "num_skipped_groups": 1, "num_invalid_videos": 2}
-    assert {k: came[k] for k in counted} == counted
-    others = {"reward", "reward_std", "rewards/vq/mean", "rewards/vq/std", "weights/vq", "hoyer/vq"}
-    assert came.keys() == counted.keys() | others
-    assert all(math.isnan(came[k]) for k in others)
-    one = reward_metrics([Group([[0.5]], [True], None)], ("vq",))
-    assert (one["rewards/vq/mean"], math.isnan(one["rewards/vq/std"])) == (0.5, True)
-
-
-def test_update_metrics_by_hand() -> None:
-    """The drift is the first optimizer step's alone; everything else is of all steps and ranks."""
-    first = UpdateStatistics(
-        steps=[0, 3, 0, 3], ratios=[1.0, 0.75, 5.0, 7.0], log_ratios=[0.0, -0.3, 1.6, 1.9], clipped=[False, True, True, True],
-        kl=[0.1, 0.2, 0.3, 0.4], num_first=2, losses=[1.0, 2.0], grad_norms=[3.0, 5.0], skipped=[False, True],
-    )  # fmt: skip
-    second = UpdateStatistics(
-        steps=[0, 11], ratios=[1.125, 1.0], log_ratios=[0.1, 0.0], clipped=[False, False], kl=[0.0, 0.6], num_first=2,
-        losses=[6.0, 0.0], grad_norms=[3.0, 5.0], skipped=[False, True],
-    )  # fmt: skip
-    expected = {
-        "ratio_drift": 0.25,
-        "ratio_drift/step_00": 0.125,
-        "ratio_drift/step_03": 0.25,
-        "ratio_drift/step_11": 0.0,
-        "clip_ratio": 3 / 6,
-        "approx_kl": 0.5 * (0.09 + 2.56 + 3.61 + 0.01) / 6,
-        "kl": 1.6 / 6,
-        "loss": 9.0 / 4,
-        "grad_norm": 4.0,
-        "num_skipped_updates": 1,
-    }
-    assert update_metrics([first, second]) == pytest.approx(expected)
-
-
-@pytest.mark.parametrize("ratios", [[NAN, 1.5], [1.5, NAN]])
-def test_a_drift_that_is_nan_is_not_hidden_by_another(ratios: list[float]) -> None:
-    stats = UpdateStatistics(steps=[2, 2], ratios=ratios, log_ratios=[0.0] * 2, clipped=[False] * 2, kl=[0.0] * 2, num_first=2)
-    assert math.isnan(update_metrics([stats])["ratio_drift/step_02"])
-
-
-def test_no_update_is_nan_and_none_skipped() -> None:
-    came = update_metrics([UpdateStatistics(), UpdateStatistics()])
-    assert came.pop("num_skipped_updates") == 0
-    assert came.keys() == {"ratio_drift", "clip_ratio", "approx_kl", "kl", "loss", "grad_norm"}
-    assert all(math.isnan(value) for value in came.values())
-
-
-def test_mean_and_concatenate() -> None:
-    assert mean([0.1] * 10) == 0.1  # rounded once
-    assert math.isnan(mean([]))
-    assert concatenate([[1], [], [2, 3]]) == [1, 2, 3]
 
 
 # ------------------------------------------------------------------------------------------------------- one step, redone
@@ -213,6 +125,8 @@ def test_a_step_trains_the_best_and_the_worst_of_each_group(
     assert not all_equal(weights(trainer), weights(untouched))
     assert metrics["iteration"] == 1
     assert {"time/rollout", "time/reward", "time/update", "step_time", "learning_rate"} <= metrics.keys()
+    assert trainer.step(2)["iteration"] == 2
+    assert not {*calls[1][0].noise_seeds.tolist()} & {*rollout.noise_seeds.tolist()}
 
 
 def test_the_reward_is_the_self_paced_mixture(make: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -252,6 +166,31 @@ def test_a_group_without_scores_is_skipped_and_counted(make: Callable[..., Train
     assert {*chosen} <= {*range(6, 12)}
     assert len(chosen) == 3
     assert (metrics["num_skipped_groups"], metrics["num_invalid_videos"], metrics["frac_reward_zero_std"]) == (1, 6, 0.0)
+
+
+def test_a_video_without_a_score_is_in_no_mean_and_not_trained(
+    make: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch, tiny_judge: Any
+) -> None:
+    seen: list[tuple[list[list[float]], list[bool]]] = []
+
+    class Blind(tiny_judge):  # type: ignore[misc]
+        def score(self, videos: torch.Tensor, prompts: Any) -> tuple[torch.Tensor, torch.Tensor]:
+            scores, _ = super().score(videos, prompts)
+            valid = torch.tensor([len(seen) + i not in (1, 2, 7) for i in range(len(videos))])
+            seen.extend(zip(scores.tolist(), valid.tolist(), strict=True))  # type: ignore[arg-type]
+            return scores, valid
+
+    calls = watch_update(monkeypatch)
+    metrics = make(pacing={"mode": "one_stage"}, reward=Blind()).step(1)
+    ((_, chosen, advantages, _),) = calls
+    assert metrics["num_invalid_videos"] == 3
+    assert not {1, 2, 7} & {*chosen}
+    for group in ([0, 3, 4, 5], [6, 8, 9, 10, 11]):
+        own = [seen[i][0][0] for i in group]
+        expected = [(r - statistics.fmean(own)) / statistics.stdev(own) for r in own]
+        assert [advantages[i] for i in group] == pytest.approx(expected, rel=1e-5)
+    assert sorted(advantages) == [0, 3, 4, 5, 6, 8, 9, 10, 11]
+    assert metrics["reward"] == pytest.approx(statistics.fmean(row[0] for row, ok in seen if ok))
 
 
 def test_no_group_with_scores_is_no_update_and_no_crash(make: Callable[..., Trainer]) -> None:
@@ -434,7 +373,7 @@ for captions in {captions!r}:
     trainer.optimizer = torch.optim.SGD(policy.transformer.parameters(), lr=1.0)
     metrics = trainer.step(1)
     passes = parallel.gather(len(policy.batch_sizes))
-    answers.append([metrics, [p.flatten().tolist() for p in policy.transformer.parameters()], passes])
+    answers.append([metrics, [p.flatten().tolist() for p in policy.transformer.parameters()], passes, trainer.prompts_drawn])
     judge.close()
 print(json.dumps(answers))
 parallel.stop()
@@ -451,6 +390,7 @@ def test_two_ranks_make_the_step_of_one(run_ranks: Callable[..., list[Any]], mak
         assert without_times(here[0]) == without_times(there[0])
         assert here[1] == there[1]
         assert here[2][0] == here[2][1]
+        assert here[3] == there[3] == 4
         alone = make(rollout=rollout, update=update | {"gradient_accumulation": 12}, captions=captions, shuffle=False)
         alone.optimizer = torch.optim.SGD(alone.policy.transformer.parameters(), lr=1.0)
         before = weights(alone)

@@ -160,9 +160,8 @@ def same_bits(one: Rollout, of_one: slice, other: Rollout, of_other: slice) -> N
         assert torch.equal(getattr(one, name)[of_one], getattr(other, name)[of_other]), name
 
 
-@pytest.mark.parametrize("micro_batch_size", [1, 2, 4, 8])
-@pytest.mark.parametrize("window", ["all", "sliding", "single"])
-def test_a_prompt_has_the_same_bits_whatever_else_is_in_the_rollout(tiny_policy: Any, micro_batch_size: int, window: str) -> None:
+@pytest.mark.parametrize(("window", "micro_batch_size"), [("all", 1), ("all", 2), ("all", 4), ("all", 8), ("sliding", 4), ("single", 2)])
+def test_a_prompt_has_the_same_bits_whatever_else_is_in_the_rollout(tiny_policy: Any, window: str, micro_batch_size: int) -> None:
     policy = tiny_policy()
     cfg = config(micro_batch_size=micro_batch_size, sde_window=window, window_size=2, guidance_scale=3.0)
     both, together = sampled(policy, ["a cat", "a dog"], cfg)

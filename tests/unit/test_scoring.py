@@ -152,6 +152,16 @@ def test_a_score_that_is_not_finite_makes_its_video_invalid(opened: Callable[...
     assert (scores[0][0], scores[0][3]) == ([0.5, 0.5], [0.0, 1.0])
 
 
+def test_validity_as_numbers_will_do(opened: Callable[..., ScoringQueue]) -> None:
+    queue = opened(Broken([[0.5, 0.5], [0.5, 7.0], [0.25, 0.5]], [1, 0, 1]))
+    queue.submit(videos(0, 0, 0), ["a"] * 3)
+    assert queue.collect(3)[1] == [[True, False, True]]
+    wrong = opened(Broken([[0.5, 0.5], [0.5, 7.0]], [1, 1]))
+    wrong.submit(videos(0, 0), ["a"] * 2)
+    with pytest.raises(ValueError, match=r"got \[0\.5, 7\.0\]"):
+        wrong.collect(2)
+
+
 @pytest.mark.parametrize("bad", [-1e-9, 1.0000001, 7.5])
 def test_a_score_outside_0_to_1_is_the_judges_error(opened: Callable[..., ScoringQueue], bad: float) -> None:
     queue = opened(Broken([[0.5, 0.5], [0.25, bad]]))

@@ -1,0 +1,98 @@
+"""The metrics of a step by hand."""
+
+from __future__ import annotations
+
+import math
+import statistics
+
+import pytest
+
+from fastgrpo.grpo import Group, concatenate, mean, reward_metrics, update_metrics
+from fastgrpo.self_paced import GroupStatistics
+from fastgrpo.update import UpdateStatistics
+
+NAN = math.nan
+
+
+def test_reward_metrics_by_hand() -> None:
+    seen = GroupStatistics((0.0, 0.0), (0.0, 0.0))
+    usable = Group(
+        [[0.2, 0.0], [0.6, 0.0], [9.0, 9.0]], [True, True, False], seen, (0.75, 0.25), [0.15, 0.45, NAN], {0: -0.7, 1: 0.7}, [1, 0]
+    )
+    alike = Group([[0.5, 0.5]] * 3, [True] * 3, seen, (0.25, 0.75), [0.5, 0.5, 0.5])
+    alone = Group([[9.0, 9.0], [0.7, 0.1], [9.0, 9.0]], [False, True, False], None)
+    came = reward_metrics([usable, alike, alone], ("vq", "ta"))
+    vq, ta = [0.2, 0.6, 0.5, 0.5, 0.5, 0.7], [0.0, 0.0, 0.5, 0.5, 0.5, 0.1]
+    # Hoyer of (0.2, 0.6): (sqrt 2 - 0.8 / sqrt 0.4) / (sqrt 2 - 1); of equal scores 0, of zeros 0; one score has none.
+    hoyer = (math.sqrt(2) - 0.8 / math.sqrt(0.4)) / (math.sqrt(2) - 1)
+    expected = {
+        "reward": (0.15 + 0.45 + 1.5) / 5,
+        "reward_std": (0.3 / math.sqrt(2) + 0.0) / 2,
+        "rewards/vq/mean": sum(vq) / 6,
+        "rewards/vq/std": statistics.stdev(vq),
+        "rewards/ta/mean": sum(ta) / 6,
+        "rewards/ta/std": statistics.stdev(ta),
+        "weights/vq": 0.5,
+        "weights/ta": 0.5,
+        "hoyer/vq": hoyer / 2,
+        "hoyer/ta": 0.0,
+        "frac_reward_zero_std": 1 / 3,
+        "num_skipped_groups": 2,
+        "num_invalid_videos": 3,
+    }
+    assert came == pytest.approx(expected, abs=1e-12)
+
+
+def test_reward_metrics_without_any_score_are_nan_and_not_zero() -> None:
+    came = reward_metrics([Group([[1.0], [1.0]], [False, False], None)], ("vq",))
+    counted = {"frac_reward_zero_std": 0.0, "num_skipped_groups": 1, "num_invalid_videos": 2}
+    assert {k: came[k] for k in counted} == counted
+    others = {"reward", "reward_std", "rewards/vq/mean", "rewards/vq/std", "weights/vq", "hoyer/vq"}
+    assert came.keys() == counted.keys() | others
+    assert all(math.isnan(came[k]) for k in others)
+    one = reward_metrics([Group([[0.5]], [True], None)], ("vq",))
+    assert (one["rewards/vq/mean"], math.isnan(one["rewards/vq/std"])) == (0.5, True)
+
+
+def test_update_metrics_by_hand() -> None:
+    """The drift is the first optimizer step's alone; everything else is of all steps and ranks."""
+    first = UpdateStatistics(
+        steps=[0, 3, 0, 3], ratios=[1.0, 0.75, 5.0, 7.0], log_ratios=[0.0, -0.3, 1.6, 1.9], clipped=[False, True, True, True],
+        kl=[0.1, 0.2, 0.3, 0.4], num_first=2, losses=[1.0, 2.0], grad_norms=[3.0, 5.0], skipped=[False, True],
+    )  # fmt: skip
+    second = UpdateStatistics(
+        steps=[0, 11], ratios=[1.125, 1.0], log_ratios=[0.1, 0.0], clipped=[False, False], kl=[0.0, 0.6], num_first=2,
+        losses=[6.0, 0.0], grad_norms=[3.0, 5.0], skipped=[False, True],
+    )  # fmt: skip
+    expected = {
+        "ratio_drift": 0.25,
+        "ratio_drift/step_00": 0.125,
+        "ratio_drift/step_03": 0.25,
+        "ratio_drift/step_11": 0.0,
+        "clip_ratio": 3 / 6,
+        "approx_kl": 0.5 * (0.09 + 2.56 + 3.61 + 0.01) / 6,
+        "kl": 1.6 / 6,
+        "loss": 9.0 / 4,
+        "grad_norm": 4.0,
+        "num_skipped_updates": 1,
+    }
+    assert update_metrics([first, second]) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("ratios", [[NAN, 1.5], [1.5, NAN]])
+def test_a_drift_that_is_nan_is_not_hidden_by_another(ratios: list[float]) -> None:
+    stats = UpdateStatistics(steps=[2, 2], ratios=ratios, log_ratios=[0.0] * 2, clipped=[False] * 2, kl=[0.0] * 2, num_first=2)
+    assert math.isnan(update_metrics([stats])["ratio_drift/step_02"])
+
+
+def test_no_update_is_nan_and_none_skipped() -> None:
+    came = update_metrics([UpdateStatistics(), UpdateStatistics()])
+    assert came.pop("num_skipped_updates") == 0
+    assert came.keys() == {"ratio_drift", "clip_ratio", "approx_kl", "kl", "loss", "grad_norm"}
+    assert all(math.isnan(value) for value in came.values())
+
+
+def test_mean_and_concatenate() -> None:
+    assert mean([0.1] * 10) == 0.1  # rounded once
+    assert math.isnan(mean([]))
+    assert concatenate([[1], [], [2, 3]]) == [1, 2, 3]
