@@ -47,7 +47,7 @@ def save(folder: Path, iteration: int, tensors: dict[str, Any], state: dict[str,
     if rank() == 0:
         (partial / "state.json").write_text(json.dumps(state, indent=1) + "\n")
         _write_manifest(partial)
-        if final.exists():  # an iteration done again after a resume from an older checkpoint
+        if final.exists():  # saved before under this number
             _discard(final)
         os.replace(partial, final)
         _sync(folder)
@@ -61,7 +61,8 @@ def save(folder: Path, iteration: int, tensors: dict[str, Any], state: dict[str,
 def load(folder: Path, tensors: dict[str, Any]) -> tuple[int, dict[str, Any]] | None:
     """Load the newest checkpoint that verifies into `tensors`, in place, on all ranks; None where there is no checkpoint at all.
 
-    A damaged one is reported with the file that is wrong, renamed to `<name>.refused`, and the one before it is taken.
+    A damaged one is reported with the file that is wrong, renamed to `<name>.refused`, and the one before it is taken. A part of `tensors`
+    (a top-level key) that the checkpoint does not have is removed from it.
 
     Returns:
         iteration and `state`.
@@ -78,16 +79,22 @@ def load(folder: Path, tensors: dict[str, Any]) -> tuple[int, dict[str, Any]] | 
     if chosen == "":
         raise ValueError(f"resume: every checkpoint in {folder} is damaged; they are kept as *{_REFUSED}. Start a run of another name")
     path = folder / chosen
+    for part in tensors.keys() - parts(path):
+        del tensors[part]
     dcp.load(tensors, checkpoint_id=path)
     return int(chosen.removeprefix(_PREFIX)), json.loads((path / "state.json").read_text())
 
 
 def load_weights(checkpoint: Path, transformer: nn.Module) -> None:
     """Load a checkpoint's network into `transformer`, in place: the EMA where there is one."""
-    has_ema = any(key.startswith("ema.") for key in dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata)
     weights = transformer.state_dict()
-    tensors = {"ema": {f"module.{name}": tensor for name, tensor in weights.items()}} if has_ema else {"model": weights}
-    dcp.load(tensors, checkpoint_id=checkpoint)
+    ema = {f"module.{name}": tensor for name, tensor in weights.items()}
+    dcp.load({"ema": ema} if "ema" in parts(checkpoint) else {"model": weights}, checkpoint_id=checkpoint)
+
+
+def parts(checkpoint: Path) -> set[str]:
+    """The top-level keys of the state dict that a checkpoint holds: model, optimizer, and ema where there is one."""
+    return {key.split(".")[0] for key in dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata}
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

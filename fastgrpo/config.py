@@ -28,7 +28,7 @@ class PromptsConfig:
     train: str
     """Prompts to train on. A relative path is looked for in the working directory, then beside the installed package."""
     heldout: str | None = None
-    """Prompts of the evaluation; none: no evaluation, and the sample videos show the first training prompts."""
+    """Prompts of the evaluation; none: the first `evaluation.num_videos` training prompts."""
     shuffle: bool = True
     """Draw every epoch in a new order (seeded) instead of the file's."""
 
@@ -54,7 +54,7 @@ class RolloutConfig:
     sde: Literal["dance", "flow", "linear", "cps", "ode"] = "dance"
     """Sampler; `ode` has no log-probability and serves evaluation only."""
     eta: float = 0.5
-    """Noise level of the SDE (its meaning by sampler: method.md, section 1)."""
+    """Noise level of the SDE, for dance, flow and cps; `linear` takes its own from the schedule, `ode` has none."""
     sde_window: Literal["all", "sliding", "single"] = "all"
     """Which steps are stochastic and trained: all (the paper), a window that slides (MixGRPO), one step a prompt (Flash-GRPO)."""
     window_size: int = 4
@@ -163,7 +163,7 @@ class UpdateConfig:
         _require(self.num_best + self.num_worst >= 1, "update.num_best + num_worst", "at least 1", 0)
         _require(0 < self.timestep_fraction <= 1, "update.timestep_fraction", "a number in (0, 1]", self.timestep_fraction)
         _require(0 < self.clip_range < 1, "update.clip_range", "a number in (0, 1)", self.clip_range)
-        _require(0 < self.adv_clip, "update.adv_clip", "a positive number", self.adv_clip)
+        _require(self.adv_clip > 0, "update.adv_clip", "a positive number", self.adv_clip)
         _require(0 <= self.kl_coef < math.inf, "update.kl_coef", "a number of at least 0", self.kl_coef)
         _require(self.gradient_accumulation >= 1, "update.gradient_accumulation", "at least 1", self.gradient_accumulation)
         _require(0 < self.learning_rate < math.inf, "update.learning_rate", "a positive number", self.learning_rate)
@@ -356,11 +356,11 @@ def find_file(path: str, key: str) -> Path:
     Raises:
         FileNotFoundError: neither is there; names `key` and both places.
     """
-    here, packaged = Path(path), Path(__file__).resolve().parent.parent / path
-    for candidate in (here, packaged):
+    candidates = dict.fromkeys([Path(path).absolute(), Path(__file__).resolve().parent.parent / path])
+    for candidate in candidates:
         if candidate.is_file():
             return candidate
-    raise FileNotFoundError(f"{key}: expected a file, found neither {here.absolute()} nor {packaged}")
+    raise FileNotFoundError(f"{key}: expected a file, found none at {' or '.join(map(str, candidates))}")
 
 
 def _load_yaml(text: str) -> Any:

@@ -66,6 +66,8 @@ class Trainer:
         self.learning_rate_factor = scheduler.lr_lambdas[0]  # a function of the iteration: no state of a schedule has to be kept
         self.reference = copy.deepcopy(network).requires_grad_(False) if cfg.kl_coef else None
         self.ema = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema_decay)) if cfg.ema_decay else None
+        if self.ema is not None:
+            self.ema.n_averaged.fill_(1)  # the base weights count as the first; at 0 the first update would overwrite them
         self.prompts_drawn = 0
         self.skipped_in_a_row = 0
         self.make_optimizer_state()
@@ -153,8 +155,10 @@ class Trainer:
         for loaded, own in zip(tensors["optimizer"]["param_groups"], self.optimizer.param_groups, strict=True):
             loaded.update({key: own[key] for key in ("lr", "betas", "weight_decay")})
         set_state_dict(self.policy.transformer, self.optimizer, model_state_dict=tensors["model"], optim_state_dict=tensors["optimizer"])
-        if self.ema is not None:
+        if self.ema is not None and "ema" in tensors:
             self.ema.load_state_dict(tensors["ema"])
+        elif self.ema is not None:  # switched on by this resume: the average starts at these weights
+            self.ema.module.load_state_dict(tensors["model"])
 
     def state_dict(self) -> dict[str, Any]:
         """The rest of the state, as JSON. Noise is counter-based: there is no generator to keep."""

@@ -77,5 +77,6 @@ class RewardModel(Protocol):
         """Scores [B, K] float64 in [0, 1] and validity [B] bool, in the order given.
 
         videos [B, T, 3, H, W], uint8 or float in [0, 1], on any device. A video that could not be scored is invalid; its row is not read.
+        A video's score must not depend on the others in the batch, or it would depend on the number of ranks.
         """
         ...

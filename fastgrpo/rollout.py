@@ -81,6 +81,7 @@ def start_rollout(
         b=torch.where(stochastic, table.b, ode.b),
         std=torch.where(stochastic, table.std, ode.std),
         normalized=table.normalized,
+        sde_window=cfg.sde_window,
         trainable_steps=trainable,
         noise_seeds=torch.tensor([derive_seed(seed, "sde", iteration, s, g) for s, g in videos], dtype=torch.int64, device=device),
         first_seeds=torch.tensor(

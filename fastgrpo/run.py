@@ -9,7 +9,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -204,11 +204,13 @@ def evaluate(trainer: Trainer, prompts: list[str], iteration: int) -> dict[str, 
     if not prompts:
         return {}
     config, stages, clock = trainer.config, trainer.judge.reward.stages, Stopwatch()
+    sampler = dataclasses.replace(
+        config.rollout, sde=config.evaluation.sde, sde_window="all", num_generations=config.evaluation.num_generations
+    )
     with clock.phase("evaluation"):
         heldout = sample_heldout(
-            trainer.policy, trainer.judge, prompts,
-            dataclasses.replace(config.rollout, sde=config.evaluation.sde, sde_window="all", num_generations=config.evaluation.num_generations),
-            seed=config.seed, num_videos=config.evaluation.num_videos, device=trainer.device, compute_dtype=trainer.compute_dtype,
+            trainer.policy, trainer.judge, prompts, sampler, seed=config.seed,
+            num_videos=config.evaluation.num_videos, device=trainer.device, compute_dtype=trainer.compute_dtype,
             transformer=trainer.sampling_weights,
         )  # fmt: skip
         if parallel.rank() == 0 and len(heldout.videos):
@@ -270,9 +272,10 @@ class StopSignals:
     requested = False
 
     def receive(self, number: int, frame: FrameType | None) -> None:
-        if not self.requested:
-            say(f"{signal.Signals(number).name}: finishing this iteration")
-        self.requested = True
+        first, self.requested = not self.requested, True
+        # Python refuses to print where the signal has come in the middle of a print; the words may be lost then, never the flag.
+        with suppress(RuntimeError):
+            say(f"{signal.Signals(number).name}: finishing this iteration") if first else None
 
 
 @contextmanager

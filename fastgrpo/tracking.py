@@ -15,6 +15,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+SKIPS = {"num_skipped_updates": "updates", "num_skipped_groups": "groups", "num_invalid_videos": "videos"}
+"""What the console says beside the numbers, where it is not 0."""
+
 Row = dict[str, Any]
 """One line of metrics.jsonl: metric name -> int, float or None (a value that was not finite)."""
 
@@ -153,7 +156,7 @@ def console_line(row: Row, stages: Sequence[str]) -> str:
     """One line (< 200 characters) for an iteration; lines of one run align. A number the row lacks is shown as a dash.
 
     Stages are `name mean (weight)`, shortened to initials (visual_quality -> VQ) where the names are long; |ratio-1| is the
-    largest before the first update.
+    largest before the first update. Updates and groups that were skipped are said, where there are any.
     """
     names = _short_names(stages)
     parts = [f"iteration {row['iteration']:>5}", f"reward {_number(row.get('reward'), '.3f')}"]
@@ -167,6 +170,7 @@ def console_line(row: Row, stages: Sequence[str]) -> str:
     parts.append(f"grad {_number(row.get('grad_norm'), '.3g'):>7}")
     seconds = (row.get(f"time/{phase}") for phase in ("rollout", "reward", "update"))
     parts.append("rollout/reward/update " + "/".join(_number(value, ".2f") for value in seconds) + " s")
+    parts += [f"{row[key]} {words} skipped" for key, words in SKIPS.items() if row.get(key)]
     return _cut("  ".join(parts))
 
 
@@ -212,7 +216,7 @@ def _is_stage_mean(key: str) -> bool:
 
 
 def _number(value: float | None, spec: str) -> str:
-    return "-" if value is None else format(value, spec)
+    return "-" if value is None or not math.isfinite(value) else format(value, spec)
 
 
 def _short_names(stages: Sequence[str]) -> list[str]:

@@ -34,7 +34,7 @@ class Rollout:
         sigmas: [N + 1] float64, 1 down to 0. timesteps: [N] float64, what the model sees.
         a, b, std: [P, N] float64, the affine SDE step of each prompt (method.md, section 1); std 0 is an ODE step.
         normalized: whether the log-probability has its Gaussian normaliser (all samplers but cps).
-        trainable_steps: for each prompt the steps that may be trained.
+        sde_window: which steps are stochastic (`RolloutConfig`). trainable_steps: for each prompt the steps that may be trained.
         noise_seeds, first_seeds: [B] int64, of the SDE's noise and of the first latent.
         micro_batch_size: videos in one forward pass. decode: which latent becomes the video, x0 or final. compute_dtype: of the forward.
         latents: [B, N + 1, *latent_shape] fp32, every state as stored. log_probs: [B, N] fp32, NaN at an ODE step.
@@ -52,6 +52,7 @@ class Rollout:
     b: Tensor
     std: Tensor
     normalized: bool
+    sde_window: str
     trainable_steps: list[tuple[int, ...]]
     noise_seeds: Tensor
     first_seeds: Tensor

@@ -77,7 +77,7 @@ def trained_steps(rollout: Rollout, video: int, fraction: float, seed: int) -> l
     With N = 16 and fraction 0.6 these are int(0.6 * 15) = 9 of the first 15 steps, drawn independently for each video.
     """
     candidates = rollout.trainable_steps[video // rollout.num_generations]
-    if len(candidates) < rollout.num_steps - 1:
+    if rollout.sde_window != "all":
         return list(candidates)
     return sorted(random.Random(seed).sample(candidates, max(1, int(fraction * len(candidates)))))
 
@@ -150,30 +150,28 @@ def accumulate_gradients(
     passes = []
     for begin in range(0, num_pairs, size):
         batch = list(pairs[begin : begin + size])
-        loss, ratio, log_ratio, kl = transition_loss(policy, rollout, batch, cfg, reference)
+        loss, *seen = transition_loss(policy, rollout, batch, cfg, reference)
         (loss * (size / divisor)).backward()
         total += loss.detach() * (size / divisor)
-        passes.append((batch, ratio[: len(batch)], log_ratio[: len(batch)], kl[: len(batch)]))
+        passes.append((batch, [values[: len(batch)] for values in seen]))
     # Read back after the last pass, so that the host never waits in between.
-    for batch, ratio, log_ratio, kl in passes:
+    for batch, (ratio, log_ratio, clipped, kl) in passes:
         stats.steps += [pair.step for pair in batch]
         stats.ratios += ratio.tolist()
         stats.log_ratios += log_ratio.tolist()
+        stats.clipped += clipped.tolist()
         stats.kl += kl.tolist()
-        stats.clipped += [
-            (r > 1 + cfg.clip_range and pair.advantage > 0) or (r < 1 - cfg.clip_range and pair.advantage < 0)
-            for pair, r in zip(batch, ratio.tolist(), strict=True)
-        ]
     return float(total)
 
 
 def transition_loss(
     policy: Policy, rollout: Rollout, batch: Sequence[Pair], cfg: UpdateConfig, reference: nn.Module | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """One micro-batch of at most `micro_batch_size` transitions, filled up with zeros of weight zero.
 
     Returns:
-        loss, the sum over the batch divided by micro_batch_size; and [micro_batch_size] ratio, log ratio and KL (0 without a reference).
+        loss, the sum over the batch divided by micro_batch_size; and [micro_batch_size] ratio, log ratio, whether the clip removed the
+        gradient, and KL (0 without a reference).
     """
     device, size = rollout.latents.device, rollout.micro_batch_size
     filled = [*batch, *[Pair(0, 0, 0.0)] * (size - len(batch))]
@@ -202,4 +200,4 @@ def transition_loss(
             guided_velocity(*fixed, rollout.guidance_scale), b, std,
         ) * real  # fmt: skip
         loss = loss + cfg.kl_coef * kl.mean()
-    return loss, stats.ratio, stats.log_probs - old_log_probs, kl.detach()
+    return loss, stats.ratio, stats.log_probs - old_log_probs, stats.clipped, kl.detach()

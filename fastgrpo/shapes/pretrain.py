@@ -55,7 +55,7 @@ def make_pool(codec: Codec, generator: torch.Generator, size: int = POOL) -> tup
     return latents, indices_to_tokens(indices)
 
 
-def train_transformer(codec: Codec, seed: int, steps: int = STEPS) -> ShapesPolicy:
+def _train_transformer(codec: Codec, seed: int, steps: int = STEPS) -> ShapesPolicy:
     """A policy with the moving average of the weights of one flow-matching run."""
     torch.manual_seed(seed)  # the initial weights
     generator = torch.Generator().manual_seed(seed + 1)
@@ -131,7 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"--steps: expected at least 1, got {options.steps}")
     begin = time.perf_counter()
     codec = make_codec(options.seed)
-    policy = train_transformer(codec, options.seed, options.steps)
+    policy = _train_transformer(codec, options.seed, options.steps)
     options.output.mkdir(parents=True, exist_ok=True)
     codec.save(options.output / CODEC_FILE)
     policy.save_pretrained(options.output / "transformer")

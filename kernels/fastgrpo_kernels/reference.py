@@ -41,8 +41,10 @@ class GRPOStats(NamedTuple):
     """[B] log-probabilities under the current weights."""
     ratio: Tensor
     """[B] exp(log_probs - old_log_probs)."""
+    clipped: Tensor
+    """[B] bool: samples whose gradient the clip has removed (ratio beyond the edge that their advantage pushes to)."""
     clip_fraction: Tensor
-    """Scalar: share of samples whose gradient the clip has removed (beyond the edge their advantage pushes to)."""
+    """Scalar: share of clipped samples."""
     approx_kl: Tensor
     """Scalar: mean of (log_probs - old_log_probs)^2 / 2; unlike ratio - 1 - ln ratio it does not cancel in fp32."""
 
@@ -157,6 +159,7 @@ def clipped_ratio_loss(
     stats = GRPOStats(
         log_probs=log_probs.detach().to(dtype),
         ratio=ratio.detach(),
+        clipped=clipped,
         clip_fraction=clipped.to(dtype).sum() / batch,
         approx_kl=0.5 * log_ratio.detach().square().sum() / batch,
     )

@@ -70,6 +70,7 @@ def test_loss_by_hand() -> None:
     assert isinstance(stats, GRPOStats)
     assert stats.ratio.tolist() == pytest.approx([2.0, 0.5, 1.0, 2.0, 0.5], rel=1e-12)
     assert torch.equal(stats.log_probs, new)
+    assert stats.clipped.tolist() == [True, False, False, False, True]
     assert stats.clip_fraction.item() == pytest.approx(2 / 5)  # the first and the last: the others move back to 1
     assert stats.approx_kl.item() == pytest.approx(0.5 * 4 * math.log(2.0) ** 2 / 5, rel=1e-12)
 
@@ -147,7 +148,7 @@ def test_dtypes_follow_the_log_probs() -> None:
     for dtype, computed in ((torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.float64,) * 2):
         loss, stats = clipped_ratio_loss(old.to(dtype), old.to(dtype), advantages)  # float64 advantages, as computed
         assert loss.dtype == computed
-        assert all(value.dtype == computed for value in stats)
+        assert all(value.dtype == (torch.bool if name == "clipped" else computed) for name, value in stats._asdict().items())
         torch.testing.assert_close(loss.double(), -advantages.mean(), rtol=1e-6, atol=1e-7)
 
 
@@ -177,9 +178,7 @@ def test_loss_and_gradients(dtype: torch.dtype, guidance_scale: float | None, cf
     # Ratios on both sides of both edges, each with advantages of both signs.
     old = new64.detach() - torch.linspace(-0.06, 0.06, batch, dtype=torch.float64)
     advantages = torch.tensor([1.5, -0.5] * (batch // 2), dtype=torch.float64) * torch.linspace(0.2, 6.0, batch)
-    loss, stats = grpo_loss(
-        x, x_next, cond, old, advantages, *step, clip_range=clip_range, cfg_grad=cfg_grad, **options
-    )
+    loss, stats = grpo_loss(x, x_next, cond, old, advantages, *step, clip_range=clip_range, cfg_grad=cfg_grad, **options)
     loss.backward()
     exact = textbook_loss(new64, old, advantages, clip_range, 5.0)
     exact.backward()
@@ -235,9 +234,7 @@ def test_unchanged_weights_give_a_ratio_of_exactly_one(
     for rows in (torch.arange(batch), torch.tensor([12, 3]), torch.tensor([7]), torch.arange(batch - 1, -1, -2)):
         part = {"velocity_uncond": uncond[rows], "guidance_scale": 5.0} if guided else {}
         velocity = cond[rows].requires_grad_()
-        loss, stats = grpo_loss(
-            x[rows], x_next[rows], velocity, old[rows], advantages[rows], a[rows], b[rows], std[rows], **base, **part
-        )
+        loss, stats = grpo_loss(x[rows], x_next[rows], velocity, old[rows], advantages[rows], a[rows], b[rows], std[rows], **base, **part)
         assert torch.equal(stats.ratio, torch.ones(len(rows)))
         assert torch.equal(stats.log_probs, old[rows])
         log_probs = sde_log_prob(x[rows], x_next[rows], velocity, a[rows], b[rows], std[rows], **base, **part)
@@ -274,9 +271,7 @@ def test_a_sample_counts_the_same_in_every_batch(batch: int, numel: int, data: s
         """Rows, filled up to `copies` so that the division by the batch is exact."""
         index = (rows * copies)[:copies]
         v = velocity[index].requires_grad_()
-        loss, stats = grpo_loss(
-            x[index], x_next[index], v, old[index], advantages[index], a[index], b[index], std[index]
-        )
+        loss, stats = grpo_loss(x[index], x_next[index], v, old[index], advantages[index], a[index], b[index], std[index])
         (gradient,) = torch.autograd.grad(loss * copies, v)
         return stats.log_probs[0], stats.ratio[0], gradient[0]
 

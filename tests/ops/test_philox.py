@@ -165,9 +165,7 @@ def test_same_bits_whatever_the_batch(seeds: list[int], numel: int, step: int, d
     order = data.draw(st.permutations(range(len(seeds))))
     assert torch.equal(gaussian_noise(torch.tensor(seeds)[list(order)], step, (numel,)), whole[list(order)])
     cut = data.draw(st.integers(0, len(seeds)))
-    parts = [
-        gaussian_noise(torch.tensor(part, dtype=torch.int64), step, (numel,)) for part in (seeds[:cut], seeds[cut:])
-    ]
+    parts = [gaussian_noise(torch.tensor(part, dtype=torch.int64), step, (numel,)) for part in (seeds[:cut], seeds[cut:])]
     assert torch.equal(torch.cat(parts), whole)
     longer = gaussian_noise(torch.tensor(seeds), step, (numel + 7,))
     assert torch.equal(longer[:, :numel], whole)

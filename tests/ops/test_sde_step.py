@@ -302,9 +302,7 @@ def test_no_value_of_a_device_tensor_is_read() -> None:
     x, v, uncond, old = (torch.zeros(2, 5, device="meta") for _ in range(4))
     seeds, ones = torch.zeros(2, dtype=torch.int64, device="meta"), torch.ones(2, device="meta")
     for coefficients in ((ones, ones, ones), (1.0, -0.1, 0.2)):
-        x_next, log_probs = sde_step(
-            x, v, *coefficients, seeds=seeds, step=seeds, velocity_uncond=uncond, guidance_scale=2.0
-        )
+        x_next, log_probs = sde_step(x, v, *coefficients, seeds=seeds, step=seeds, velocity_uncond=uncond, guidance_scale=2.0)
         assert x_next.device.type == log_probs.device.type == "meta"
         loss, _ = grpo_loss(x, old, v, log_probs, ones, *coefficients)
         assert loss.device.type == "meta"
@@ -391,9 +389,7 @@ def test_kl_is_that_of_two_gaussians(dtype: torch.dtype) -> None:
     a, b, std = mixed_steps(batch)
     got = gaussian_kl(v, ref.requires_grad_(), b, std)
     assert got.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    ours, theirs = (
-        torch.distributions.Normal(exact_mean(x, velocity.detach(), a, b), column(std, x)) for velocity in (v, ref)
-    )
+    ours, theirs = (torch.distributions.Normal(exact_mean(x, velocity.detach(), a, b), column(std, x)) for velocity in (v, ref))
     exact = torch.distributions.kl_divergence(ours, theirs).flatten(1).mean(1)
     near = 1e-10 if dtype == torch.float64 else 1e-5
     torch.testing.assert_close(got.double(), exact, rtol=near, atol=0)
@@ -479,9 +475,7 @@ def test_bad_stored_transition(change: dict[str, Any], message: str) -> None:
 
 def test_bad_velocities() -> None:
     velocity = torch.zeros(2, 3)
-    with pytest.raises(
-        ValueError, match=r"velocity_ref: expected a float tensor \[2, 3\], came torch.float32 \[2, 2\]"
-    ):
+    with pytest.raises(ValueError, match=r"velocity_ref: expected a float tensor \[2, 3\], came torch.float32 \[2, 2\]"):
         gaussian_kl(velocity, torch.zeros(2, 2), 1.0, 1.0)
     with pytest.raises(ValueError, match=r"std: expected values of 0 or above, came \[-1.0\]"):
         gaussian_kl(velocity, velocity, 1.0, -1.0)

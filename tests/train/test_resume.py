@@ -90,6 +90,20 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path: Path, train: Train, u
     assert_same_end(again.folder, uninterrupted["plain"].folder)
 
 
+def test_an_average_switched_on_at_a_resume_starts_at_the_weights_of_then(tmp_path: Path, train: Train, tensors: Any) -> None:
+    train(tmp_path / "run", "--iterations", "2")
+    run = train(tmp_path / "run", "--iterations", "3", "--resume", "auto", "--update.ema_decay", "0.9")
+    assert run.code == 0
+    assert "update.ema_decay: 0.0 -> 0.9" in run.out
+    old, new = (tensors(run.folder / "checkpoints" / f"iteration_00000{i}") for i in (2, 3))
+    assert not any(name.startswith("ema/") for name in old)
+    names = [name.removeprefix("model/") for name in new if name.startswith("model/")]
+    assert names
+    for name in names:
+        average = 0.9 * old[f"model/{name}"] + 0.1 * new[f"model/{name}"]
+        torch.testing.assert_close(new[f"ema/module.{name}"], average, rtol=1e-5, atol=1e-7)
+
+
 def test_more_iterations_than_first_asked_for(
     tmp_path: Path, train: Train, uninterrupted: dict[str, Any], rows_without_times: Any, tensors: Any
 ) -> None:

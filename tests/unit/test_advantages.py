@@ -48,9 +48,7 @@ def test_group_advantages_are_equation_10_over_valid_videos_only(case: tuple[lis
 
 
 @given(groups(), st.randoms(use_true_random=False))
-def test_group_advantages_do_not_depend_on_the_order_of_videos(
-    case: tuple[list[float], list[bool]], rng: random.Random
-) -> None:
+def test_group_advantages_do_not_depend_on_the_order_of_videos(case: tuple[list[float], list[bool]], rng: random.Random) -> None:
     rewards, valid = case
     order = rng.sample(range(len(rewards)), len(rewards))
     shuffled = group_advantages([rewards[video] for video in order], [valid[video] for video in order])

@@ -276,7 +276,7 @@ def test_optimizer_state_is_there_from_the_start_at_step_0(make: Callable[..., T
 
 def test_ema_is_taken_after_each_optimizer_step(make: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = make(update={"ema_decay": 0.75})
-    seen = []
+    seen, expected = [], weights(trainer)  # the average starts at the base weights
     average = trainer.average_weights
 
     def watched() -> None:
@@ -287,8 +287,7 @@ def test_ema_is_taken_after_each_optimizer_step(make: Callable[..., Trainer], mo
     for iteration in (1, 2):
         trainer.step(iteration)
     assert len(seen) == 4
-    expected = seen[0]  # torch's average starts at the first weights that it is given
-    for after in seen[1:]:
+    for after in seen:
         expected = [0.75 * e + 0.25 * p for e, p in zip(expected, after, strict=True)]
     assert trainer.sampling_weights is not None
     for p, e in zip(trainer.sampling_weights.parameters(), expected, strict=True):

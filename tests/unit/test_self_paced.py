@@ -230,9 +230,7 @@ def test_centre_of_mass_of_the_weights_never_moves_back_as_competence_rises(
 
 
 @given(stages(min_stages=2), unit)
-def test_the_first_stage_loses_weight_as_its_own_mean_rises(
-    case: tuple[list[float], list[float], list[float], float], rise: float
-) -> None:
+def test_the_first_stage_loses_weight_as_its_own_mean_rises(case: tuple[list[float], list[float], list[float], float], rise: float) -> None:
     means, saturations, thresholds, temperature = case
     before = stage_weights(gate_difference(means, saturations, thresholds[:-1], temperature, 0.5), 5.0)
     means = [means[0] + rise, *means[1:]]

@@ -87,3 +87,14 @@ def test_a_prompt_is_its_three_attribute_tokens_and_no_prompt_is_zeros() -> None
     assert c.text_tokens([]).shape == (0, 3, 32)
     with pytest.raises(ValueError, match="colour one of"):
         c.text_tokens(["a red square moving left", "a pink square moving left"])
+
+
+def test_indices_and_sentences_give_the_same_tokens() -> None:
+    captions = c.all_captions()
+    assert torch.equal(c.indices_to_tokens(c.caption_indices(captions)), c.text_tokens([str(caption) for caption in captions]))
+
+
+def test_held_out_is_one_direction_of_each_colour_and_shape() -> None:
+    held = [caption for caption in c.all_captions() if c.is_held_out(caption)]
+    assert held == c.heldout_captions()
+    assert len({(caption.colour, caption.shape) for caption in held}) == len(held) == 12

@@ -14,7 +14,7 @@ from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file, save_file
 
 from fastgrpo.interfaces import Policy
-from fastgrpo.policies.shapes import SHIPPED_CHECKPOINT, ShapesPolicy
+from fastgrpo.policies.shapes import SHIPPED_CHECKPOINT, ShapesPolicy, frame_positions
 from fastgrpo.shapes.captions import all_captions
 from fastgrpo.shapes.judge import ShapesJudge
 from fastgrpo.shapes.pretrain import sample, start_scores
@@ -92,6 +92,12 @@ def test_guidance_works(policy: ShapesPolicy) -> None:
     assert aligned[0.0] < 0.45  # chance is 0.28
     assert aligned[1.0] > aligned[0.0] + 0.2
     assert aligned[2.5] > aligned[1.0] + 0.05
+
+
+def test_frame_positions_go_half_way_round_the_circle() -> None:
+    cosine, sine = frame_positions().double().flatten(1)
+    torch.testing.assert_close(torch.atan2(sine, cosine), torch.linspace(1, 15, 8).double() * torch.pi / 16, atol=1e-6, rtol=0)
+    torch.testing.assert_close(cosine**2 + sine**2, torch.ones(8).double(), atol=1e-6, rtol=0)
 
 
 def test_the_frame_channels_tell_the_direction_of_time(policy: ShapesPolicy) -> None:

@@ -323,6 +323,22 @@ def test_console_line_with_short_or_many_stages() -> None:
     assert "TA2 0.100" in alike
 
 
+def test_the_console_says_what_was_skipped() -> None:
+    row = {
+        "iteration": 1,
+        "reward": 0.5,
+        "grad_norm": float("nan"),
+        "num_skipped_updates": 1,
+        "num_skipped_groups": 0,
+        "num_invalid_videos": 3,
+    }
+    line = console_line(row, ["look"])
+    assert "grad       -" in line
+    assert "1 updates skipped" in line
+    assert "3 videos skipped" in line
+    assert "groups" not in line
+
+
 def test_a_row_with_evaluation_only_gives_the_held_out_scores() -> None:
     row = {"iteration": 0, **{f"eval/rewards/{stage}/mean": 0.36 for stage in STAGES}}
     assert evaluation_line(row, STAGES) == "iteration     0  held-out  VQ 0.360  TC 0.360  TA 0.360"

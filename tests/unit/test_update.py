@@ -298,7 +298,7 @@ def test_advantages_are_clamped(tiny_policy: Any) -> None:
     rollout = make_rollout(policy)
     grads = []
     for advantage, bound in ((9.0, 5.0), (5.0, 5.0), (9.0, 20.0), (-9.0, 5.0)):
-        loss, _, _, _ = transition_loss(policy, rollout, [Pair(0, 1, advantage)], UpdateConfig(adv_clip=bound), None)
+        loss, *_ = transition_loss(policy, rollout, [Pair(0, 1, advantage)], UpdateConfig(adv_clip=bound), None)
         grads.append(torch.autograd.grad(loss, policy.transformer.parameters())[0])
     assert torch.equal(grads[0], grads[1])
     torch.testing.assert_close(grads[2], grads[0] * (9 / 5))
