@@ -6,6 +6,8 @@ RECIPE ?= fastgrpo/recipes/shapes.yaml
 ARGS ?=
 # Two processes that spin on two cores are 10 to 40 times slower than two that wait.
 export OMP_WAIT_POLICY := PASSIVE
+# Seconds that torchrun gives a worker after a signal to finish its iteration and write a checkpoint; its default is 30.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT := 600
 
 .PHONY: train test test-full lint bench clean
 

@@ -5,13 +5,14 @@
 
 Every row is a real run of fastgrpo/train.py with the shipped recipe; rows differ in the `pacing` section alone. What is compared is not the
 reward that was trained on: visual quality (VQ), motion quality (MQ) and text alignment (TA) of held-out captions by the clean judge, on
-videos sampled with noise that is the same for every row. Writes benchmarks/data/ablation_<judge>.csv and .png; runs go to runs/ablation/,
-where finished ones are reused.
+videos sampled with noise that is the same for every row. Writes benchmarks/data/ablation_<judge>.csv and .png; runs go to
+runs/ablation/<revision of the code>/, where finished ones are reused.
 """
 
 from __future__ import annotations
 
 import csv
+import dataclasses
 import math
 import os
 import statistics
@@ -39,6 +40,7 @@ from fastgrpo.shapes.judge import ShapesJudge
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = ROOT / "fastgrpo" / "recipes" / "shapes.yaml"
 LITERAL_THRESHOLDS = ROOT / "fastgrpo" / "recipes" / "shapes_literal_gate.yaml"
+REVISION = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 Judge = Literal["clean", "rounded_0.1", "rounded_0.25", "noisy"]
 
 ROWS: dict[str, list[str] | None] = {
@@ -102,25 +104,16 @@ def train_and_measure(row: str, seed: int, judge: str, iterations: int, config: 
     if overrides is None:
         return measure(None, row, seed, config)
     name = f"{row.replace(', ', '_').replace(' ', '_')}-{iterations}-seed{seed}"
-    folder = ROOT / "runs" / "ablation" / judge
-    options = [
-        *overrides,
-        *JUDGES[judge],
-        "--seed",
-        str(seed),
-        "--iterations",
-        str(iterations),
-        "--name",
-        name,
-        "--output_dir",
-        str(folder),
-    ]
+    folder = ROOT / "runs" / "ablation" / REVISION / judge
+    options = [*overrides, *JUDGES[judge], f"--seed={seed}", f"--iterations={iterations}", f"--name={name}", f"--output_dir={folder}"]
     options += ["--resume", "auto", "--evaluation.interval", "0", "--evaluation.num_videos", "1", "--tracking.trackers", "[]"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     command = [sys.executable, str(ROOT / "fastgrpo" / "train.py"), "--config", str(RECIPE), *options]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{name} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+    if "changed since the run began" in done.stdout:
+        raise RuntimeError(f"{folder / name} was made with another configuration; remove it:\n{done.stdout[:2000]}")
     result = measure(folder / name / "transformer", row, seed, config)
     print(f"{row:<26} seed {seed}  " + "  ".join(f"{m} {v:.3f}" for m, v in zip(METRICS, result.metrics, strict=True)), flush=True)
     return result
@@ -135,7 +128,9 @@ def measure(transformer: Path | None, row: str, seed: int, config: TrainConfig) 
     policy.load(device)
     judge.load(device)
     prompts = read_prompts(config.prompts.heldout, "prompts.heldout")
-    rollout = start_rollout(policy, prompts, config.rollout, seed=10**6 + seed, iteration=0, first_slot=0, device=device)
+    # Independent noise for every video: with one noise a group, a caption would count once, not sixteen times.
+    sampler = dataclasses.replace(config.rollout, same_noise=False)
+    rollout = start_rollout(policy, prompts, sampler, seed=10**6 + seed, iteration=0, first_slot=0, device=device)
     components, kinds = [], []
     for sample in sample_groups(policy, rollout):
         videos = decode(policy, sample.latents)
@@ -175,14 +170,13 @@ def table(results: list[Result]) -> str:
 
 
 def write_csv(path: Path, results: list[Result], iterations: int) -> None:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["reward", "seed", "iterations", *METRICS, *results[0].shares, "torch", "commit"])
         for r in results:
             values = [f"{v:.4f}" for v in (*r.metrics, *r.shares.values())]
-            writer.writerow([r.row, r.seed, iterations, *values, torch.__version__, commit])
+            writer.writerow([r.row, r.seed, iterations, *values, torch.__version__, REVISION])
 
 
 def draw(results: list[Result], judge: str, iterations: int) -> Figure:

@@ -15,6 +15,9 @@ from typing import Any, Literal, NoReturn, get_type_hints
 
 from fastgrpo.interfaces import Policy, RewardModel
 
+PACKAGED = Path(__file__).resolve().parent.parent
+"""The folder that holds the package: where a relative path is looked for after the working directory."""
+
 
 def _require(ok: bool, key: str, expected: str, came: object) -> None:
     if not ok:
@@ -154,7 +157,7 @@ class UpdateConfig:
     ema_decay: float = 0.0
     """Decay of an exponential average of the weights, which is then what is sampled and exported; 0 keeps none."""
     max_skipped_updates: int = 5
-    """Updates in a row with a non-finite loss or gradient after which the run stops, checkpointed."""
+    """Updates in a row that could not be made (a loss or gradient not finite, no video with a score) before the run stops, checkpointed."""
 
     def __post_init__(self) -> None:
         _require(
@@ -180,7 +183,7 @@ class EvaluationConfig:
     """Held-out captions, sampled with fixed noise and scored by the same judge."""
 
     interval: int = 50
-    """Iterations between evaluations; the first and the last state are always evaluated. 0: only those two."""
+    """Iterations between evaluations; the first and the last state are evaluated too. 0: only those two."""
     num_generations: int = 1
     """Videos a held-out prompt."""
     num_videos: int = 8
@@ -277,6 +280,7 @@ class TrainConfig:
         _require(0 <= self.seed < 2**63, "seed", "an integer in [0, 2^63)", self.seed)
         _require(self.rollout.sde != "ode", "rollout.sde", "a sampler with a log-probability to train on", self.rollout.sde)
         _require(self.evaluation.sde != "cps" or self.rollout.eta <= 1, "rollout.eta", "at most 1 for evaluation.sde cps", self.rollout.eta)
+        _require(self.rollout.num_generations >= 2, "rollout.num_generations", "at least 2, a group", self.rollout.num_generations)
         kept = self.update.num_best + self.update.num_worst
         _require(
             self.rollout.num_generations >= kept,
@@ -321,7 +325,7 @@ def parse_config(argv: Sequence[str] | None = None, options: type | None = None,
     if options is not None:
         parser.add_class_arguments(options, "options", as_group=True)
     try:
-        namespace = parser.parse_args(None if argv is None else list(argv))
+        namespace = parser.parse_args(packaged_recipes(sys.argv[1:] if argv is None else argv))
         # From a file, the parser takes null for anything, and anything for a section.
         for key, kind in get_type_hints(TrainConfig).items():
             _require(
@@ -331,22 +335,30 @@ def parse_config(argv: Sequence[str] | None = None, options: type | None = None,
         values = parser.instantiate(namespace)
         config = TrainConfig(**{f.name: values[f.name] for f in fields(TrainConfig)})
     except (jsonargparse.ArgumentError, ValueError, TypeError, FileNotFoundError) as error:
-        hint = (
-            "; its methods need the parameter names and type hints of fastgrpo/interfaces.py" if "implement protocol" in str(error) else ""
-        )
-        refuse(f"{error}{hint}")
+        how = "its methods need the parameter names and type hints of fastgrpo/interfaces.py, under `from __future__ import annotations`"
+        refuse(f"{error}; {how}" if "implement protocol" in str(error) else error)
     for key in ("config", "options"):
         namespace.pop(key, None)
     namespace["resume"] = "never"  # how this start was asked for is no part of what the run is
     return config, parser.dump(namespace), values.get("options")
 
 
+def packaged_recipes(argv: Sequence[str]) -> list[str]:
+    """The arguments, with a `--config FILE` that is not in the working directory taken from beside the installed package if it is there."""
+    words = []
+    for before, word in zip(["", *argv], argv, strict=False):
+        missing = before == "--config" and not Path(word).exists()
+        words.append(str(PACKAGED / word) if missing and (PACKAGED / word).is_file() else word)
+    return words
+
+
 def refuse(error: object) -> NoReturn:
-    """End the process as a wrong command line does: one line on stderr (from one rank), exit code 2."""
+    """End the process as a wrong command line does: one line on stderr (from one rank of each node), exit code 2."""
     import os
 
-    if os.environ.get("RANK", "0") == "0":
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
+    rank = os.environ.get("RANK", "0")
+    if os.environ.get("LOCAL_RANK", rank) == "0":
+        print("error:" if rank == "0" else f"error on rank {rank}:", " ".join(str(error).split()), file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -356,7 +368,7 @@ def find_file(path: str, key: str) -> Path:
     Raises:
         FileNotFoundError: neither is there; names `key` and both places.
     """
-    candidates = dict.fromkeys([Path(path).absolute(), Path(__file__).resolve().parent.parent / path])
+    candidates = dict.fromkeys([Path(path).absolute(), PACKAGED / path])
     for candidate in candidates:
         if candidate.is_file():
             return candidate

@@ -56,7 +56,7 @@ def reward_curves(rows: Sequence[Row], stages: Sequence[str], thresholds: Sequen
     iterations, values = series(rows, "reward")
     axes.plot(iterations, smooth(values, window), color=INK, linewidth=1.4, linestyle=":", label="weighted reward", gid="smooth/reward")
     if any(series(rows, f"eval/rewards/{stage}/mean")[0] for stage in stages):
-        axes.plot([], [], color=FAINT, linestyle="none", marker="o", markersize=7, markeredgecolor="white", label="held-out captions")
+        axes.plot([], [], color=FAINT, linestyle="none", marker="o", markersize=7, markeredgecolor="white", label="evaluation captions")
     if thresholds:
         axes.plot([], [], color=FAINT, linestyle=(0, (5, 3)), linewidth=1, label="threshold")
     _finish(axes, "Stage rewards", "mean score")
@@ -119,7 +119,7 @@ def training_health(rows: Sequence[Row]) -> Figure:
     _finish(panels[0], "Gradient norm before clipping", "2-norm")
     _line(panels[1], series(rows, "clip_ratio"), COLORS[1], None, "clip_ratio", width=1.2)
     panels[1].set_ylim(bottom=0)
-    _finish(panels[1], "Clip fraction (loss terms whose ratio left the trust range)", "fraction")
+    _finish(panels[1], "Clip fraction (loss terms whose gradient the clip removed)", "fraction")
     phases = ("rollout", "reward", "update")
     timed = [row for row in rows if all(row.get(f"time/{phase}") is not None for phase in phases)]
     if timed:

@@ -120,7 +120,9 @@ class Trainer:
 
     def set_learning_rate(self, iteration: int) -> None:
         for group in self.optimizer.param_groups:
-            group["lr"] = self.config.update.learning_rate * self.learning_rate_factor(iteration - 1)
+            # The schedules count from 0. During warm-up that would make the first iteration one without any effect.
+            done = iteration if iteration <= self.config.update.warmup_iterations else iteration - 1
+            group["lr"] = self.config.update.learning_rate * self.learning_rate_factor(done)
 
     def average_weights(self) -> None:
         """Take one optimizer step's weights into the EMA, where there is one."""
@@ -130,12 +132,16 @@ class Trainer:
     def finish(self, iteration: int, groups: list[Group], stats: UpdateStatistics) -> dict[str, Any]:
         """Move the counters on; the metrics of the iteration over all ranks."""
         self.prompts_drawn += self.config.rollout.num_prompts
-        for skipped in stats.skipped:
+        every_group, stages, pacing = concatenate(gather(groups)), self.judge.reward.stages, self.config.pacing
+        nothing_scored = all(group.statistics is None for group in every_group)  # counts as an update that could not be made
+        for skipped in [True] if nothing_scored else stats.skipped:
             self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
         return {
             "iteration": iteration,
-            **reward_metrics(concatenate(gather(groups)), self.judge.reward.stages),
-            **{f"competence/{s}": c for s, c in zip(self.judge.reward.stages, self.pacer.competence or (), strict=False)},
+            **reward_metrics(every_group, stages),
+            **{f"competence/{s}": c for s, c in zip(stages, self.pacer.competence or (), strict=False)},
+            **{f"saturation/{s}": c for s, c in zip(stages, self.pacer.saturations or (), strict=False)},
+            **{f"pacing/{key}": getattr(pacing, key) for key in ("sharpness", "sparsity_weight", "gate_temperature")},
             **update_metrics(gather(stats)),
             "learning_rate": self.optimizer.param_groups[0]["lr"],
         }
@@ -204,15 +210,20 @@ def reward_metrics(groups: Sequence[Group], stages: Sequence[str]) -> dict[str, 
     }
 
 
+def worst(drift: float) -> tuple[bool, float]:
+    """Sorting key that puts NaN above every number."""
+    return math.isnan(drift), drift
+
+
 def update_metrics(ranks: Sequence[UpdateStatistics]) -> dict[str, Any]:
     """Metrics of one iteration's optimizer steps over all ranks. The drift is that of the first step, before any weight has moved."""
     drift: dict[int, float] = {}
     for stats in ranks:
         for step, ratio in list(zip(stats.steps, stats.ratios, strict=True))[: stats.num_first]:
-            drift[step] = max(drift.get(step, 0.0), abs(ratio - 1.0), key=lambda d: (math.isnan(d), d))
+            drift[step] = max(drift.get(step, 0.0), abs(ratio - 1.0), key=worst)
     log_ratios = concatenate(s.log_ratios for s in ranks)
     return {
-        "ratio_drift": max(drift.values(), default=math.nan),
+        "ratio_drift": max(drift.values(), default=math.nan, key=worst),
         **{f"ratio_drift/step_{step:02d}": drift[step] for step in sorted(drift)},
         "clip_ratio": mean(concatenate(s.clipped for s in ranks)),
         "approx_kl": mean([0.5 * x * x for x in log_ratios]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import os
 import shlex
 import shutil
@@ -12,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 import yaml
@@ -45,7 +46,8 @@ def run(config: TrainConfig, config_yaml: str) -> int:
         train_prompts, heldout_prompts = check(config)
         device = parallel.start(config.runtime)
         parallel.require_agreement("the configuration", config_yaml)
-        claim_folder(config)
+        lock = claim_folder(config)
+        warn_of_idle_accumulation(config)
         config.policy.load(device)
         config.reward.load(device)
     except (ValueError, FileNotFoundError, FileExistsError) as error:
@@ -55,11 +57,14 @@ def run(config: TrainConfig, config_yaml: str) -> int:
         trainer = Trainer(config, config.policy, judge, train_prompts, device, compute_dtype(config, device))
         last_row = resume(trainer, config, config_yaml)
         with open_log(config, config_yaml, last_row) as log, stop_signals() as stop:
-            return loop(trainer, log, stop, heldout_prompts, last_row)
+            code = loop(trainer, log, stop, heldout_prompts, last_row)
     finally:
         judge.close()
-        if own_group:
-            parallel.stop()
+        if lock is not None:
+            lock.close()
+    if own_group:  # not after an error: the other ranks may wait in a collective, and leaving would wait for them
+        parallel.stop()
+    return code
 
 
 def check(config: TrainConfig) -> tuple[list[str], list[str]]:
@@ -87,6 +92,17 @@ def check(config: TrainConfig) -> tuple[list[str], list[str]]:
     return train_prompts, captions(config, config.prompts.heldout, "prompts.heldout")
 
 
+def warn_of_idle_accumulation(config: TrainConfig) -> None:
+    """Say so where an optimizer step waits for more videos than a rank can have: the loss is divided by the number waited for."""
+    update, per_rank = config.update, config.rollout.num_prompts // parallel.world_size()
+    most = per_rank * (update.num_best + update.num_worst)
+    if update.gradient_accumulation > most:
+        say(
+            f"note: update.gradient_accumulation is {update.gradient_accumulation}, but a rank trains at most {most} videos an iteration, "
+            f"so gradients are scaled by {most / update.gradient_accumulation:.2g}; with {parallel.world_size()} processes give it {most}"
+        )
+
+
 def captions(config: TrainConfig, path: str, key: str) -> list[str]:
     """The captions of a file, each one that the policy can take; ValueError or FileNotFoundError name `key`."""
     prompts = read_prompts(path, key)
@@ -97,13 +113,25 @@ def captions(config: TrainConfig, path: str, key: str) -> list[str]:
     return prompts
 
 
-def claim_folder(config: TrainConfig) -> None:
-    """FileExistsError where the run folder holds an earlier run that the configuration does not ask to resume."""
-    folder = config.run_folder
+def claim_folder(config: TrainConfig) -> TextIO | None:
+    """Make the run folder and lock it; rank 0 gets the open lock file, which a process that dies lets go of.
+
+    Raises:
+        FileExistsError: the folder holds an earlier run that the configuration does not ask to resume, or a run that is still going.
+    """
+    folder, lock, busy = config.run_folder, None, False
     if config.resume == "never" and is_used(folder):
         raise FileExistsError(f"{folder} holds a run already: add `--resume auto` to go on with it, or give this one another --name")
     if parallel.rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "w")  # noqa: SIM115  (held open for the life of the run)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            busy = True
+    if parallel.any_rank(busy):
+        raise FileExistsError(f"{folder} is in use by another process that is still running")
+    return lock
 
 
 def is_used(folder: Path) -> bool:
@@ -171,8 +199,9 @@ def close(trainer: Trainer, done: int, failed: bool) -> int:
     command = resume_command(folder)
     if failed:
         say(
-            f"stopped after iteration {done}: {trainer.skipped_in_a_row} updates in a row had a loss or gradient that was not finite "
-            f"(update.max_skipped_updates). The state is in {folder}/checkpoints. After a change go on with: {command}"
+            f"stopped after iteration {done}: {trainer.skipped_in_a_row} updates in a row (update.max_skipped_updates) could not be made: "
+            f"a loss or gradient was not finite, or no video had a score. The state is in {folder}/checkpoints. "
+            f"After a change go on with: {command}"
         )
         return 1
     if done < config.iterations:
@@ -189,13 +218,18 @@ def close(trainer: Trainer, done: int, failed: bool) -> int:
 
 
 def resume_command(folder: Path) -> str:
-    """The shell command that goes on with a run from the same working directory, started the way this process was."""
+    """The shell command that goes on with a run from the same working directory, started the way this process was.
+
+    Of a job on several nodes only the last part: how its launcher is called, no process knows.
+    """
     train = shlex.quote(sys.argv[0]) if Path(sys.argv[0]).name == "train.py" else "-m fastgrpo train"
     launcher = shlex.quote(sys.executable)
     if "TORCHELASTIC_RUN_ID" in os.environ:
         beside = Path(sys.executable).with_name("torchrun")
         torchrun = "torchrun" if shutil.which("torchrun") == str(beside) else shlex.quote(str(beside))
         launcher = f"{torchrun} --standalone --nproc-per-node {parallel.world_size()}"
+    if os.environ.get("LOCAL_WORLD_SIZE", str(parallel.world_size())) != str(parallel.world_size()):
+        launcher = "(your launcher)"
     return f"{launcher} {train} --config {shlex.quote(str(folder / 'config.yaml'))} --resume auto"
 
 
@@ -205,7 +239,11 @@ def evaluate(trainer: Trainer, prompts: list[str], iteration: int) -> dict[str, 
         return {}
     config, stages, clock = trainer.config, trainer.judge.reward.stages, Stopwatch()
     sampler = dataclasses.replace(
-        config.rollout, sde=config.evaluation.sde, sde_window="all", num_generations=config.evaluation.num_generations
+        config.rollout,
+        sde=config.evaluation.sde,
+        sde_window="all",
+        num_generations=config.evaluation.num_generations,
+        same_noise=False,  # an ODE makes the same video of the same noise
     )
     with clock.phase("evaluation"):
         heldout = sample_heldout(
@@ -230,10 +268,18 @@ def open_log(config: TrainConfig, config_yaml: str, last_row: int | None) -> Ite
     with MetricsLog(
         config.run_folder, tracking.trackers, config=yaml.safe_load(config_yaml), last_iteration=last_row, project=tracking.project
     ) as log:
+        keep_old_config(config.run_folder, config_yaml, last_row)
         written = config.run_folder / ".config.yaml.tmp"
         written.write_text(config_yaml)
         os.replace(written, config.run_folder / "config.yaml")  # never half of one, whenever the process is killed
         yield log
+
+
+def keep_old_config(folder: Path, config_yaml: str, last_row: int | None) -> None:
+    """Where a resume changes the configuration, keep the one that made the iterations so far as config.until_NNNNNN.yaml."""
+    path = folder / "config.yaml"
+    if last_row is not None and path.exists() and path.read_text() != config_yaml:
+        shutil.copyfile(path, folder / f"config.until_{max(last_row, 0):06d}.yaml")
 
 
 def record(log: MetricsLog | None, row: dict[str, Any], trainer: Trainer) -> None:

@@ -16,7 +16,7 @@ import yaml
 from fastgrpo import figures, parallel
 from fastgrpo.config import TrainConfig, parse_config, refuse
 from fastgrpo.run import run, say
-from fastgrpo.self_paced import calibrated_threshold
+from fastgrpo.self_paced import calibrated_threshold, smooth
 from fastgrpo.tracking import read_metrics
 
 
@@ -66,7 +66,7 @@ def calibrate(config: TrainConfig, config_yaml: str, options: CalibrateOptions) 
         if code or done < options.iterations:
             say("calibrate: stopped; the same command with --resume auto goes on")
             return code or 1
-        curves[stage] = [row[f"rewards/{stage}/mean"] for row in rows if row["iteration"] > 0]
+        curves[stage] = [row[f"rewards/{stage}/mean"] for row in rows if 0 < row["iteration"] <= options.iterations]
     if parallel.rank() == 0:
         write_thresholds(config, options, curves)
     return 0
@@ -88,10 +88,11 @@ def write_thresholds(config: TrainConfig, options: CalibrateOptions, curves: Map
 
     The difference gate takes K - 1 thresholds, the literal one all K.
     """
-    every = {
-        stage: calibrated_threshold([float("nan") if v is None else v for v in curve], options.smoothing_window, options.fraction)
-        for stage, curve in curves.items()
-    }
+    numbers = {stage: [float("nan") if v is None else v for v in curve] for stage, curve in curves.items()}
+    every = {stage: calibrated_threshold(curve, options.smoothing_window, options.fraction) for stage, curve in numbers.items()}
+    falling = [stage for stage, threshold in every.items() if threshold <= smooth(numbers[stage], options.smoothing_window)[0]]
+    for stage in falling:
+        say(f"calibrate: {stage} did not rise when trained alone, so its threshold {every[stage]:.3f} is passed from the start")
     used = list(every.values())[: len(every) - (config.pacing.gate == "difference")]
     folder = Path(config.output_dir) / f"{config.name}-calibrate"
     folder.mkdir(parents=True, exist_ok=True)
@@ -99,6 +100,7 @@ def write_thresholds(config: TrainConfig, options: CalibrateOptions, curves: Map
         f"# Thresholds for the {config.pacing.gate} gate: start + {options.fraction} (end - start) of each stage's mean reward when",
         f"# trained alone for {options.iterations} iterations, smoothed over {options.smoothing_window}.",
         f"# Use: --config RECIPE --config {folder / 'thresholds.yaml'}",
+        *[f"# {stage} DID NOT RISE: its threshold is passed from the start." for stage in falling],
         "pacing:",
         f"  thresholds: {[round(t, 4) for t in used]}",
         "# Where they come from, a mean reward an iteration:",

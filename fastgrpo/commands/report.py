@@ -158,7 +158,11 @@ def _scores(rows: Sequence[Row], stages: Sequence[str], window: int) -> dict[str
                 "color": figures.COLORS[index % len(figures.COLORS)],
             }
         )
-    where = "captions that were never trained on" if held_out else f"the training captions (mean over {window} iterations)"
+    where = (
+        "the captions of the evaluation, from the same noise every time"
+        if held_out
+        else f"the training captions (mean over {window} iterations)"
+    )
     return {"scores": cards, "scores_note": f"Mean score, 0 to 1, on {where}: iteration {ends[0]} → iteration {ends[1]}."}
 
 
@@ -173,7 +177,7 @@ def _write_figures(
             "Does it get better?",
             figures.reward_curves(rows, stages, thresholds, window),
             f"The judge's mean score at each stage: faint lines are single iterations, bold lines the mean over {window}, markers the "
-            "captions that are never trained on. The dotted weighted reward is what training climbs; it dips where weight moves to a "
+            "captions of the evaluation. The dotted weighted reward is what training climbs; it dips where weight moves to a "
             "harder stage, which is no setback.",
         ),
         (

@@ -46,8 +46,8 @@ class ScoringQueue:
         return [scores[i : i + num_generations] for i in groups], [valid[i : i + num_generations] for i in groups]
 
     def close(self) -> None:
-        """End the thread."""
-        self._worker.shutdown(cancel_futures=True)
+        """End the thread when its present batch is done, without waiting for it."""
+        self._worker.shutdown(wait=False, cancel_futures=True)
 
     @torch.no_grad()
     def _score(self, videos: Tensor, prompts: list[str]) -> tuple[Tensor, Tensor]:

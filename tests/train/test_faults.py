@@ -202,6 +202,18 @@ def test_too_many_in_a_row_stop_the_run_with_a_checkpoint(tmp_path: Path, train:
     assert not (run.folder / "transformer").exists()
 
 
+def test_a_run_in_which_nothing_can_be_scored_stops(tmp_path: Path, train: Train) -> None:
+    """Captions start with "a": the judge sees none of them. Every iteration counts as an update that could not be made."""
+    run = train(
+        tmp_path / "run", "--reward.class_path", "tiny_parts.CaptionJudge", "--reward.blind", "a ", "--iterations", "9",
+        "--update.max_skipped_updates", "2",
+    )  # fmt: skip
+    assert run.code == 1
+    assert [row["iteration"] for row in run.rows] == [0, 1, 2]
+    assert "no video had a score" in run.out
+    assert (run.folder / "checkpoints" / "latest").resolve().name == "iteration_000002"
+
+
 def test_a_run_that_stopped_for_them_goes_on_when_they_are_gone(tmp_path: Path, train: Train, poison: Any) -> None:
     sick = {"now": True}
     poison(lambda velocity, iteration, call: velocity * torch.nan if torch.is_grad_enabled() and sick["now"] else velocity)

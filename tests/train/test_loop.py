@@ -16,8 +16,8 @@ import yaml
 from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file
 
-import fastgrpo
 import fastgrpo.grpo
+import fastgrpo.run
 from fastgrpo.config import parse_config
 from fastgrpo.policies.shapes import SHIPPED_CHECKPOINT
 from fastgrpo.shapes.captions import train_captions
@@ -188,7 +188,7 @@ def test_nothing_is_written_outside_the_run_folder(whole_run: Any) -> None:
 def test_files_of_a_run(whole_run: Any) -> None:
     run, *_ = whole_run
     assert sorted(path.name for path in run.folder.iterdir()) == [
-        "checkpoints", "config.yaml", "metrics.jsonl", "report", "samples", "tensorboard", "transformer",
+        ".lock", "checkpoints", "config.yaml", "metrics.jsonl", "report", "samples", "tensorboard", "transformer",
     ]  # fmt: skip
     assert (run.folder / "checkpoints" / "latest").resolve() == (run.folder / "checkpoints" / "iteration_000003").resolve()
     assert sorted(path.name for path in (run.folder / "samples").iterdir()) == [f"iteration_{i:06d}" for i in (0, 2, 3)]
@@ -346,7 +346,7 @@ def test_kl_to_the_base_weights_starts_at_zero(two_updates: Any) -> None:
     [
         (["--update.lr_scheduler", "linear"], [1, 3 / 4, 2 / 4, 1 / 4]),
         (["--update.lr_scheduler", "cosine"], [0.5 * (1 + math.cos(math.pi * i / 4)) for i in range(4)]),
-        (["--update.lr_scheduler", "constant_with_warmup", "--update.warmup_iterations", "2"], [0, 1 / 2, 1, 1]),
+        (["--update.lr_scheduler", "constant_with_warmup", "--update.warmup_iterations", "2"], [1 / 2, 1, 1, 1]),
     ],
 )
 def test_learning_rate_schedules(tmp_path: Path, train: Callable[..., Any], schedule: list[str], factors: list[float]) -> None:
@@ -354,13 +354,29 @@ def test_learning_rate_schedules(tmp_path: Path, train: Callable[..., Any], sche
     assert [row["learning_rate"] for row in run.trained_rows] == pytest.approx([2e-4 * factor for factor in factors], rel=1e-12)
 
 
-def test_a_learning_rate_of_zero_moves_nothing(tmp_path: Path, train: Callable[..., Any], tensors: Callable[..., dict[str, Any]]) -> None:
-    """Warm-up begins at 0: the schedule reaches the optimizer, not the log alone."""
-    run = train(tmp_path / "run", "--iterations", "1", "--update.lr_scheduler", "constant_with_warmup", "--update.warmup_iterations", "5")
+def test_a_learning_rate_moves_the_weights_as_far_as_it_is(
+    tmp_path: Path, train: Callable[..., Any], tensors: Callable[..., dict[str, Any]]
+) -> None:
+    """The schedule reaches the optimizer, not the log alone: Adam's first step is as long as the learning rate, 2e-4 / 100 in warm-up."""
+    run = train(tmp_path / "run", "--iterations", "1", "--update.lr_scheduler", "constant_with_warmup", "--update.warmup_iterations", "100")
     before = load_file(SHIPPED_CHECKPOINT / "transformer" / "diffusion_pytorch_model.safetensors")
     after = of_model(tensors(run.folder / "checkpoints" / "latest"))
     assert run.trained_rows[0]["grad_norm"] > 0
-    assert all(torch.equal(after[name], before[name]) for name in before)
+    furthest = max(float((after[name] - before[name]).abs().max()) for name in before)
+    assert furthest == pytest.approx(2e-6, rel=0.1)
+
+
+def test_videos_of_one_held_out_caption_differ(tmp_path: Path, train: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ODE makes one video of one noise, so the evaluation's videos need noise of their own, whatever a group does."""
+    seen = []
+    sample = fastgrpo.run.sample_heldout
+    monkeypatch.setattr(fastgrpo.run, "sample_heldout", lambda *args, **kwargs: seen.append(sample(*args, **kwargs)) or seen[-1])
+    run = train(tmp_path / "run", "--iterations", "1", "--evaluation.num_generations", "3")
+    assert run.code == 0
+    for heldout in seen:
+        for scores in heldout.scores_PGK:
+            assert len({tuple(row) for row in scores}) == 3
+    assert seen[0].scores_PGK != seen[1].scores_PGK
 
 
 def test_it_climbs_the_reward_it_is_given(tmp_path: Path, train: Callable[..., Any]) -> None:

@@ -24,6 +24,7 @@ from fastgrpo.config import (
     TrainConfig,
     UpdateConfig,
     find_file,
+    packaged_recipes,
     parse_config,
     refuse,
 )
@@ -322,7 +323,7 @@ def test_a_file_is_looked_for_here_and_then_beside_the_package(tmp_path: Path, m
     (installed / "fastgrpo").mkdir(parents=True)
     here.mkdir()
     monkeypatch.chdir(here)
-    monkeypatch.setattr(config_module, "__file__", str(installed / "fastgrpo" / "config.py"))
+    monkeypatch.setattr(config_module, "PACKAGED", installed)
     with pytest.raises(FileNotFoundError) as caught:
         find_file("fastgrpo/a.txt", "prompts.train")
     for part in ("prompts.train", str(here / "fastgrpo/a.txt"), str(installed / "fastgrpo/a.txt")):
@@ -336,9 +337,20 @@ def test_a_file_is_looked_for_here_and_then_beside_the_package(tmp_path: Path, m
         find_file("fastgrpo", "prompts.train")  # a folder is no file
 
 
-def test_refuse_speaks_once_and_ends_with_code_2(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    for rank, expected in (("0", "error: what is wrong\n"), ("1", "")):
+def test_a_recipe_is_found_beside_the_package_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = "fastgrpo/recipes/shapes.yaml"
+    monkeypatch.chdir(tmp_path)
+    words = ["--config", recipe, "--config", "other.yaml", "--name", recipe]
+    assert packaged_recipes(words) == ["--config", str(config_module.PACKAGED / recipe), *words[2:]]
+    (tmp_path / "fastgrpo" / "recipes").mkdir(parents=True)
+    (tmp_path / recipe).write_text("name: mine\n")
+    assert packaged_recipes(words) == words
+
+
+def test_refuse_speaks_once_a_node_and_ends_with_code_2(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for rank, local, expected in (("0", "0", "error: what is wrong\n"), ("1", "1", ""), ("8", "0", "error on rank 8: what is wrong\n")):
         monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", local)
         with pytest.raises(SystemExit) as stop:
             refuse("what is wrong")
         assert stop.value.code == 2

@@ -79,7 +79,7 @@ def test_reward_curves_hold_the_rows(window: int) -> None:
         "temporal coherence",
         "text alignment",
         "weighted reward",
-        "held-out captions",
+        "evaluation captions",
         "threshold",
     ]
 

@@ -249,9 +249,9 @@ def test_updates_skipped_in_a_row_are_counted_over_iterations(make: Callable[...
     ("schedule", "factors"),
     [
         ("constant", [1, 1, 1, 1, 1, 1]),
-        ("constant_with_warmup", [0, 1 / 2, 1, 1, 1, 1]),
-        ("linear", [0, 1 / 2, 1, 3 / 4, 1 / 2, 1 / 4]),
-        ("cosine", [0, 1 / 2, *[(1 + math.cos(math.pi * i / 4)) / 2 for i in range(4)]]),
+        ("constant_with_warmup", [1 / 2, 1, 1, 1, 1, 1]),
+        ("linear", [1 / 2, 1, 1, 3 / 4, 1 / 2, 1 / 4]),
+        ("cosine", [1 / 2, 1, *[(1 + math.cos(math.pi * i / 4)) / 2 for i in range(4)]]),
     ],
 )
 def test_learning_rate_follows_the_iterations(make: Callable[..., Trainer], schedule: str, factors: list[float]) -> None:

@@ -7,7 +7,7 @@ import statistics
 
 import pytest
 
-from fastgrpo.grpo import Group, concatenate, mean, reward_metrics, update_metrics
+from fastgrpo.grpo import Group, concatenate, mean, reward_metrics, update_metrics, worst
 from fastgrpo.self_paced import GroupStatistics
 from fastgrpo.update import UpdateStatistics
 
@@ -83,6 +83,13 @@ def test_update_metrics_by_hand() -> None:
 def test_a_drift_that_is_nan_is_not_hidden_by_another(ratios: list[float]) -> None:
     stats = UpdateStatistics(steps=[2, 2], ratios=ratios, log_ratios=[0.0] * 2, clipped=[False] * 2, kl=[0.0] * 2, num_first=2)
     assert math.isnan(update_metrics([stats])["ratio_drift/step_02"])
+
+
+def test_a_drift_that_is_nan_is_the_worst_of_all_steps() -> None:
+    stats = UpdateStatistics(steps=[2, 3, 4], ratios=[1.0, NAN, 1.5], log_ratios=[0.0] * 3, clipped=[False] * 3, kl=[0.0] * 3, num_first=3)
+    assert math.isnan(update_metrics([stats])["ratio_drift"])
+    assert max([0.5, NAN, 2.0], key=worst) is NAN
+    assert max([0.5, 2.0, 0.0], key=worst) == 2.0
 
 
 def test_no_update_is_nan_and_none_skipped() -> None:

@@ -147,7 +147,7 @@ def test_a_finished_run_on_one_page(tmp_path: Path) -> None:
         "0.300 → 0.700 +0.400",
         "0.200 → 0.600 +0.400",
         "0.100 → 0.500 +0.400",
-        "captions that were never trained on: iteration 0 → iteration 20",
+        "captions of the evaluation, from the same noise every time: iteration 0 → iteration 20",
         "a <b>blue</b> & yellow cross",  # shown as typed, not as markup
         "untrained 0.16 0.50 –",
         "iteration 20 0.78 0.50 –",

@@ -25,11 +25,13 @@ from fastgrpo.run import (
     differences,
     evaluate,
     is_used,
+    keep_old_config,
     open_log,
     record,
     resume_command,
     say,
     stop_signals,
+    warn_of_idle_accumulation,
 )
 
 
@@ -94,16 +96,19 @@ def test_captions_that_the_policy_cannot_take_are_refused_by_key_and_file(config
 def test_a_used_folder_is_claimed_only_to_go_on(config: TrainConfig, one_rank: Any) -> None:
     folder = config.run_folder
     assert not is_used(folder)
-    claim_folder(config)
+    first = claim_folder(config)
     assert folder.is_dir()
-    claim_folder(config)  # an empty one is nobody's
+    with pytest.raises(FileExistsError, match="another process that is still running"):
+        claim_folder(dataclasses.replace(config, resume="auto"))
+    first.close()  # as a process that ends or dies does
+    claim_folder(config).close()  # an empty one is nobody's
     for trace in (folder / "metrics.jsonl", folder / "checkpoints"):
         trace.mkdir() if trace.name == "checkpoints" else trace.touch()
         assert is_used(folder)
         with pytest.raises(FileExistsError, match=r"--resume auto.*--name") as caught:
             claim_folder(config)
         assert str(folder) in str(caught.value)
-        claim_folder(dataclasses.replace(config, resume="auto"))
+        claim_folder(dataclasses.replace(config, resume="auto")).close()
         trace.rmdir() if trace.name == "checkpoints" else trace.unlink()
 
 
@@ -162,6 +167,33 @@ def test_only_rank_0_has_a_log_and_speaks(config: TrainConfig, monkeypatch: pyte
         record(log, {"iteration": 1}, None)  # type: ignore[arg-type]
     assert capsys.readouterr().out == ""
     assert not config.run_folder.exists()
+
+
+def test_a_changed_configuration_leaves_the_old_one_behind(tmp_path: Path) -> None:
+    keep_old_config(tmp_path, "a: 1\n", 3)  # none yet
+    (tmp_path / "config.yaml").write_text("a: 1\n")
+    keep_old_config(tmp_path, "a: 1\n", 3)  # the same
+    keep_old_config(tmp_path, "a: 2\n", None)  # a new run
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+    keep_old_config(tmp_path, "a: 2\n", 3)
+    assert (tmp_path / "config.until_000003.yaml").read_text() == "a: 1\n"
+
+
+def test_accumulation_that_never_fills_is_said(config: TrainConfig, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    update = dataclasses.replace(config.update, num_best=1, num_worst=1, gradient_accumulation=8)
+    rollout = dataclasses.replace(config.rollout, num_prompts=4)
+    warn_of_idle_accumulation(dataclasses.replace(config, update=update, rollout=rollout))
+    assert capsys.readouterr().out == ""  # 4 prompts x 2 videos fill it
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    warn_of_idle_accumulation(dataclasses.replace(config, update=update, rollout=rollout))
+    assert "at most 4 videos an iteration, so gradients are scaled by 0.5; with 2 processes give it 4" in capsys.readouterr().out
+
+
+def test_several_nodes_are_started_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["fastgrpo/train.py"])
+    monkeypatch.setenv("WORLD_SIZE", "16")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert resume_command(Path("a")) == "(your launcher) fastgrpo/train.py --config a/config.yaml --resume auto"
 
 
 def test_the_command_that_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:

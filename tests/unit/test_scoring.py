@@ -244,6 +244,7 @@ def test_close_ends_the_thread_and_what_waits() -> None:
     (worker,) = {*threading.enumerate()} - before
     threading.Timer(0.05, go.set).start()
     queue.close()
+    worker.join(5)
     assert not worker.is_alive()
     assert len(judge.calls) == 1  # the one that was running
     with pytest.raises(RuntimeError, match="shutdown"):
