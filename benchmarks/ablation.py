@@ -89,14 +89,15 @@ def main(
     with ThreadPoolExecutor(processes) as pool:
         results = list(pool.map(lambda job: train_and_measure(job[0], job[1], judge, iterations, config), jobs))
     seconds = time.perf_counter() - started
-    stem = ROOT / "benchmarks" / "data" / f"ablation_{judge}"
-    write_csv(stem.with_suffix(".csv"), results, iterations)
-    draw(results, judge, iterations).savefig(stem.with_suffix(".png"), dpi=160)
+    # Not with_suffix: the name of a judge may hold a dot.
+    table_file, figure_file = (ROOT / "benchmarks" / "data" / f"ablation_{judge}.{kind}" for kind in ("csv", "png"))
+    write_csv(table_file, results, iterations)
+    draw(results, judge, iterations).savefig(figure_file, dpi=160)
     print(
         f"\n{judge} judge, {iterations} iterations, {len(seeds)} seeds, {seconds / 60:.1f} minutes; mean ± standard deviation over seeds\n"
     )
     print(table(results))
-    print(f"\n{stem}.csv, {stem}.png")
+    print(f"\n{table_file}, {figure_file}")
 
 
 def train_and_measure(row: str, seed: int, judge: str, iterations: int, config: TrainConfig) -> Result:
