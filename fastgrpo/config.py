@@ -171,6 +171,8 @@ class UpdateConfig:
         _require(self.gradient_accumulation >= 1, "update.gradient_accumulation", "at least 1", self.gradient_accumulation)
         _require(0 < self.learning_rate < math.inf, "update.learning_rate", "a positive number", self.learning_rate)
         _require(self.warmup_iterations >= 0, "update.warmup_iterations", "at least 0", self.warmup_iterations)
+        ignored = self.warmup_iterations > 0 and self.lr_scheduler == "constant"
+        _require(not ignored, "update.warmup_iterations", "0 with lr_scheduler constant (or constant_with_warmup)", self.warmup_iterations)
         _require(0 <= self.weight_decay < math.inf, "update.weight_decay", "a number of at least 0", self.weight_decay)
         _require(all(0 <= b < 1 for b in self.betas), "update.betas", "two numbers in [0, 1)", self.betas)
         _require(self.max_grad_norm > 0, "update.max_grad_norm", "a positive number", self.max_grad_norm)

@@ -262,6 +262,7 @@ INVALID = [
     *invalid(UpdateConfig, "gradient_accumulation", [0], "at least 1"),
     *invalid(UpdateConfig, "learning_rate", [0.0, -1.0, INF, NAN], "a positive number"),
     *invalid(UpdateConfig, "warmup_iterations", [-1], "at least 0"),
+    *invalid(UpdateConfig, "warmup_iterations", [3], "constant_with_warmup"),
     *invalid(UpdateConfig, "betas", [(1.0, 0.9), (0.9, -0.1), (NAN, 0.9)], "two numbers in [0, 1)"),
     *invalid(UpdateConfig, "max_grad_norm", [0.0, NAN], "a positive number"),
     *invalid(UpdateConfig, "ema_decay", [-0.1, 1.0, NAN], "[0, 1)"),
