@@ -19,6 +19,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it once, when it is imported
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -98,6 +101,31 @@ def tiny_policy() -> type[TinyPolicy]:
 @pytest.fixture
 def tiny_judge() -> type[TinyJudge]:
     return TinyJudge
+
+
+@pytest.fixture(scope="session")
+def wan_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny WanPipeline with random weights, saved as diffusers saves the real ones: latents of 16 channels, text of 32."""
+    from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+
+    torch.manual_seed(0)
+    tokens = ["<pad>", "</s>", "<unk>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    words = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=[], unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    text = UMT5Config(vocab_size=len(tokens), d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4)
+    shape = {"num_attention_heads": 4, "attention_head_dim": 24, "ffn_dim": 128, "num_layers": 2}
+    pipe = WanPipeline(
+        tokenizer=PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"),
+        text_encoder=UMT5EncoderModel(text).eval(),
+        vae=AutoencoderKLWan(base_dim=8, z_dim=16, dim_mult=[1, 1, 2, 2], num_res_blocks=1).eval(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0),
+        transformer=WanTransformer3DModel(in_channels=16, out_channels=16, text_dim=32, freq_dim=32, **shape).eval(),
+    )
+    folder = tmp_path_factory.mktemp("models") / "wan"
+    pipe.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture

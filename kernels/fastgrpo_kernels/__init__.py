@@ -1,6 +1,7 @@
-"""The operations of GRPO on flow-matching models; needs torch and nothing else.
+"""The operations of GRPO on flow-matching models, and the pointwise work of their transformers; needs torch, and triton on a GPU.
 
-`reference.py` is the specification of every operation and the path a CPU takes; `philox.py` is the noise.
+`reference.py` is the specification of every operation; `dispatch.py` chooses what serves a call: CUDA C++, its CPU path,
+Triton or the reference; `philox.py` is the noise. How to use them in another trainer: kernels/README.md.
 Method: Self-Paced GRPO (method.md sections 1 and 2), DanceGRPO's and Flow-GRPO's transition as one affine step.
 """
 
@@ -9,21 +10,31 @@ from __future__ import annotations
 from fastgrpo_kernels.philox import gaussian_noise
 from fastgrpo_kernels.reference import (
     GRPOStats,
+    branch_gradient,
     clipped_ratio_loss,
+    gate_residual,
+    gate_residual_ln_modulate,
     gaussian_kl,
     grpo_loss,
     guided_velocity,
+    ln_modulate,
+    qk_norm_rope,
     sde_log_prob,
     sde_step,
 )
 
 __all__ = [
     "GRPOStats",
+    "branch_gradient",
     "clipped_ratio_loss",
+    "gate_residual",
+    "gate_residual_ln_modulate",
     "gaussian_kl",
     "gaussian_noise",
     "grpo_loss",
     "guided_velocity",
+    "ln_modulate",
+    "qk_norm_rope",
     "sde_log_prob",
     "sde_step",
 ]

@@ -17,6 +17,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastgrpo_kernels import checks
+
 Words = tuple[Tensor, Tensor, Tensor, Tensor]
 
 _WORD = 0xFFFFFFFF
@@ -85,41 +87,16 @@ def gaussian_noise(seeds: Tensor, step: int | Tensor, shape: Sequence[int], devi
     The bits of a sample depend on its seed and step alone.
     ValueError for another dtype, a step outside the range, or lengths that disagree.
     """
-    if not isinstance(seeds, Tensor) or seeds.dtype != torch.int64 or seeds.dim() != 1:
-        raise ValueError(f"seeds: expected an int64 tensor [B], came {describe(seeds)}")
+    key = checks.seed_vector(seeds, None, device)[:, None]
     sizes = tuple(shape)
     if any(not isinstance(size, int) or size < 1 for size in sizes):
         raise ValueError(f"shape: expected positive sizes of one sample, came {sizes}")
-    target = seeds.device if device is None else torch.device(device)
-    batch, numel = seeds.shape[0], math.prod(sizes)
+    batch, numel, target = key.shape[0], math.prod(sizes), key.device
     # Rows [B, 1] against columns [1, quads].
-    key = seeds.to(target, non_blocking=True)[:, None]
     quad = torch.arange((numel + 3) // 4, device=target)[None]
-    step_word = _step_word(step, batch, target)
+    step_word = checks.step_vector(step, batch, target)[:, None]
     counter = (quad & _WORD, quad >> 32, step_word, torch.zeros_like(step_word))
     w0, w1, w2, w3 = philox_4x32_10(counter, (key & _WORD, (key >> 32) & _WORD))
     radius_words, angle_words = torch.stack((w0, w2), dim=-1), torch.stack((w1, w3), dim=-1)
     pairs = torch.stack(box_muller(uniform(radius_words), uniform(angle_words)), dim=-1)  # [B, quads, 2, 2]
     return pairs.reshape(batch, 4 * quad.shape[1])[:, :numel].reshape(batch, *sizes)
-
-
-def _step_word(step: int | Tensor, batch: int, device: torch.device) -> Tensor:
-    """The third counter word, [1, 1] or [B, 1]; ValueError as `gaussian_noise` says."""
-    if isinstance(step, Tensor):
-        if step.dtype != torch.int64 or step.shape != (batch,):
-            raise ValueError(f"step: expected an int or an int64 tensor [{batch}], came {describe(step)}")
-        if step.device.type == "cpu" and not all(0 <= value <= _WORD for value in step.tolist()):
-            raise ValueError(f"step: expected values in [0, 2^32), came {step.tolist()}")
-        return step.to(device, non_blocking=True)[:, None]
-    if not isinstance(step, int) or isinstance(step, bool):
-        raise ValueError(f"step: expected an int or an int64 tensor [{batch}], came {describe(step)}")
-    if not 0 <= step <= _WORD:
-        raise ValueError(f"step: expected a value in [0, 2^32), came {step}")
-    return torch.full((1, 1), step, dtype=torch.int64, device=device)
-
-
-def describe(value: object) -> str:
-    """What came, for an error message."""
-    if isinstance(value, Tensor):
-        return f"{value.dtype} {list(value.shape)}"
-    return f"{type(value).__name__} {value!r}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from fastgrpo_kernels.philox import describe
+from fastgrpo_kernels.checks import describe
 
 
 def test_tensors_by_dtype_and_shape_and_all_else_by_type_and_value() -> None:

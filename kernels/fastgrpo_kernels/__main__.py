@@ -1,0 +1,22 @@
+"""`python -m fastgrpo_kernels`: which implementation serves which tensors here, and why another does not."""
+
+from __future__ import annotations
+
+import torch
+
+from fastgrpo_kernels import dispatch
+
+
+def main() -> None:
+    """Print, for each device of this machine, what serves csrc/'s operations and the transformer's, and each refusal."""
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    for device in devices:
+        probe = torch.empty(0, device=device)
+        print(f"{device} tensors: {', '.join(dispatch.COMPILED)}: {dispatch.choose('sde_step', probe)}; all others: "
+              f"{dispatch.choose('ln_modulate', probe)}")  # fmt: skip
+        for family in dispatch.FAMILIES:
+            print(f"  {family:9}  {dispatch.why_not(family, 'sde_step', probe) or 'can serve'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""Which implementation serves a call, and the switch that forces one.
+
+    cuda       csrc/ on a GPU              cpp    csrc/'s vectorised path on the CPU
+    triton     the kernels of this folder  reference    plain PyTorch, everywhere, and always for float64
+
+Of its own accord a call takes, on a GPU, triton, then cuda, then the reference; on a CPU cpp, then the reference; the
+reference on any other device. The choice depends on device, dtype and what is installed, never on sizes, so `sde_step`,
+`sde_log_prob` and `grpo_loss` are always served by one family.
+
+`implementation="..."` in a call forces a family for it, and FASTGRPO_KERNELS=... in the environment (read at import)
+for every operation that the family has. A forced family that cannot serve is a ValueError that says why.
+"""
+
+from __future__ import annotations
+
+import os
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FAMILIES = ("cuda", "cpp", "triton", "reference")
+COMPILED = ("sde_step", "sde_log_prob", "clipped_ratio_loss", "grpo_loss")
+"""The operations that csrc/ has."""
+FORCED: str | None = os.environ.get("FASTGRPO_KERNELS") or None
+
+triton: Any = None
+tl: Any = None
+_triton_error = ""
+try:
+    triton, tl = import_module("triton"), import_module("triton.language")
+except ImportError as error:
+    _triton_error = f"triton cannot be imported ({error})"
+
+INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
+"""Triton read the variable when it was imported: its kernels run in NumPy, on the CPU."""
+
+
+def jit(function: Any) -> Any:
+    """triton.jit, or nothing where there is no triton: the files of the kernels can be imported without it."""
+    return function if triton is None else triton.jit(function)
+
+
+def _load_library() -> str:
+    """Load what setup.py has built beside this file; why it could not be, or nothing."""
+    libraries = sorted(Path(__file__).parent.glob("_C*.so"))
+    if not libraries:
+        return "csrc/ was not built (no compiler at install time, or build isolation hid torch)"
+    try:
+        torch.ops.load_library(str(libraries[0]))
+    except OSError as error:
+        return f"{libraries[0].name} cannot be loaded ({error})"
+    return ""
+
+
+_library_error = _load_library()
+
+
+def choose(op: str, tensor: object, implementation: str | None = None) -> str:
+    """The family that serves this call, one of FAMILIES.
+
+    op: name of the operation. tensor: the argument whose device and dtype decide (anything else goes to the reference, whose
+    checks have the words). implementation: a forced family, or None.
+    ValueError: the family is unknown, or cannot serve.
+    """
+    family = implementation or FORCED
+    if family is None:
+        return next(family for family in _order(tensor) if not why_not(family, op, tensor))
+    if family not in FAMILIES:
+        source = "implementation" if implementation else "FASTGRPO_KERNELS"
+        raise ValueError(f"{source}: expected one of {', '.join(FAMILIES)}, came {family!r}")
+    if implementation is None and family in ("cuda", "cpp") and op not in COMPILED:
+        return next(other for other in _order(tensor) if not why_not(other, op, tensor))
+    if reason := why_not(family, op, tensor):
+        raise ValueError(f"{op}: the implementation {family!r} cannot serve this call: {reason}")
+    return family
+
+
+def why_not(family: str, op: str, tensor: object) -> str:
+    """Why a family cannot serve an operation on this tensor; nothing if it can."""
+    if family == "reference" or not isinstance(tensor, Tensor):
+        return ""
+    if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"it takes float32, bfloat16 and float16, this is {tensor.dtype}; the reference takes float64"
+    device = tensor.device.type
+    if family == "triton":
+        if triton is None:
+            return _triton_error
+        if device != "cuda" and not INTERPRETED:
+            return f"Triton runs on a GPU (or under TRITON_INTERPRET=1, for tests), this tensor is on {tensor.device}"
+        return ""
+    wanted = "cuda" if family == "cuda" else "cpu"
+    if op not in COMPILED:
+        return f"csrc/ has {', '.join(COMPILED)} alone"
+    if device != wanted:
+        return f"it takes {wanted} tensors, this one is on {tensor.device}"
+    if _library_error:
+        return _library_error
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"fastgrpo::{op}", wanted.upper()):
+        return f"csrc/ was built without {wanted} (setup.py said why)"
+    return ""
+
+
+def has_library() -> bool:
+    """Whether csrc/'s operations are registered as torch.ops.fastgrpo.*."""
+    return not _library_error
+
+
+def _order(tensor: object) -> tuple[str, ...]:
+    device = tensor.device.type if isinstance(tensor, Tensor) else "none"
+    return {"cuda": ("triton", "cuda", "reference"), "cpu": ("cpp", "reference")}.get(device, ("reference",))
