@@ -27,10 +27,10 @@ lint: .venv/ready
 	$(BIN)/lint-imports
 
 bench: .venv/ready
-	$(BIN)/python benchmarks/ablation.py $(ARGS)
+	$(BIN)/python benchmarks/ops.py $(ARGS)
 
 # torch first and without isolation: with it, torch is not importable where the extension is built.
-.venv/ready: pyproject.toml setup.py constraints.txt
+.venv/ready: pyproject.toml setup.py constraints.txt $(wildcard csrc/*.*)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch "setuptools>=77" wheel
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -c constraints.txt -e ".[train,test]"

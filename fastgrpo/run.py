@@ -17,6 +17,7 @@ from typing import Any, TextIO
 
 import torch
 import yaml
+from fastgrpo_kernels.dispatch import choose
 from tqdm import tqdm
 
 from fastgrpo import checkpoint, figures, parallel
@@ -46,6 +47,7 @@ def run(config: TrainConfig, config_yaml: str) -> int:
         train_prompts, heldout_prompts = check(config)
         device = parallel.start(config.runtime)
         parallel.require_agreement("the configuration", config_yaml)
+        family = choose("sde_step", torch.empty(0, device=device))  # of fastgrpo_kernels; refused here where a forced one cannot serve
         lock = claim_folder(config)
         warn_of_idle_accumulation(config)
         config.policy.load(device)
@@ -56,6 +58,7 @@ def run(config: TrainConfig, config_yaml: str) -> int:
     try:
         trainer = Trainer(config, config.policy, judge, train_prompts, device, compute_dtype(config, device))
         last_row = resume(trainer, config, config_yaml)
+        say(f"kernels: {family} serves the SDE step and the loss")
         with open_log(config, config_yaml, last_row) as log, stop_signals() as stop:
             code = loop(trainer, log, stop, heldout_prompts, last_row)
     finally:

@@ -7,21 +7,15 @@ Method: Self-Paced GRPO (method.md sections 1 and 2), DanceGRPO's and Flow-GRPO'
 
 from __future__ import annotations
 
+from fastgrpo_kernels.branch_gradient import branch_gradient
+from fastgrpo_kernels.gate_residual import gate_residual, gate_residual_ln_modulate
+from fastgrpo_kernels.grpo_loss import clipped_ratio_loss, grpo_loss
+from fastgrpo_kernels.ln_modulate import ln_modulate
 from fastgrpo_kernels.philox import gaussian_noise
-from fastgrpo_kernels.reference import (
-    GRPOStats,
-    branch_gradient,
-    clipped_ratio_loss,
-    gate_residual,
-    gate_residual_ln_modulate,
-    gaussian_kl,
-    grpo_loss,
-    guided_velocity,
-    ln_modulate,
-    qk_norm_rope,
-    sde_log_prob,
-    sde_step,
-)
+from fastgrpo_kernels.qk_norm_rope import qk_norm_rope
+from fastgrpo_kernels.reference import GRPOStats, gaussian_kl, guided_velocity
+from fastgrpo_kernels.sde_log_prob import sde_log_prob
+from fastgrpo_kernels.sde_step import sde_step
 
 __all__ = [
     "GRPOStats",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
 from fastgrpo_kernels import dispatch
@@ -16,6 +18,9 @@ def main() -> None:
               f"{dispatch.choose('ln_modulate', probe)}")  # fmt: skip
         for family in dispatch.FAMILIES:
             print(f"  {family:9}  {dispatch.why_not(family, 'sde_step', probe) or 'can serve'}")
+    note = Path(__file__).with_name("_C.txt")  # what setup.py built, and why no more
+    if dispatch.has_library() and note.exists():
+        print(f"csrc/: {note.read_text().strip()} ({torch.ops.fastgrpo.build_info()})")
 
 
 if __name__ == "__main__":

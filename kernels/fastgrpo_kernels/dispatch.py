@@ -45,17 +45,29 @@ def jit(function: Any) -> Any:
 
 def _load_library() -> str:
     """Load what setup.py has built beside this file; why it could not be, or nothing."""
-    libraries = sorted(Path(__file__).parent.glob("_C*.so"))
-    if not libraries:
-        return "csrc/ was not built (no compiler at install time, or build isolation hid torch)"
+    library, note = (Path(__file__).with_name(name) for name in ("_C.so", "_C.txt"))
+    if not library.exists():
+        words = note.read_text().strip() if note.exists() else "setup.py has not run"
+        return f"csrc/ is not there: {words}"
     try:
-        torch.ops.load_library(str(libraries[0]))
+        torch.ops.load_library(str(library))
     except OSError as error:
-        return f"{libraries[0].name} cannot be loaded ({error})"
+        return f"{library.name} cannot be loaded ({error})"
     return ""
 
 
 _library_error = _load_library()
+# Asked once: torch.compile cannot trace the question.
+_registered = (
+    {
+        (op, device)
+        for op in COMPILED
+        for device in ("cpu", "cuda")
+        if torch._C._dispatch_has_kernel_for_dispatch_key(f"fastgrpo::{op}", device.upper())
+    }
+    if not _library_error
+    else set()
+)
 
 
 def choose(op: str, tensor: object, implementation: str | None = None) -> str:
@@ -98,8 +110,8 @@ def why_not(family: str, op: str, tensor: object) -> str:
         return f"it takes {wanted} tensors, this one is on {tensor.device}"
     if _library_error:
         return _library_error
-    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"fastgrpo::{op}", wanted.upper()):
-        return f"csrc/ was built without {wanted} (setup.py said why)"
+    if (op, wanted) not in _registered:
+        return f"csrc/ was built without {wanted} (python -m fastgrpo_kernels says why)"
     return ""
 
 

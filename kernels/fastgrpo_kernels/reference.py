@@ -327,7 +327,7 @@ def _gate_residual(x: Tensor, y: Tensor, gate: Tensor | None) -> Tensor:
 def _norm_rope(x: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | None, eps: float) -> Tensor:
     """x [B, L, H, D] -> the same: RMSNorm over as many channels as there are weights, then the rotation of the first tokens."""
     dtype = compute_dtype(x)
-    grouped = x.to(dtype).reshape(*x.shape[:2], -1, weight.shape[0])
+    grouped = x.to(dtype).reshape(*x.shape[:2], x.shape[2] * x.shape[3] // weight.shape[0], weight.shape[0])
     normed = F.rms_norm(grouped, weight.shape, weight.to(dtype), eps).reshape(x.shape)
     if cos is None or sin is None:
         return normed.to(x.dtype)

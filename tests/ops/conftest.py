@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from fastgrpo_kernels import dispatch
@@ -13,27 +15,23 @@ DEVICE = "cuda" if torch.cuda.is_available() and not dispatch.INTERPRETED else "
 PROBE = torch.empty(0, device=DEVICE)
 
 
-@pytest.fixture(params=["reference", "cpp", "cuda", "triton"])
+def families(op: str) -> list[str]:
+    """Those that can serve an operation on this machine; test_csrc.py and test_dispatch.py see to it that none is missing unnoticed."""
+    return [family for family in dispatch.FAMILIES if not dispatch.why_not(family, op, PROBE)]
+
+
+@pytest.fixture(params=families("sde_step"))
 def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Each family in turn, forced as FASTGRPO_KERNELS forces it; those that cannot serve this machine are skipped with their reason.
-
-    An operation that csrc/ does not have is tested once, not again under "cpp" or "cuda": such tests take `triton_or_reference`.
-    """
-    family: str = request.param
-    if reason := dispatch.why_not(family, "sde_step", PROBE):
-        pytest.skip(f"{family}: {reason}")
-    monkeypatch.setattr(dispatch, "FORCED", family)
-    return family
+    """Each family that serves a transition here, forced in turn as FASTGRPO_KERNELS forces it."""
+    monkeypatch.setattr(dispatch, "FORCED", request.param)
+    return str(request.param)
 
 
-@pytest.fixture(params=["reference", "triton"])
+@pytest.fixture(params=families("ln_modulate"))
 def triton_or_reference(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The families of the operations that csrc/ does not have, each forced in turn."""
-    family: str = request.param
-    if reason := dispatch.why_not(family, "ln_modulate", PROBE):
-        pytest.skip(f"{family}: {reason}")
-    monkeypatch.setattr(dispatch, "FORCED", family)
-    return family
+    """The same for the operations that csrc/ does not have."""
+    monkeypatch.setattr(dispatch, "FORCED", request.param)
+    return str(request.param)
 
 
 @pytest.fixture
@@ -49,6 +47,26 @@ def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def rounding_of_a_gpu() -> Iterator[None]:
+    """Triton's interpreter cuts off what bf16 cannot hold, where a GPU and torch round to nearest: a bias that adds up."""
+    if not dispatch.INTERPRETED:
+        yield
+        return
+    from triton.runtime import interpreter
+
+    convert = interpreter._convert_float
+
+    def rounded(value: Any, source: Any, target: Any, mode: Any) -> Any:
+        if (source, target) == (dispatch.tl.float32, dispatch.tl.bfloat16):
+            return torch.from_numpy(np.asarray(value, dtype=np.float32)).bfloat16().view(torch.uint16).numpy()
+        return convert(value, source, target, mode)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_convert_float", rounded)
+        yield
 
 
 @pytest.fixture(scope="session")

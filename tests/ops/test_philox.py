@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from fastgrpo_kernels import gaussian_noise
+from fastgrpo_kernels import dispatch, gaussian_noise
+from fastgrpo_kernels.dispatch import jit, tl
 from fastgrpo_kernels.philox import box_muller, philox_4x32_10, uniform
+from fastgrpo_kernels.triton_random import cos_sin_turns, minus_two_log, normal_tile
+from fastgrpo_kernels.triton_random import uniform as uniform_in_triton
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -47,10 +51,10 @@ def numpy_philox(counter: np.ndarray, key: np.ndarray) -> np.ndarray:
     return c
 
 
-def numpy_noise(seed: int, step: int, numel: int) -> np.ndarray:
-    """One sample's noise, fp32, from NumPy's integers and NumPy's (another library's) log, cos and sin."""
+def numpy_noise(seed: int, step: int, numel: int, first: int = 0) -> np.ndarray:
+    """One sample's noise from element `first` on, fp32, from NumPy's integers and NumPy's (another library's) log, cos and sin."""
     quads = -(-numel // 4)
-    counter = np.array([(q % 2**32, q // 2**32, step, 0) for q in range(quads)], dtype=np.uint64)
+    counter = np.array([(q % 2**32, q // 2**32, step, 0) for q in range(first // 4, first // 4 + quads)], dtype=np.uint64)
     unsigned = seed % 2**64
     key = np.tile(np.array([unsigned % 2**32, unsigned // 2**32], dtype=np.uint64), (quads, 1))
     u = (np.floor(numpy_philox(counter, key) / 512.0) + 0.5) / 2**23
@@ -233,6 +237,88 @@ def test_bad_philox_arguments() -> None:
         box_muller(double.float(), double)
     with pytest.raises(ValueError, match=r"expected one shape, came \(1,\) and \(2,\)"):
         box_muller(double, torch.zeros(2, dtype=torch.float64))
+
+
+# ------------------------------------------------------------------------------------------------------ in Triton
+
+
+@jit
+def _normals_kernel(seeds, steps, firsts, out, TILE: tl.constexpr):
+    row = tl.program_id(0)
+    normals = normal_tile(tl.load(seeds + row), tl.load(steps + row), tl.load(firsts + row), TILE)
+    tl.store(out + row * TILE + tl.arange(0, TILE), normals)
+
+
+@jit
+def _box_muller_kernel(uniforms, radius, cos, sin, BLOCK: tl.constexpr):
+    lanes = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    u = uniform_in_triton((lanes << 9).to(tl.uint32))
+    c, s = cos_sin_turns(u)
+    tl.store(uniforms + lanes, u)
+    tl.store(radius + lanes, tl.sqrt_rn(minus_two_log(u)))
+    tl.store(cos + lanes, c)
+    tl.store(sin + lanes, s)
+
+
+@pytest.fixture
+def triton_device(device: str) -> str:
+    if reason := dispatch.why_not("triton", "sde_step", torch.empty(0, device=device)):
+        pytest.skip(reason)
+    return device
+
+
+def ordinal(x: Tensor) -> Tensor:
+    """fp32 numbers counted in their order, as int64."""
+    bits = x.view(torch.int32).long()
+    return torch.where(bits >= 0, bits, -(bits & 0x7FFFFFFF))
+
+
+@pytest.fixture
+def fused_multiply_add(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the interpreter round a multiply-add once, as a GPU does; it rounds twice. (float64 holds the product exactly.)"""
+    if dispatch.INTERPRETED:
+        from triton.runtime import interpreter
+
+        def fma(builder: Any, x: Any, y: Any, z: Any) -> Any:
+            exact = x.data.astype(np.float64) * y.data.astype(np.float64) + z.data.astype(np.float64)
+            return interpreter.TensorHandle(exact.astype(np.float32), z.dtype.scalar)
+
+        monkeypatch.setattr(interpreter.InterpreterBuilder, "create_fma", fma)
+
+
+@pytest.mark.usefixtures("fused_multiply_add")
+def test_all_uniforms_in_triton(triton_device: str) -> None:
+    """Every uniform there is: itself exact, its radius, cosine and sine at most one fp32 number away from the reference's, and few are."""
+    block = 1024 if triton_device == "cuda" else 2**18
+    count = 2**23
+    ours = torch.empty(4, count, device=triton_device)
+    _box_muller_kernel[(count // block,)](*ours, BLOCK=block, num_warps=4, enable_fp_fusion=False)
+    u = uniform(torch.arange(count) << 9)
+    ours = ours.cpu()
+    assert torch.equal(ours[0].double(), u)
+    radius, _ = box_muller(u, torch.zeros_like(u))  # r cos 0 = r
+    cos, sin = box_muller(torch.full_like(u, math.exp(-0.5)), u)  # r = 1
+    for got, wanted, share in ((ours[1], radius, 0.14), (ours[2], cos, 0.05), (ours[3], sin, 0.05)):
+        away = (ordinal(got) - ordinal(wanted)).abs()
+        assert away.max() <= 1
+        assert away.double().mean() < share
+
+
+@pytest.mark.parametrize("tile", [8, 1024])
+def test_noise_in_triton(triton_device: str, tile: int) -> None:
+    """Any seed, step and place, also beyond 2^32 quads: NumPy's noise but for the bound of `triton_random`."""
+    keys = [
+        (0, 0, 0),
+        (-1, 2**32 - 1, 5 * tile),
+        (-(2**63), 2**31, 2**31),
+        (2**63 - 1, 7, 2**34),
+        (0x0123_4567_89AB_CDEF, 3, 2**40 + 3 * tile),
+    ]
+    seeds, steps, firsts = torch.tensor(keys, device=triton_device).T.contiguous()
+    ours = torch.empty(len(keys), tile, device=triton_device)
+    _normals_kernel[(len(keys),)](seeds, steps, firsts, ours, TILE=tile, num_warps=4, enable_fp_fusion=False)
+    for row, (seed, step, first) in zip(ours.cpu().numpy(), keys, strict=True):
+        np.testing.assert_allclose(row, numpy_noise(seed, step, tile, first), rtol=2.0**-21, atol=0)
 
 
 @pytest.mark.slow

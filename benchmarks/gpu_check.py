@@ -1,0 +1,197 @@
+"""Everything that needs a GPU, in one command of at most ten minutes: build, tests, sanitizers, figures.
+
+    python benchmarks/gpu_check.py                # on the GPU machine, in the root of the repository
+    python benchmarks/gpu_check.py --dry-run      # anywhere: what it would run
+
+Made for a bare machine without a network: torch 2.11, triton 3.6, Python 3.12, nvcc. Nothing is installed; the package is read where it
+lies, in kernels/. The tests need pytest and hypothesis. Where they are missing, carry their wheels: here `pip download --no-deps
+--python-version 3.12 --only-binary=:all: -d .whl pytest hypothesis pluggy iniconfig packaging pygments sortedcontainers`, there
+`pip install --no-index --no-deps --target /tmp/site .whl/*.whl` and PYTHONPATH=/tmp/site. Without them no test runs, and so no number is
+printed. Where the tree is carried without its history, say FASTGRPO_COMMIT=<git describe --always --dirty> in the command, for the CSV.
+
+A log and the CSV file go to $OUT where it is set, else to build/gpu_check. Exit code: 0 all was right, 1 something failed, 3 nothing
+failed but something could not run. A short table comes last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `python benchmarks/gpu_check.py`
+
+from benchmarks.verify import ROOT, environment
+
+BUDGET = 570.0
+"""Seconds in all: half a minute below the ten minutes after which the machine ends the command."""
+PYTHON = sys.executable
+HERE = str(Path(__file__).resolve())
+LOG = "gpu_check.log"
+TOUCH_SIZES = ("tiny", "tiny_per_head")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One command of the plan."""
+
+    name: str
+    command: tuple[str, ...]
+    seconds: float
+    """Its own limit; the whole budget's remainder is another."""
+    missing: str = ""
+    """Why it cannot run here; nothing if it can."""
+    variables: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a part."""
+
+    name: str
+    state: str
+    """"right", "FAILED" or "left out"."""
+    seconds: float
+    words: str
+
+
+def plan(out: Path) -> list[Part]:
+    """The parts in their order. What the sanitizers run is warmed up first, so that they see no compiler."""
+    sanitizer = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin") or ""
+    absent = [name for name in ("pytest", "hypothesis") if importlib.util.find_spec(name) is None]
+    no_tests = f"{' and '.join(absent)} missing: carry the wheels (see the top of gpu_check.py)" if absent else ""
+    touch = (PYTHON, HERE, "--touch", "cuda")
+    # Every tensor its own allocation: an access beyond its end is then seen.
+    apart = (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),)
+    under = (sanitizer or "compute-sanitizer", "--error-exitcode", "9", "--target-processes", "application-only")
+    no_sanitizer = "" if sanitizer else "compute-sanitizer is not on this machine"
+    ops = (PYTHON, str(ROOT / "benchmarks" / "ops.py"), "--device", "cuda", "--csv", str(out))
+    return [
+        Part("build", (PYTHON, "setup.py", "build_ext", "--inplace"), 120),
+        Part("what serves", (PYTHON, "-m", "fastgrpo_kernels"), 60),
+        Part("every op once", touch, 120),
+        Part("tests", (PYTHON, str(ROOT / "benchmarks" / "verify.py"), "--jobs", "6", "--timeout", "200"), 210, no_tests),
+        Part("memcheck", (*under, "--tool", "memcheck", *touch), 90, no_sanitizer, apart),
+        Part("racecheck", (*under, "--tool", "racecheck", *touch), 90, no_sanitizer),
+        Part("figures", (*ops, "--sizes", "wan_1.3b_480p", "--budget", "150"), 200, no_tests),
+        Part("figures, others", (*ops, "--sizes", "wan_14b_240p", "hunyuan_240p", "--no-compile", "--budget", "60"), 100, no_tests),
+    ]
+
+
+def run_plan(parts: Sequence[Part], out: Path, budget: float = BUDGET) -> list[Outcome]:
+    """Run the parts one after the other; a part that fails does not stop the others, the budget does."""
+    started = time.monotonic()
+    outcomes: list[Outcome] = []
+    out.mkdir(parents=True, exist_ok=True)
+    (out / LOG).write_text("")
+    for part in parts:
+        left = budget - (time.monotonic() - started)
+        if part.missing:
+            outcomes.append(Outcome(part.name, "left out", 0.0, part.missing))
+        elif left < 5:
+            outcomes.append(Outcome(part.name, "left out", 0.0, f"the budget of {budget:.0f} s is spent"))
+        else:
+            print(f"\n=== {part.name}: {' '.join(part.command)}", flush=True)
+            outcomes.append(_run(part, out, min(part.seconds, left)))
+    return outcomes
+
+
+def exit_code(outcomes: Sequence[Outcome]) -> int:
+    """0 all right, 1 something failed, 3 something was left out."""
+    states = {outcome.state for outcome in outcomes}
+    return 1 if "FAILED" in states else 3 if "left out" in states else 0
+
+
+def touch(device: str) -> int:
+    """Call every operation of every family once, forward and backward, on small sizes; 1 if a result is not finite or a call fails."""
+    sys.path.insert(0, str(ROOT / "kernels"))
+    from fastgrpo_kernels import dispatch
+
+    from benchmarks.ops import draw_on
+    from benchmarks.registry import cases
+
+    failures, calls = 0, 0
+    for case in [case for size in TOUCH_SIZES for case in cases(size)]:
+        for family in dispatch.FAMILIES:
+            inputs = case.make(draw_on(torch.device(device), 0))
+            if family == "reference" or dispatch.why_not(family, case.op, inputs["latents" if "latents" in inputs else "x"]):
+                continue
+            calls += 1
+            try:
+                leaves = {name: inputs[name].requires_grad_() for name in case.wrt}
+                results = list(case.fused({**inputs, **leaves}, family))
+                if roots := [out for out in results if out.requires_grad]:
+                    results += torch.autograd.grad(roots, list(leaves.values()), [torch.ones_like(out) for out in roots])
+                wrong = [f"result {index}" for index, result in enumerate(results) if not result.isfinite().all()]
+            except Exception as error:  # every operation is to be called, whatever became of the one before
+                wrong = [f"{type(error).__name__}: {error}"]
+            failures += bool(wrong)
+            if wrong:
+                print(f"{case.op} {case.size} {family}: {', '.join(wrong)}", flush=True)
+    print(f"{calls} calls forward and backward, {failures} failed")
+    return 1 if failures or not calls else 0
+
+
+def _run(part: Part, out: Path, seconds: float) -> Outcome:
+    """One part in a process group of its own; the end of its output on the screen, all of it in the log."""
+    start, variables = time.monotonic(), {**environment(), **dict(part.variables), "PYTHONUNBUFFERED": "1"}
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as file:
+        try:
+            process = subprocess.Popen(part.command, cwd=ROOT, env=variables, stdout=file, stderr=subprocess.STDOUT, process_group=0)
+        except OSError as error:
+            return Outcome(part.name, "FAILED", 0.0, str(error))
+        try:
+            code: int | None = process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            code = None
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        file.seek(0)
+        text = file.read()
+    print(text[-3500:], flush=True)
+    with open(out / LOG, "a", encoding="utf-8") as log:  # one file for all parts: what comes back from a lent machine is few files
+        log.write(f"=== {part.name}: {' '.join(part.command)}\n{text}\n")
+    words = f"not done after {seconds:.0f} s" if code is None else "" if code == 0 else f"exit code {code}, see {LOG}"
+    return Outcome(part.name, "right" if code == 0 else "FAILED", time.monotonic() - start, words)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the plan, print its table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dry-run", action="store_true", help="print the commands and their limits, run none")
+    parser.add_argument("--touch", metavar="DEVICE", help="no plan: call every operation once on this device (what the sanitizers watch)")
+    parser.add_argument("--budget", type=float, default=BUDGET, help="seconds in all")
+    chosen = parser.parse_args(arguments)
+    if chosen.touch:
+        return touch(chosen.touch)
+    out = Path(os.environ.get("OUT") or ROOT / "build" / "gpu_check")
+    parts = plan(out)
+    if chosen.dry_run:
+        for part in parts:
+            variables = "".join(f"{name}={value} " for name, value in part.variables)
+            print(f"{part.name} (at most {part.seconds:.0f} s){': left out, ' + part.missing if part.missing else ''}")
+            print(f"    {variables}{' '.join(part.command)}")
+        return 0
+    if not torch.cuda.is_available():
+        print("expected a GPU, found none; --dry-run says what would be run")
+        return 1
+    outcomes = run_plan(parts, out, chosen.budget)
+    print(f"\n{torch.cuda.get_device_name()}, torch {torch.__version__}, Python {sys.version.split()[0]}")
+    for outcome in outcomes:
+        print(f"{outcome.name:<16}{outcome.state:<10}{outcome.seconds:>6.0f} s  {outcome.words}".rstrip())
+    return exit_code(outcomes)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

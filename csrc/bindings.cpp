@@ -1,0 +1,11 @@
+// Schemas, one line an operation. What they compute: kernels/fastgrpo_kernels/reference.py; fakes and autograd: the files of that folder.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(fastgrpo, m) {
+  m.def("sde_step(Tensor latents, Tensor velocity, Tensor? velocity_uncond, Tensor a, Tensor b, Tensor std, Tensor seeds, Tensor steps, float guidance_scale, bool normalized) -> (Tensor, Tensor)");
+  m.def("sde_log_prob(Tensor latents, Tensor next_latents, Tensor velocity, Tensor? velocity_uncond, Tensor a, Tensor b, Tensor std, float guidance_scale, bool normalized) -> Tensor");
+  m.def("sde_log_prob_backward(Tensor grad_log_probs, Tensor? grad_loss, Tensor latents, Tensor next_latents, Tensor velocity, Tensor? velocity_uncond, Tensor a, Tensor b, Tensor std, float guidance_scale, bool normalized, bool needs_uncond) -> (Tensor, Tensor)");
+  m.def("clipped_ratio_loss(Tensor log_probs, Tensor old_log_probs, Tensor advantages, float clip_range, float adv_clip) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("grpo_loss(Tensor latents, Tensor next_latents, Tensor velocity, Tensor? velocity_uncond, Tensor old_log_probs, Tensor advantages, Tensor a, Tensor b, Tensor std, float guidance_scale, bool normalized, float clip_range, float adv_clip) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("build_info() -> str");
+}

@@ -1,0 +1,180 @@
+"""Every Triton kernel compiled for an H100 without a GPU: no stack, no spills, 16-byte accesses, at the sizes of the real models.
+
+The compiler runs in a process of its own: here the kernels are interpreted (tests/conftest.py). `python benchmarks/ahead_of_time.py` prints
+the same for all sizes and variants; the slow test asserts it.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastgrpo_kernels import dispatch
+
+ROOT = Path(__file__).resolve().parents[2]
+COMMAND = [sys.executable, str(ROOT / "benchmarks" / "ahead_of_time.py"), "--json"]
+SIZES = ("wan_1.3b_480p", "wan_14b_240p", "hunyuan_240p")
+SDE_OPS = ("sde_step", "sde_log_prob", "clipped_ratio_loss", "grpo_loss", "branch_gradient")
+# Their tensors, tiles' sums in float64, begin at any multiple of 8 bytes, and are 11 KB.
+NARROW = {"_log_prob_kernel", "_grpo_loss_kernel"}
+
+pytestmark = pytest.mark.skipif(dispatch.triton is None, reason="triton is not installed")
+
+
+def run(command: list[str], *expected: int) -> str:
+    environment = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "FASTGRPO_KERNELS")}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode in (expected or (0,)), done.stdout[-4000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def report() -> dict[str, Any]:
+    """Three models: Wan with RMSNorm over all heads and two velocities; HunyuanVideo with one, text tokens and RMSNorm a head."""
+    found: dict[str, Any] = json.loads(run([*COMMAND, "--no-variants", "--sizes", *SIZES], 0, 1))
+    return found
+
+
+def kernels_in_the_sources() -> set[str]:
+    """Functions under @jit whose name ends in _kernel, the house's rule for those that are launched."""
+    return {
+        node.name
+        for path in (ROOT / "kernels" / "fastgrpo_kernels").glob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel")
+        and any(isinstance(decorator, ast.Name) and decorator.id == "jit" for decorator in node.decorator_list)
+    }  # fmt: skip
+
+
+def test_every_kernel_of_the_package_was_compiled(report: dict[str, Any]) -> None:
+    assert report["broken"] == {}
+    assert report["not_launched"] == []
+    assert {kernel["kernel"] for kernel in report["kernels"]} == kernels_in_the_sources() != set()
+
+
+def test_no_function_of_a_kernel_has_a_string_as_a_default() -> None:
+    """triton 3.6, the GPU machine's, does not compile a call that leaves it out; 3.7 does, so only the source shows it here."""
+    wrong = [
+        f"{path.name}: {node.name}"
+        for path in (ROOT / "kernels" / "fastgrpo_kernels").glob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef)
+        and any(isinstance(decorator, ast.Name) and decorator.id == "jit" for decorator in node.decorator_list)
+        and any(isinstance(value, ast.Constant) and isinstance(value.value, str) for value in node.args.defaults)
+    ]
+    assert wrong == []
+
+
+def test_no_kernel_has_a_stack_frame_or_spills(report: dict[str, Any]) -> None:
+    used = {f"{k['kernel']} ({k['launched_by']})": (k["stack"], k["spills"]) for k in report["kernels"]}
+    assert {name: bytes_ for name, bytes_ in used.items() if bytes_ != (0, 0)} == {}
+    assert all(0 < k["registers"] <= 255 for k in report["kernels"])
+
+
+def test_tensors_move_16_bytes_a_thread(report: dict[str, Any]) -> None:
+    """Of each access whose threads have 16 bytes or more to move; scalars, and sums of one value a program, cannot be wider."""
+    narrow = {k["kernel"]: (k["narrow_loads"], k["narrow_stores"]) for k in report["kernels"] if k["narrow_loads"] or k["narrow_stores"]}
+    assert narrow.keys() <= NARROW, narrow
+    for kernel in report["kernels"]:
+        if kernel["kernel"] not in NARROW:
+            assert kernel["loads"].get("128", 0) + kernel["stores"].get("128", 0) > 0, kernel
+
+
+def test_the_transition_is_rounded_product_by_product(report: dict[str, Any]) -> None:
+    """A fused multiply-add would give other bits than the reference."""
+    launched = [k for k in report["kernels"] if k["launched_by"].split()[0] in SDE_OPS]
+    assert launched
+    assert [k["kernel"] for k in launched if k["fp_fusion"]] == []
+
+
+def test_the_sizes_are_the_true_ones(report: dict[str, Any]) -> None:
+    """The rows' length is a constant of the kernels, or an argument that is known to be a multiple of 16."""
+    rows = {k["constants"]["C"] for k in report["kernels"] if k["kernel"] == "_ln_modulate_fwd_kernel"}
+    assert rows == {1536, 5120, 3072}
+    step = next(k for k in report["kernels"] if k["kernel"] == "_sde_step_kernel")
+    assert {"latents", "velocity", "velocity_uncond", "next_latents", "P"} <= set(step["aligned"])
+    assert (step["signature"]["latents"], step["signature"]["velocity"]) == ("*fp32", "*bf16")
+
+
+FAULTY = """
+import json, sys, torch, triton, triton.language as tl
+from benchmarks import ahead_of_time as subject
+
+@triton.jit
+def _stack_kernel(out, BLOCK: tl.constexpr):
+    lanes = tl.arange(0, BLOCK)
+    tl.store(out + lanes, tl.randn(7, lanes))
+
+@triton.jit
+def _narrow_kernel(rows, out, width, BLOCK: tl.constexpr):
+    lanes = tl.arange(0, BLOCK)
+    tl.store(out + lanes, tl.load(rows + width + lanes, mask=lanes < width, other=0.0))
+
+@triton.jit
+def _sound_kernel(x, scale, out, BLOCK: tl.constexpr):
+    lanes = tl.arange(0, BLOCK)
+    tl.store(out + lanes, tl.load(x + lanes) * tl.load(scale))
+
+@triton.jit
+def _broken_kernel(x, out, BLOCK: tl.constexpr):
+    tl.store(out + tl.arange(0, BLOCK), tl.load(x))
+
+found, broken = {}, {}
+with subject._compiling(found, broken) as label:
+    label("here")
+    x, out = torch.empty(2048), torch.empty(2048)
+    _stack_kernel[(1,)](out, BLOCK=1024)
+    _narrow_kernel[(1,)](x, out, 1001, BLOCK=1024)
+    _sound_kernel[(1,)](x, x[1:], out, BLOCK=1024)
+    _sound_kernel[(7,)](x, x[1:], out, BLOCK=1024)
+    _broken_kernel[(1,)](x, out, BLOCK=1000)
+assert list(broken) == ["_broken_kernel (here)"] and "power of 2" in broken["_broken_kernel (here)"], broken
+print(json.dumps([[k.kernel, k.faults(), k.loads, k.stores] for k in found.values()]))
+"""
+
+
+def test_it_sees_a_stack_and_narrow_accesses(tmp_path: Path) -> None:
+    """On kernels of its own; one that was launched twice is there once, one that does not compile stops nothing."""
+    script = tmp_path / "faulty.py"
+    script.write_text(f"import sys; sys.path[:0] = {[str(ROOT), str(ROOT / 'kernels')]!r}\n{FAULTY}")
+    (stack, stack_faults, *_), (narrow, narrow_faults, narrow_loads, _), sound = json.loads(
+        run([sys.executable, str(script)]).splitlines()[-1]
+    )
+    assert (stack, narrow, sound[0]) == ("_stack_kernel", "_narrow_kernel", "_sound_kernel")
+    assert any("stack" in words for words in stack_faults), stack_faults
+    assert any("less than 128 bits" in words for words in narrow_faults), narrow_faults
+    assert narrow_loads == {"32": 8}
+    assert sound == ["_sound_kernel", [], {"128": 2, "32": 1}, {"128": 2}]
+
+
+def test_a_kernel_that_no_case_launches_is_named(tmp_path: Path) -> None:
+    script = tmp_path / "incomplete.py"
+    script.write_text(f"""
+import sys; sys.path[:0] = {[str(ROOT), str(ROOT / "kernels")]!r}
+from benchmarks import ahead_of_time as subject
+complete = subject.cases
+subject.cases = lambda name, dtype=None: [case for case in complete(name, dtype) if case.op == "branch_gradient"]
+sys.exit(subject.main(["--no-variants", "--sizes", "tiny"]))
+""")
+    out = run([sys.executable, str(script)], 1)
+    assert "_sde_step_kernel: never launched" in out
+    assert "_branch_gradient_kernel: never launched" not in out
+
+
+def test_an_interpreted_kernel_is_not_compiled() -> None:
+    done = subprocess.run(COMMAND, cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "TRITON_INTERPRET" in done.stdout
+
+
+@pytest.mark.slow
+def test_all_sizes_and_variants() -> None:
+    found = json.loads(run(COMMAND, 0, 1))
+    assert (found["not_launched"], found["broken"]) == ([], {})
+    assert {k["kernel"]: k["faults"] for k in found["kernels"] if k["faults"]} == {}
