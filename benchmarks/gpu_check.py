@@ -4,10 +4,13 @@
     python benchmarks/gpu_check.py --dry-run      # anywhere: what it would run
 
 Made for a bare machine without a network: torch 2.11, triton 3.6, Python 3.12, nvcc. Nothing is installed; the package is read where it
-lies, in kernels/. The tests need pytest and hypothesis. Where they are missing, carry their wheels: here `pip download --no-deps
---python-version 3.12 --only-binary=:all: -d .whl pytest hypothesis pluggy iniconfig packaging pygments sortedcontainers`, there
-`pip install --no-index --no-deps --target /tmp/site .whl/*.whl` and PYTHONPATH=/tmp/site. Without them no test runs, and so no number is
-printed. Where the tree is carried without its history, say FASTGRPO_COMMIT=<git describe --always --dirty> in the command, for the CSV.
+lies, in kernels/. The tests need pytest and hypothesis; those that compare with diffusers' blocks, qk_norm_rope's among them, diffusers.
+What is missing there is carried as wheels. Here:
+    pip download --no-deps --only-binary=:all: --python-version 3.12 -d .whl diffusers==0.42.1 importlib_metadata zipp
+and there, in front of this command:
+    python3 -m pip install -q --no-index --no-deps --target /tmp/site .whl/*.whl && export PYTHONPATH=/tmp/site
+(likewise pytest hypothesis pluggy iniconfig packaging pygments sortedcontainers). Without pytest no test runs, and so no number is printed.
+Where the tree is carried without its history, say FASTGRPO_COMMIT=<git describe --always --dirty> in the command, for the CSV.
 
 A log and the CSV file go to $OUT where it is set, else to build/gpu_check. Exit code: 0 all was right, 1 something failed, 3 nothing
 failed but something could not run. A short table comes last.
@@ -39,6 +42,7 @@ BUDGET = 570.0
 PYTHON = sys.executable
 HERE = str(Path(__file__).resolve())
 LOG = "gpu_check.log"
+CARRY = "carry the wheels (see the top of gpu_check.py)"
 TOUCH_SIZES = ("tiny", "tiny_per_head")
 
 
@@ -70,7 +74,7 @@ def plan(out: Path) -> list[Part]:
     """The parts in their order. What the sanitizers run is warmed up first, so that they see no compiler."""
     sanitizer = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin") or ""
     absent = [name for name in ("pytest", "hypothesis") if importlib.util.find_spec(name) is None]
-    no_tests = f"{' and '.join(absent)} missing: carry the wheels (see the top of gpu_check.py)" if absent else ""
+    no_tests = f"{' and '.join(absent)} missing: {CARRY}" if absent else ""
     touch = (PYTHON, HERE, "--touch", "cuda")
     # Every tensor its own allocation: an access beyond its end is then seen.
     apart = (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),)
@@ -186,6 +190,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("expected a GPU, found none; --dry-run says what would be run")
         return 1
+    if importlib.util.find_spec("diffusers") is None:
+        print(f"diffusers missing: tests that compare with its blocks will be red; {CARRY}")
     outcomes = run_plan(parts, out, chosen.budget)
     print(f"\n{torch.cuda.get_device_name()}, torch {torch.__version__}, Python {sys.version.split()[0]}")
     for outcome in outcomes:

@@ -304,11 +304,11 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _backward(ctx: Any, dq_out: Tensor | None, dk_out: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    q, k = ctx.saved_tensors[:2]
+    q, k, *saved = ctx.saved_tensors  # once: under checkpointing each reading is a recomputation
     dq_out = q.new_zeros(q.shape) if dq_out is None else dq_out
     dk_out = k.new_zeros(k.shape) if dk_out is None else dk_out
     needs_weights = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
-    gradients = _qk_norm_rope_backward(dq_out, dk_out, *ctx.saved_tensors, needs_weights)
+    gradients = _qk_norm_rope_backward(dq_out, dk_out, q, k, *saved, needs_weights)
     return (*(gradients if needs_weights else (*gradients[:2], None, None)), None, None, None)
 
 

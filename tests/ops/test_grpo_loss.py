@@ -148,7 +148,9 @@ def test_loss_and_gradient_against_float64(
     gradients = [torch.autograd.grad(value, leaf)[0] for value, leaf in ((loss, new), (eager, new), (exact, new64))]
     decided = ((stats.ratio.double() - 1).abs() - clip_range).abs() > 1e-6  # else the rounding of the ratio decides
     if decided.all():
-        as_exact_as_eager("loss", loss.detach(), eager.detach(), exact.detach())
+        # The terms may cancel, and eager may be lucky: an ulp is one of their size.
+        terms = (stats.ratio * advantages.clamp(-adv_clip, adv_clip)).double().abs().mean()
+        assert (loss - exact).abs() <= 2 * (eager - exact).abs() + torch.finfo(F32).eps * terms
         as_exact_as_eager("gradient", *gradients)
     for name, got, wanted in (
         ("clip_fraction", stats.clip_fraction, stats.clipped.float().mean()),

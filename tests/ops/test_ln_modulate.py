@@ -128,6 +128,7 @@ def test_chunks_are_read_where_they_lie(layout: str, device: str) -> None:
     leaf, parts = modulations(layout, 2, 5, 48, FP32, device)
     shift, scale = parts(leaf)
     for view, given_to_kernel in zip((shift, scale), module.common_tokens(x, shift=shift, scale=scale), strict=True):
+        assert given_to_kernel.shape == ((2, 5, 48) if layout == "wan tokens" else (2, 1, 48))
         read, step, token_step = module.strided(given_to_kernel)
         assert read.data_ptr() == view.data_ptr()
         assert (step, token_step) == {"wan": (6 * 48, 0), "wan tokens": (5 * 6 * 48, 6 * 48), "hunyuan": (6 * 48, 0)}[layout]

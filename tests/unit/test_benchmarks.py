@@ -1,4 +1,4 @@
-"""The benchmarks' own words: counted bytes, rows and goals, pictures, no number on red tests, the plan for a GPU machine."""
+"""The benchmarks' own words: counted bytes, rows and goals, pictures, no number on red tests. gpu_check.py has a file of its own."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import gpu_check, ops, plot, registry, rows, stopwatch, verify  # noqa: E402
+from benchmarks import ops, plot, registry, rows, stopwatch, verify  # noqa: E402
 
 ALL_OPS = {
     "sde_step", "sde_log_prob", "clipped_ratio_loss", "grpo_loss", "branch_gradient",
@@ -134,7 +134,7 @@ def test_every_public_operation_has_a_case() -> None:
 
 def test_time_on_a_cpu_is_the_median_of_the_wall() -> None:
     calls = iter(range(10**6))
-    timing = stopwatch.measure(lambda: [lambda: time.sleep(0.1 if next(calls) == 6 else 0.002)] * 2, torch.device("cpu"), seconds=0.03)
+    timing = stopwatch.measure(lambda: [lambda: time.sleep(0.5 if next(calls) == 6 else 0.002)] * 2, torch.device("cpu"), seconds=0.03)
     assert 2_000 <= timing.us < 20_000
     assert (timing.host_us, timing.method) == (timing.us, "wall")
 
@@ -447,86 +447,3 @@ def test_unknown_operations_are_refused(capsys: pytest.CaptureFixture[str]) -> N
     with pytest.raises(SystemExit):
         ops.main(["--ops", "softmax"])
     assert "came softmax" in capsys.readouterr().err
-
-
-# -------------------------------------------------------------------------------------------------------- gpu_check
-
-
-def part(name: str, script: str, seconds: float = 20.0, missing: str = "") -> gpu_check.Part:
-    return gpu_check.Part(name, (sys.executable, "-c", script), seconds, missing)
-
-
-def test_the_plan_builds_tests_watches_and_measures(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    parts = gpu_check.plan(tmp_path)
-    order = [p.name for p in parts]
-    assert order == ["build", "what serves", "every op once", "tests", "memcheck", "racecheck", "figures", "figures, others"]
-    memcheck = parts[order.index("memcheck")]
-    assert memcheck.command[-2:] == ("--touch", "cuda")
-    assert dict(memcheck.variables) == {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    assert all(str(tmp_path) in p.command for p in parts if p.name.startswith("figures"))
-    monkeypatch.setattr(gpu_check.shutil, "which", lambda name, path=None: None)
-    monkeypatch.setattr(gpu_check.importlib.util, "find_spec", lambda name: None if name == "hypothesis" else object())
-    missing = {p.name: p.missing for p in gpu_check.plan(tmp_path)}
-    assert missing["memcheck"] == missing["racecheck"] == "compute-sanitizer is not on this machine"
-    assert missing["tests"] == missing["figures"] == "hypothesis missing: carry the wheels (see the top of gpu_check.py)"
-    assert not missing["build"]
-    assert gpu_check.main(["--dry-run"]) == 0
-    out = capsys.readouterr().out
-    assert "setup.py build_ext --inplace" in out
-    assert "racecheck (at most 90 s): left out" in out
-
-
-def test_parts_run_in_order_and_the_exit_code_tells(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    parts = [part("good", "print('said')"), part("bad", "import sys; print('why'); sys.exit(4)"), part("after", "pass")]
-    outcomes = gpu_check.run_plan(parts, tmp_path / "out")
-    assert [(o.name, o.state) for o in outcomes] == [("good", "right"), ("bad", "FAILED"), ("after", "right")]
-    assert outcomes[1].words == "exit code 4, see gpu_check.log"
-    assert gpu_check.exit_code(outcomes) == 1
-    assert gpu_check.exit_code(outcomes[:1]) == 0
-    log = (tmp_path / "out" / "gpu_check.log").read_text()
-    assert log.index("said") < log.index("why")
-    assert "said" in capsys.readouterr().out
-
-
-def test_a_part_that_cannot_run_or_has_no_time_is_named(tmp_path: Path) -> None:
-    outcomes = gpu_check.run_plan([part("absent", "", missing="no tool"), part("here", "pass")], tmp_path)
-    assert [(o.state, o.words) for o in outcomes] == [("left out", "no tool"), ("right", "")]
-    assert gpu_check.exit_code(outcomes) == 3
-    assert [o.words for o in gpu_check.run_plan([part("late", "pass")], tmp_path, budget=4.0)] == ["the budget of 4 s is spent"]
-    unknown = gpu_check.Part("unknown", (str(tmp_path / "nothing"),), 5.0)
-    assert gpu_check.run_plan([unknown], tmp_path)[0].state == "FAILED"
-
-
-def test_a_part_beyond_its_limit_is_ended_with_its_children(tmp_path: Path) -> None:
-    child = tmp_path / "child"
-    grandchild = f"import time, pathlib; time.sleep(4); pathlib.Path({str(child)!r}).touch()"
-    begin = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {grandchild!r}])"
-    script = f"{begin}; print('begun', flush=True); time.sleep(60)"
-    (outcome,) = gpu_check.run_plan([part("endless", script, seconds=1.5)], tmp_path)
-    assert (outcome.state, outcome.words) == ("FAILED", "not done after 2 s")
-    assert "begun" in (tmp_path / "gpu_check.log").read_text()
-    time.sleep(4)
-    assert not child.exists()
-
-
-def test_every_operation_can_be_called_once(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the families of this machine: the C++ path and, interpreted, Triton. A result that is not finite is a failure; so is no call."""
-    assert gpu_check.touch("cpu") == 0
-    assert " calls forward and backward, 0 failed" in capsys.readouterr().out
-    broken = [
-        dataclasses.replace(case, fused=lambda inputs, family: (torch.tensor([float("nan")]),)) for case in registry.cases("tiny")[:1]
-    ]
-    monkeypatch.setattr(registry, "cases", lambda name: broken)
-    assert gpu_check.touch("cpu") == 1
-    assert "sde_step tiny" in capsys.readouterr().out
-    monkeypatch.setattr(registry, "cases", lambda name: [])
-    assert gpu_check.touch("cpu") == 1
-
-
-def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
-    if torch.cuda.is_available():
-        pytest.skip("there is one")
-    assert gpu_check.main([]) == 1
-    assert "expected a GPU" in capsys.readouterr().out
