@@ -86,10 +86,15 @@ def load(folder: Path, tensors: dict[str, Any]) -> tuple[int, dict[str, Any]] | 
 
 
 def load_weights(checkpoint: Path, transformer: nn.Module) -> None:
-    """Load a checkpoint's network into `transformer`, in place: the EMA where there is one."""
-    weights = transformer.state_dict()
-    ema = {f"module.{name}": tensor for name, tensor in weights.items()}
-    dcp.load({"ema": ema} if "ema" in parts(checkpoint) else {"model": weights}, checkpoint_id=checkpoint)
+    """Load a checkpoint's trained parameters into `transformer`, in place: their EMA where there is one. Frozen ones stay."""
+    frozen = {name for name, p in transformer.named_parameters() if not p.requires_grad}
+    weights = {name: tensor for name, tensor in transformer.state_dict().items() if name not in frozen}
+    averaged = {name for name, _ in transformer.named_parameters()} if "ema" in parts(checkpoint) else set()
+    wanted = {
+        "model": {name: tensor for name, tensor in weights.items() if name not in averaged},
+        "ema": {name: tensor for name, tensor in weights.items() if name in averaged},
+    }
+    dcp.load(wanted, checkpoint_id=checkpoint)
 
 
 def parts(checkpoint: Path) -> set[str]:

@@ -26,7 +26,7 @@ def _require(ok: bool, key: str, expected: str, came: object) -> None:
 
 @dataclass(frozen=True)
 class PromptsConfig:
-    """Where captions come from: text files, one prompt a line."""
+    """Where captions come from: text (one prompt a line), .jsonl, .parquet, or a hub data set, hub:OWNER/NAME[/CONFIGURATION][:SPLIT]."""
 
     train: str
     """Prompts to train on. A relative path is looked for in the working directory, then beside the installed package."""
@@ -70,6 +70,8 @@ class RolloutConfig:
     """Classifier-free guidance w in v = v_uncond + w (v_cond - v_uncond); 1 runs no unconditional branch."""
     same_noise: bool = True
     """Start all videos of a group from one noise."""
+    share_first_step: bool = True
+    """Run the first step once for the micro-batches whose videos all start from one noise and prompt. Not a bit changes."""
     timestep_rounding: Literal["trunc", "none"] = "trunc"
     """Whether the model sees 1000 sigma truncated to an integer (DanceGRPO) or as it is."""
     decode: Literal["x0", "final"] = "x0"
@@ -138,6 +140,9 @@ class UpdateConfig:
     """Weight of the exact KL to the base weights; 0 keeps no copy of them."""
     cfg_grad: Literal["both", "cond_only"] = "both"
     """Branches that the gradient of a guided velocity reaches."""
+    branchwise: bool = True
+    """With guidance, back-propagate one branch after the other, so that one branch's activations live at a time. Before any weight has
+    moved it costs nothing (the gradient follows from the noise, where the ratio is 1), after that or with a KL one more forward."""
     gradient_accumulation: int = 4
     """Samples (videos) per rank between two optimizer steps."""
     optimizer: Literal["adamw", "apex_fused_adam"] = "adamw"
@@ -224,6 +229,31 @@ class TrackingConfig:
 
 
 @dataclass(frozen=True)
+class ParallelConfig:
+    """How the trained network lies on the GPUs, and what its backward keeps. None of it changes what is computed, but for `compile`."""
+
+    shard: Literal["auto", "none", "full"] = "auto"
+    """full: parameters, gradients and optimizer state in equal parts on all ranks (FSDP2, block by block). none: a whole copy on every
+    rank, gradients averaged. auto: full where there are several ranks with GPUs."""
+    replicas: int = 1
+    """Copies of the sharded model (HSDP): each group of world size / replicas ranks, best a node, holds one. 1 shards over all ranks."""
+    cpu_offload: bool = False
+    """Keep the shards, the gradients and the optimizer's state in the host's memory, and step there. Needs sharding."""
+    keep_gathered: bool = False
+    """Keep the parameters of all blocks gathered during a rollout, one all-gather for all its steps; freed before the update."""
+    activations: Literal["full", "keep_attention", "none"] = "full"
+    """What backward computes again of each block: all of it, all but attention's outputs (some GB), or nothing (most memory)."""
+    compile: bool = False
+    """torch.compile of each kind of block. A compiled block's training forward may round otherwise than its rollout forward, which the
+    clip then takes for a change of policy: look at ratio_drift, which must stay far below update.clip_range."""
+
+    def __post_init__(self) -> None:
+        _require(self.replicas >= 1, "parallel.replicas", "at least 1", self.replicas)
+        _require(self.shard != "none" or self.replicas == 1, "parallel.replicas", "1 with shard none, where all are copies", self.replicas)
+        _require(self.shard != "none" or not self.cpu_offload, "parallel.cpu_offload", "false with shard none", self.cpu_offload)
+
+
+@dataclass(frozen=True)
 class RuntimeConfig:
     """The machine."""
 
@@ -254,7 +284,7 @@ class TrainConfig:
     name: str = "run"
     """Name of the run; its folder is <output_dir>/<name>."""
     output_dir: str = "runs"
-    """Folder that holds the runs; nothing is written outside it."""
+    """Folder that holds the runs; nothing is written outside it but a policy's text embeddings, which runs share."""
     iterations: int = 150
     """Rollout iterations in all, those before a resume included."""
     seed: int = 0
@@ -271,6 +301,8 @@ class TrainConfig:
     """Held-out evaluation."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """Checkpoints."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """Sharding, and the memory of backward."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     """Trackers."""
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)

@@ -7,31 +7,37 @@ before that choice; the log-probability is a mean over elements, with a clip ran
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, get_state_dict, set_state_dict
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, get_state_dict, set_state_dict
 
 from fastgrpo.advantages import best_of_n, group_advantages
 from fastgrpo.config import TrainConfig
 from fastgrpo.decode import decode
 from fastgrpo.interfaces import Policy
-from fastgrpo.parallel import gather, rank, world_size
+from fastgrpo.parallel import any_rank, gather, rank, world_size
 from fastgrpo.prompts import draw_prompts
 from fastgrpo.rewards.scoring import ScoringQueue
 from fastgrpo.rollout import sample_groups, start_rollout
 from fastgrpo.self_paced import GroupStatistics, Pacer, group_statistics, hoyer, mix
+from fastgrpo.sharding import gathered
 from fastgrpo.timing import Stopwatch
-from fastgrpo.trajectory import derive_seed
+from fastgrpo.trajectory import WITHOUT_ADAPTERS, derive_seed, local_part
 from fastgrpo.update import UpdateStatistics, make_optimizer, update
+
+TRAINED = StateDictOptions(ignore_frozen_params=True)
+"""What a checkpoint keeps of a network: with LoRA its adapters alone, since the rest is the model's own."""
+
+
+class Abandoned(Exception):
+    """A step was left during its rollout, before it had changed anything."""
 
 
 @dataclass
@@ -59,21 +65,25 @@ class Trainer:
         self.config, self.policy, self.judge, self.prompts = config, policy, judge, prompts
         self.device, self.compute_dtype = device, compute_dtype
         self.pacer = Pacer(config.pacing, len(judge.reward.stages))
-        self.optimizer = make_optimizer([p for p in network.parameters() if p.requires_grad], cfg)
+        self.trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
+        self.optimizer = make_optimizer([*self.trained.values()], cfg)
         scheduler = get_scheduler(
             cfg.lr_scheduler, self.optimizer, num_warmup_steps=cfg.warmup_iterations, num_training_steps=max(1, config.iterations)
         )
         self.learning_rate_factor = scheduler.lr_lambdas[0]  # a function of the iteration: no state of a schedule has to be kept
-        self.reference = copy.deepcopy(network).requires_grad_(False) if cfg.kl_coef else None
-        self.ema = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema_decay)) if cfg.ema_decay else None
-        if self.ema is not None:
-            self.ema.n_averaged.fill_(1)  # the base weights count as the first; at 0 the first update would overwrite them
+        # Tensors, sharded like the parameters, for using_weights: a network under FSDP2 cannot be copied.
+        has_adapters = bool(getattr(network, "_hf_peft_config_loaded", False))
+        self.reference = None if not cfg.kl_coef else WITHOUT_ADAPTERS if has_adapters else self.copy_of_weights()
+        self.ema = self.copy_of_weights() if cfg.ema_decay else None
         self.prompts_drawn = 0
         self.skipped_in_a_row = 0
         self.make_optimizer_state()
 
-    def step(self, iteration: int) -> dict[str, Any]:
-        """Sample, score, mix, normalise, choose, update; `iteration` counts from 1. Returns the metrics over all ranks."""
+    def step(self, iteration: int, leave: Callable[[], bool] = lambda: False) -> dict[str, Any]:
+        """Sample, score, mix, normalise, choose, update; `iteration` counts from 1. Returns the metrics over all ranks.
+
+        leave: asked after every micro-batch of videos; where it is true on a rank, Abandoned is raised on all.
+        """
         cfg, G, clock = self.config, self.config.rollout.num_generations, Stopwatch()
         self.set_learning_rate(iteration)
         slots, prompts = self.next_prompts()
@@ -81,9 +91,12 @@ class Trainer:
             self.policy, prompts, cfg.rollout, seed=cfg.seed, iteration=iteration, first_slot=slots[0], device=self.device,
             compute_dtype=self.compute_dtype,
         )  # fmt: skip
-        with clock.phase("rollout"):
-            for sample in sample_groups(self.policy, rollout):  # Eq. 2, one micro-batch after the other
+        with clock.phase("rollout"), gathered(self.policy.transformer, cfg.parallel.keep_gathered):
+            # Eq. 2, one micro-batch after the other
+            for sample in sample_groups(self.policy, rollout, share_first_step=cfg.rollout.share_first_step):
                 self.judge.submit(decode(self.policy, sample.latents), sample.prompts)  # scored while the next one is sampled
+                if any_rank(leave()):
+                    raise Abandoned
         with clock.phase("reward"):
             scores_PGK, valid_PG = self.judge.collect(G)
         groups = [Group(s, v, group_statistics(s, v, cfg.pacing.saturation)) for s, v in zip(scores_PGK, valid_PG, strict=True)]  # Eqs. 7-8
@@ -124,10 +137,16 @@ class Trainer:
             done = iteration if iteration <= self.config.update.warmup_iterations else iteration - 1
             group["lr"] = self.config.update.learning_rate * self.learning_rate_factor(done)
 
+    def copy_of_weights(self) -> dict[str, Tensor]:
+        """The trained parameters as they are now, by name, sharded as they are."""
+        return {name: p.detach().clone() for name, p in self.trained.items()}
+
+    @torch.no_grad()
     def average_weights(self) -> None:
         """Take one optimizer step's weights into the EMA, where there is one."""
         if self.ema is not None:
-            self.ema.update_parameters(self.policy.transformer)
+            own = [local_part(p.detach()) for p in self.trained.values()]
+            torch._foreach_lerp_([local_part(e) for e in self.ema.values()], own, 1 - self.config.update.ema_decay)
 
     def finish(self, iteration: int, groups: list[Group], stats: UpdateStatistics) -> dict[str, Any]:
         """Move the counters on; the metrics of the iteration over all ranks."""
@@ -147,24 +166,27 @@ class Trainer:
         }
 
     @property
-    def sampling_weights(self) -> nn.Module | None:
-        """The network to sample with and to export: the EMA where there is one, else None, the trained one itself."""
-        return None if self.ema is None else self.ema.module
+    def sampling_weights(self) -> Mapping[str, Tensor] | None:
+        """What to sample with and to export, for `using_weights`: the EMA where there is one, else None, the weights themselves."""
+        return self.ema
 
     def tensors(self) -> dict[str, Any]:
-        """The state that torch.distributed.checkpoint keeps, which it also loads into."""
-        model, optimizer = get_state_dict(self.policy.transformer, self.optimizer)
-        return {"model": model, "optimizer": optimizer} | ({} if self.ema is None else {"ema": self.ema.state_dict()})
+        """The state that torch.distributed.checkpoint keeps, which it also loads into; it can be loaded by another number of ranks."""
+        model, optimizer = get_state_dict(self.policy.transformer, self.optimizer, options=TRAINED)
+        return {"model": model, "optimizer": optimizer} | ({} if self.ema is None else {"ema": self.ema})
 
     def load_tensors(self, tensors: dict[str, Any]) -> None:
+        """Take over what was loaded into `tensors()`."""
         # These are the configuration's, which a resume may change, not the checkpoint's.
         for loaded, own in zip(tensors["optimizer"]["param_groups"], self.optimizer.param_groups, strict=True):
             loaded.update({key: own[key] for key in ("lr", "betas", "weight_decay")})
-        set_state_dict(self.policy.transformer, self.optimizer, model_state_dict=tensors["model"], optim_state_dict=tensors["optimizer"])
-        if self.ema is not None and "ema" in tensors:
-            self.ema.load_state_dict(tensors["ema"])
-        elif self.ema is not None:  # switched on by this resume: the average starts at these weights
-            self.ema.module.load_state_dict(tensors["model"])
+        model, optimizer = tensors["model"], tensors["optimizer"]
+        set_state_dict(
+            self.policy.transformer, self.optimizer, model_state_dict=model, optim_state_dict=optimizer,
+            options=StateDictOptions(ignore_frozen_params=True, strict=False),
+        )  # fmt: skip
+        if self.ema is not None:  # switched on by this resume, the average starts at these weights
+            self.ema = tensors["ema"] if "ema" in tensors else self.copy_of_weights()
 
     def state_dict(self) -> dict[str, Any]:
         """The rest of the state, as JSON. Noise is counter-based: there is no generator to keep."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastgrpo.config import RolloutConfig
 from fastgrpo.decode import decode
@@ -53,23 +54,23 @@ def sample_heldout(
     num_videos: int,
     device: torch.device,
     compute_dtype: torch.dtype,
-    transformer: nn.Module | None = None,
+    weights: Mapping[str, Tensor] | None = None,
 ) -> HeldOut:
     """Videos of all prompts by the sampler of `cfg`, dealt over ranks; the noise depends on seed and prompt number only.
 
-    transformer: the network to run instead of the policy's own (the EMA). Every rank makes the same number of passes: where prompts do
-    not come out even, the last ranks repeat some and drop the result.
+    weights: what to sample with instead of the network's own (the EMA), for `using_weights`. Every rank makes the same number of passes:
+    where prompts do not come out even, the last ranks repeat some and drop the result.
     """
     share = -(-len(prompts) // world_size())
     first = rank() * share
     mine = [prompts[slot % len(prompts)] for slot in range(first, first + share)]
     kept = max(0, min(share, num_videos - first))
     videos: list[Tensor] = []
-    with using_weights(policy, transformer):
+    with using_weights(policy, weights):
         rollout = start_rollout(
             policy, mine, cfg, seed=derive_seed(seed, "held out"), iteration=0, first_slot=first, device=device, compute_dtype=compute_dtype
         )  # fmt: skip
-        for sample in sample_groups(policy, rollout):
+        for sample in sample_groups(policy, rollout, share_first_step=cfg.share_first_step):
             frames = decode(policy, sample.latents)
             judge.submit(frames, sample.prompts)
             for video, picture in zip(sample.videos, frames, strict=True):

@@ -36,8 +36,18 @@ class Policy(Protocol):
         """ValueError for a prompt that `encode` cannot take. Needs no weights: the whole prompt file is checked before any work starts."""
         ...
 
+    def embed(self, prompts: Sequence[str], device: torch.device) -> None:
+        """Make ready, once, what `encode` needs of these prompts (text embeddings on disk): all ranks together, before `load`.
+
+        The text encoder is freed before this returns. Nothing to do for a policy that encodes without one.
+        """
+        ...
+
     def load(self, device: torch.device) -> None:
-        """Load every weight onto `device`, in eval mode; FileNotFoundError or ValueError name what is missing or wrong."""
+        """Load every weight, in eval mode: the transformer, which is then sharded and moved, and onto `device` all that decodes.
+
+        FileNotFoundError or ValueError name what is missing or wrong.
+        """
         ...
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
@@ -55,8 +65,11 @@ class Policy(Protocol):
         """Frames [B, T, 3, H, W], float in [0, 1], of clean latents [B, *latent_shape]; a video's bits must not depend on the others."""
         ...
 
-    def save_pretrained(self, folder: Path) -> None:
-        """Write `transformer` so that diffusers' `from_pretrained(folder)` loads it."""
+    def save_pretrained(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
+        """Write the weights of `transformer` so that diffusers' `from_pretrained(folder)` (or `load_lora_weights`) takes them; on one rank.
+
+        weights: the whole state dict, on the CPU (`sharding.full_state_dict`); `transformer` itself may be sharded.
+        """
         ...
 
 

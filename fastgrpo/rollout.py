@@ -15,6 +15,9 @@ from fastgrpo.interfaces import Policy
 from fastgrpo.sde import sde_coefficients, sigma_schedule, timesteps, x0_prediction
 from fastgrpo.trajectory import Rollout, branch_velocities, derive_seed
 
+Velocities = tuple[Tensor, Tensor | None]
+"""Of the conditional and the unconditional branch, [micro_batch_size, *latent_shape]."""
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -96,20 +99,29 @@ def start_rollout(
 
 
 @torch.no_grad()
-def sample_groups(policy: Policy, rollout: Rollout) -> Iterator[Sample]:
+def sample_groups(policy: Policy, rollout: Rollout, *, share_first_step: bool = True) -> Iterator[Sample]:
     """Sample the videos of a rollout, one micro-batch after the other, filling its latents and log-probabilities.
 
     Every micro-batch has the same size, the last one filled up with its own last video, since another size would be other bits.
+
+    share_first_step: where groups start from one noise, all rows of a micro-batch of one prompt's videos are equal at the first step, and
+    so are all such micro-batches of that prompt: the first one's velocities serve them all. Which these are follows from the numbers of
+    prompts and videos, so that every rank makes the same number of forwards.
     """
-    size = rollout.micro_batch_size
+    size, G = rollout.micro_batch_size, rollout.num_generations
+    seeds_PG = rollout.first_seeds.view(-1, G)
+    share = share_first_step and bool((seeds_PG == seeds_PG[:, :1]).all())
+    first: dict[int, Velocities] = {}
     for begin in range(0, rollout.num_videos, size):
         real = list(range(begin, min(begin + size, rollout.num_videos)))
         videos = torch.tensor(real + real[-1:] * (size - len(real)))
-        clean = _sample(policy, rollout, videos, len(real))
-        yield Sample(real, [rollout.prompts[i // rollout.num_generations] for i in real], clean)
+        prompt = real[0] // G if share and real[0] // G == real[-1] // G else None
+        clean = _sample(policy, rollout, videos, len(real), first, prompt)
+        yield Sample(real, [rollout.prompts[i // G] for i in real], clean)
 
 
-def _sample(policy: Policy, rollout: Rollout, videos: Tensor, num_real: int) -> Tensor:
+def _sample(policy: Policy, rollout: Rollout, videos: Tensor, num_real: int, first: dict[int, Velocities], prompt: int | None) -> Tensor:
+    """Sample one micro-batch. first: the first step's velocities by prompt, kept for `prompt` alone, the only one of these videos."""
     device = rollout.latents.device
     seeds = rollout.noise_seeds[videos.to(device)]
     keep = videos[:num_real].to(device)
@@ -117,7 +129,13 @@ def _sample(policy: Policy, rollout: Rollout, videos: Tensor, num_real: int) -> 
     rollout.latents[keep, 0] = latents[:num_real]
     for i in range(rollout.num_steps):
         steps = torch.full_like(videos, i)
-        velocity, uncond = branch_velocities(policy, rollout, latents, videos, steps)
+        if i == 0 and prompt in first:
+            velocity, uncond = first[prompt]
+        else:
+            velocity, uncond = branch_velocities(policy, rollout, latents, videos, steps)
+        if i == 0 and prompt is not None:
+            first.clear()
+            first[prompt] = velocity, uncond
         a, b, std = rollout.coefficients(videos, steps)
         previous = latents
         latents, log_probs = sde_step(

@@ -9,6 +9,7 @@ import shlex
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,10 +21,11 @@ import yaml
 from fastgrpo_kernels.dispatch import choose
 from tqdm import tqdm
 
-from fastgrpo import checkpoint, figures, parallel
+from fastgrpo import checkpoint, figures, parallel, sharding
 from fastgrpo.config import TrainConfig, refuse
-from fastgrpo.grpo import Trainer
+from fastgrpo.grpo import Abandoned, Trainer
 from fastgrpo.heldout import sample_heldout
+from fastgrpo.memory import check_fits
 from fastgrpo.prompts import read_prompts
 from fastgrpo.rewards.scoring import ScoringQueue
 from fastgrpo.self_paced import check_pacing
@@ -31,6 +33,9 @@ from fastgrpo.timing import Stopwatch
 from fastgrpo.tracking import MetricsLog, check_trackers, console_line, evaluation_line
 from fastgrpo.trajectory import using_weights
 from fastgrpo.update import import_fused_adam
+
+PATIENCE = 5.0
+"""Seconds after a signal for which a rollout goes on; schedulers kill after 30 or more."""
 
 
 def run(config: TrainConfig, config_yaml: str) -> int:
@@ -47,10 +52,15 @@ def run(config: TrainConfig, config_yaml: str) -> int:
         train_prompts, heldout_prompts = check(config)
         device = parallel.start(config.runtime)
         parallel.require_agreement("the configuration", config_yaml)
+        check_sharding(config, device)
+        if device.type == "cuda":
+            check_fits(config, torch.cuda.mem_get_info(device)[1], parallel.world_size())
         family = choose("sde_step", torch.empty(0, device=device))  # of fastgrpo_kernels; refused here where a forced one cannot serve
         lock = claim_folder(config)
         warn_of_idle_accumulation(config)
+        config.policy.embed([*train_prompts, *heldout_prompts], device)
         config.policy.load(device)
+        sharding.prepare(config.policy.transformer, config.parallel, device, compute_dtype(config, device))
         config.reward.load(device)
     except (ValueError, FileNotFoundError, FileExistsError) as error:
         refuse(error)
@@ -93,6 +103,12 @@ def check(config: TrainConfig) -> tuple[list[str], list[str]]:
     if config.prompts.heldout is None:
         return train_prompts, train_prompts[: config.evaluation.num_videos]
     return train_prompts, captions(config, config.prompts.heldout, "prompts.heldout")
+
+
+def check_sharding(config: TrainConfig, device: torch.device) -> None:
+    """ValueError where the parameters cannot be sharded as configured."""
+    if sharding.shards(config.parallel, device) and config.update.optimizer == "apex_fused_adam":
+        raise ValueError("update.optimizer: apex_fused_adam cannot step sharded parameters; use adamw, or set parallel.shard to none")
 
 
 def warn_of_idle_accumulation(config: TrainConfig) -> None:
@@ -175,15 +191,20 @@ def resume(trainer: Trainer, config: TrainConfig, config_yaml: str) -> int | Non
 def loop(trainer: Trainer, log: MetricsLog | None, stop: StopSignals, heldout_prompts: list[str], last_row: int | None) -> int:
     """Iterations, evaluations, checkpoints, until all are done, a signal comes, or updates fail too often. Returns the exit code."""
     config = trainer.config
-    done = max(last_row or 0, 0)
+    done, last_saved = max(last_row or 0, 0), last_row
     if last_row is None or last_row < 0:
         record(log, {"iteration": 0} | evaluate(trainer, heldout_prompts, 0), trainer)
     progress = tqdm(total=config.iterations, initial=done, unit="it", disable=None if parallel.rank() == 0 else True)
     stopping = failed = False
     with progress:
         while done < config.iterations and not (stopping or failed):
+            try:
+                row = trainer.step(done + 1, stop.is_overdue)
+            except Abandoned:  # nothing of that iteration has happened yet; a resume makes the same one
+                if last_saved != done:
+                    save(trainer, done)
+                break
             done += 1
-            row = trainer.step(done)
             stopping = parallel.any_rank(stop.requested)
             failed = trainer.skipped_in_a_row >= config.update.max_skipped_updates
             every = config.evaluation.interval
@@ -192,8 +213,15 @@ def loop(trainer: Trainer, log: MetricsLog | None, stop: StopSignals, heldout_pr
             record(log, row, trainer)
             progress.update()
             if done % config.checkpoint.interval == 0 or done == config.iterations or stopping or failed:
-                checkpoint.save(config.run_folder / "checkpoints", done, trainer.tensors(), trainer.state_dict(), config.checkpoint.keep)
+                save(trainer, done)
+                last_saved = done
     return close(trainer, done, failed)
+
+
+def save(trainer: Trainer, done: int) -> None:
+    """Write the checkpoint of the last finished iteration."""
+    config = trainer.config
+    checkpoint.save(config.run_folder / "checkpoints", done, trainer.tensors(), trainer.state_dict(), config.checkpoint.keep)
 
 
 def close(trainer: Trainer, done: int, failed: bool) -> int:
@@ -210,9 +238,10 @@ def close(trainer: Trainer, done: int, failed: bool) -> int:
     if done < config.iterations:
         say(f"stopped by a signal after iteration {done}, with a checkpoint. Go on with: {command}")
         return 0
-    if parallel.rank() == 0:
-        with using_weights(trainer.policy, trainer.sampling_weights):
-            trainer.policy.save_pretrained(folder / "transformer")
+    with using_weights(trainer.policy, trainer.sampling_weights):
+        weights = sharding.full_state_dict(trainer.policy.transformer)
+        if parallel.rank() == 0:
+            trainer.policy.save_pretrained(folder / "transformer", weights)
     say(
         f"done: {folder}/ holds metrics.jsonl, samples/ (mp4), checkpoints/latest, transformer/ (for diffusers' from_pretrained)"
         + (" and tensorboard/" if "tensorboard" in config.tracking.trackers else "")
@@ -248,11 +277,11 @@ def evaluate(trainer: Trainer, prompts: list[str], iteration: int) -> dict[str, 
         num_generations=config.evaluation.num_generations,
         same_noise=False,  # an ODE makes the same video of the same noise
     )
-    with clock.phase("evaluation"):
+    with clock.phase("evaluation"), sharding.gathered(trainer.policy.transformer, config.parallel.keep_gathered):
         heldout = sample_heldout(
             trainer.policy, trainer.judge, prompts, sampler, seed=config.seed,
             num_videos=config.evaluation.num_videos, device=trainer.device, compute_dtype=trainer.compute_dtype,
-            transformer=trainer.sampling_weights,
+            weights=trainer.sampling_weights,
         )  # fmt: skip
         if parallel.rank() == 0 and len(heldout.videos):
             folder = config.run_folder / "samples" / f"iteration_{iteration:06d}"
@@ -319,17 +348,24 @@ class StopSignals:
     """Whether SIGINT or SIGTERM has come. A second one changes nothing: Ctrl-C reaches a worker from the terminal and from torchrun."""
 
     requested = False
+    came_at = 0.0
+
+    def is_overdue(self) -> bool:
+        """Whether a signal came so long ago that a rollout, of minutes where the generator is a real one, is left instead of finished."""
+        return self.requested and time.monotonic() - self.came_at > PATIENCE
 
     def receive(self, number: int, frame: FrameType | None) -> None:
-        first, self.requested = not self.requested, True
+        first = not self.requested
+        self.came_at = time.monotonic() if first else self.came_at
+        self.requested = True
         # Python refuses to print where the signal has come in the middle of a print; the words may be lost then, never the flag.
         with suppress(RuntimeError):
-            say(f"{signal.Signals(number).name}: finishing this iteration") if first else None
+            say(f"{signal.Signals(number).name}: finishing this iteration, or leaving its rollout if that takes long") if first else None
 
 
 @contextmanager
 def stop_signals() -> Iterator[StopSignals]:
-    """Take SIGINT and SIGTERM as requests to stop after the iteration, for a while."""
+    """Take SIGINT and SIGTERM as requests to stop after the iteration (or its rollout's next video), for a while."""
     stop = StopSignals()
     previous = {number: signal.signal(number, stop.receive) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from fastgrpo.interfaces import Conditioning, Policy
+
+WITHOUT_ADAPTERS: Mapping[str, Tensor] = MappingProxyType({})
+"""For `using_weights`: the base model alone, its LoRA switched off."""
 
 
 def derive_seed(*words: int | str) -> int:
@@ -79,26 +86,68 @@ class Rollout:
 def branch_velocities(policy: Policy, rollout: Rollout, latents: Tensor, videos: Tensor, steps: Tensor) -> tuple[Tensor, Tensor | None]:
     """Conditional and unconditional velocity [n, *latent_shape] of n (video, step) pairs at `latents`.
 
-    Rollout and update both call this with the same n: the same kernels at the same shapes give the same bits, so that the ratio of the
-    first update is exactly 1. The two branches run one after the other (sequential CFG).
+    Rollout and update both call this, or `branch_velocity`, with the same n: the same kernels at the same shapes give the same bits, so
+    that the ratio of the first update is exactly 1. The two branches run one after the other (sequential CFG).
     """
+    conditional = branch_velocity(policy, rollout, latents, videos, steps, conditional=True)
+    if rollout.unconditional is None:
+        return conditional, None
+    return conditional, branch_velocity(policy, rollout, latents, videos, steps, conditional=False)
+
+
+def branch_velocity(policy: Policy, rollout: Rollout, latents: Tensor, videos: Tensor, steps: Tensor, *, conditional: bool) -> Tensor:
+    """One of the two velocities of `branch_velocities`."""
     device = latents.device
-    prompts = (videos // rollout.num_generations).to(device)
     timesteps = rollout.timesteps[steps].to(device, torch.float32)
-    with torch.autocast(device.type, rollout.compute_dtype, enabled=rollout.compute_dtype != torch.float32):
-        conditional = policy.velocity(latents, timesteps, {k: v[prompts] for k, v in rollout.conditioning.items()})
-        if rollout.unconditional is None:
-            return conditional, None
-        empty = {k: v.expand(len(latents), *v.shape[1:]) for k, v in rollout.unconditional.items()}
-        return conditional, policy.velocity(latents, timesteps, empty)
+    if conditional:
+        prompts = (videos // rollout.num_generations).to(device)
+        conditioning = {k: v[prompts] for k, v in rollout.conditioning.items()}
+    else:
+        conditioning = {k: v.expand(len(latents), *v.shape[1:]) for k, v in (rollout.unconditional or {}).items()}
+    bf16 = rollout.compute_dtype != torch.float32
+    # Without autocast's cache of cast weights: a forward that finds them there is not the one that backward recomputes.
+    with torch.autocast(device.type, rollout.compute_dtype, enabled=bf16, cache_enabled=False):
+        return policy.velocity(latents, timesteps, conditioning)
 
 
 @contextmanager
-def using_weights(policy: Policy, transformer: nn.Module | None) -> Iterator[None]:
-    """Let the policy run another network (the EMA, the reference) for a while; None changes nothing."""
-    own = policy.transformer
-    policy.transformer = own if transformer is None else transformer
-    try:
+def using_weights(policy: Policy, weights: Mapping[str, Tensor] | None) -> Iterator[None]:
+    """Let the policy's network have other weights for a while; None changes nothing, WITHOUT_ADAPTERS switches its LoRA off.
+
+    weights: by the name of the parameter, placed and sharded like it; those not named stay. They are exchanged in place, one after the
+    other, so that in the meantime `weights` holds the network's own: no second network has to fit. Autograd must not hold a graph of this
+    network that is yet to be back-propagated.
+    """
+    network: Any = policy.transformer
+    if weights is None:
         yield
-    finally:
-        policy.transformer = own
+    elif weights is WITHOUT_ADAPTERS:
+        network.disable_adapters()
+        try:
+            yield
+        finally:
+            network.enable_adapters()
+    else:
+        _exchange(network, weights)
+        try:
+            yield
+        finally:
+            _exchange(network, weights)
+
+
+@torch.no_grad()
+def _exchange(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    for module in network.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # what is still gathered is of the weights before
+    for name, parameter in network.named_parameters():
+        if name in weights:
+            own, other = local_part(parameter), local_part(weights[name])
+            kept = own.clone()
+            own.copy_(other)
+            other.copy_(kept)
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor that may be sharded; it shares its memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from fastgrpo_kernels import gaussian_kl, grpo_loss, guided_velocity
+from fastgrpo_kernels import branch_gradient, gaussian_kl, grpo_loss, guided_velocity
 from torch import Tensor, nn
 
 from fastgrpo.config import UpdateConfig
 from fastgrpo.interfaces import Policy
-from fastgrpo.parallel import average_gradients, gather
-from fastgrpo.trajectory import Rollout, branch_velocities, derive_seed, using_weights
+from fastgrpo.parallel import average_gradients, clip_gradients, gather
+from fastgrpo.trajectory import Rollout, branch_velocities, branch_velocity, derive_seed, using_weights
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,29 @@ class Pair:
     video: int
     step: int
     advantage: float
+
+
+Seen = tuple[Tensor, Tensor, Tensor, Tensor]
+"""Of each transition, [micro_batch_size]: ratio, log ratio, whether the clip removed the gradient, KL (0 without a reference)."""
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """The stored transitions of at most B = micro_batch_size pairs, filled up to B with zeros of weight (advantage) zero.
+
+    latents, next_latents [B, *latent_shape]; the rest [B]: videos and steps on the CPU, a, b and std float64, real bool.
+    """
+
+    videos: Tensor
+    steps: Tensor
+    real: Tensor
+    latents: Tensor
+    next_latents: Tensor
+    old_log_probs: Tensor
+    advantages: Tensor
+    a: Tensor
+    b: Tensor
+    std: Tensor
 
 
 @dataclass
@@ -90,7 +113,7 @@ def update(
     advantages: Mapping[int, float],
     cfg: UpdateConfig,
     *,
-    reference: nn.Module | None = None,
+    reference: Mapping[str, Tensor] | None = None,
     after_step: Callable[[], None] = lambda: None,
 ) -> UpdateStatistics:
     """Train on the chosen videos: an optimizer step for every `gradient_accumulation` of them.
@@ -98,12 +121,15 @@ def update(
     Every rank makes the same number of passes of the same size: where it has fewer videos than another, and to fill the last
     micro-batch, it runs passes of weight zero. The loss of one transition is divided by (gradient_accumulation x steps trained).
 
+    The weights must be those that sampled the rollout: until the first optimizer step is made, every ratio is taken for 1 (`branchwise`).
+
     Args:
         chosen: numbers of this rank's videos, in the order of training. advantages: by video number.
-        reference: the network that `kl_coef` pulls to. after_step: called after each optimizer step that was made (the EMA).
+        reference: the weights that `kl_coef` pulls to, for `using_weights`.
+        after_step: called after each optimizer step that was made (the EMA).
     """
     stats = UpdateStatistics()
-    parameters = [p for p in policy.transformer.parameters() if p.requires_grad]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     most_videos = max(gather(len(chosen)))
     for begin in range(0, most_videos, cfg.gradient_accumulation):
         videos = chosen[begin : begin + cfg.gradient_accumulation]
@@ -114,11 +140,14 @@ def update(
         ]
         num_pairs = max(gather(len(pairs)))
         steps_per_video = num_pairs / min(cfg.gradient_accumulation, most_videos - begin)
-        loss = accumulate_gradients(policy, rollout, pairs, num_pairs, cfg.gradient_accumulation * steps_per_video, cfg, reference, stats)
+        loss = accumulate_gradients(
+            policy, rollout, pairs, num_pairs, cfg.gradient_accumulation * steps_per_video, cfg, reference, stats,
+            on_policy=all(stats.skipped),  # no weight has moved yet, on any rank
+        )  # fmt: skip
         if begin == 0:
             stats.num_first = len(pairs)
         average_gradients(parameters)
-        grad_norm = float(nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm))
+        grad_norm = clip_gradients(parameters, cfg.max_grad_norm)
         # The averaged gradient is the same on every rank, so every rank decides the same.
         finite = math.isfinite(grad_norm) and all(map(math.isfinite, gather(loss)))
         if finite:
@@ -138,21 +167,25 @@ def accumulate_gradients(
     num_pairs: int,
     divisor: float,
     cfg: UpdateConfig,
-    reference: nn.Module | None,
+    reference: Mapping[str, Tensor] | None,
     stats: UpdateStatistics,
+    *,
+    on_policy: bool = False,
 ) -> float:
     """Forward and backward over `pairs` in micro-batches of the rollout's size, filled up with weight zero to `num_pairs`.
 
     The gradient is that of (sum of the transitions' losses) / divisor. Adds to `stats`; returns the loss.
+
+    on_policy: the weights are those of the rollout, so that every ratio is 1, and `branchwise` may rely on it (a ratio that is not, which
+    ratio_drift shows, is neither weighted nor clipped then). False is always right. The same on every rank.
     """
     size = rollout.micro_batch_size
     total = torch.zeros((), device=rollout.latents.device)
     passes = []
     for begin in range(0, num_pairs, size):
         batch = list(pairs[begin : begin + size])
-        loss, *seen = transition_loss(policy, rollout, batch, cfg, reference)
-        (loss * (size / divisor)).backward()
-        total += loss.detach() * (size / divisor)
+        loss, seen = backpropagate(policy, rollout, batch, cfg, reference, scale=size / divisor, on_policy=on_policy)
+        total += loss * (size / divisor)
         passes.append((batch, [values[: len(batch)] for values in seen]))
     # Read back after the last pass, so that the host never waits in between.
     for batch, (ratio, log_ratio, clipped, kl) in passes:
@@ -164,40 +197,115 @@ def accumulate_gradients(
     return float(total)
 
 
-def transition_loss(
-    policy: Policy, rollout: Rollout, batch: Sequence[Pair], cfg: UpdateConfig, reference: nn.Module | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """One micro-batch of at most `micro_batch_size` transitions, filled up with zeros of weight zero.
+def backpropagate(
+    policy: Policy,
+    rollout: Rollout,
+    pairs: Sequence[Pair],
+    cfg: UpdateConfig,
+    reference: Mapping[str, Tensor] | None,
+    *,
+    scale: float,
+    on_policy: bool,
+) -> tuple[Tensor, Seen]:
+    """Add the gradient of scale x (loss of one micro-batch) to the parameters'; returns what `transition_loss` does, without a graph.
 
-    Returns:
-        loss, the sum over the batch divided by micro_batch_size; and [micro_batch_size] ratio, log ratio, whether the clip removed the
-        gradient, and KL (0 without a reference).
+    `branchwise` runs one branch of the guidance forward and backward before the other, so that one branch's activations live at a time.
+    What it sends back into the second one must be known without it: from the noise, where the ratio is 1, and else from a forward more.
     """
+    batch = micro_batch(rollout, pairs)
+    at = batch.latents, batch.videos, batch.steps
+    fixed = None
+    if reference is not None:  # before the policy's own forward, whose graph must not see other weights pass through
+        with torch.no_grad(), using_weights(policy, reference):
+            fixed = branch_velocities(policy, rollout, *at)
+
+    if rollout.unconditional is None or not cfg.branchwise:  # all at once
+        loss, seen = transition_loss(rollout, batch, *branch_velocities(policy, rollout, *at), fixed, cfg)
+        (loss * scale).backward()
+        return loss.detach(), seen
+
+    both = cfg.cfg_grad == "both"
+    if both and on_policy and fixed is None:  # what to send back is known before any forward
+        velocity = branch_velocity(policy, rollout, *at, conditional=True)
+        gradients = known_gradients(rollout, batch, cfg, scale, velocity.dtype)
+        velocity.backward(gradients[0])
+        uncond = branch_velocity(policy, rollout, *at, conditional=False)
+        uncond.backward(gradients[1])
+        with torch.no_grad():
+            return transition_loss(rollout, batch, velocity, uncond, None, cfg)
+
+    with torch.no_grad():
+        uncond = branch_velocity(policy, rollout, *at, conditional=False)
+    velocity = branch_velocity(policy, rollout, *at, conditional=True)
+    leaf, uncond_leaf = velocity.detach().requires_grad_(), uncond.detach().requires_grad_(both)
+    loss, seen = transition_loss(rollout, batch, leaf, uncond_leaf, fixed, cfg)
+    (loss * scale).backward()
+    velocity.backward(leaf.grad)
+    if both:
+        branch_velocity(policy, rollout, *at, conditional=False).backward(uncond_leaf.grad)
+    return loss.detach(), seen
+
+
+def micro_batch(rollout: Rollout, pairs: Sequence[Pair]) -> MicroBatch:
+    """What the rollout has stored of at most `micro_batch_size` pairs; what fills it up is never NaN."""
     device, size = rollout.latents.device, rollout.micro_batch_size
-    filled = [*batch, *[Pair(0, 0, 0.0)] * (size - len(batch))]
+    filled = [*pairs, *[Pair(0, 0, 0.0)] * (size - len(pairs))]
     videos, steps = torch.tensor([p.video for p in filled]), torch.tensor([p.step for p in filled])
-    advantages = torch.tensor([p.advantage for p in filled], device=device)
-    real = torch.arange(size, device=device) < len(batch)
+    real = torch.arange(size, device=device) < len(pairs)
     rows = real.view(-1, *[1] * len(rollout.latent_shape))
     at = videos.to(device), steps.to(device)
-    latents = torch.where(rows, rollout.latents[at], 0.0)
-    next_latents = torch.where(rows, rollout.latents[at[0], at[1] + 1], 0.0)
-    old_log_probs = torch.where(real, rollout.log_probs[at], 0.0)
     a, b, std = (torch.where(real, c, 1.0) for c in rollout.coefficients(videos, steps))
+    return MicroBatch(
+        videos=videos,
+        steps=steps,
+        real=real,
+        latents=torch.where(rows, rollout.latents[at], 0.0),
+        next_latents=torch.where(rows, rollout.latents[at[0], at[1] + 1], 0.0),
+        old_log_probs=torch.where(real, rollout.log_probs[at], 0.0),
+        advantages=torch.tensor([p.advantage for p in filled], device=device),
+        a=a,
+        b=b,
+        std=std,
+    )
 
-    velocity, uncond = branch_velocities(policy, rollout, latents, videos, steps)
+
+def known_gradients(
+    rollout: Rollout, batch: MicroBatch, cfg: UpdateConfig, scale: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
+    """d(scale x loss) / d velocity of both branches where every ratio is 1: it follows from the noise that the seeds give back.
+
+    It is that of `transition_loss` but for the rounding of the stored x', which the noise alone does not know.
+    """
+    seeds = rollout.noise_seeds[batch.videos.to(rollout.noise_seeds.device)]
+    return branch_gradient(
+        seeds, batch.steps.to(seeds.device), batch.advantages, batch.b, batch.std, rollout.latent_shape,
+        guidance_scale=rollout.guidance_scale, scale=scale / rollout.micro_batch_size, adv_clip=cfg.adv_clip,
+        cfg_grad=cfg.cfg_grad, normalized=rollout.normalized, dtype=dtype,
+    )  # fmt: skip
+
+
+def transition_loss(
+    rollout: Rollout,
+    batch: MicroBatch,
+    velocity: Tensor,
+    uncond: Tensor | None,
+    fixed: tuple[Tensor, Tensor | None] | None,
+    cfg: UpdateConfig,
+) -> tuple[Tensor, Seen]:
+    """The loss of one micro-batch as a function of both branches' velocities. fixed: those of the reference.
+
+    The loss is the sum over the batch divided by micro_batch_size.
+    """
     loss, stats = grpo_loss(
-        latents, next_latents, velocity, old_log_probs, advantages, a, b, std,
+        batch.latents, batch.next_latents, velocity, batch.old_log_probs, batch.advantages, batch.a, batch.b, batch.std,
         clip_range=cfg.clip_range, adv_clip=cfg.adv_clip, velocity_uncond=uncond,
         guidance_scale=rollout.guidance_scale, cfg_grad=cfg.cfg_grad, normalized=rollout.normalized,
     )  # fmt: skip
-    kl = torch.zeros(size, device=device)
-    if reference is not None:
-        with torch.no_grad(), using_weights(policy, reference):
-            fixed = branch_velocities(policy, rollout, latents, videos, steps)
+    kl = torch.zeros_like(stats.ratio)
+    if fixed is not None:
         kl = gaussian_kl(
             guided_velocity(velocity, uncond, rollout.guidance_scale, cfg_grad=cfg.cfg_grad),
-            guided_velocity(*fixed, rollout.guidance_scale), b, std,
-        ) * real  # fmt: skip
+            guided_velocity(*fixed, rollout.guidance_scale), batch.b, batch.std,
+        ) * batch.real  # fmt: skip
         loss = loss + cfg.kl_coef * kl.mean()
-    return loss, stats.ratio, stats.log_probs - old_log_probs, stats.clipped, kl.detach()
+    return loss, (stats.ratio, stats.log_probs - batch.old_log_probs, stats.clipped, kl.detach())

@@ -11,7 +11,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,9 @@ class TinyPolicy:
     def check_prompts(self, prompts: Sequence[str]) -> None:
         pass
 
+    def embed(self, prompts: Sequence[str], device: torch.device) -> None:
+        pass
+
     def load(self, device: torch.device) -> None:
         self.transformer.to(device)
 
@@ -76,9 +79,9 @@ class TinyPolicy:
     def decode(self, latents: Tensor) -> Tensor:
         return torch.stack([torch.sigmoid(video) for video in latents]).transpose(1, 2)
 
-    def save_pretrained(self, folder: Path) -> None:
+    def save_pretrained(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
         folder.mkdir(parents=True)
-        torch.save(self.transformer.state_dict(), folder / "weights.pt")
+        torch.save(dict(weights), folder / "weights.pt")
 
 
 class TinyJudge:
@@ -124,6 +127,51 @@ def wan_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         transformer=WanTransformer3DModel(in_channels=16, out_channels=16, text_dim=32, freq_dim=32, **shape).eval(),
     )
     folder = tmp_path_factory.mktemp("models") / "wan"
+    pipe.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def hunyuan_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny HunyuanVideoPipeline with random weights, saved as diffusers saves the real one: latents of 4 channels, text of 32 and 24.
+
+    Its tokenizer knows the words of the pipeline's template, of which the pipeline cuts off 95 tokens; bytes would leave no prompt.
+    """
+    from diffusers import AutoencoderKLHunyuanVideo, FlowMatchEulerDiscreteScheduler, HunyuanVideoPipeline, HunyuanVideoTransformer3DModel
+    from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+    from transformers import CLIPTextConfig, CLIPTextModel, LlamaConfig, LlamaModel, PreTrainedTokenizerFast
+
+    def tokenizer(corpus: list[str]) -> Any:
+        special, words = ["<pad>", "<s>", "</s>"], Tokenizer(models.BPE())
+        words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        words.train_from_iterator(corpus, trainers.BpeTrainer(special_tokens=special, initial_alphabet=alphabet, show_progress=False))
+        words.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
+        return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+
+    torch.manual_seed(0)
+    llama_words, clip_words = tokenizer([DEFAULT_PROMPT_TEMPLATE["template"]] * 2), tokenizer([])
+    llama = LlamaConfig(vocab_size=len(llama_words), hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4)
+    clip = CLIPTextConfig(
+        vocab_size=len(clip_words), hidden_size=24, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    vae = AutoencoderKLHunyuanVideo(latent_channels=4, block_out_channels=(8, 8, 16, 16), layers_per_block=1, norm_num_groups=4)
+    transformer = HunyuanVideoTransformer3DModel(
+        in_channels=4, out_channels=4, num_attention_heads=4, attention_head_dim=24, num_layers=2, num_single_layers=2,
+        num_refiner_layers=1, text_embed_dim=32, pooled_projection_dim=24, rope_axes_dim=(8, 8, 8),
+    )  # fmt: skip
+    pipe = HunyuanVideoPipeline(
+        text_encoder=LlamaModel(llama).eval(),
+        tokenizer=llama_words,
+        transformer=transformer.eval(),
+        vae=vae.eval(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
+        text_encoder_2=CLIPTextModel(clip).eval(),
+        tokenizer_2=clip_words,
+    )
+    folder = tmp_path_factory.mktemp("models") / "hunyuan_video"
     pipe.save_pretrained(folder)
     return folder
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -76,6 +76,9 @@ class ShapesPolicy:
         for prompt in prompts:
             parse_caption(prompt)
 
+    def embed(self, prompts: Sequence[str], device: torch.device) -> None:
+        """Nothing to make: captions are turned into tokens by a table."""
+
     def load(self, device: torch.device) -> None:
         """Load transformer and codec onto `device`, in eval mode. FileNotFoundError or ValueError say what is missing or wrong."""
         folder = SHIPPED_CHECKPOINT if self.checkpoint is None else Path(self.checkpoint)
@@ -121,6 +124,9 @@ class ShapesPolicy:
         """Frames [B, 8, 3, 16, 16] fp32 in [0, 1] of latents [B, 96, 8, 1, 1]; a frame's bits do not depend on the batch."""
         return self._codec.decode(latents)
 
-    def save_pretrained(self, folder: Path) -> None:
-        """Write the transformer so that `WanTransformer3DModel.from_pretrained(folder)` and `ShapesPolicy(folder)` load it."""
-        self.transformer.save_pretrained(folder)
+    def save_pretrained(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
+        """Write these weights of `transformer`: for `WanTransformer3DModel.from_pretrained(folder)` and for `ShapesPolicy(folder)`."""
+        with torch.device("meta"):
+            whole = WanTransformer3DModel.from_config(self.transformer.config)
+        whole.load_state_dict(weights, assign=True)
+        whole.save_pretrained(folder)

@@ -134,7 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     policy = _train_transformer(codec, options.seed, options.steps)
     options.output.mkdir(parents=True, exist_ok=True)
     codec.save(options.output / CODEC_FILE)
-    policy.save_pretrained(options.output / "transformer")
+    policy.save_pretrained(options.output / "transformer", policy.transformer.state_dict())
     elapsed = time.perf_counter() - begin
     quality, motion, alignment = start_scores(policy, options.seed).tolist()
     print(f"wrote {options.output} in {elapsed:.0f} s; start scores VQ {quality:.2f}, MQ {motion:.2f}, TA {alignment:.2f}")

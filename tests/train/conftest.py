@@ -157,9 +157,9 @@ def each_step() -> Callable[[Callable[[int], object]], contextlib.AbstractContex
 
     @contextlib.contextmanager
     def calling(call: Callable[[int], object]) -> Iterator[None]:
-        def step(self: Trainer, iteration: int) -> dict[str, Any]:
+        def step(self: Trainer, iteration: int, *leave: Any) -> dict[str, Any]:
             call(iteration)
-            return own(self, iteration)
+            return own(self, iteration, *leave)
 
         own = Trainer.step
         with pytest.MonkeyPatch.context() as patch:

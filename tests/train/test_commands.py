@@ -364,5 +364,5 @@ def test_checkpoint_of_an_average_loads_the_average(
     checkpoint.load_weights((finished / "checkpoints" / "latest").resolve(), network)
     state = tensors(finished / "checkpoints" / "latest")
     for name, weights in network.state_dict().items():
-        assert torch.equal(weights, state[f"ema/module.{name}"])
+        assert torch.equal(weights, state[f"ema/{name}"])
     assert any(not torch.equal(weights, state[f"model/{name}"]) for name, weights in network.state_dict().items())

@@ -96,12 +96,12 @@ def test_ratio_is_exactly_one_before_the_first_update(tmp_path: Path, train: Cal
 def test_ratio_drift_shows_weights_that_moved_between_rollout_and_update(
     tmp_path: Path, train: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The control of the test above: with weights moved by one part in a million, it would fail."""
+    """The control of the test above: with weights moved by one part in 100,000, it would fail."""
     update = fastgrpo.grpo.update
 
     def late(policy: Any, *args: Any, **kwargs: Any) -> Any:
         with torch.no_grad():
-            policy.transformer.proj_out.weight.mul_(1 + 1e-6)
+            policy.transformer.proj_out.weight.mul_(1 + 1e-5)
         return update(policy, *args, **kwargs)
 
     monkeypatch.setattr(fastgrpo.grpo, "update", late)
@@ -328,9 +328,9 @@ def test_average_of_the_weights(two_updates: Any, tensors: Callable[..., dict[st
     first, second = (tensors(two_updates.folder / "checkpoints" / f"iteration_{i:06d}") for i in (1, 2))
     exported = load_file(two_updates.folder / "transformer" / "diffusion_pytorch_model.safetensors")
     for name, weights in of_model(second).items():
-        average = second[f"ema/module.{name}"]
+        average = second[f"ema/{name}"]
         assert torch.equal(exported[name], average)
-        expected = 0.75 * first[f"ema/module.{name}"].double() + 0.25 * weights.double()
+        expected = 0.75 * first[f"ema/{name}"].double() + 0.25 * weights.double()
         torch.testing.assert_close(average.double(), expected, rtol=1e-6, atol=1e-9)
     assert any(not torch.equal(exported[name], weights) for name, weights in of_model(second).items())
 

@@ -23,13 +23,13 @@ def sample(one_rank: Any, tiny_judge: Any) -> Any:
     """sample(policy, prompts, ...): a HeldOut of this process alone."""
 
     def run(
-        policy: Any, prompts: list[str] = PROMPTS, *, seed: int = 3, num_videos: int = 5, transformer: Any = None, **overrides: Any
+        policy: Any, prompts: list[str] = PROMPTS, *, seed: int = 3, num_videos: int = 5, weights: Any = None, **overrides: Any
     ) -> HeldOut:
         judge = ScoringQueue(tiny_judge())
         try:
             return sample_heldout(
                 policy, judge, prompts, RolloutConfig(**(SETTING | overrides)), seed=seed, num_videos=num_videos,
-                device=torch.device("cpu"), compute_dtype=torch.float32, transformer=transformer,
+                device=torch.device("cpu"), compute_dtype=torch.float32, weights=weights,
             )  # fmt: skip
         finally:
             judge.close()
@@ -95,12 +95,12 @@ def test_the_first_video_of_each_of_the_first_prompts_is_kept(sample: Any, tiny_
     assert some.scores_PGK == everything.scores_PGK
 
 
-def test_another_network_is_used_for_a_while(sample: Any, tiny_policy: Any) -> None:
+def test_other_weights_are_used_for_a_while(sample: Any, tiny_policy: Any) -> None:
     policy, other = tiny_policy(seed=0), tiny_policy(seed=1)
-    own = policy.transformer
-    came = sample(policy, transformer=other.transformer)
-    assert came.scores_PGK == sample(other).scores_PGK != sample(policy).scores_PGK
-    assert policy.transformer is own
+    before = sample(policy).scores_PGK
+    came = sample(policy, weights={name: p.detach().clone() for name, p in other.transformer.named_parameters()})
+    assert came.scores_PGK == sample(other).scores_PGK != before
+    assert sample(policy).scores_PGK == before
 
 
 def test_what_is_not_finite_is_invalid_and_shown_black(sample: Any, tiny_policy: Any) -> None:

@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from fastgrpo import parallel
 from fastgrpo.config import RuntimeConfig
-from fastgrpo.parallel import any_rank, average_gradients, gather, rank, require_agreement, start, stop, world_size
+from fastgrpo.parallel import (
+    any_rank,
+    average_gradients,
+    clip_gradients,
+    code_version,
+    gather,
+    rank,
+    require_agreement,
+    start,
+    started,
+    stop,
+    world_size,
+)  # fmt: skip
 
 
 def test_rank_and_world_size_are_torchruns(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -37,9 +51,10 @@ def test_a_world_of_one_needs_no_launcher(monkeypatch: pytest.MonkeyPatch) -> No
         p.grad = torch.tensor([1.0, 2.0])
         average_gradients([p])
         assert p.grad.tolist() == [1.0, 2.0]
+        assert started()
     finally:
         stop()
-    assert not dist.is_initialized()
+    assert not started()
     stop()  # nothing to leave
 
 
@@ -59,6 +74,36 @@ def test_a_gpu_that_is_not_there_is_refused() -> None:
     with pytest.raises(ValueError, match=r"runtime\.device.*CUDA GPU.*found none"):
         start(RuntimeConfig(device="cuda"))
     assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize("max_norm", [1.0, 5.0, 100.0])
+def test_gradients_are_clipped_as_torch_does(max_norm: float) -> None:
+    theirs, ours = (
+        [torch.nn.Parameter(torch.zeros(3)), torch.nn.Parameter(torch.zeros(2, 2)), torch.nn.Parameter(torch.zeros(1))] for _ in "ab"
+    )
+    for parameters in (theirs, ours):
+        parameters[0].grad, parameters[1].grad = torch.tensor([3.0, 4.0, 0.0]), torch.full((2, 2), 6.0)
+    norm = clip_gradients(ours, max_norm)
+    assert norm == float(torch.nn.utils.clip_grad_norm_(theirs, max_norm)) == 13.0
+    assert all(torch.equal(p.grad, q.grad) for p, q in zip(ours[:2], theirs[:2], strict=True))  # type: ignore[arg-type]
+    ours[0].grad = torch.tensor([float("nan"), 0.0, 0.0])
+    assert clip_gradients(ours, max_norm) != clip_gradients(ours, max_norm)
+
+
+def test_the_code_version_follows_the_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = code_version()
+    assert code_version() == before
+    assert f"torch {torch.__version__}" in before
+    copy = tmp_path / "package"
+    copy.mkdir()
+    (copy / "a.py").write_text("x = 1")
+    versions = set()
+    for text in ("x = 1", "x = 2", "x = 1\n"):
+        (copy / "a.py").write_text(text)
+        monkeypatch.setattr(parallel, "_PACKAGES", (copy,))
+        versions.add(code_version())
+    (copy / "a.py").rename(copy / "b.py")
+    assert len(versions | {code_version(), before}) == 5
 
 
 SCRIPT = """
@@ -112,3 +157,57 @@ def test_two_processes(run_ranks: Callable[..., list[Any]]) -> None:
     assert first["own"] != second["own"]
     for mean, one, other in zip(first["mean"], first["own"], second["own"], strict=True):
         assert mean == pytest.approx([(a + b) / 2 for a, b in zip(one, other, strict=True)], rel=1e-6)
+
+
+WAITING = """
+import json, time
+import torch.distributed as dist
+from fastgrpo import parallel
+from fastgrpo.config import RuntimeConfig
+
+answer, runtime = {}, RuntimeConfig(device="cpu", timeout_minutes=0.03)
+
+def refused(action):
+    try:
+        action()
+    except RuntimeError as error:
+        return str(error)
+
+# Rank 1 joins, but stays away from the meeting at the start.
+if parallel.rank() == 0:
+    answer["start"] = refused(lambda: parallel.start(runtime))
+    parallel.stop()
+else:
+    dist.init_process_group("gloo")
+    time.sleep(3)
+    parallel.stop()
+
+# All meet, with other code.
+own = parallel.code_version
+parallel.code_version = lambda: f"sources of rank {parallel.rank()}"
+answer["code"] = refused(lambda: parallel.start(runtime))
+parallel.code_version = own
+parallel.gather(None)
+
+# And then rank 1 is late.
+if parallel.rank() == 0:
+    answer["gather"] = refused(lambda: parallel.gather(1, "the scores"))
+else:
+    time.sleep(3)
+print(json.dumps(answer))
+"""
+
+
+def test_who_waits_in_vain_says_who_and_for_what(run_ranks: Callable[..., list[Any]]) -> None:
+    first, second = run_ranks(WAITING)
+    assert first["start"].startswith("rank 0 of 2 (")
+    assert "waited in vain for the start of all processes" in first["start"]
+    assert "Ranks 1 failed" in first["start"]
+    assert "runtime.timeout_minutes" in first["start"]
+    for answer in (first, second):
+        assert answer["code"] == (
+            "the code: expected the same on every rank, but ranks [1] differ from rank 0: "
+            "'sources of rank 0' on rank 0, 'sources of rank 1' on rank 1"
+        )
+    assert first["gather"].startswith("rank 0 of 2 (")
+    assert "waited in vain for the scores" in first["gather"]

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -11,6 +18,7 @@ from hypothesis import strategies as st
 from fastgrpo.prompts import draw_prompts, read_prompts
 
 CAPTIONS = [f"caption {i}" for i in range(7)]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize(
@@ -50,6 +58,182 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         read_prompts(str(tmp_path / "none.txt"), "prompts.train")
     with pytest.raises(FileNotFoundError, match=r"prompts\.train"):
         read_prompts(str(tmp_path), "prompts.train")
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+
+def test_json_lines(tmp_path: Path) -> None:
+    """The column `prompt`, or else `caption`; blank lines and blank captions are left out, line ends inside a caption are kept."""
+    file = tmp_path / "captions.JSONL"
+    file.write_bytes(
+        b'\xef\xbb\xbf{"id": 1, "caption": "not this", "prompt": " a red square "}\r\n\n  \n{"prompt": ""}\n'
+        b'{"prompt": "caf\\u00e9\\nterrace"}\n{"prompt": "one\xe2\x80\xa8still one"}'
+    )
+    assert read_prompts(str(file), "prompts.train") == ["a red square", "café\nterrace", "one\u2028still one"]
+    file.write_text('{"caption": "a"}\n{"caption": "b", "prompt": "c"}\n')
+    assert read_prompts(str(file), "prompts.train") == ["a", "b"]  # the first line decides
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ('{"prompt": "a"}\n\n{"prompt": "b"', ["line 3", "JSON object"]),
+        ('{"prompt": "a"}\na plain caption\n', ["line 2", "JSON object"]),
+        ('"a"\n', ["line 1", "JSON object"]),
+        ('{"text": "a", "id": 3}\n', ["line 1", "'prompt' or 'caption'", "['text', 'id']"]),
+        ('{"prompt": "a"}\n{"caption": "b"}\n', ["line 2", "'prompt'", "['caption']"]),
+        ('{"prompt": "a"}\n{"prompt": null}\n', ["line 2", "column 'prompt'", "None"]),
+        ('{"caption": "a"}\n{"caption": ["b"]}\n', ["line 2", "column 'caption'", "['b']"]),
+        ('{"prompt": " "}\n', ["at least one caption"]),
+        ("", ["at least one caption"]),
+    ],
+)
+def test_a_bad_line_of_json_is_named(tmp_path: Path, content: str, words: list[str]) -> None:
+    file = tmp_path / "captions.jsonl"
+    file.write_text(content)
+    with pytest.raises(ValueError, match=r"prompts\.train: ") as caught:
+        read_prompts(str(file), "prompts.train")
+    assert all(word in str(caught.value) for word in [str(file), *words]), caught.value
+
+
+@pytest.mark.parametrize("name", ["captions.json", "captions.csv", "captions.TSV"])
+def test_a_table_that_would_pass_for_text_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("prompt\na red square\n")
+    with pytest.raises(ValueError, match=r"prompts\.train: expected a text file, \.jsonl or \.parquet") as caught:
+        read_prompts(str(tmp_path / name), "prompts.train")
+    assert name in str(caught.value)
+
+
+def write_parquet(file: Path, **columns: list[Any]) -> str:
+    pyarrow = pytest.importorskip("pyarrow", reason="parquet is read by pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pyarrow.table(columns), file, row_group_size=2)
+    return str(file)
+
+
+def test_parquet(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "a.parquet", id=[1, 2, 3, 4], caption=["w", "x", "y", "z"], prompt=["a ", "", "b\nc", "é"])
+    assert read_prompts(path, "prompts.train") == ["a", "b\nc", "é"]
+    assert read_prompts(write_parquet(tmp_path / "b.parquet", caption=["x", "y"]), "prompts.train") == ["x", "y"]
+
+
+def test_what_is_wrong_with_a_parquet_file_is_named(tmp_path: Path) -> None:
+    for path, words in (
+        (write_parquet(tmp_path / "names.parquet", text=["a"], id=[1]), ["'prompt' or 'caption'", "['text', 'id']"]),
+        (write_parquet(tmp_path / "null.parquet", prompt=["a", "b", None]), ["row 3", "column 'prompt'", "None"]),
+        (write_parquet(tmp_path / "numbers.parquet", caption=[1, 2]), ["row 1", "column 'caption'", "got 1"]),
+        (write_parquet(tmp_path / "empty.parquet", prompt=["", " "]), ["at least one caption"]),
+    ):
+        with pytest.raises(ValueError, match=r"prompts\.heldout: ") as caught:
+            read_prompts(path, "prompts.heldout")
+        assert all(word in str(caught.value) for word in [path, *words]), caught.value
+    damaged = tmp_path / "null.parquet"
+    damaged.write_bytes(damaged.read_bytes()[:-9])
+    with pytest.raises(ValueError, match=r"prompts\.heldout: cannot read .*null\.parquet as parquet"):
+        read_prompts(str(damaged), "prompts.heldout")
+
+
+@pytest.mark.parametrize(("library", "path"), [("pyarrow", "captions.parquet"), ("datasets", "hub:owner/captions")])
+def test_a_library_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, library: str, path: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, library, None)
+    (tmp_path / "captions.parquet").write_bytes(b"PAR1")
+    with pytest.raises(ValueError, match=r"prompts\.train: .*needs.* " + library) as caught:
+        read_prompts(path, "prompts.train")
+    assert "pip install" in str(caught.value)
+    assert path in str(caught.value)
+
+
+# --- the hub ----------------------------------------------------------------------------------------------------------
+
+
+class Rows:
+    """What `datasets.load_dataset` gives, as far as it is used."""
+
+    def __init__(self, **columns: list[Any]) -> None:
+        self.columns = columns
+        self.column_names = list(columns)
+
+    def __getitem__(self, name: str) -> list[Any]:
+        return self.columns[name]
+
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], list[Any]]:
+    """stand_in(result): put a library in the place of `datasets` whose load_dataset gives, or raises, that; its calls."""
+
+    def put(result: Any) -> list[Any]:
+        calls = []
+
+        def load_dataset(*names: str, split: str) -> Any:
+            calls.append((*names, split))
+            if isinstance(result, Exception):
+                raise result
+            return result
+
+        library: Any = ModuleType("datasets")
+        library.load_dataset, library.exceptions = load_dataset, SimpleNamespace(DatasetsError=KeyError)
+        monkeypatch.setitem(sys.modules, "datasets", library)
+        return calls
+
+    return put
+
+
+def test_a_data_set_of_the_hub(stand_in: Callable[[Any], list[Any]]) -> None:
+    calls = stand_in(Rows(id=[1, 2, 3], prompt=[" a", "", "b"]))
+    assert read_prompts("hub:owner/captions", "prompts.train") == ["a", "b"]
+    assert read_prompts("hub:owner/captions:validation[:2]", "prompts.train") == ["a", "b"]
+    assert read_prompts("hub:owner/captions/short:test", "prompts.train") == ["a", "b"]
+    assert calls == [("owner/captions", "train"), ("owner/captions", "validation[:2]"), ("owner/captions", "short", "test")]
+
+
+@pytest.mark.parametrize(
+    ("path", "result", "words"),
+    [
+        ("hub:captions", Rows(prompt=["a"]), ["OWNER/NAME", "'hub:captions'"]),
+        ("hub:owner//x", Rows(prompt=["a"]), ["OWNER/NAME"]),
+        ("hub:o/c", ConnectionError("no network"), ["cannot load hub:o/c", "no network"]),
+        ("hub:o/c", ValueError("Unknown split"), ["cannot load hub:o/c", "Unknown split"]),
+        ("hub:o/c", Rows(text=["a"]), ["hub:o/c", "'prompt' or 'caption'", "['text']"]),
+        ("hub:o/c:test", Rows(prompt=["a", None]), ["hub:o/c:test", "row 2", "column 'prompt'", "None"]),
+        ("hub:o/c", Rows(prompt=[]), ["hub:o/c", "at least one caption"]),
+    ],
+)
+def test_what_is_wrong_with_a_data_set_is_named(stand_in: Any, path: str, result: Any, words: list[str]) -> None:
+    stand_in(result)
+    with pytest.raises(ValueError, match=r"prompts\.train: ") as caught:
+        read_prompts(path, "prompts.train")
+    assert all(word in str(caught.value) for word in words), caught.value
+
+
+def test_the_datasets_library_itself(tmp_path: Path) -> None:
+    """On a folder that is called like a data set, which it takes for one. In a process of its own: it reads its settings on import."""
+    pytest.importorskip("datasets", reason="hub: is read by the datasets library")
+    folder = tmp_path / "owner" / "captions"
+    folder.mkdir(parents=True)
+    for split, captions in (("train", ["a", "", "b"]), ("test", ["c", None])):
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps({"caption": c}) + "\n" for c in captions))
+    script = """
+import json
+from fastgrpo.prompts import read_prompts
+def ask(path):
+    try:
+        return read_prompts(path, "prompts.train")
+    except ValueError as error:
+        return str(error)
+print(json.dumps([ask("hub:owner/" + name) for name in ("captions", "captions:test", "captions:none", "nowhere")]))
+"""
+    own = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=os.environ | own, capture_output=True, text=True, check=True)
+    train, test, no_split, nowhere = json.loads(done.stdout.splitlines()[-1])
+    assert train == ["a", "b"]
+    assert "hub:owner/captions:test, row 2, column 'caption'" in test
+    assert "cannot load hub:owner/captions:none" in no_split
+    assert "cannot load hub:owner/nowhere" in nowhere
+
+
+# --- the walk ---------------------------------------------------------------------------------------------------------
 
 
 def test_every_epoch_is_a_permutation_of_its_own() -> None:

@@ -25,12 +25,12 @@ def config(**overrides: Any) -> RolloutConfig:
 
 
 def sampled(
-    policy: Any, prompts: list[str], cfg: RolloutConfig, *, seed: int = 5, iteration: int = 2, first_slot: int = 0
+    policy: Any, prompts: list[str], cfg: RolloutConfig, *, seed: int = 5, iteration: int = 2, first_slot: int = 0, share: bool = True
 ) -> tuple[Rollout, list[Sample]]:
     rollout = start_rollout(policy, prompts, cfg, seed=seed, iteration=iteration, first_slot=first_slot, device=CPU)
     rollout.latents.fill_(math.nan)  # what is not written shows
     rollout.log_probs.fill_(math.inf)
-    return rollout, list(sample_groups(policy, rollout))
+    return rollout, list(sample_groups(policy, rollout, share_first_step=share))
 
 
 def clean(samples: list[Sample]) -> Tensor:
@@ -209,6 +209,42 @@ def test_a_group_starts_from_one_noise_or_from_its_own(tiny_policy: Any, same_no
     # The noise of the SDE is every video's own, and none of it is the first latent's.
     assert len({*rollout.noise_seeds.tolist()}) == 6
     assert not {*rollout.noise_seeds.tolist()} & {*rollout.first_seeds.tolist()}
+
+
+# ------------------------------------------------------------------------------------------------- the first step, shared
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+@pytest.mark.parametrize(("window", "decode"), [("all", "x0"), ("all", "final"), ("sliding", "x0"), ("single", "x0")])
+@pytest.mark.parametrize(
+    # Of two prompts: the micro-batches with one prompt's videos alone, but for the first of each.
+    ("num_generations", "micro_batch_size", "left_out"),
+    [(4, 1, 6), (4, 2, 2), (4, 3, 0), (4, 4, 0), (4, 8, 0), (5, 2, 2), (1, 1, 0)],
+)
+def test_a_shared_first_step_has_the_same_bits_from_fewer_forwards(
+    tiny_policy: Any, guidance_scale: float, window: str, decode: str, num_generations: int, micro_batch_size: int, left_out: int
+) -> None:
+    cfg = config(
+        num_generations=num_generations, micro_batch_size=micro_batch_size, guidance_scale=guidance_scale, sde_window=window, decode=decode
+    )
+    policy, other = tiny_policy(), tiny_policy()
+    (shared, samples), (alone, expected) = (
+        sampled(p, ["a", "b"], cfg, share=share) for p, share in ((policy, True), (other, False))
+    )  # fmt: skip
+    assert torch.equal(shared.latents, alone.latents)
+    assert torch.equal(shared.log_probs.nan_to_num(7.0), alone.log_probs.nan_to_num(7.0))
+    assert torch.equal(clean(samples), clean(expected))
+    branches = 1 if guidance_scale == 1 else 2
+    assert other.batch_sizes == [micro_batch_size] * (branches * 6 * math.ceil(2 * num_generations / micro_batch_size))
+    assert policy.batch_sizes == other.batch_sizes[branches * left_out :]
+
+
+def test_videos_from_noise_of_their_own_share_nothing(tiny_policy: Any) -> None:
+    policy = tiny_policy()
+    cfg = config(same_noise=False, micro_batch_size=1)
+    shared, _ = sampled(policy, ["a", "b"], cfg)
+    assert len(policy.batch_sizes) == 2 * 6 * 6
+    same_bits(shared, slice(None), sampled(policy, ["a", "b"], cfg, share=False)[0], slice(None))
 
 
 # -------------------------------------------------------------------------------------------------------------- windows

@@ -10,11 +10,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor
 
 from fastgrpo.config import RolloutConfig
 from fastgrpo.rollout import start_rollout
-from fastgrpo.trajectory import Rollout, branch_velocities, derive_seed, using_weights
+from fastgrpo.trajectory import WITHOUT_ADAPTERS, Rollout, branch_velocities, derive_seed, local_part, using_weights
 
 SMALL = {"height": 2, "width": 2, "num_frames": 2, "num_inference_steps": 5, "num_generations": 3}
 
@@ -115,22 +115,61 @@ def test_branches_carry_gradients_to_the_weights(tiny_policy: Any) -> None:
         assert gradient.abs().max() > 0
 
 
+def weights_of(policy: Any) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in policy.transformer.named_parameters()}
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
 def test_other_weights_for_a_while(tiny_policy: Any) -> None:
-    policy, other = tiny_policy(), nn.Linear(1, 1)
-    own = policy.transformer
-    with using_weights(policy, other):
-        assert policy.transformer is other
-        with using_weights(policy, own):
-            assert policy.transformer is own
-        assert policy.transformer is other
-    assert policy.transformer is own
-    with using_weights(policy, None):
-        assert policy.transformer is own
+    policy, own, other, third = tiny_policy(0), weights_of(tiny_policy(0)), weights_of(tiny_policy(1)), weights_of(tiny_policy(2))
+    given, network = {name: w.clone() for name, w in other.items()}, policy.transformer
+    with using_weights(policy, given):
+        assert same(weights_of(policy), other)
+        assert same(given, own), "they are exchanged"
+        with using_weights(policy, third):
+            assert same(weights_of(policy), weights_of(tiny_policy(2)))
+        with using_weights(policy, None):
+            assert same(weights_of(policy), other)
+    assert same(weights_of(policy), own)
+    assert same(given, other)
+    assert policy.transformer is network
+    with using_weights(policy, {"A": given["A"]}):  # those not named stay
+        assert same(weights_of(policy), own | {"A": other["A"]})
 
 
 def test_own_weights_come_back_after_an_error(tiny_policy: Any) -> None:
-    policy = tiny_policy()
-    own = policy.transformer
-    with pytest.raises(RuntimeError, match="inside"), using_weights(policy, nn.Linear(1, 1)):
+    policy = tiny_policy(0)
+    with pytest.raises(RuntimeError, match="inside"), using_weights(policy, weights_of(tiny_policy(1))):
         raise RuntimeError("inside")
-    assert policy.transformer is own
+    assert same(weights_of(policy), weights_of(tiny_policy(0)))
+
+
+def test_without_adapters_a_lora_is_off(tiny_policy: Any) -> None:
+    from diffusers import WanTransformer3DModel
+    from peft import LoraConfig
+
+    torch.manual_seed(0)
+    shape = {"num_attention_heads": 2, "attention_head_dim": 12, "ffn_dim": 32, "num_layers": 1}
+    network = WanTransformer3DModel(in_channels=4, out_channels=4, text_dim=8, freq_dim=16, **shape).eval()
+    inputs = {"hidden_states": torch.randn(1, 4, 1, 4, 4), "timestep": torch.tensor([500.0])}
+    inputs |= {"encoder_hidden_states": torch.randn(1, 3, 8)}
+    policy = tiny_policy()
+    policy.transformer = network
+    with torch.no_grad():
+        base = network(**inputs).sample
+        network.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
+        trained = [name for name, p in network.named_parameters() if p.requires_grad]
+        adapted = network(**inputs).sample
+        assert not torch.equal(adapted, base)
+        with using_weights(policy, WITHOUT_ADAPTERS):
+            assert torch.equal(network(**inputs).sample, base)
+        assert torch.equal(network(**inputs).sample, adapted)
+    assert [name for name, p in network.named_parameters() if p.requires_grad] == trained
+
+
+def test_the_local_part_of_a_whole_tensor_is_itself() -> None:
+    tensor = torch.zeros(3)
+    assert local_part(tensor) is tensor

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from fastgrpo.config import RolloutConfig, UpdateConfig
 from fastgrpo.rollout import sample_groups, start_rollout
-from fastgrpo.trajectory import Rollout
+from fastgrpo.trajectory import Rollout, branch_velocities
 from fastgrpo.update import (
     Pair,
     UpdateStatistics,
     accumulate_gradients,
+    micro_batch,
     trained_steps,
     transition_loss,
     update,
@@ -114,6 +115,10 @@ def expected_gradients(
     return list(torch.autograd.grad(loss, list(exact.transformer.parameters()))), loss.item()
 
 
+def copy_of(policy: Any) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in policy.transformer.named_parameters()}
+
+
 def assert_same_gradients(came: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
     """Every entry within 1e-4 of the largest: x' - mean loses up to |x'| 6e-8 / s of its size in fp32, and loss terms cancel."""
     for one, other in zip(came, expected, strict=True):
@@ -151,7 +156,10 @@ def test_gradient_is_that_of_the_objective(
     base = tiny_policy()
     rollout = make_rollout(base, guidance_scale=guidance_scale, sde=sde)
     policy = moved(base, by)
-    cfg = UpdateConfig(cfg_grad=cfg_grad, clip_range=clip_range, gradient_accumulation=6, max_grad_norm=1e9)
+    cfg = UpdateConfig(
+        cfg_grad=cfg_grad, clip_range=clip_range, gradient_accumulation=6, max_grad_norm=1e9,
+        branchwise=not by,  # which takes the first step's weights for the rollout's
+    )  # fmt: skip
     optimizer = Recorder(policy)
     chosen = [4, 1, 5, 0, 3, 2]
     stats = update(policy, optimizer, rollout, chosen, ADVANTAGES, cfg)
@@ -204,7 +212,7 @@ def test_passes_beyond_the_pairs_run_and_change_nothing(tiny_policy: Any, num_pa
     for one, count in ((few, len(pairs)), (many, num_pairs)):
         one.batch_sizes.clear()
         stats = UpdateStatistics()
-        results.append((accumulate_gradients(one, rollout, pairs, count, 3.0, cfg, base.transformer, stats), stats))
+        results.append((accumulate_gradients(one, rollout, pairs, count, 3.0, cfg, copy_of(base), stats), stats))
     assert len(many.batch_sizes) == 2 * passes  # the policy and the reference
     assert results[0] == results[1]
     for p, q in zip(few.transformer.parameters(), many.transformer.parameters(), strict=True):
@@ -265,8 +273,8 @@ def test_kl_pulls_to_the_reference(tiny_policy: Any, one_rank: Any, guidance_sca
     rollout = make_rollout(base, guidance_scale=guidance_scale)
     policy, reference = moved(base, 0.05), moved(base, 0.1, seed=2)
     cfg = UpdateConfig(kl_coef=0.7, cfg_grad=cfg_grad, clip_range=0.02, gradient_accumulation=6, max_grad_norm=1e9)
-    optimizer, own = Recorder(policy), policy.transformer
-    stats = update(policy, optimizer, rollout, [0, 1, 2, 3, 4, 5], ADVANTAGES, cfg, reference=reference.transformer)
+    optimizer, own, target = Recorder(policy), copy_of(policy), copy_of(reference)
+    stats = update(policy, optimizer, rollout, [0, 1, 2, 3, 4, 5], ADVANTAGES, cfg, reference=target)
     pairs = all_pairs(rollout, range(6), cfg)
     expected, loss = expected_gradients(policy, rollout, pairs, 18, cfg, reference)
     assert_same_gradients(optimizer.seen[0], expected)
@@ -274,16 +282,16 @@ def test_kl_pulls_to_the_reference(tiny_policy: Any, one_rank: Any, guidance_sca
     assert (expected[0] - without[0]).abs().max() > 0.01 * expected[0].abs().max()  # the KL has a part in it
     assert stats.losses == pytest.approx([loss], rel=1e-4)
     assert all(kl > 0 for kl in stats.kl)
-    assert policy.transformer is own
-    assert all(p.grad is None for p in reference.transformer.parameters())
+    for weights, network in ((own, policy), (target, reference)):  # each has its own again
+        assert all(torch.equal(weights[name], p) for name, p in network.transformer.named_parameters())
 
 
 def test_kl_to_equal_weights_is_zero(tiny_policy: Any, one_rank: Any) -> None:
     policy = tiny_policy()
     rollout = make_rollout(policy, guidance_scale=3.0)
-    cfg = UpdateConfig(kl_coef=0.7, gradient_accumulation=6, max_grad_norm=1e9)
+    cfg = UpdateConfig(kl_coef=0.7, gradient_accumulation=6, max_grad_norm=1e9, branchwise=False)
     first, second = Recorder(policy), Recorder(policy)
-    stats = update(policy, first, rollout, [0, 1], ADVANTAGES, cfg, reference=copy.deepcopy(policy.transformer))
+    stats = update(policy, first, rollout, [0, 1], ADVANTAGES, cfg, reference=copy_of(policy))
     update(policy, second, rollout, [0, 1], ADVANTAGES, cfg)
     assert stats.kl == [0.0] * 6
     for p, q in zip(first.seen[0], second.seen[0], strict=True):
@@ -298,7 +306,9 @@ def test_advantages_are_clamped(tiny_policy: Any) -> None:
     rollout = make_rollout(policy)
     grads = []
     for advantage, bound in ((9.0, 5.0), (5.0, 5.0), (9.0, 20.0), (-9.0, 5.0)):
-        loss, *_ = transition_loss(policy, rollout, [Pair(0, 1, advantage)], UpdateConfig(adv_clip=bound), None)
+        batch = micro_batch(rollout, [Pair(0, 1, advantage)])
+        velocities = branch_velocities(policy, rollout, batch.latents, batch.videos, batch.steps)
+        loss, _ = transition_loss(rollout, batch, *velocities, None, UpdateConfig(adv_clip=bound))
         grads.append(torch.autograd.grad(loss, policy.transformer.parameters())[0])
     assert torch.equal(grads[0], grads[1])
     torch.testing.assert_close(grads[2], grads[0] * (9 / 5))
@@ -373,7 +383,7 @@ def test_a_window_is_trained_whole(tiny_policy: Any, window: str) -> None:
 def test_a_window_trains_by_the_same_objective(tiny_policy: Any, one_rank: Any) -> None:
     base = tiny_policy()
     rollout = make_rollout(base, sde_window="single", guidance_scale=3.0)
-    policy, cfg = moved(base, 0.02), UpdateConfig(gradient_accumulation=6, max_grad_norm=1e9, clip_range=0.02)
+    policy, cfg = moved(base, 0.02), UpdateConfig(gradient_accumulation=6, max_grad_norm=1e9, clip_range=0.02, branchwise=False)
     optimizer = Recorder(policy)
     stats = update(policy, optimizer, rollout, range(6), ADVANTAGES, cfg)
     assert stats.skipped == [False]  # the ODE steps' NaN is nowhere
