@@ -230,7 +230,11 @@ class TrackingConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """How the trained network lies on the GPUs, and what its backward keeps. None of it changes what is computed, but for `compile`."""
+    """How the trained network lies on the GPUs, and what its backward keeps.
+
+    Apart from `compile` none of it changes what is computed, but for the order of sums over ranks, and that sharded bf16 compute also
+    rounds what autocast leaves in fp32: norms' weights and modulation tables (the master weights stay fp32).
+    """
 
     shard: Literal["auto", "none", "full"] = "auto"
     """full: parameters, gradients and optimizer state in equal parts on all ranks (FSDP2, block by block). none: a whole copy on every

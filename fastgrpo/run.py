@@ -56,6 +56,7 @@ def run(config: TrainConfig, config_yaml: str) -> int:
         if device.type == "cuda":
             check_fits(config, torch.cuda.mem_get_info(device)[1], parallel.world_size())
         family = choose("sde_step", torch.empty(0, device=device))  # of fastgrpo_kernels; refused here where a forced one cannot serve
+        parallel.require_agreement("the family of kernels", family)
         lock = claim_folder(config)
         warn_of_idle_accumulation(config)
         config.policy.embed([*train_prompts, *heldout_prompts], device)
@@ -69,6 +70,10 @@ def run(config: TrainConfig, config_yaml: str) -> int:
         trainer = Trainer(config, config.policy, judge, train_prompts, device, compute_dtype(config, device))
         last_row = resume(trainer, config, config_yaml)
         say(f"kernels: {family} serves the SDE step and the loss")
+        if hasattr(config.policy, "attention_kernel"):
+            cfg = config.rollout
+            shape = config.policy.latent_shape(cfg.height, cfg.width, cfg.num_frames)
+            say(f"attention: {config.policy.attention_kernel(shape, compute_dtype(config, device), cfg.micro_batch_size)}")
         with open_log(config, config_yaml, last_row) as log, stop_signals() as stop:
             code = loop(trainer, log, stop, heldout_prompts, last_row)
     finally:

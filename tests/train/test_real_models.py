@@ -135,6 +135,7 @@ def wan_run(
     assert "5 prompts ready" in fastgrpo(environment, "embed", *argv)  # four captions and the negative prompt
     out = finish(torchrun(argv, 2, run.parent))
     assert re.search(r"5 prompts ready in \S+, 0 of them new", out), "training takes them from the disk"
+    assert re.search(r"attention: native \(\w*attention\w*", out), "which kernel serves"
     return run
 
 
