@@ -440,3 +440,17 @@ def test_an_optimizer_that_cannot_step_shards_is_refused() -> None:
     with pytest.raises(ValueError, match="apex_fused_adam cannot step sharded parameters"):
         check_sharding(config, torch.device("cpu"))
     check_sharding(dataclasses.replace(config, parallel=ParallelConfig(shard="none")), torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "gpus"), [("wan2.1_t2v_1.3b", "wan_1.3b", 8), ("wan2.1_t2v_14b", "wan_14b", 16), ("hunyuanvideo", "hunyuan", 16)]
+)
+def test_the_papers_recipes_fit_the_papers_gpus(models: Path, name: str, model: str, gpus: int) -> None:
+    recipe_and_judge = ["--config", f"fastgrpo/recipes/{name}.yaml", "--reward", "fastgrpo.shapes.judge.ShapesJudge"]
+    config, _, _ = parse_config([*recipe_and_judge, "--policy.init_args.model", str(models / model)])
+    memory.check_fits(config, 80e9 - memory.RESERVE, gpus)
+    counts = memory.count(config)
+    _, needed = memory.peak(memory.memory(config, counts, memory.resolve(config.parallel, gpus), gpus))
+    assert needed <= 80e9 - memory.RESERVE
+    with pytest.raises(ValueError, match=r"expected a recipe that fits into the 1\.0 GB of a GPU"):
+        memory.check_fits(config, 1e9, gpus)
