@@ -331,8 +331,12 @@ def test_sigkill_of_a_whole_job(
         job = torchrun([*argv, "--resume", "auto"], ranks, tmp_path)
         wait_for(job, "iteration ")
         time.sleep(draw.uniform(0.0, 2.0))
-        os.killpg(job.pid, signal.SIGKILL)
-        job.communicate()
+        # torchrun's workers have sessions of their own: killing the launcher's group would let them run to the end.
+        workers = [pid for task in Path(f"/proc/{job.pid}/task").iterdir() for pid in (task / "children").read_text().split()]
+        assert len(workers) == ranks
+        for pid in (job.pid, *map(int, workers)):
+            os.kill(pid, signal.SIGKILL)
+        job.communicate(timeout=60)
     job = torchrun([*argv, "--resume", "auto"], ranks, tmp_path)
     out, _ = job.communicate(timeout=120)
     assert job.returncode == 0, out
