@@ -1,7 +1,10 @@
-"""Everything that needs a GPU, in one command of at most ten minutes: build, tests, sanitizers, figures.
+"""Everything that needs a GPU, in two commands of at most ten minutes each: build, tests, sanitizers, figures; the real generators' speed.
 
-    python benchmarks/gpu_check.py                # on the GPU machine, in the root of the repository
-    python benchmarks/gpu_check.py --dry-run      # anywhere: what it would run
+    python benchmarks/gpu_check.py --only kernels     # on the GPU machine, in the root of the repository
+    python benchmarks/gpu_check.py --only throughput  # throughput.py: G0, forward, train unit, decode, a scaled iteration
+    python benchmarks/gpu_check.py --dry-run          # anywhere: what it would run
+
+Without --only both are run, one after the other, as far as the ten minutes reach: more time needs a larger --budget.
 
 Made for a bare machine without a network: torch 2.11, triton 3.6, Python 3.12, nvcc. Nothing is installed; the package is read where it
 lies, in kernels/. The tests need pytest and hypothesis; those that compare with diffusers' blocks, qk_norm_rope's among them, diffusers.
@@ -10,6 +13,8 @@ What is missing there is carried as wheels. Here:
 and there, in front of this command:
     python3 -m pip install -q --no-index --no-deps --target /tmp/site .whl/*.whl && export PYTHONPATH=/tmp/site
 (likewise pytest hypothesis pluggy iniconfig packaging pygments sortedcontainers). Without pytest no test runs, and so no number is printed.
+The second command needs diffusers with transformers, accelerate, safetensors, matplotlib and PyYAML, and jsonargparse docstring_parser
+typeshed_client av (the last one with its platform, --platform manylinux_2_28_x86_64).
 Where the tree is carried without its history, say FASTGRPO_COMMIT=<git describe --always --dirty> in the command, for the CSV.
 
 A log and the CSV file go to $OUT where it is set, else to build/gpu_check. Exit code: 0 all was right, 1 something failed, 3 nothing
@@ -44,6 +49,8 @@ HERE = str(Path(__file__).resolve())
 LOG = "gpu_check.log"
 CARRY = "carry the wheels (see the top of gpu_check.py)"
 TOUCH_SIZES = ("tiny", "tiny_per_head")
+TRAINER_NEEDS = ("accelerate", "av", "diffusers", "docstring_parser", "jsonargparse", "matplotlib", "safetensors", "transformers", "yaml")
+"""Packages without which throughput.py does not start."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +77,14 @@ class Outcome:
     words: str
 
 
-def plan(out: Path) -> list[Part]:
-    """The parts in their order. What the sanitizers run is warmed up first, so that they see no compiler."""
+def plan(out: Path, only: str = "") -> list[Part]:
+    """The parts in their order. only: "kernels" or "throughput"; both have to build first."""
+    build = Part("build", (PYTHON, "setup.py", "build_ext", "--inplace"), 120)
+    return [build, *([] if only == "throughput" else kernel_parts(out)), *([] if only == "kernels" else throughput_parts(out))]
+
+
+def kernel_parts(out: Path) -> list[Part]:
+    """Tests and figures of fastgrpo_kernels. What the sanitizers run is warmed up first, so that they see no compiler."""
     sanitizer = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin") or ""
     absent = [name for name in ("pytest", "hypothesis") if importlib.util.find_spec(name) is None]
     no_tests = f"{' and '.join(absent)} missing: {CARRY}" if absent else ""
@@ -82,7 +95,6 @@ def plan(out: Path) -> list[Part]:
     no_sanitizer = "" if sanitizer else "compute-sanitizer is not on this machine"
     ops = (PYTHON, str(ROOT / "benchmarks" / "ops.py"), "--device", "cuda", "--csv", str(out))
     return [
-        Part("build", (PYTHON, "setup.py", "build_ext", "--inplace"), 120),
         Part("what serves", (PYTHON, "-m", "fastgrpo_kernels"), 60),
         Part("every op once", touch, 120),
         Part("tests", (PYTHON, str(ROOT / "benchmarks" / "verify.py"), "--jobs", "6", "--timeout", "200"), 210, no_tests),
@@ -90,6 +102,27 @@ def plan(out: Path) -> list[Part]:
         Part("racecheck", (*under, "--tool", "racecheck", *touch), 90, no_sanitizer),
         Part("figures", (*ops, "--sizes", "wan_1.3b_480p", "--budget", "150"), 200, no_tests),
         Part("figures, others", (*ops, "--sizes", "wan_14b_240p", "hunyuan_240p", "--no-compile", "--budget", "60"), 100, no_tests),
+    ]
+
+
+def throughput_parts(out: Path) -> list[Part]:
+    """Speed and memory of the real generators with random weights. Each process checks G0 of what it measures; --budget lets it end by
+    itself, with its table, before its limit."""
+    absent = [name for name in TRAINER_NEEDS if importlib.util.find_spec(name) is None]
+    missing = f"{' and '.join(absent)} missing: {CARRY}" if absent else ""
+
+    def part(name: str, model: str, seconds: float, *options: str) -> Part:
+        script = str(ROOT / "benchmarks" / "throughput.py")
+        command = PYTHON, script, "--model", model, "--random-weights", "--csv", str(out), "--budget", f"{seconds - 30:.0f}", *options
+        return Part(name, command, seconds, missing)
+
+    short = ("--layers", "20", "--implementations", "eager", "fused", "--parts", "g0", "forward", "train")
+    return [
+        part("1.3B, forward", "wan2.1_t2v_1.3b", 160, "--parts", "g0", "forward"),
+        part("1.3B, units", "wan2.1_t2v_1.3b", 150, "--implementations", "fused", "--parts", "g0", "train", "decode"),
+        part("1.3B, iteration", "wan2.1_t2v_1.3b", 220, "--implementations", "fused", "--parts", "g0", "iteration"),
+        part("14B", "wan2.1_t2v_14b", 110, *short),
+        part("HunyuanVideo", "hunyuanvideo", 110, *short),
     ]
 
 
@@ -174,13 +207,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the plan, print its table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dry-run", action="store_true", help="print the commands and their limits, run none")
+    parser.add_argument("--only", choices=("kernels", "throughput"), default="", help="half of the plan, which fits into ten minutes")
     parser.add_argument("--touch", metavar="DEVICE", help="no plan: call every operation once on this device (what the sanitizers watch)")
     parser.add_argument("--budget", type=float, default=BUDGET, help="seconds in all")
     chosen = parser.parse_args(arguments)
     if chosen.touch:
         return touch(chosen.touch)
     out = Path(os.environ.get("OUT") or ROOT / "build" / "gpu_check")
-    parts = plan(out)
+    parts = plan(out, chosen.only)
     if chosen.dry_run:
         for part in parts:
             variables = "".join(f"{name}={value} " for name, value in part.variables)

@@ -13,7 +13,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import gpu_check, registry  # noqa: E402
+from benchmarks import gpu_check, registry, throughput  # noqa: E402
 
 
 def part(name: str, script: str, seconds: float = 20.0, missing: str = "") -> gpu_check.Part:
@@ -23,7 +23,7 @@ def part(name: str, script: str, seconds: float = 20.0, missing: str = "") -> gp
 def test_the_plan_builds_tests_watches_and_measures(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    parts = gpu_check.plan(tmp_path)
+    parts = gpu_check.plan(tmp_path, "kernels")
     order = [p.name for p in parts]
     assert order == ["build", "what serves", "every op once", "tests", "memcheck", "racecheck", "figures", "figures, others"]
     memcheck = parts[order.index("memcheck")]
@@ -31,15 +31,38 @@ def test_the_plan_builds_tests_watches_and_measures(
     assert dict(memcheck.variables) == {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     assert all(str(tmp_path) in p.command for p in parts if p.name.startswith("figures"))
     monkeypatch.setattr(gpu_check.shutil, "which", lambda name, path=None: None)
-    monkeypatch.setattr(gpu_check.importlib.util, "find_spec", lambda name: None if name == "hypothesis" else object())
+    monkeypatch.setattr(gpu_check.importlib.util, "find_spec", lambda name: None if name in ("hypothesis", "av") else object())
     missing = {p.name: p.missing for p in gpu_check.plan(tmp_path)}
     assert missing["memcheck"] == missing["racecheck"] == "compute-sanitizer is not on this machine"
     assert missing["tests"] == missing["figures"] == "hypothesis missing: carry the wheels (see the top of gpu_check.py)"
+    assert missing["14B"] == "av missing: carry the wheels (see the top of gpu_check.py)"
     assert not missing["build"]
     assert gpu_check.main(["--dry-run"]) == 0
     out = capsys.readouterr().out
     assert "setup.py build_ext --inplace" in out
     assert "racecheck (at most 90 s): left out" in out
+
+
+def test_the_generators_are_a_command_of_their_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each part is a command line that throughput.py takes, which checks G0 of what it measures and ends before its limit."""
+    build, *parts = gpu_check.plan(tmp_path, "throughput")
+    assert build.name == "build"
+    order = ["1.3B, forward", "1.3B, units", "1.3B, iteration", "14B", "HunyuanVideo"]
+    assert [p.name for p in parts] == order
+    assert [p.name for p in gpu_check.plan(tmp_path)] == [p.name for p in [*gpu_check.plan(tmp_path, "kernels"), *parts]]
+    measured = []
+    for p in parts:
+        options, overrides = throughput._parse(p.command[2:])
+        assert (options.csv, overrides, options.recipe_size) == (tmp_path, [], True)
+        assert options.budget < p.seconds
+        assert options.parts[0] == "g0"
+        measured += [f"{options.model} {name}" for name in options.parts]
+    assert {f"wan2.1_t2v_1.3b {name}" for name in throughput.PARTS} < set(measured)
+    assert {"wan2.1_t2v_14b train", "hunyuanvideo forward"} < set(measured)
+    assert gpu_check.main(["--dry-run", "--only", "throughput"]) == 0
+    out = capsys.readouterr().out
+    assert "racecheck" not in out
+    assert "1.3B, iteration (at most 220 s)" in out
 
 
 def test_parts_run_in_order_and_the_exit_code_tells(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
