@@ -1,10 +1,11 @@
-"""Everything that needs a GPU, in two commands of at most ten minutes each: build, tests, sanitizers, figures; the real generators' speed.
+"""Everything that needs a GPU, in commands of at most ten minutes each: build, tests, sanitizers; speed of kernels, generators and judge.
 
     python benchmarks/gpu_check.py --only kernels     # on the GPU machine, in the root of the repository
     python benchmarks/gpu_check.py --only throughput  # throughput.py: G0, forward, train unit, decode, a scaled iteration
+    python benchmarks/gpu_check.py --only judge       # judge.py: Qwen2.5-VL-7B, shared prefix against generate
     python benchmarks/gpu_check.py --dry-run          # anywhere: what it would run
 
-Without --only both are run, one after the other, as far as the ten minutes reach: more time needs a larger --budget.
+Without --only all are run, one after the other, as far as the ten minutes reach: more time needs a larger --budget.
 
 Made for a bare machine without a network: torch 2.11, triton 3.6, Python 3.12, nvcc. Nothing is installed; the package is read where it
 lies, in kernels/. The tests need pytest and hypothesis; those that compare with diffusers' blocks, qk_norm_rope's among them, diffusers.
@@ -25,6 +26,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
 import os
 import shutil
 import signal
@@ -32,7 +34,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,9 +80,9 @@ class Outcome:
 
 
 def plan(out: Path, only: str = "") -> list[Part]:
-    """The parts in their order. only: "kernels" or "throughput"; both have to build first."""
-    build = Part("build", (PYTHON, "setup.py", "build_ext", "--inplace"), 120)
-    return [build, *([] if only == "throughput" else kernel_parts(out)), *([] if only == "kernels" else throughput_parts(out))]
+    """The parts in their order. only: one of CHOICES; all need the build."""
+    chosen = [parts(out) for name, parts in CHOICES.items() if only in ("", name)]
+    return [Part("build", (PYTHON, "setup.py", "build_ext", "--inplace"), 120), *itertools.chain.from_iterable(chosen)]
 
 
 def kernel_parts(out: Path) -> list[Part]:
@@ -124,6 +126,17 @@ def throughput_parts(out: Path) -> list[Part]:
         part("14B", "wan2.1_t2v_14b", 110, *short),
         part("HunyuanVideo", "hunyuanvideo", 110, *short),
     ]
+
+
+def judge_part(out: Path) -> list[Part]:
+    """The judge at its true size with random weights, against `generate`; no number where a token differs."""
+    missing = "" if importlib.util.find_spec("transformers") else f"transformers missing: {CARRY}"
+    script = str(ROOT / "benchmarks" / "judge.py")
+    return [Part("judge", (PYTHON, script, "--device", "cuda", "--rounds", "2", "--csv", str(out)), 240, missing)]
+
+
+CHOICES: dict[str, Callable[[Path], list[Part]]] = {"kernels": kernel_parts, "throughput": throughput_parts, "judge": judge_part}
+"""What `--only` takes; the first two fill ten minutes each."""
 
 
 def run_plan(parts: Sequence[Part], out: Path, budget: float = BUDGET) -> list[Outcome]:
@@ -207,7 +220,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the plan, print its table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dry-run", action="store_true", help="print the commands and their limits, run none")
-    parser.add_argument("--only", choices=("kernels", "throughput"), default="", help="half of the plan, which fits into ten minutes")
+    parser.add_argument("--only", choices=tuple(CHOICES), default="", help="a part of the plan, which fits into ten minutes")
     parser.add_argument("--touch", metavar="DEVICE", help="no plan: call every operation once on this device (what the sanitizers watch)")
     parser.add_argument("--budget", type=float, default=BUDGET, help="seconds in all")
     chosen = parser.parse_args(arguments)

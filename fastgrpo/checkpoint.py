@@ -22,6 +22,7 @@ from typing import Any
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 
 from fastgrpo.parallel import gather, rank
 
@@ -68,7 +69,7 @@ def load(folder: Path, tensors: dict[str, Any]) -> tuple[int, dict[str, Any]] | 
         iteration and `state`.
 
     Raises:
-        ValueError: there are checkpoints, but none of them is whole.
+        ValueError: there are checkpoints, but none of them is whole; or they are of another network.
     """
     chosen: str | None = None
     if rank() == 0:
@@ -81,20 +82,33 @@ def load(folder: Path, tensors: dict[str, Any]) -> tuple[int, dict[str, Any]] | 
     path = folder / chosen
     for part in tensors.keys() - parts(path):
         del tensors[part]
-    dcp.load(tensors, checkpoint_id=path)
+    _read(path, tensors)
     return int(chosen.removeprefix(_PREFIX)), json.loads((path / "state.json").read_text())
 
 
-def load_weights(checkpoint: Path, transformer: nn.Module) -> None:
-    """Load a checkpoint's trained parameters into `transformer`, in place: their EMA where there is one. Frozen ones stay."""
+def load_weights(checkpoint: Path, transformer: nn.Module, ema: bool) -> None:
+    """Load a checkpoint's trained parameters, or their EMA, into `transformer`, in place; without a process group too. Frozen ones stay.
+
+    ValueError: a checkpoint of another network, or one without an EMA (`parts`).
+    """
     frozen = {name for name, p in transformer.named_parameters() if not p.requires_grad}
     weights = {name: tensor for name, tensor in transformer.state_dict().items() if name not in frozen}
-    averaged = {name for name, _ in transformer.named_parameters()} if "ema" in parts(checkpoint) else set()
+    averaged = {name for name, _ in transformer.named_parameters()} if ema else set()
     wanted = {
         "model": {name: tensor for name, tensor in weights.items() if name not in averaged},
         "ema": {name: tensor for name, tensor in weights.items() if name in averaged},
     }
-    dcp.load(wanted, checkpoint_id=checkpoint)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process alone is what is meant
+        _read(checkpoint, wanted)
+
+
+def _read(checkpoint: Path, tensors: dict[str, Any]) -> None:
+    try:
+        dcp.load(tensors, checkpoint_id=checkpoint)
+    except CheckpointException as error:  # no Exception: a command that refuses what it cannot use would not catch it
+        cause, _ = next(iter(error.failures.values()))
+        raise ValueError(f"{checkpoint}: expected the tensors of this network: {cause}") from error
 
 
 def parts(checkpoint: Path) -> set[str]:

@@ -186,6 +186,20 @@ class UpdateConfig:
 
 
 @dataclass(frozen=True)
+class ScoringConfig:
+    """The queue in front of the judge, and what becomes of videos without a score."""
+
+    max_pending: int = 4
+    """Micro-batches of decoded videos of a rank that may wait for their scores while the next ones are sampled."""
+    max_invalid_share: float = 0.5
+    """Share of an iteration's videos, over all ranks, that may go without a score; beyond it the run stops, checkpointed."""
+
+    def __post_init__(self) -> None:
+        _require(self.max_pending >= 1, "scoring.max_pending", "at least 1", self.max_pending)
+        _require(0 <= self.max_invalid_share <= 1, "scoring.max_invalid_share", "a share in [0, 1]", self.max_invalid_share)
+
+
+@dataclass(frozen=True)
 class EvaluationConfig:
     """Held-out captions, sampled with fixed noise and scored by the same judge."""
 
@@ -297,6 +311,8 @@ class TrainConfig:
     """auto: go on from the newest checkpoint that verifies; never: refuse a run folder that has been used."""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     """Sampling of groups."""
+    scoring: ScoringConfig = field(default_factory=ScoringConfig)
+    """How videos reach the judge."""
     pacing: PacingConfig = field(default_factory=PacingConfig)
     """The self-paced reward."""
     update: UpdateConfig = field(default_factory=UpdateConfig)
@@ -391,11 +407,16 @@ def packaged_recipes(argv: Sequence[str]) -> list[str]:
 
 
 def refuse(error: object) -> NoReturn:
-    """End the process as a wrong command line does: one line on stderr (from one rank of each node), exit code 2."""
+    """End the process as a wrong command line does: one line on stderr, exit code 2.
+
+    The line comes from one rank of each node, as all have the same command line; once they have met, an error may be of one rank alone.
+    """
     import os
 
+    from torch import distributed
+
     rank = os.environ.get("RANK", "0")
-    if os.environ.get("LOCAL_RANK", rank) == "0":
+    if os.environ.get("LOCAL_RANK", rank) == "0" or distributed.is_initialized():
         print("error:" if rank == "0" else f"error on rank {rank}:", " ".join(str(error).split()), file=sys.stderr)
     raise SystemExit(2)
 

@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, cast, get_type_hints
+from typing import Any, cast
 
 import torch
 from fastgrpo_kernels import dispatch
@@ -64,57 +64,24 @@ class Network:
 
 
 def can_load_meta(policy: Policy) -> bool:
-    """Whether `load_meta` knows this kind of policy."""
-    from fastgrpo.policies.hunyuan_video import HunyuanVideoPolicy
-    from fastgrpo.policies.shapes import ShapesPolicy
-    from fastgrpo.policies.wan import WanPolicy
-
-    return callable(getattr(policy, "load_meta", None)) or isinstance(policy, WanPolicy | HunyuanVideoPolicy | ShapesPolicy)
+    """Whether a policy has the method that `load_meta` calls."""
+    return callable(getattr(policy, "load_meta", None))
 
 
 def load_meta(policy: Policy) -> tuple[Any, Conditioning]:
     """A copy of a policy with its networks on the meta device, and the conditioning of one prompt there; reads configuration files alone.
 
-    A policy of another kind does this by a method `load_meta() -> Conditioning`, which sets `transformer` and what `decode` needs.
+    The policy does it by a method `load_meta() -> Conditioning`, which sets `transformer` and what `decode` needs.
 
     Raises:
-        ValueError: a policy of another kind without that method. FileNotFoundError, ValueError: a model that cannot be had.
+        ValueError: a policy without that method. FileNotFoundError, ValueError: a model that cannot be had.
     """
     if not can_load_meta(policy):
         raise ValueError(f"policy: {type(policy).__name__} has no method load_meta (fastgrpo/dry_run.py), so that it cannot be planned")
     twin: Any = copy.copy(policy)
-    if callable(getattr(twin, "load_meta", None)):
-        conditioning = twin.load_meta()
-    elif hasattr(twin, "lora"):
-        conditioning = _load_meta_pretrained(twin)
-    else:
-        twin.load(torch.device("cpu"))  # the embedded world ships with its weights
-        conditioning = twin.encode([""])
-        twin.use(twin.transformer, twin._codec, META)
+    conditioning = twin.load_meta()
     twin.transformer.eval()
-    # A hook of the network as a whole may read values, such as a text's length; here each text has the greatest.
-    twin.transformer._forward_pre_hooks.clear()
     return twin, {name: tensor.to(META) for name, tensor in conditioning.items()}
-
-
-def _load_meta_pretrained(twin: Any) -> Conditioning:
-    from fastgrpo.policies.pretrained import DTYPES, quiet_diffusers
-
-    kinds = get_type_hints(type(twin))  # the classes of its transformer and its VAE
-    with META:
-        transformer, vae = (kinds[name].from_config(twin._configs[name]).eval() for name in ("transformer", "vae"))
-    twin.attention, twin.fused = "native", twin.fused is not False
-    with quiet_diffusers():  # of which nothing is to be kept in fp32
-        vae.to(DTYPES[twin.vae_dtype])
-    twin.use(transformer, vae, META)
-    config, length = transformer.config, twin.max_sequence_length
-    if "text_dim" in config:
-        return {"encoder_hidden_states": torch.empty(1, length, config.text_dim, device=META)}
-    return {
-        "encoder_hidden_states": torch.empty(1, length, config.text_embed_dim, device=META),
-        "encoder_attention_mask": torch.empty(1, length, device=META),
-        "pooled_projections": torch.empty(1, config.pooled_projection_dim, device=META),
-    }
 
 
 def network_of(transformer: nn.Module) -> Network:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -77,6 +78,7 @@ class Trainer:
         self.ema = self.copy_of_weights() if cfg.ema_decay else None
         self.prompts_drawn = 0
         self.skipped_in_a_row = 0
+        self.invalid_share = 0.0
         self.make_optimizer_state()
 
     def step(self, iteration: int, leave: Callable[[], bool] = lambda: False) -> dict[str, Any]:
@@ -94,7 +96,8 @@ class Trainer:
         with clock.phase("rollout"), gathered(self.policy.transformer, cfg.parallel.keep_gathered):
             # Eq. 2, one micro-batch after the other
             for sample in sample_groups(self.policy, rollout, share_first_step=cfg.rollout.share_first_step):
-                self.judge.submit(decode(self.policy, sample.latents), sample.prompts)  # scored while the next one is sampled
+                # scored while the next one is sampled
+                self.judge.submit(decode(self.policy, sample.latents), sample.prompts, self.policy.fps)
                 if any_rank(leave()):
                     raise Abandoned
         with clock.phase("reward"):
@@ -155,13 +158,17 @@ class Trainer:
         nothing_scored = all(group.statistics is None for group in every_group)  # counts as an update that could not be made
         for skipped in [True] if nothing_scored else stats.skipped:
             self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+        validity = concatenate(group.valid_G for group in every_group)
+        self.invalid_share = validity.count(False) / len(validity)
         return {
             "iteration": iteration,
             **reward_metrics(every_group, stages),
+            **judge_metrics(gather((self.judge.counters(), self.judge.blocked_seconds()))),
             **{f"competence/{s}": c for s, c in zip(stages, self.pacer.competence or (), strict=False)},
             **{f"saturation/{s}": c for s, c in zip(stages, self.pacer.saturations or (), strict=False)},
             **{f"pacing/{key}": getattr(pacing, key) for key in ("sharpness", "sparsity_weight", "gate_temperature")},
             **update_metrics(gather(stats)),
+            **memory_metrics(self.device),
             "learning_rate": self.optimizer.param_groups[0]["lr"],
         }
 
@@ -230,6 +237,23 @@ def reward_metrics(groups: Sequence[Group], stages: Sequence[str]) -> dict[str, 
         "num_skipped_groups": sum(not g.advantages for g in groups),
         "num_invalid_videos": sum(not ok for g in groups for ok in g.valid_G),
     }
+
+
+def judge_metrics(ranks: Sequence[tuple[dict[str, int], float]]) -> dict[str, Any]:
+    """Metrics of all ranks' judges: what they count, and the longest time that a rank's sampling stood still for its judge."""
+    counts: Counter[str] = Counter()
+    for of_rank, _ in ranks:
+        counts.update(of_rank)
+    return {f"judge/{name}": count for name, count in counts.items()} | {"time/backpressure": max(s for _, s in ranks)}
+
+
+def memory_metrics(device: torch.device) -> dict[str, float]:
+    """`memory/peak_gb`: the most that torch held on any rank's GPU since the last call, in 1e9 bytes as in `plan`; none on a CPU."""
+    if device.type != "cuda":
+        return {}
+    peak = max(gather(torch.cuda.max_memory_allocated(device)))
+    torch.cuda.reset_peak_memory_stats(device)
+    return {"memory/peak_gb": peak / 1e9}
 
 
 def worst(drift: float) -> tuple[bool, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -65,18 +66,21 @@ def sample_heldout(
     first = rank() * share
     mine = [prompts[slot % len(prompts)] for slot in range(first, first + share)]
     kept = max(0, min(share, num_videos - first))
+    together = cfg.micro_batch_size // math.gcd(cfg.micro_batch_size, cfg.num_generations)  # prompts that fill micro-batches evenly
     videos: list[Tensor] = []
     with using_weights(policy, weights):
-        rollout = start_rollout(
-            policy, mine, cfg, seed=derive_seed(seed, "held out"), iteration=0, first_slot=first, device=device, compute_dtype=compute_dtype
-        )  # fmt: skip
-        for sample in sample_groups(policy, rollout, share_first_step=cfg.share_first_step):
-            frames = decode(policy, sample.latents)
-            judge.submit(frames, sample.prompts)
-            for video, picture in zip(sample.videos, frames, strict=True):
-                prompt, generation = divmod(video, cfg.num_generations)
-                if generation == 0 and prompt < kept:
-                    videos.append((picture.nan_to_num() * 255).round().to(torch.uint8).cpu())
+        for begin in range(0, share, together):  # a rollout keeps every state of its videos
+            rollout = start_rollout(
+                policy, mine[begin : begin + together], cfg, seed=derive_seed(seed, "held out"), iteration=0, first_slot=first + begin,
+                device=device, compute_dtype=compute_dtype,
+            )  # fmt: skip
+            for sample in sample_groups(policy, rollout, share_first_step=cfg.share_first_step):
+                frames = decode(policy, sample.latents)
+                judge.submit(frames, sample.prompts, policy.fps)
+                for video, picture in zip(sample.videos, frames, strict=True):
+                    prompt, generation = divmod(video, cfg.num_generations)
+                    if generation == 0 and begin + prompt < kept:
+                        videos.append((picture.nan_to_num() * 255).round().to(torch.uint8).cpu())
     ranks = gather((*judge.collect(cfg.num_generations), videos))
     scores, valid, shown = ([item for of_rank in ranks for item in of_rank[i]] for i in range(3))
     num_shown = min(num_videos, len(prompts))

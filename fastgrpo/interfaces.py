@@ -23,6 +23,9 @@ class Policy(Protocol):
     Attributes:
         transformer: the network that is trained, fp32 master weights, set by `load`.
         fps: frames per second of a decoded video.
+
+    It may also have `load_meta() -> Conditioning`, for `plan`: set `transformer`, and what `decode` needs, on the meta device, without
+    weights, and return the conditioning of one prompt there.
     """
 
     transformer: nn.Module
@@ -78,6 +81,12 @@ class RewardModel(Protocol):
 
     Attributes:
         stages: the K names, easiest first; they name the metrics.
+
+    It may also have, as `fastgrpo.rewards.judge.StageJudge` has: `memory_bytes`, what it takes of the trainer's GPU, for `plan`;
+    `concurrency`, calls of `score` that may run at a time; `describe() -> dict`, JSON that is kept with the scores;
+    `counters() -> dict[str, int]` since the last call, logged as `judge/...`; `last_errors() -> dict[str, str]`, said when a run stops;
+    `close()`, called at the end, also while `score` still waits for something; and, of a published model with scores of its own scale,
+    `component_names`, `components(videos, prompts, fps)` as `score` but raw, and `rewards(raw)`, their map to [0, 1], for the score command.
     """
 
     stages: tuple[str, ...]
@@ -86,10 +95,11 @@ class RewardModel(Protocol):
         """Load what the judge needs onto `device`."""
         ...
 
-    def score(self, videos: Tensor, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    def score(self, videos: Tensor, prompts: Sequence[str], fps: float) -> tuple[Tensor, Tensor]:
         """Scores [B, K] float64 in [0, 1] and validity [B] bool, in the order given.
 
-        videos [B, T, 3, H, W], uint8 or float in [0, 1], on any device. A video that could not be scored is invalid; its row is not read.
+        videos [B, T, 3, H, W], uint8 or float in [0, 1], on any device; fps: their frames a second.
+        A video that could not be scored is invalid; its row is not read.
         A video's score must not depend on the others in the batch, or it would depend on the number of ranks.
         """
         ...

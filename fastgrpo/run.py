@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
+import json
 import os
 import shlex
 import shutil
@@ -65,7 +66,7 @@ def run(config: TrainConfig, config_yaml: str) -> int:
         config.reward.load(device)
     except (ValueError, FileNotFoundError, FileExistsError) as error:
         refuse(error)
-    judge = ScoringQueue(config.reward)
+    judge = ScoringQueue(config.reward, config.scoring.max_pending)
     try:
         trainer = Trainer(config, config.policy, judge, train_prompts, device, compute_dtype(config, device))
         last_row = resume(trainer, config, config_yaml)
@@ -96,6 +97,8 @@ def check(config: TrainConfig) -> tuple[list[str], list[str]]:
     try:
         config.policy.latent_shape(cfg.height, cfg.width, cfg.num_frames)
     except ValueError as error:
+        if str(error).startswith("policy."):  # the model is at fault, not the size
+            raise
         raise ValueError(f"rollout.height, width, num_frames: {error}") from error
     if cfg.num_prompts % parallel.world_size():
         raise ValueError(
@@ -211,7 +214,9 @@ def loop(trainer: Trainer, log: MetricsLog | None, stop: StopSignals, heldout_pr
                 break
             done += 1
             stopping = parallel.any_rank(stop.requested)
-            failed = trainer.skipped_in_a_row >= config.update.max_skipped_updates
+            failed = (
+                trainer.skipped_in_a_row >= config.update.max_skipped_updates or trainer.invalid_share > config.scoring.max_invalid_share
+            )
             every = config.evaluation.interval
             if done == config.iterations or (every and done % every == 0):
                 row |= evaluate(trainer, heldout_prompts, done)
@@ -235,8 +240,7 @@ def close(trainer: Trainer, done: int, failed: bool) -> int:
     command = resume_command(folder)
     if failed:
         say(
-            f"stopped after iteration {done}: {trainer.skipped_in_a_row} updates in a row (update.max_skipped_updates) could not be made: "
-            f"a loss or gradient was not finite, or no video had a score. The state is in {folder}/checkpoints. "
+            f"stopped after iteration {done}: {reason_to_stop(trainer)}. The state is in {folder}/checkpoints. "
             f"After a change go on with: {command}"
         )
         return 1
@@ -252,6 +256,22 @@ def close(trainer: Trainer, done: int, failed: bool) -> int:
         + (" and tensorboard/" if "tensorboard" in config.tracking.trackers else "")
     )
     return 0
+
+
+def reason_to_stop(trainer: Trainer) -> str:
+    """Why the run cannot go on, in words, with the last error of each of the judge's endpoints on any rank."""
+    if trainer.skipped_in_a_row >= trainer.config.update.max_skipped_updates:
+        reason = (
+            f"{trainer.skipped_in_a_row} updates in a row (update.max_skipped_updates) could not be made: "
+            "a loss or gradient was not finite, or no video had a score"
+        )
+    else:
+        reason = (
+            f"{trainer.invalid_share:.0%} of its videos got no score, and scoring.max_invalid_share is "
+            f"{trainer.config.scoring.max_invalid_share:.0%}"
+        )
+    errors = {f"{where}: {error}": None for of_rank in parallel.gather(trainer.judge.last_errors()) for where, error in of_rank.items()}
+    return "; ".join([reason, *errors])
 
 
 def resume_command(folder: Path) -> str:
@@ -306,10 +326,25 @@ def open_log(config: TrainConfig, config_yaml: str, last_row: int | None) -> Ite
         config.run_folder, tracking.trackers, config=yaml.safe_load(config_yaml), last_iteration=last_row, project=tracking.project
     ) as log:
         keep_old_config(config.run_folder, config_yaml, last_row)
-        written = config.run_folder / ".config.yaml.tmp"
-        written.write_text(config_yaml)
-        os.replace(written, config.run_folder / "config.yaml")  # never half of one, whenever the process is killed
+        write(config.run_folder / "config.yaml", config_yaml)
+        if hasattr(config.reward, "describe"):
+            describe_judge(config.run_folder / "judge.json", config.reward.describe(), last_row is not None)
         yield log
+
+
+def describe_judge(path: Path, judge: dict[str, Any], resumed: bool) -> None:
+    """Keep with the scores what decided them (the questions' hashes, the model, how it is asked); say what a resume finds changed."""
+    if resumed and path.exists():
+        for line in differences(json.loads(path.read_text()), judge):
+            say(f"resume: the judge has changed since the run began: {line}")
+    write(path, json.dumps(judge, indent=1) + "\n")
+
+
+def write(path: Path, text: str) -> None:
+    """Replace a file, whole or not at all, whenever the process is killed."""
+    written = path.with_name(f".{path.name}.tmp")
+    written.write_text(text)
+    os.replace(written, path)
 
 
 def keep_old_config(folder: Path, config_yaml: str, last_row: int | None) -> None:

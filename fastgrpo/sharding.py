@@ -37,6 +37,10 @@ _ATTENTION = (
 )
 """Operators that compute attention: torch's own, the flash-attn package's (2 and 3), diffusers' around the latter. Not all need exist."""
 
+COMPILATIONS = 64
+"""Of blocks under `parallel.compile`, after which torch ends the run. Its own limit is 8; HunyuanVideo's four kinds of blocks, with and
+without gradients, for texts of one length and then of any, take 18."""
+
 
 def shards(cfg: ParallelConfig, device: torch.device) -> bool:
     """Whether the parameters are sharded on this device: what `shard: auto` comes to.
@@ -70,8 +74,10 @@ def prepare(network: nn.Module, cfg: ParallelConfig, device: torch.device, compu
     for block in blocks:
         if cfg.activations != "none":
             recompute(block, keep_attention=cfg.activations == "keep_attention")
-    for block in blocks:
-        if cfg.compile:  # its forward, not its call: FSDP2's hooks stay outside. Equal blocks share one compilation
+    if cfg.compile:
+        # Whatever kind of block and input it is compiled for, all count as compilations of one function, `recompute`'s.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, COMPILATIONS)
+        for block in blocks:  # its forward, not its call: FSDP2's hooks stay outside. Equal blocks share one compilation
             block.forward = torch.compile(block.forward, fullgraph=True)
     if not sharded:
         place(network, device)

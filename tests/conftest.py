@@ -23,6 +23,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it once, when it is imported
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tests" / "modules"))
 
 
 class TinyNetwork(nn.Module):
@@ -92,7 +93,7 @@ class TinyJudge:
     def load(self, device: torch.device) -> None:
         pass
 
-    def score(self, videos: Tensor, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    def score(self, videos: Tensor, prompts: Sequence[str], fps: float) -> tuple[Tensor, Tensor]:
         return videos.double().mean(dim=(1, 3, 4)), torch.tensor(["unseen" not in p for p in prompts])
 
 
@@ -174,6 +175,93 @@ def hunyuan_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "hunyuan_video"
     pipe.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def qwen_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Qwen2.5-VL (0.2 M random weights) saved as the published ones are: mrope, window attention, every digit a token of its own.
+
+    Greedy, it writes no numbers. The chat template restates the public format; generation_config.json has the real one's penalty.
+    """
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+    from transformers import GenerationConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
+    from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
+
+    splits = [pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    words = Tokenizer(models.BPE())
+    words.pre_tokenizer = pre_tokenizers.Sequence(splits)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    text = ["You are a helpful assistant. system user assistant", "Rate this video from 1.00 to 10.00. Answer with one number only. "]
+    words.train_from_iterator(text * 2, trainers.BpeTrainer(vocab_size=320, initial_alphabet=alphabet, show_progress=False))
+    bpe = json.loads(words.to_str())["model"]
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>"]
+    special += ["<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"]
+    tokenizer = Qwen2Tokenizer(
+        vocab=bpe["vocab"] | {name: len(bpe["vocab"]) + place for place, name in enumerate(special)},
+        merges=[tuple(pair) for pair in bpe["merges"]],
+        eos_token="<|im_end|>",
+        extra_special_tokens=special[1:],
+    )
+    tokenizer.chat_template = (
+        "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
+        "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+        "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
+        "{% if part['type'] == 'text' %}{{ part['text'] }}{% else %}"
+        "<|vision_start|>{{ '<|video_pad|>' if part['type'] == 'video' else '<|image_pad|>' }}<|vision_end|>"
+        "{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    number = tokenizer.convert_tokens_to_ids
+    language = {
+        "vocab_size": len(tokenizer), "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "initializer_range": 0.1, "bos_token_id": number("<|endoftext|>"), "eos_token_id": number("<|im_end|>"),
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}, "rms_norm_eps": 1e-6,
+    }  # fmt: skip
+    vision = {
+        "depth": 3, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 64, "window_size": 56,
+        "fullatt_block_indexes": [1], "tokens_per_second": 2, "initializer_range": 0.1,
+    }  # fmt: skip
+    tokens = {f"{name}_token_id": number(f"<|{name}|>") for name in ("vision_start", "vision_end")}
+    tokens |= {f"{name}_token_id": number(f"<|{name}_pad|>") for name in ("image", "video")}
+    torch.manual_seed(0)
+    model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=language, vision_config=vision, **tokens)).eval()
+    model.generation_config = GenerationConfig(
+        do_sample=True, temperature=1e-6, repetition_penalty=1.05, bos_token_id=number("<|endoftext|>"),
+        pad_token_id=number("<|endoftext|>"), eos_token_id=[number("<|im_end|>"), number("<|endoftext|>")],
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("models") / "qwen"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    clip = {"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]}
+    clip |= {"min_pixels": 3136, "max_pixels": 12845056, "patch_size": 14, "temporal_patch_size": 2, "merge_size": 2}
+    for name, kind in (("preprocessor_config.json", "image"), ("video_preprocessor_config.json", "video")):
+        content = clip | {"processor_class": "Qwen2_5_VLProcessor", f"{kind}_processor_type": f"Qwen2VL{kind.capitalize()}Processor"}
+        (folder / name).write_text(json.dumps(content))
+    return folder
+
+
+@pytest.fixture
+def fault() -> type:
+    """What a fake endpoint does instead of an answer (modules/fake_endpoint.py)."""
+    from fake_endpoint import Fault
+
+    return Fault
+
+
+@pytest.fixture
+def fake_endpoint() -> Iterator[Callable[..., Any]]:
+    """fake_endpoint(**fields of FakeEndpoint): a server that listens on a free port of this machine until the test ends."""
+    from fake_endpoint import FakeEndpoint
+
+    made: list[FakeEndpoint] = []
+
+    def make(**fields: Any) -> FakeEndpoint:
+        made.append(FakeEndpoint(**fields))
+        return made[-1]
+
+    yield make
+    for endpoint in made:
+        endpoint.kill()
 
 
 @pytest.fixture

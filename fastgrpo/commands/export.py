@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jsonargparse
 import torch
-import torch.distributed.checkpoint as dcp
 from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard, ModelCardData
 
@@ -58,7 +56,7 @@ def export(run: str, checkpoint_name: str = "latest", ema: bool = False, output:
     if hasattr(policy, "attention"):
         policy.attention = "native"  # nothing is computed here: the run's own need not be installed
     policy.load(torch.device("cpu"))
-    load_weights(path, policy.transformer, ema)
+    checkpoint.load_weights(path, policy.transformer, ema)
     partial = out.with_name(f".partial-{out.name}")  # no name ever points to half an export
     shutil.rmtree(partial, ignore_errors=True)
     policy.save_pretrained(partial, policy.transformer.state_dict())
@@ -68,17 +66,6 @@ def export(run: str, checkpoint_name: str = "latest", ema: bool = False, output:
     model_card(config, rows, iteration, ema).save(partial / "README.md")
     os.replace(partial, out)
     return out
-
-
-def load_weights(path: Path, transformer: torch.nn.Module, ema: bool) -> None:
-    """Load a checkpoint's trained parameters, or their average, into `transformer`, in place. Frozen ones stay."""
-    frozen = {name for name, p in transformer.named_parameters() if not p.requires_grad}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process alone is what is meant
-        if ema:
-            checkpoint.load_weights(path, transformer)
-        else:
-            dcp.load({"model": {name: t for name, t in transformer.state_dict().items() if name not in frozen}}, checkpoint_id=path)
 
 
 def model_card(config: TrainConfig, rows: Sequence[Row], iteration: int, ema: bool) -> ModelCard:
@@ -106,6 +93,8 @@ def model_card(config: TrainConfig, rows: Sequence[Row], iteration: int, ema: bo
         "## What the run measured",
         table(measured(rows)) if rows else "Nothing yet.",
     ]
+    if config.update.ema_decay and not ema:
+        text.append("The held-out scores are those of the average of the weights, which `fastgrpo export --ema true` writes.")
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(text) + "\n")
 
 

@@ -62,7 +62,7 @@ def sample(
 
     Args:
         run: a run folder.
-        checkpoint_name: name of a checkpoint in it, such as iteration_000050.
+        checkpoint_name: name of a checkpoint in it, such as iteration_000050; its average of the weights is sampled where it has one.
         prompts: text file, one caption a line; the run's held-out captions if not given.
         num_videos: the first so many captions; all if not given.
         num_inference_steps: steps of the sampler; the run's if not given.
@@ -73,11 +73,13 @@ def sample(
         scheduler: training: the schedule of training. pipeline: the scheduler that the model's own diffusers pipeline has; one process.
         scores: let the run's judge score the videos; where it cannot be had, they are sampled all the same, and a note says so.
         seed: of the noise; the run's if not given.
-        output: folder for the videos; <run>/samples/<checkpoint>_<sampler> if not given.
+        output: folder for the videos, which take the place of an earlier call's; <run>/samples/<checkpoint>_<sampler> if not given.
 
     Raises:
         ValueError, FileNotFoundError: no such run or checkpoint, or a damaged one, or captions or sizes that the policy cannot take.
     """
+    if num_videos is not None and num_videos < 1:
+        raise ValueError(f"num_videos: expected at least 1, got {num_videos}")
     config, path = open_run(run, checkpoint_name, scores)
     shown = captions(config, prompts or config.prompts.heldout or config.prompts.train, "prompts")[:num_videos]
     size = {"num_inference_steps": num_inference_steps, "height": height, "width": width, "num_frames": num_frames}
@@ -98,7 +100,7 @@ def sample(
     try:
         for name in ("base", "trained"):
             if name == "trained":
-                checkpoint.load_weights(path, policy.transformer)
+                checkpoint.load_weights(path, policy.transformer, ema="ema" in checkpoint.parts(path))
             if own_scheduler is None:
                 heldout = sample_heldout(policy, judge, shown, rollout, num_videos=len(shown), **options)
             else:
@@ -122,7 +124,7 @@ class Unscored:
     def load(self, device: torch.device) -> None:
         """Nothing to load."""
 
-    def score(self, videos: Tensor, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    def score(self, videos: Tensor, prompts: Sequence[str], fps: float) -> tuple[Tensor, Tensor]:
         """No score [B, 0] for any video."""
         return torch.empty(len(prompts), 0, dtype=torch.float64), torch.ones(len(prompts), dtype=torch.bool)
 
@@ -140,11 +142,7 @@ def open_run(run: str, checkpoint_name: str, with_judge: bool) -> tuple[TrainCon
         raise FileNotFoundError(f"run: expected a run folder with config.yaml, found none at {folder}")
     path = (folder / "checkpoints" / checkpoint_name).resolve()
     checkpoint.verify(path)
-    values = yaml.safe_load((folder / "config.yaml").read_text())
-    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as without_judge:
-        yaml.safe_dump(values | {"reward": {"class_path": f"{__name__}.{Unscored.__name__}"}}, without_judge)
-        without_judge.flush()
-        config, _, _ = parse_config(["--config", without_judge.name])
+    config = read_without_judge(folder / "config.yaml")
     said = io.StringIO()
     try:
         if with_judge:
@@ -153,6 +151,25 @@ def open_run(run: str, checkpoint_name: str, with_judge: bool) -> tuple[TrainCon
     except SystemExit:  # nothing but the judge is in question here
         say(f"note: no scores, the run's judge cannot be had: {said.getvalue().strip()}")
     return config, path
+
+
+def read_without_judge(path: Path) -> TrainConfig:
+    """The configuration of a recipe or a run, whose judge, an Unscored in its place, need be neither installed nor loaded.
+
+    Raises:
+        ValueError: no YAML of keys and values. SystemExit: a configuration that does not parse.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"config: cannot read {path} as YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"config: expected keys and their values in {path}, got {str(values)[:60]}")
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as without_judge:
+        yaml.safe_dump(values | {"reward": {"class_path": f"{__name__}.{Unscored.__name__}"}}, without_judge)
+        without_judge.flush()
+        config, _, _ = parse_config(["--config", without_judge.name])
+    return config
 
 
 def load_judge(reward: RewardModel, device: torch.device) -> RewardModel:
@@ -217,26 +234,29 @@ def sample_with_scheduler(
     compute_dtype: torch.dtype,
 ) -> HeldOut:
     """As `sample_heldout`, from the same noise, with a scheduler of diffusers (`pipeline_scheduler`); one video at a time."""
-    rollout = start_rollout(
-        policy, prompts, cfg, seed=derive_seed(seed, "held out"), iteration=0, first_slot=0, device=device, compute_dtype=compute_dtype
-    )
-    videos = []
+    options: dict[str, Any] = {"seed": derive_seed(seed, "held out"), "iteration": 0, "device": device, "compute_dtype": compute_dtype}
+    videos, video = [], torch.tensor([0])
     for number, prompt in enumerate(prompts):
-        video = torch.tensor([number])
+        # One by one: a rollout has room for all the states of its videos, 0.3 GB each at 50 steps of 53 frames of 480 x 832.
+        rollout = start_rollout(policy, [prompt], cfg, first_slot=number, **options)
         steps = scheduler(cfg.num_inference_steps, device)  # anew for every video: it keeps what its last steps predicted
         rollout.timesteps = steps.timesteps.double().cpu()
-        latents = gaussian_noise(rollout.first_seeds[number : number + 1], 0, rollout.latent_shape, device)
+        latents = gaussian_noise(rollout.first_seeds, 0, rollout.latent_shape, device)
         for step, timestep in enumerate(steps.timesteps):
             velocities = branch_velocities(policy, rollout, latents, video, torch.tensor([step]))
             latents = steps.step(guided_velocity(*velocities, cfg.guidance_scale), timestep, latents, return_dict=False)[0]
         frames = decode(policy, latents)
-        judge.submit(frames, [prompt])
+        judge.submit(frames, [prompt], policy.fps)
         videos.append((frames[0].nan_to_num() * 255).round().to(torch.uint8).cpu())
     return HeldOut(prompts, *judge.collect(1), torch.stack(videos))
 
 
 def save(heldout: HeldOut, folder: Path, policy: Policy, reward: RewardModel) -> None:
-    """Write videos, stills and, of a judge, scores to `folder`, and print the mean of each stage."""
+    """Write videos, stills and, of a judge, scores to `folder`, in place of those of an earlier call, and print the mean of each stage."""
+    if (folder / "samples.json").is_file():
+        for sample in figures.read_samples(folder)["samples"]:
+            for key in ("video", "still"):
+                (folder / sample[key]).unlink(missing_ok=True)
     scores, stages = (heldout.scores_shown, reward.stages) if reward.stages else (None, None)
     figures.save_samples(folder, heldout.videos, heldout.prompts_shown, policy.fps, scores, stages)
     if stages is not None:

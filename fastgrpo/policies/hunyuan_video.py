@@ -28,7 +28,9 @@ _ARGUMENTS = ("hidden_states", "timestep", "encoder_hidden_states", "encoder_att
 
 
 class HunyuanVideoPolicy:
-    """HunyuanVideo (interfaces.Policy). Guidance is embedded: one forward a step, and `rollout.guidance_scale` must be 1.
+    """HunyuanVideo (interfaces.Policy). Guidance is embedded: one forward a step where `rollout.guidance_scale` is 1, as it should be.
+
+    Any other value of it, its default of 5 too, adds classifier-free guidance against the empty prompt, as diffusers' true_cfg_scale does.
 
     Args:
         model: a folder in diffusers' format, or a hub id such as hunyuanvideo-community/HunyuanVideo.
@@ -128,6 +130,17 @@ class HunyuanVideoPolicy:
         if self.vae_tiling:
             self.vae.enable_tiling()
         self._device = device
+
+    def load_meta(self) -> Conditioning:
+        """What `dry_run.load_meta` does to a copy: networks without weights, from configuration files; one prompt's conditioning."""
+        pretrained.use_meta(self, HunyuanVideoTransformer3DModel, AutoencoderKLHunyuanVideo)
+        self.transformer._forward_pre_hooks.clear()  # `_cut_text` reads the text's length; here it has the greatest
+        config, length = self.transformer.config, self.max_sequence_length
+        return {
+            "encoder_hidden_states": torch.empty(1, length, config.text_embed_dim, device="meta"),
+            "encoder_attention_mask": torch.empty(1, length, device="meta"),
+            "pooled_projections": torch.empty(1, config.pooled_projection_dim, device="meta"),
+        }
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """Llama's states [B, max_sequence_length, 4096] and their mask, CLIP's pooled state [B, 768]; fp32, named as the network has them.

@@ -19,17 +19,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from accelerate import init_empty_weights
 from diffusers.models.attention_dispatch import AttentionBackendName, attention_backend, dispatch_attention_fn
 from diffusers.utils import logging
 from diffusers.video_processor import VideoProcessor
 from fastgrpo_kernels import dispatch
-from huggingface_hub import errors as hub
-from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastgrpo.hub import fetch_files, require_weights
 from fastgrpo.parallel import rank
 from fastgrpo.policies.fused import fuse
 from fastgrpo.text_cache import TextCache, embed_missing, fingerprint
@@ -79,36 +79,7 @@ def fetch(model: str, revision: str | None, patterns: Sequence[str]) -> Path:
     Raises:
         FileNotFoundError: neither a folder nor something that the hub has (and shows). ValueError: the hub has it and refuses.
     """
-    folder = Path(model).expanduser()
-    if folder.is_dir():
-        if revision is not None:
-            raise ValueError(f"policy.revision: expected none beside a local folder, got {revision!r} with {folder}")
-        return folder
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", model) or model.startswith("."):
-        raise FileNotFoundError(
-            f"policy.model: expected a folder in diffusers' format or a hub id OWNER/NAME, found no folder at {folder.absolute()}"
-        )
-    at = model if revision is None else f"{model} at revision {revision!r}"
-    login = "log in with `hf auth login` or set HF_TOKEN"
-    try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=list(patterns)))
-    except hub.GatedRepoError as error:
-        raise ValueError(
-            f"policy.model: {at} is gated: accept its terms at https://huggingface.co/{model} with your account, then {login}"
-        ) from error
-    except hub.RepositoryNotFoundError as error:
-        raise FileNotFoundError(
-            f"policy.model: found no folder at {folder.absolute()} and no model {model} on the hub. If it is private, {login}"
-        ) from error
-    except hub.RevisionNotFoundError as error:
-        raise FileNotFoundError(f"policy.revision: the hub has {model}, but no revision {revision!r} of it") from error
-    except hub.LocalEntryNotFoundError as error:
-        raise FileNotFoundError(
-            f"policy.model: found no folder at {folder.absolute()}, and {at} is not in the hub's local cache, nor can the hub be reached. "
-            f"Download it with `hf download {model}` where there is a network, or give a folder"
-        ) from error
-    except (hub.HfHubHTTPError, OSError) as error:
-        raise ValueError(f"policy.model: cannot fetch {at} from the hub: {error}") from error
+    return fetch_files(model, revision, patterns, "policy", "diffusers")
 
 
 def read_configs(folder: Path, pipeline: type, parts: Mapping[str, type]) -> dict[str, Any]:
@@ -160,17 +131,19 @@ def tokens(latent_shape: Sequence[int], patch: Sequence[int]) -> int:
     return math.prod(size // step for size, step in zip(latent_shape[1:], patch, strict=True))
 
 
-def load_part(kind: Any, folder: Path, name: str, dtype: torch.dtype) -> Any:
-    """A diffusers model from its folder, on the CPU, in `dtype` and eval mode.
+def load_part(kind: Any, folder: Path, name: str, dtype: torch.dtype, may_have_more: bool = False) -> Any:
+    """A model of diffusers or transformers from its folder, on the CPU, in `dtype` and eval mode.
+
+    may_have_more: whether the file may hold tensors that the model does not have.
 
     FileNotFoundError: no safetensors. ValueError: unreadable, or other tensors than the configuration says.
     """
-    _require_safetensors(folder / name)
+    require_weights(folder / name, "policy")
     try:
         module, info = kind.from_pretrained(folder, subfolder=name, dtype=dtype, output_loading_info=True, local_files_only=True)
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise ValueError(f"policy.model: expected a readable {kind.__name__} in {folder / name}, got {error}") from error
-    for key in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+    for key in ("missing_keys", "mismatched_keys", *(() if may_have_more else ("unexpected_keys",))):
         expect(not info[key], folder / name, "the tensors of its configuration", f"{key.split('_')[0]} {list(info[key])[:3]}")
     return module.eval()
 
@@ -184,16 +157,6 @@ def _read_json(folder: Path, name: str) -> dict[str, Any]:
         raise ValueError(f"policy.model: expected JSON in {folder / name}, got {error}") from error
     expect(isinstance(content, dict), folder / name, "a JSON object", type(content).__name__)
     return content
-
-
-def _require_safetensors(folder: Path) -> None:
-    files = {path.name for path in folder.glob("*.safetensors")}
-    for index in folder.glob("*.safetensors.index.json"):
-        missing = sorted(set(_read_json(folder, index.name).get("weight_map", {}).values()) - files)
-        if missing:
-            raise FileNotFoundError(f"policy.model: expected the files that {index} names, found no {missing[0]} ({len(missing)} missing)")
-    if not files:
-        raise FileNotFoundError(f"policy.model: expected safetensors in {folder}, found none")
 
 
 # ----------------------------------------------------------------------------------------------------------- text embeddings
@@ -214,14 +177,31 @@ def open_cache(folder: str, model: str, revision: str | None, **settings: object
 
 
 def load_text_pipeline(pipeline: Any, model: str, revision: str | None, dtype: torch.dtype, device: torch.device) -> Any:
-    """A pipeline with its text encoders (on `device`, in `dtype`) and tokenizers alone."""
+    """A pipeline with its text encoders (on `device`, in `dtype`) and tokenizers alone. FileNotFoundError, ValueError: as `load_part`."""
     folder = fetch(model, revision, TEXT_FILES)
-    for part in sorted(folder.glob("text_encoder*")):
-        _require_safetensors(part)
+    kinds = {name: part[1] for name, part in _read_json(folder, "model_index.json").items() if name.startswith("text_encoder") and part[1]}
+    # One by one: the pipeline would fill what the files lack with random numbers.
+    encoders = {name: load_part(getattr(transformers, kind), folder, name, dtype, may_have_more=True) for name, kind in kinds.items()}
+    tokenizers = {file.parent.name: load_tokenizer(file.parent) for file in folder.glob("tokenizer*/tokenizer.json")}
+    parts = encoders | tokenizers | {"transformer": None, "vae": None}
     try:
-        return pipeline.from_pretrained(folder, transformer=None, vae=None, dtype=dtype, local_files_only=True).to(device)
+        return pipeline.from_pretrained(folder, dtype=dtype, local_files_only=True, **parts).to(device)
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        raise ValueError(f"policy.model: expected readable text encoders in {folder}, got {error}") from error
+        raise ValueError(f"policy.model: expected readable tokenizers in {folder}, got {error}") from error
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """A tokenizer as its tokenizer.json describes it, where there is one. ValueError: unreadable.
+
+    transformers 5 builds those of some classes anew, from the vocabulary alone: LlamaTokenizerFast, HunyuanVideo's, then takes bytes for
+    SentencePiece's pieces and loses every space (https://github.com/huggingface/transformers/issues/45488); T5TokenizerFast, Wan's, loses
+    the bytes of characters that the vocabulary lacks.
+    """
+    kind: Any = transformers.PreTrainedTokenizerFast if (folder / "tokenizer.json").is_file() else transformers.AutoTokenizer
+    try:
+        return kind.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the tokenizers package raises nothing narrower
+        raise ValueError(f"policy.model: expected a readable tokenizer in {folder}, got {error}") from error
 
 
 def embed_texts(cache: TextCache, texts: Sequence[str], load: Callable[[], Any], encode: Callable[[Any, str], dict[str, Tensor]]) -> None:
@@ -248,12 +228,7 @@ def warn_of_cut_prompts(prompts: Sequence[str], tokenizer: Path, limit: int, tem
     doubtful = [text for text in map(template.format, prompts) if len(text.encode("utf-8", "surrogatepass")) + 4 > limit]
     if not doubtful or rank() != 0:
         return
-    from transformers import AutoTokenizer
-
-    try:
-        lengths = [len(ids) for ids in AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)(doubtful).input_ids]
-    except (OSError, ValueError) as error:
-        raise ValueError(f"policy.model: expected a readable tokenizer in {tokenizer}, got {error}") from error
+    lengths = [len(ids) for ids in load_tokenizer(tokenizer)(doubtful).input_ids]
     cut = sum(length > limit for length in lengths)
     if cut:
         warnings.warn(
@@ -287,6 +262,16 @@ def prepare_transformer(
         fuse(transformer)
     set_attention(transformer, attention, device, swapped)
     return swapped
+
+
+def use_meta(policy: Any, transformer: Any, vae: Any) -> None:
+    """Let a policy `use` a network and a VAE of these classes without weights, on the meta device, set as on a GPU with Triton."""
+    with torch.device("meta"):
+        parts = [kind.from_config(policy._configs[name]) for name, kind in (("transformer", transformer), ("vae", vae))]
+    policy.attention, policy.fused = "native", policy.fused is not False
+    with quiet_diffusers():  # of which nothing is to be kept in fp32
+        parts[1].to(DTYPES[policy.vae_dtype])
+    policy.use(*parts, torch.device("meta"))
 
 
 def fused_serves(device: torch.device) -> bool:

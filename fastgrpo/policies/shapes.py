@@ -103,6 +103,13 @@ class ShapesPolicy:
         codec = load_codec(codec_file if codec_file.is_file() else SHIPPED_CHECKPOINT / CODEC_FILE)
         self.use(transformer, codec, device)
 
+    def load_meta(self) -> Conditioning:
+        """What `dry_run.load_meta` does to a copy: the networks, which ship with their weights, on the meta device; a conditioning."""
+        self.load(torch.device("cpu"))
+        conditioning = self.encode([""])
+        self.use(self.transformer, self._codec, torch.device("meta"))
+        return conditioning
+
     def use(self, transformer: WanTransformer3DModel, codec: Codec, device: torch.device) -> None:
         """Take a network and a codec that are already in memory, instead of `load`."""
         self.transformer = transformer.to(device).eval()

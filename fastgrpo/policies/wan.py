@@ -124,6 +124,12 @@ class WanPolicy:
             self.vae.enable_tiling()
         self._device = device
 
+    def load_meta(self) -> Conditioning:
+        """What `dry_run.load_meta` does to a copy: networks without weights, from configuration files; one prompt's conditioning."""
+        pretrained.use_meta(self, WanTransformer3DModel, AutoencoderKLWan)
+        shape = 1, self.max_sequence_length, self.transformer.config.text_dim
+        return {"encoder_hidden_states": torch.empty(shape, device="meta")}
+
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """{"encoder_hidden_states": [B, max_sequence_length, 4096] fp32}, zero after a prompt's end; "" is the negative prompt.
 

@@ -202,7 +202,7 @@ class ShapesJudge:
         """Remember where to compute; the judge has no weights."""
         self._device = device
 
-    def score(self, videos: Tensor, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    def score(self, videos: Tensor, prompts: Sequence[str], fps: float) -> tuple[Tensor, Tensor]:
         """Stage scores [B, 3] float64 in [0, 1] and validity [B] bool of videos [B, 8, 3, 16, 16], uint8 or float in [0, 1].
 
         A video with a non-finite pixel is invalid and its row is 0. ValueError for another shape or a prompt outside the grammar.

@@ -301,6 +301,12 @@ def test_sample_with_options_of_its_own(finished: Path, fastgrpo: Any, tmp_path:
     assert [name.partition("_")[2] for name in first] == ["a-red-cross-moving-up", "a-blue-square-moving-left"]
     assert fastgrpo("sample", finished, *arguments, "--seed", "77").code == 0
     assert all(not np.array_equal(first[name], other) for name, other in stills(tmp_path / "out" / "base").items())
+    (tmp_path / "out" / "base" / "mine.png").write_bytes((tmp_path / "out" / "comparison.png").read_bytes())
+    (tmp_path / "mine.txt").write_text("a green square moving left\n")
+    assert fastgrpo("sample", finished, *arguments).code == 0
+    assert sorted(path.name for path in (tmp_path / "out" / "base").iterdir()) == [
+        "00_a-green-square-moving-left.mp4", "00_a-green-square-moving-left.png", "mine.png", "samples.json",
+    ], "an evaluation of the folder would take what is left of an earlier call for this one's"  # fmt: skip
 
 
 def test_sample_refuses(finished: Path, fastgrpo: Any, tmp_path: Path) -> None:
@@ -315,11 +321,13 @@ def test_sample_refuses(finished: Path, fastgrpo: Any, tmp_path: Path) -> None:
     strange = fastgrpo("sample", finished, "--prompts", tmp_path / "strange.txt")
     (tmp_path / "strange.txt").write_text("")
     empty = fastgrpo("sample", finished, "--prompts", tmp_path / "strange.txt")
+    none = fastgrpo("sample", finished, "--num_videos", "0")
     for refused, word in (
         (missing, "iteration_000099"),
         (damaged, "__0_0.distcp"),
         (strange, "something else"),
         (empty, "at least one caption"),
+        (none, "num_videos: expected at least 1"),
     ):
         assert refused.code == 2
         (line,) = refused.err.splitlines()
@@ -361,7 +369,7 @@ def test_checkpoint_of_an_average_loads_the_average(
     from fastgrpo.policies.shapes import new_transformer
 
     network = new_transformer()
-    checkpoint.load_weights((finished / "checkpoints" / "latest").resolve(), network)
+    checkpoint.load_weights((finished / "checkpoints" / "latest").resolve(), network, ema=True)
     state = tensors(finished / "checkpoints" / "latest")
     for name, weights in network.state_dict().items():
         assert torch.equal(weights, state[f"ema/{name}"])

@@ -206,12 +206,38 @@ def test_a_run_in_which_nothing_can_be_scored_stops(tmp_path: Path, train: Train
     """Captions start with "a": the judge sees none of them. Every iteration counts as an update that could not be made."""
     run = train(
         tmp_path / "run", "--reward.class_path", "tiny_parts.CaptionJudge", "--reward.blind", "a ", "--iterations", "9",
-        "--update.max_skipped_updates", "2",
+        "--update.max_skipped_updates", "2", "--scoring.max_invalid_share", "1",
     )  # fmt: skip
     assert run.code == 1
     assert [row["iteration"] for row in run.rows] == [0, 1, 2]
     assert "no video had a score" in run.out
     assert (run.folder / "checkpoints" / "latest").resolve().name == "iteration_000002"
+
+
+def test_a_run_stops_where_more_than_the_set_share_has_no_score(tmp_path: Path, train: Train) -> None:
+    """Half the videos of every group go without a score, which the default allows and 0.4 does not."""
+    arguments = ["--reward.class_path", "tiny_parts.HalfJudge", "--reward.error", "gone", "--iterations", "3"]
+    whole = train(tmp_path / "allowed", *arguments)
+    assert whole.code == 0
+    assert [row["num_invalid_videos"] for row in whole.trained_rows] == [4, 4, 4]
+    run = train(tmp_path / "run", *arguments, "--scoring.max_invalid_share", "0.4")
+    assert run.code == 1
+    assert [row["iteration"] for row in run.rows] == [0, 1]
+    assert "50% of its videos got no score, and scoring.max_invalid_share is 40%; the judge: gone" in run.out
+    on = train(tmp_path / "run", *arguments, "--scoring.max_invalid_share", "0.5", "--resume", "auto")
+    assert on.code == 0
+    for row, expected in zip(on.trained_rows, whole.trained_rows, strict=True):
+        assert row["reward"] == expected["reward"]
+
+
+def test_what_a_judge_counts_and_says_of_itself_is_kept(tmp_path: Path, train: Train) -> None:
+    arguments = ["--reward.class_path", "tiny_parts.HalfJudge", "--reward.error", "gone", "--iterations", "1"]
+    run = train(tmp_path / "run", *arguments)
+    assert [row["judge/asked"] for row in run.trained_rows] == [3 + 2 * 4]  # the evaluation, and the iteration
+    assert run.trained_rows[0]["time/backpressure"] >= 0
+    assert json.loads((run.folder / "judge.json").read_text()) == {"error": "gone"}
+    changed = train(tmp_path / "run", *arguments, "--reward.error", "lost", "--iterations", "2", "--resume", "auto")
+    assert "resume: the judge has changed since the run began: error: 'gone' -> 'lost'" in changed.out
 
 
 def test_a_run_that_stopped_for_them_goes_on_when_they_are_gone(tmp_path: Path, train: Train, poison: Any) -> None:
@@ -243,7 +269,7 @@ def test_latents_that_are_not_finite_make_invalid_videos(tmp_path: Path, train: 
         return velocity
 
     poison(change)
-    run = train(tmp_path / "run", "--iterations", "5")
+    run = train(tmp_path / "run", "--iterations", "5", "--scoring.max_invalid_share", "1")
     assert run.code == 0
     assert [row["num_invalid_videos"] for row in run.trained_rows] == [0, 3, 1, 8, 0]
     assert [row["num_skipped_groups"] for row in run.trained_rows] == [0, 1, 0, 2, 0]

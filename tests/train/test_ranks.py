@@ -136,7 +136,7 @@ def test_ranks_with_nothing_to_train_keep_step(tmp_path: Path, tiny: Any, train:
     assert [row["grad_norm"] is None for row in two] == [False, False, False, True, False]
     hashes = [(tmp_path / f"rank_{rank}.txt").read_text().split() for rank in (0, 1)]
     assert hashes[0] == hashes[1]
-    assert len(hashes[0]) == 7, "two evaluations and five rollouts"
+    assert len(hashes[0]) == 9, "two evaluations, of two prompts a rank one after the other, and five rollouts"
     assert len(set(hashes[0])) == 5, "untrained twice, moved four times"
     assert hashes[0][4] == hashes[0][5], "iteration 4 trains nothing, so that 5 has the weights of 4"
 

@@ -25,11 +25,14 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 from fastgrpo import __main__ as command_line
+from fastgrpo.commands import sample
+from fastgrpo.commands.export import model_card
 from fastgrpo.commands.sample import Unscored, pipeline_scheduler, sample_with_scheduler
-from fastgrpo.config import RolloutConfig
+from fastgrpo.config import RolloutConfig, parse_config
 from fastgrpo.policies.hunyuan_video import HunyuanVideoPolicy
 from fastgrpo.policies.wan import WanPolicy
 from fastgrpo.rewards.scoring import ScoringQueue
+from fastgrpo.rollout import start_rollout
 from fastgrpo.trajectory import derive_seed
 
 CAPTIONS = ["a red square moving right", "a dog runs", "a cat sleeps in the sun", "a boat on a lake"]
@@ -192,6 +195,17 @@ def test_export_of_the_embedded_world(train: Any, start: Any, tmp_path: Path) ->
     assert 'WanTransformer3DModel.from_pretrained("THIS_FOLDER")' in (first / "README.md").read_text()
 
 
+def test_a_card_says_whose_scores_it_shows() -> None:
+    """The evaluations of a run with an average are the average's."""
+    config, _, _ = parse_config(["--config", "fastgrpo/recipes/shapes.yaml", "--update.ema_decay", "0.5"])
+    config.policy.load(torch.device("cpu"))
+    rows = [{"iteration": 0, "eval/rewards/first/mean": 0.5, "rewards/first/mean": 0.25}]
+    cards = [model_card(config, rows, 3, ema).text for ema in (False, True)]
+    assert all("0.500 (iteration 0)" in card for card in cards)
+    assert ["export --ema true" in card for card in cards] == [True, False]
+    assert ["averaged with decay 0.5" in card for card in cards] == [False, True]
+
+
 @pytest.mark.slow
 def test_sample(wan_run: Path, environment: dict[str, str], tmp_path: Path) -> None:
     """Both schedulers, other sizes, a judge whose module is not there; under torchrun the same videos as in one process."""
@@ -317,8 +331,9 @@ def test_hunyuan_video(
 
 @pytest.mark.parametrize("kind", ["wan", "hunyuan_video"])
 def test_the_pipelines_scheduler_makes_the_pipelines_video(
-    kind: str, request: pytest.FixtureRequest, one_rank: Any, tmp_path: Path
+    kind: str, request: pytest.FixtureRequest, one_rank: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """With the memory of one video's rollout at a time."""
     folder: Path = request.getfixturevalue("wan_folder" if kind == "wan" else "hunyuan_folder")
     policy_class, pipeline_class = (WanPolicy, WanPipeline) if kind == "wan" else (HunyuanVideoPolicy, HunyuanVideoPipeline)
     policy = policy_class(str(folder), text_cache=str(tmp_path), text_dtype="fp32", max_sequence_length=64)
@@ -327,6 +342,8 @@ def test_the_pipelines_scheduler_makes_the_pipelines_video(
     cfg = RolloutConfig(
         height=32, width=32, num_frames=5, num_inference_steps=3, num_generations=1, guidance_scale=5.0 if kind == "wan" else 1.0
     )
+    rooms: list[int] = []
+    monkeypatch.setattr(sample, "start_rollout", lambda *a, **k: (rollout := start_rollout(*a, **k), rooms.append(len(rollout.latents)))[0])
     judge, pipe = ScoringQueue(Unscored()), pipeline_class.from_pretrained(folder)
     scheduler = pipeline_scheduler(policy, "ode")
     made = sample_with_scheduler(policy, judge, CAPTIONS[:2], cfg, scheduler, seed=7, device=one_rank, compute_dtype=torch.float32)
@@ -342,6 +359,7 @@ def test_the_pipelines_scheduler_makes_the_pipelines_video(
         expected = pipe(caption, **size, **guidance, latents=noise, output_type="pt").frames[0]
         assert (made.videos[slot].float() / 255 - expected).abs().max() < 1.5 / 255
     assert made.scores_PGK == [[[]], [[]]]
+    assert rooms == [1, 1]
 
 
 def test_the_pipelines_scheduler_refuses(tiny_policy: Any, wan_folder: Path) -> None:

@@ -139,7 +139,7 @@ def test_without_adapters_is_the_base_and_a_checkpoint_holds_what_is_trained(tra
     assert all("lora" in name for name in trained) == lora
     path = checkpoint.save(tmp_path, 1, one.tensors(), one.state_dict(), 1)
     policy: Any = TinyWan(lora=lora)
-    checkpoint.load_weights(path, policy.transformer)
+    checkpoint.load_weights(path, policy.transformer, ema=True)
     for name, weights in policy.transformer.named_parameters():
         if weights.requires_grad:
             assert torch.equal(weights, state_of(one)[f"ema/{name}"])

@@ -318,13 +318,13 @@ def test_a_kill_while_an_iteration_is_done_again_leaves_the_one_before(one_rank:
 
 
 @pytest.mark.parametrize("with_ema", [False, True])
-def test_weights_are_loaded_and_the_average_where_there_is_one(one_rank: Any, tmp_path: Path, with_ema: bool) -> None:
+def test_weights_are_loaded_or_their_average(one_rank: Any, tmp_path: Path, with_ema: bool) -> None:
     network = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
     network[1].running_mean += 7.0
     ema = {name: p.detach() + 0.5 for name, p in network.named_parameters()}
-    path = save(tmp_path, 1, {"model": network.state_dict()} | ({"ema": ema} if with_ema else {}), {}, 1)
+    path = save(tmp_path, 1, {"model": network.state_dict(), "ema": ema}, {}, 1)
     fresh = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
-    load_weights(path, fresh)
+    load_weights(path, fresh, with_ema)
     assert_equal(dict(fresh.state_dict()), dict(network.state_dict()) | (ema if with_ema else {}))
 
 
@@ -334,10 +334,21 @@ def test_weights_of_adapters_leave_the_frozen_ones(one_rank: Any, tmp_path: Path
     network[1].requires_grad_(True)
     trained = {f"1.{name}": tensor.detach() + 1.0 for name, tensor in network[1].named_parameters()}
     ema = {name: tensor + 1.0 for name, tensor in trained.items()}
-    path = save(tmp_path, 1, {"model": trained} | ({"ema": ema} if with_ema else {}), {}, 1)
+    path = save(tmp_path, 1, {"model": trained, "ema": ema}, {}, 1)
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    load_weights(path, network)
+    load_weights(path, network, with_ema)
     assert_equal(dict(network.state_dict()), before | (ema if with_ema else trained))
+
+
+def test_weights_of_another_network_are_one_clear_error(one_rank: Any, tmp_path: Path) -> None:
+    """torch's own is no Exception, so that a command would end in a traceback; as of an average that was not kept."""
+    path = save(tmp_path, 1, {"model": nn.Sequential(nn.Linear(3, 2)).state_dict()}, {}, 1)
+    wider, deeper = nn.Sequential(nn.Linear(4, 2)), nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
+    for network, ema, problem in ((wider, False, "Size mismatch.*model.0.weight"), (deeper, False, "model.1"), (wider, True, "ema.0")):
+        with pytest.raises(ValueError, match=f"iteration_000001: expected the tensors of this network: .*{problem}"):
+            load_weights(path, network, ema)
+    with pytest.raises(ValueError, match=r"expected the tensors of this network: Size mismatch"):
+        load(tmp_path, {"model": wider.state_dict()})
 
 
 def test_two_ranks_write_one_checkpoint_and_load_it(run_ranks: Callable[..., list[Any]], tmp_path: Path) -> None:

@@ -244,6 +244,7 @@ def sharded(policy: RealPolicy, cast_forward_inputs: bool) -> RealPolicy:
 
 
 @pytest.mark.usefixtures("one_rank")
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view")  # as sharding.prepare does
 @pytest.mark.parametrize("lora", [None, LoRA(rank=4, alpha=8)], ids=["full", "lora"])
 def test_sharded_blocks_run_the_operations(make: Callable[..., RealPolicy], lora: LoRA | None) -> None:
     policy, whole = sharded(make(fused=True, lora=lora), cast_forward_inputs=False), make(fused=True, lora=lora)

@@ -13,7 +13,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import gpu_check, registry, throughput  # noqa: E402
+from benchmarks import gpu_check, judge, registry, throughput  # noqa: E402
 
 
 def part(name: str, script: str, seconds: float = 20.0, missing: str = "") -> gpu_check.Part:
@@ -49,7 +49,9 @@ def test_the_generators_are_a_command_of_their_own(tmp_path: Path, capsys: pytes
     assert build.name == "build"
     order = ["1.3B, forward", "1.3B, units", "1.3B, iteration", "14B", "HunyuanVideo"]
     assert [p.name for p in parts] == order
-    assert [p.name for p in gpu_check.plan(tmp_path)] == [p.name for p in [*gpu_check.plan(tmp_path, "kernels"), *parts]]
+    (_, judging), every = gpu_check.plan(tmp_path, "judge"), gpu_check.plan(tmp_path)
+    assert [p.name for p in every] == [p.name for p in [*gpu_check.plan(tmp_path, "kernels"), *parts, judging]]
+    assert (judge._parse(judging.command[2:]).model, judge._parse(judging.command[2:]).csv) == ("qwen2.5-vl-7b", tmp_path)
     measured = []
     for p in parts:
         options, overrides = throughput._parse(p.command[2:])

@@ -174,8 +174,8 @@ def test_a_video_without_a_score_is_in_no_mean_and_not_trained(
     seen: list[tuple[list[list[float]], list[bool]]] = []
 
     class Blind(tiny_judge):  # type: ignore[misc]
-        def score(self, videos: torch.Tensor, prompts: Any) -> tuple[torch.Tensor, torch.Tensor]:
-            scores, _ = super().score(videos, prompts)
+        def score(self, videos: torch.Tensor, prompts: Any, fps: float) -> tuple[torch.Tensor, torch.Tensor]:
+            scores, _ = super().score(videos, prompts, fps)
             valid = torch.tensor([len(seen) + i not in (1, 2, 7) for i in range(len(videos))])
             seen.extend(zip(scores.tolist(), valid.tolist(), strict=True))  # type: ignore[arg-type]
             return scores, valid

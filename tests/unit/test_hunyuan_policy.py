@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import json
 import shutil
@@ -16,6 +17,8 @@ from diffusers import HunyuanVideoPipeline, HunyuanVideoTransformer3DModel
 from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
 from torch import Tensor
 
+from fastgrpo import sharding
+from fastgrpo.config import ParallelConfig
 from fastgrpo.interfaces import Conditioning, Policy
 from fastgrpo.policies import pretrained
 from fastgrpo.policies.hunyuan_video import LORA_TARGETS, HunyuanVideoPolicy, attend_without_mask
@@ -90,6 +93,21 @@ def test_encode_is_the_pipelines(policy: HunyuanVideoPolicy, pipe: HunyuanVideoP
     assert all(torch.equal(made[name][1:2], tensor) for name, tensor in alone.items())
 
 
+def test_its_tokenizer_is_taken_as_it_was_saved(policy: HunyuanVideoPolicy, hunyuan_folder: Path, tmp_path: Path) -> None:
+    """Of a LlamaTokenizerFast, as HunyuanVideoPipeline has it, transformers 5 makes one that drops every space."""
+    folder = Path(shutil.copytree(hunyuan_folder, tmp_path / "model"))
+    for file, values in (
+        ("model_index.json", {"tokenizer": ["transformers", "LlamaTokenizerFast"]}),
+        ("tokenizer/tokenizer_config.json", {"tokenizer_class": "LlamaTokenizer"}),
+    ):
+        (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | values))
+    named = HunyuanVideoPolicy(str(folder), text_cache=str(tmp_path / "cache"), text_dtype="fp32")
+    named.embed(PROMPTS, CPU)
+    for prompt in PROMPTS:
+        came, expected = (p._cache.get(prompt) for p in (named, policy))
+        assert all(torch.equal(came[name], tensor) for name, tensor in expected.items())
+
+
 # --------------------------------------------------------------------------------------------------------------- the velocity
 
 
@@ -155,6 +173,22 @@ def test_the_blocks_of_one_video_get_no_mask(policy: HunyuanVideoPolicy) -> None
     own = len(policy._cache.get(PROMPTS[0])["prompt_embeds"])
     assert seen["lengths"] == [own] * len(blocks) + [256] * len(blocks)
     assert [mask is None for mask in seen["masks"]] == [True] * len(blocks) + [False] * len(blocks)
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_its_blocks_compile(make: Callable[..., HunyuanVideoPolicy], policy: HunyuanVideoPolicy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four kinds of blocks, with and without gradients: more compilations than torch allows of one function."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    compiled, text = make(), policy.encode(PROMPTS[:1])
+    sharding.prepare(compiled.transformer, ParallelConfig(compile=True), CPU, torch.float32)
+    with torch.no_grad():
+        rollout, expected = (p.velocity(*inputs(policy), text) for p in (compiled, policy))
+    update = compiled.velocity(*inputs(policy), text)
+    update.sum().backward()
+    assert torch.equal(rollout, expected)
+    assert torch.equal(update, expected)
+    torch._dynamo.reset()
 
 
 def test_a_prompts_bits_do_not_depend_on_the_others(policy: HunyuanVideoPolicy) -> None:

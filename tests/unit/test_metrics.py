@@ -6,8 +6,10 @@ import math
 import statistics
 
 import pytest
+import torch
 
-from fastgrpo.grpo import Group, concatenate, mean, reward_metrics, update_metrics, worst
+import fastgrpo.grpo
+from fastgrpo.grpo import Group, concatenate, judge_metrics, mean, memory_metrics, reward_metrics, update_metrics, worst
 from fastgrpo.self_paced import GroupStatistics
 from fastgrpo.update import UpdateStatistics
 
@@ -103,3 +105,20 @@ def test_mean_and_concatenate() -> None:
     assert mean([0.1] * 10) == 0.1  # rounded once
     assert math.isnan(mean([]))
     assert concatenate([[1], [], [2, 3]]) == [1, 2, 3]
+
+
+def test_what_the_judges_of_all_ranks_count() -> None:
+    """Counts are summed, 0 among them; of the times that sampling stood still the longest, since the ranks wait for each other."""
+    ranks = [({"answers": 24, "no_number": 0}, 0.5), ({"answers": 21, "no_number": 0, "requests": 7}, 2.0)]
+    assert judge_metrics(ranks) == {"judge/answers": 45, "judge/no_number": 0, "judge/requests": 7, "time/backpressure": 2.0}
+    assert judge_metrics([({}, 0.0)]) == {"time/backpressure": 0.0}
+
+
+def test_memory_is_of_the_rank_that_takes_most_and_begins_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert memory_metrics(torch.device("cpu")) == {}
+    reset = []
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3_000_000_000)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset.append)
+    monkeypatch.setattr(fastgrpo.grpo, "gather", lambda value: [value, 2 * value, 0])
+    assert memory_metrics(torch.device("cuda", 1)) == {"memory/peak_gb": 6.0}
+    assert reset == [torch.device("cuda", 1)]

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import Qwen2_5_VLConfig
 
+from benchmarks.judge import CONFIGS
 from fastgrpo import dry_run, memory, sharding
 from fastgrpo.commands import plan
 from fastgrpo.config import ParallelConfig, PromptsConfig, RolloutConfig, TrainConfig, UpdateConfig, parse_config
@@ -429,8 +431,20 @@ def test_which_policies_can_be_planned() -> None:
     class Other:
         pass
 
-    assert dry_run.can_load_meta(ShapesPolicy())
+    for policy in (ShapesPolicy(), WanPolicy("a/b"), HunyuanVideoPolicy("a/b")):
+        assert dry_run.can_load_meta(policy)
     assert not dry_run.can_load_meta(Other())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("fused", "swapped"), [("auto", True), (False, False)])
+def test_a_plan_leaves_the_policy_as_it_was(models: Path, fused: Any, swapped: bool) -> None:
+    """`use_meta` changes a copy: the attention's package need not be here, the fused operations are those of a GPU."""
+    policy = WanPolicy(str(models / "wan_1.3b"), attention="flash", fused=fused, vae_dtype="bf16")
+    twin, _ = dry_run.load_meta(policy)
+    assert (policy.attention, policy.fused) == ("flash", fused)
+    assert not hasattr(policy, "transformer")
+    assert twin.is_fused == swapped
+    assert {(p.device.type, p.dtype) for p in twin.vae.parameters()} == {("meta", torch.bfloat16)}
 
 
 def test_an_optimizer_that_cannot_step_shards_is_refused() -> None:
@@ -445,9 +459,15 @@ def test_an_optimizer_that_cannot_step_shards_is_refused() -> None:
 @pytest.mark.parametrize(
     ("name", "model", "gpus"), [("wan2.1_t2v_1.3b", "wan_1.3b", 8), ("wan2.1_t2v_14b", "wan_14b", 16), ("hunyuanvideo", "hunyuan", 16)]
 )
-def test_the_papers_recipes_fit_the_papers_gpus(models: Path, name: str, model: str, gpus: int) -> None:
-    recipe_and_judge = ["--config", f"fastgrpo/recipes/{name}.yaml", "--reward", "fastgrpo.shapes.judge.ShapesJudge"]
-    config, _, _ = parse_config([*recipe_and_judge, "--policy.init_args.model", str(models / model)])
+def test_the_papers_recipes_fit_the_papers_gpus(models: Path, tmp_path: Path, name: str, model: str, gpus: int) -> None:
+    """With their own judges: that of the 1.3B lies on the trainer's GPUs, the others are served elsewhere."""
+    own_judge = []
+    if gpus == 8:
+        Qwen2_5_VLConfig(**CONFIGS["qwen2.5-vl-7b"]).save_pretrained(tmp_path)
+        own_judge = ["--reward.init_args.engine.init_args.model", str(tmp_path)]
+    recipe = ["--config", f"fastgrpo/recipes/{name}.yaml", "--policy.init_args.model", str(models / model)]
+    config, _, _ = parse_config([*recipe, *own_judge])
+    assert getattr(config.reward, "memory_bytes", None) == (2 * 8_292_166_656 if gpus == 8 else 0)
     memory.check_fits(config, 80e9 - memory.RESERVE, gpus)
     counts = memory.count(config)
     _, needed = memory.peak(memory.memory(config, counts, memory.resolve(config.parallel, gpus), gpus))

@@ -30,7 +30,7 @@ class Judge:
     def load(self, device: torch.device) -> None:
         pass
 
-    def score(self, videos: Tensor, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    def score(self, videos: Tensor, prompts: Sequence[str], fps: float) -> tuple[Tensor, Tensor]:
         self.before()
         self.calls.append(list(prompts))
         self.threads.add(threading.get_ident())
@@ -59,15 +59,15 @@ def opened() -> Iterator[Callable[..., ScoringQueue]]:
 def test_scores_come_in_groups_in_the_order_given(opened: Callable[..., ScoringQueue]) -> None:
     judge = Judge()
     queue = opened(judge)
-    queue.submit(videos(0.125, 0.25, 0.5), ["a", "a", "b"])
-    queue.submit(videos(1.0), ["b"])
+    queue.submit(videos(0.125, 0.25, 0.5), ["a", "a", "b"], 8.0)
+    queue.submit(videos(1.0), ["b"], 8.0)
     scores, valid = queue.collect(2)
     assert scores == [[[0.125, 0.0625], [0.25, 0.125]], [[0.5, 0.25], [1.0, 0.5]]]
     assert valid == [[True, True], [True, True]]
     assert judge.calls == [["a", "a", "b"], ["b"]]
     assert threading.get_ident() not in judge.threads  # sampling goes on meanwhile
     assert queue.collect(2) == ([], [])
-    queue.submit(videos(0.75, 0.0), ["c", "c"])
+    queue.submit(videos(0.75, 0.0), ["c", "c"], 8.0)
     assert queue.collect(2)[0] == [[[0.75, 0.375], [0.0, 0.0]]]
 
 
@@ -79,7 +79,7 @@ def test_neither_batches_nor_delays_change_the_order(sizes: list[int], pauses: l
     values = [i / 32 for i in range(sum(sizes))]
     at = 0
     for size in sizes:
-        queue.submit(videos(*values[at : at + size]), ["a"] * size)
+        queue.submit(videos(*values[at : at + size]), ["a"] * size, 8.0)
         at += size
     scores, _ = queue.collect(len(values))
     queue.close()
@@ -94,7 +94,7 @@ def test_no_more_than_max_pending_wait(opened: Callable[..., ScoringQueue]) -> N
 
     def sampler() -> None:
         for i in range(5):
-            queue.submit(videos(i / 8), ["a"])
+            queue.submit(videos(i / 8), ["a"], 8.0)
             submitted.append(i)
 
     def reaches(count: int) -> bool:
@@ -117,12 +117,49 @@ def test_no_more_than_max_pending_wait(opened: Callable[..., ScoringQueue]) -> N
     assert queue.collect(5)[0] == [[[i / 8, i / 16] for i in range(5)]]
 
 
+def test_a_judge_is_called_as_often_at_a_time_as_it_allows(opened: Callable[..., ScoringQueue]) -> None:
+    """Three calls meet at a barrier, which one thread alone would never pass; their order is that of submission all the same."""
+    meet = threading.Barrier(3)
+    judge = Judge(lambda: meet.wait(10))
+    judge.concurrency = 3  # type: ignore[attr-defined]
+    queue = opened(judge, max_pending=1)  # fewer than may run would leave threads idle
+    for i in range(6):
+        queue.submit(videos(i / 8), ["a"], 8.0)
+    assert queue.collect(6)[0] == [[[i / 8, i / 16] for i in range(6)]]
+    assert len(judge.threads) == 3
+
+
+def test_the_wait_for_a_place_is_measured(opened: Callable[..., ScoringQueue]) -> None:
+    queue = opened(Judge(lambda: time.sleep(0.1)), max_pending=1)
+    queue.submit(videos(0.5), ["a"], 8.0)
+    assert queue.blocked_seconds() == 0
+    queue.submit(videos(0.5), ["a"], 8.0)
+    assert queue.blocked_seconds() > 0.01
+    assert queue.blocked_seconds() == 0  # since the last call
+    queue.collect(2)
+
+
+def test_what_a_judge_counts_and_its_errors_are_handed_on(opened: Callable[..., ScoringQueue]) -> None:
+    class Accountable(Judge):
+        def counters(self) -> dict[str, int]:
+            return {"asked": len(self.calls)}
+
+        def last_errors(self) -> dict[str, str]:
+            return {"there": "none"}
+
+    silent, queue = opened(Judge()), opened(Accountable())
+    assert (silent.counters(), silent.last_errors()) == ({}, {})
+    queue.submit(videos(0.5), ["a"], 8.0)
+    queue.collect(1)
+    assert (queue.counters(), queue.last_errors()) == ({"asked": 1}, {"there": "none"})
+
+
 def test_the_list_of_captions_is_taken_as_it_was(opened: Callable[..., ScoringQueue]) -> None:
     go = threading.Event()
     judge = Judge(go.wait)
     queue = opened(judge)
     captions = ["a"]
-    queue.submit(videos(0.5), captions)
+    queue.submit(videos(0.5), captions, 8.0)
     captions[0] = "changed"
     go.set()
     queue.collect(1)
@@ -139,14 +176,14 @@ class Broken(Judge):
         super().__init__()
         self.answer = torch.tensor(scores), torch.ones(len(scores), dtype=torch.bool) if valid is None else torch.tensor(valid)
 
-    def score(self, videos: Tensor, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    def score(self, videos: Tensor, prompts: Sequence[str], fps: float) -> tuple[Tensor, Tensor]:
         return self.answer
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_score_that_is_not_finite_makes_its_video_invalid(opened: Callable[..., ScoringQueue], bad: float) -> None:
     queue = opened(Broken([[0.5, 0.5], [0.5, bad], [bad, 0.5], [0.0, 1.0]]))
-    queue.submit(videos(0, 0, 0, 0), ["a"] * 4)
+    queue.submit(videos(0, 0, 0, 0), ["a"] * 4, 8.0)
     scores, valid = queue.collect(4)
     assert valid == [[True, False, False, True]]
     assert (scores[0][0], scores[0][3]) == ([0.5, 0.5], [0.0, 1.0])
@@ -154,10 +191,10 @@ def test_a_score_that_is_not_finite_makes_its_video_invalid(opened: Callable[...
 
 def test_validity_as_numbers_will_do(opened: Callable[..., ScoringQueue]) -> None:
     queue = opened(Broken([[0.5, 0.5], [0.5, 7.0], [0.25, 0.5]], [1, 0, 1]))
-    queue.submit(videos(0, 0, 0), ["a"] * 3)
+    queue.submit(videos(0, 0, 0), ["a"] * 3, 8.0)
     assert queue.collect(3)[1] == [[True, False, True]]
     wrong = opened(Broken([[0.5, 0.5], [0.5, 7.0]], [1, 1]))
-    wrong.submit(videos(0, 0), ["a"] * 2)
+    wrong.submit(videos(0, 0), ["a"] * 2, 8.0)
     with pytest.raises(ValueError, match=r"got \[0\.5, 7\.0\]"):
         wrong.collect(2)
 
@@ -165,7 +202,7 @@ def test_validity_as_numbers_will_do(opened: Callable[..., ScoringQueue]) -> Non
 @pytest.mark.parametrize("bad", [-1e-9, 1.0000001, 7.5])
 def test_a_score_outside_0_to_1_is_the_judges_error(opened: Callable[..., ScoringQueue], bad: float) -> None:
     queue = opened(Broken([[0.5, 0.5], [0.25, bad]]))
-    queue.submit(videos(0, 0), ["a"] * 2)
+    queue.submit(videos(0, 0), ["a"] * 2, 8.0)
     with pytest.raises(ValueError, match=r"\[0, 1\] from Broken") as caught:
         queue.collect(2)
     assert "0.25" in str(caught.value)  # the row that is wrong
@@ -173,7 +210,7 @@ def test_a_score_outside_0_to_1_is_the_judges_error(opened: Callable[..., Scorin
 
 def test_the_scores_of_an_invalid_video_are_not_read(opened: Callable[..., ScoringQueue]) -> None:
     queue = opened(Broken([[7.5, 0.5], [0.25, math.nan], [0.5, 0.5]], [False, False, True]))
-    queue.submit(videos(0, 0, 0), ["a"] * 3)
+    queue.submit(videos(0, 0, 0), ["a"] * 3, 8.0)
     assert queue.collect(3)[1] == [[False, False, True]]
 
 
@@ -189,7 +226,7 @@ def test_the_scores_of_an_invalid_video_are_not_read(opened: Callable[..., Scori
 )
 def test_wrong_shapes_are_the_judges_error(opened: Callable[..., ScoringQueue], scores: Any, valid: Any, came: str) -> None:
     queue = opened(Broken(scores, valid))
-    queue.submit(videos(0, 0), ["a"] * 2)
+    queue.submit(videos(0, 0), ["a"] * 2, 8.0)
     with pytest.raises(ValueError, match=r"\(2, 2\) and validity \(2,\) from Broken") as caught:
         queue.collect(2)
     assert f"got {came}" in str(caught.value)
@@ -201,7 +238,7 @@ def fail() -> None:
 
 def test_the_judges_exception_comes_out_of_collect(opened: Callable[..., ScoringQueue]) -> None:
     queue = opened(Judge(fail))
-    queue.submit(videos(0.5), ["a"])
+    queue.submit(videos(0.5), ["a"], 8.0)
     with pytest.raises(ConnectionError, match="no answer"):
         queue.collect(1)
 
@@ -214,24 +251,41 @@ def test_a_full_queue_lets_it_out_of_submit(opened: Callable[..., ScoringQueue])
         fail()
 
     queue = opened(Judge(wait_and_fail), max_pending=1)
-    queue.submit(videos(0.5), ["a"])
+    queue.submit(videos(0.5), ["a"], 8.0)
     threading.Timer(0.05, go.set).start()
     with pytest.raises(ConnectionError, match="no answer"):
-        queue.submit(videos(0.5), ["a"])
+        queue.submit(videos(0.5), ["a"], 8.0)
 
 
 def test_scores_are_float64_on_the_host_without_a_gradient(opened: Callable[..., ScoringQueue]) -> None:
     weight = torch.tensor(0.5, requires_grad=True)
 
     class Differentiable(Judge):
-        def score(self, videos: Tensor, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        def score(self, videos: Tensor, prompts: Sequence[str], fps: float) -> tuple[Tensor, Tensor]:
             assert not torch.is_grad_enabled()
             return (weight * torch.tensor([[0.2, 0.4]])), torch.tensor([True])
 
     queue = opened(Differentiable())
-    queue.submit(videos(0.0), ["a"])
+    queue.submit(videos(0.0), ["a"], 8.0)
     scores, _ = queue.collect(1)
     assert scores == [[[pytest.approx(0.1, rel=1e-6), pytest.approx(0.2, rel=1e-6)]]]
+
+
+def test_close_closes_a_judge_that_can_be(opened: Callable[..., ScoringQueue]) -> None:
+    """A judge that waits for a server that is gone would hold up Python's exit, which waits for this thread."""
+    gone, waits = threading.Event(), threading.Event()
+
+    def wait() -> None:
+        waits.set()
+        gone.wait(10)
+
+    judge = Judge(wait)
+    judge.close = gone.set  # type: ignore[attr-defined]
+    queue = opened(judge)
+    queue.submit(videos(0.5), ["a"], 8.0)
+    assert waits.wait(10)
+    queue.close()
+    assert gone.is_set()
 
 
 def test_close_ends_the_thread_and_what_waits() -> None:
@@ -240,7 +294,7 @@ def test_close_ends_the_thread_and_what_waits() -> None:
     queue = ScoringQueue(judge)
     before = {*threading.enumerate()}
     for _ in range(3):
-        queue.submit(videos(0.5), ["a"])
+        queue.submit(videos(0.5), ["a"], 8.0)
     (worker,) = {*threading.enumerate()} - before
     threading.Timer(0.05, go.set).start()
     queue.close()
@@ -248,4 +302,4 @@ def test_close_ends_the_thread_and_what_waits() -> None:
     assert not worker.is_alive()
     assert len(judge.calls) == 1  # the one that was running
     with pytest.raises(RuntimeError, match="shutdown"):
-        queue.submit(videos(0.5), ["a"])
+        queue.submit(videos(0.5), ["a"], 8.0)

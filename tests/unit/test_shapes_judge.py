@@ -111,7 +111,7 @@ def test_two_objects_or_none_are_no_quality(clean: Tensor) -> None:
     two = torch.maximum(one, one.flip(3))[chosen]
     prompts = [prompt for prompt, keep in zip(PROMPTS, chosen.tolist(), strict=True) if keep]
     assert judge.components(two, prompts)[:, VQ].max() < 0.2
-    scores, valid = judge.score(torch.zeros(1, 8, 3, 16, 16), PROMPTS[:1])
+    scores, valid = judge.score(torch.zeros(1, 8, 3, 16, 16), PROMPTS[:1], 8)
     assert scores.tolist() == [[0.0, 0.0, 0.0]]
     assert valid.tolist() == [True]
 
@@ -119,7 +119,7 @@ def test_two_objects_or_none_are_no_quality(clean: Tensor) -> None:
 def test_stages_are_nested_products(mixed: Tensor) -> None:
     judge = ShapesJudge()
     assert len(judge.stages) == 3
-    scores, valid = judge.score(mixed, MIXED_PROMPTS)
+    scores, valid = judge.score(mixed, MIXED_PROMPTS, 8)
     components = judge.components(mixed, MIXED_PROMPTS)
     assert scores.shape == (64, 3)
     assert scores.dtype == torch.float64
@@ -132,8 +132,8 @@ def test_stages_are_nested_products(mixed: Tensor) -> None:
 
 @pytest.mark.parametrize("rounding", [0.1, 0.25])
 def test_rounding_gives_the_nearest_multiple(mixed: Tensor, rounding: float) -> None:
-    exact, _ = ShapesJudge().score(mixed, MIXED_PROMPTS)
-    rounded, _ = ShapesJudge(rounding=rounding).score(mixed, MIXED_PROMPTS)
+    exact, _ = ShapesJudge().score(mixed, MIXED_PROMPTS, 8)
+    rounded, _ = ShapesJudge(rounding=rounding).score(mixed, MIXED_PROMPTS, 8)
     assert (rounded - exact).abs().max() <= rounding / 2 + 1e-12
     steps = rounded / rounding
     torch.testing.assert_close(steps, steps.round(), atol=1e-9, rtol=0)
@@ -142,19 +142,19 @@ def test_rounding_gives_the_nearest_multiple(mixed: Tensor, rounding: float) -> 
 
 def test_noise_depends_on_the_pixels_alone(mixed: Tensor) -> None:
     judge = ShapesJudge(noise=0.3)
-    scores, _ = judge.score(mixed, MIXED_PROMPTS)
-    again, _ = ShapesJudge(noise=0.3).score(mixed, MIXED_PROMPTS)
+    scores, _ = judge.score(mixed, MIXED_PROMPTS, 8)
+    again, _ = ShapesJudge(noise=0.3).score(mixed, MIXED_PROMPTS, 8)
     order = torch.randperm(64, generator=torch.Generator().manual_seed(3))
-    shuffled, _ = judge.score(mixed[order], [MIXED_PROMPTS[i] for i in order])
+    shuffled, _ = judge.score(mixed[order], [MIXED_PROMPTS[i] for i in order], 8)
     assert torch.equal(scores, again)
     assert torch.equal(shuffled, scores[order])
     assert scores.min() >= 0.0
     assert scores.max() <= 1.0
-    exact, _ = ShapesJudge().score(mixed, MIXED_PROMPTS)
+    exact, _ = ShapesJudge().score(mixed, MIXED_PROMPTS, 8)
     assert (scores != exact).any(1).double().mean() > 0.8
     # The same clip under two names gets the same error; another clip another one.
     flipped = torch.cat([mixed[16:17], mixed[16:17].flip(4)])
-    assert len({*ShapesJudge(noise=0.3).score(flipped, [MIXED_PROMPTS[16]] * 2)[0][:, 0].tolist()}) == 2
+    assert len({*ShapesJudge(noise=0.3).score(flipped, [MIXED_PROMPTS[16]] * 2, 8)[0][:, 0].tolist()}) == 2
 
 
 def test_noise_falls_as_visual_quality_rises() -> None:
@@ -163,7 +163,7 @@ def test_noise_falls_as_visual_quality_rises() -> None:
     clips = r.render_corrupted(indices, torch.Generator().manual_seed(4))
     judge, noise = ShapesJudge(noise=0.05), 0.05
     quality = judge.components(clips, prompts)[:, VQ]
-    error = judge.score(clips, prompts)[0][:, 0] - quality
+    error = judge.score(clips, prompts, 8)[0][:, 0] - quality
     middle = (quality > 0.2) & (quality < 0.4)
     high = (quality > 0.6) & (quality < 0.8)
     assert error[middle].std() == pytest.approx(noise * 0.7, rel=0.2)
@@ -176,8 +176,8 @@ def test_a_video_that_is_not_finite_is_invalid_and_harms_no_other(clean: Tensor,
     judge = ShapesJudge(noise=0.2)
     spoilt = clean.clone()
     spoilt[5, 2, 1, 3, 4] = poison
-    scores, valid = judge.score(spoilt, PROMPTS)
-    expected, _ = judge.score(clean, PROMPTS)
+    scores, valid = judge.score(spoilt, PROMPTS, 8)
+    expected, _ = judge.score(clean, PROMPTS, 8)
     others = torch.arange(48) != 5
     assert torch.equal(valid, others)
     assert torch.equal(scores[others], expected[others])
@@ -189,16 +189,16 @@ def test_a_video_that_is_not_finite_is_invalid_and_harms_no_other(clean: Tensor,
 def test_bytes_and_floats_agree(mixed: Tensor) -> None:
     judge = ShapesJudge()
     in_bytes = (mixed * 255).round().to(torch.uint8)
-    from_bytes, _ = judge.score(in_bytes, MIXED_PROMPTS)
-    assert torch.equal(from_bytes, judge.score(in_bytes.double() / 255, MIXED_PROMPTS)[0])
-    torch.testing.assert_close(from_bytes, judge.score(mixed, MIXED_PROMPTS)[0], atol=0.02, rtol=0)
+    from_bytes, _ = judge.score(in_bytes, MIXED_PROMPTS, 8)
+    assert torch.equal(from_bytes, judge.score(in_bytes.double() / 255, MIXED_PROMPTS, 8)[0])
+    torch.testing.assert_close(from_bytes, judge.score(mixed, MIXED_PROMPTS, 8)[0], atol=0.02, rtol=0)
 
 
 @pytest.mark.parametrize("size", [1, 3, 16, 32])
 def test_a_score_has_the_same_bits_in_any_batch(mixed: Tensor, size: int) -> None:
     judge = ShapesJudge(noise=0.1)
-    whole, _ = judge.score(mixed, MIXED_PROMPTS)
-    parts = [judge.score(mixed[i : i + size], MIXED_PROMPTS[i : i + size])[0] for i in range(0, 64, size)]
+    whole, _ = judge.score(mixed, MIXED_PROMPTS, 8)
+    parts = [judge.score(mixed[i : i + size], MIXED_PROMPTS[i : i + size], 8)[0] for i in range(0, 64, size)]
     assert torch.equal(torch.cat(parts), whole)
 
 
@@ -220,11 +220,11 @@ def test_impossible_options_are_refused(arguments: dict[str, float], complaint: 
 def test_wrong_input_is_refused_with_words(clean: Tensor) -> None:
     judge = ShapesJudge()
     with pytest.raises(ValueError, match=r"\[B, 8, 3, 16, 16\], got \[48, 4, 3, 16, 16\]"):
-        judge.score(clean[:, :4], PROMPTS)
+        judge.score(clean[:, :4], PROMPTS, 8)
     with pytest.raises(ValueError, match="47 prompts for 48 videos"):
-        judge.score(clean, PROMPTS[:47])
+        judge.score(clean, PROMPTS[:47], 8)
     with pytest.raises(ValueError, match="got 'pink'"):
-        judge.score(clean[:1], ["a pink square moving left"])
+        judge.score(clean[:1], ["a pink square moving left"], 8)
 
 
 def test_what_is_measured_is_what_was_drawn(clean: Tensor) -> None:

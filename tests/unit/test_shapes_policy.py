@@ -63,7 +63,7 @@ def test_start_scores_leave_room_at_every_stage(policy: ShapesPolicy) -> None:
 
 def test_selection_beats_the_mean_so_there_is_something_to_reinforce(policy: ShapesPolicy) -> None:
     prompts = [prompt for prompt in PROMPTS[::4] for _ in range(16)]
-    scores, valid = ShapesJudge().score(sample(policy, prompts, seed=8), prompts)
+    scores, valid = ShapesJudge().score(sample(policy, prompts, seed=8), prompts, policy.fps)
     assert valid.all()
     groups = scores.view(12, 16, 3)
     assert (groups.std(1) > 0.02).all()  # every group has a signal at every stage

@@ -18,6 +18,7 @@ from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
 from diffusers.utils import logging
 from huggingface_hub import errors as hub
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models
 from torch import Tensor
 
 from fastgrpo.interfaces import Policy
@@ -400,6 +401,44 @@ def test_damaged_weights(folder: Path) -> None:
         WanPolicy(str(folder)).load(CPU)
 
 
+def test_damaged_text_encoder(folder: Path, tmp_path: Path) -> None:
+    """transformers itself fills what is missing with random numbers; what is too much does no harm."""
+    weights = folder / "text_encoder" / "model.safetensors"
+    whole = load_file(weights)
+
+    def embed() -> None:
+        WanPolicy(str(folder), max_sequence_length=LENGTH, text_cache=str(tmp_path / "cache")).embed(PROMPTS, CPU)
+
+    save_file({name: tensor for name, tensor in whole.items() if "block.1.layer.0.SelfAttention.q" not in name}, weights, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"policy.model: .*tensors.*text_encoder, got missing \['encoder.block.1.layer.0.*\.q\.weight'"):
+        embed()
+    save_file(whole | {"more": torch.ones(1)}, weights, {"format": "pt"})
+    embed()
+    weights.write_bytes(weights.read_bytes()[:-10])
+    with pytest.raises(ValueError, match=r"policy.model: expected a readable UMT5EncoderModel in .*text_encoder"):
+        embed()
+    weights.unlink()
+    with pytest.raises(FileNotFoundError, match=r"policy.model: expected safetensors in .*text_encoder"):
+        embed()
+
+
+def test_a_tokenizer_is_taken_as_it_was_saved(folder: Path) -> None:
+    """Of a T5TokenizerFast, such as UMT5's, transformers 5 makes one without the bytes of characters that the vocabulary lacks."""
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<s>", 0.0), ("<unk>", 0.0), *((f"<0x{i:02X}>", -20.0) for i in range(256)), ("a", -1.0)]
+    saved = Tokenizer(models.Unigram(pieces, unk_id=3, byte_fallback=True))
+    saved.save(str(folder / "tokenizer" / "tokenizer.json"))
+    edit(folder / "tokenizer" / "tokenizer_config.json", tokenizer_class="T5Tokenizer", extra_ids=0)
+    edit(folder / "model_index.json", tokenizer=["transformers", "T5TokenizerFast"])
+    expected = saved.encode("aé").ids
+    assert expected == [260, 4 + 0xC3, 4 + 0xA9]
+    pipeline = pretrained.load_text_pipeline(WanPipeline, str(folder), None, torch.float32, CPU)
+    for tokenizer in (pretrained.load_tokenizer(folder / "tokenizer"), pipeline.tokenizer):
+        assert tokenizer("aé").input_ids == expected
+    (folder / "tokenizer" / "tokenizer.json").write_text("{")
+    with pytest.raises(ValueError, match=r"policy.model: expected a readable tokenizer in .*tokenizer, got"):
+        pretrained.load_tokenizer(folder / "tokenizer")
+
+
 def test_no_such_folder(tmp_path: Path, wan_folder: Path) -> None:
     for model in (str(tmp_path / "none"), "none", "./none"):
         with pytest.raises(FileNotFoundError, match=r"policy.model: expected a folder .* or a hub id OWNER/NAME, found no folder at /"):
@@ -425,7 +464,7 @@ def test_what_the_hub_refuses(monkeypatch: pytest.MonkeyPatch, kind: type[Except
     def refuse(*_: Any, **__: Any) -> None:
         raise kind.__new__(kind, "words")  # __init__ would want the hub's answer
 
-    monkeypatch.setattr(pretrained, "snapshot_download", refuse)
+    monkeypatch.setattr("fastgrpo.hub.snapshot_download", refuse)
     for check in (
         lambda p: p.latent_shape(32, 48, 9),
         lambda p: p.check_prompts(["x"]),
@@ -444,7 +483,7 @@ def test_a_hub_model_is_fetched_in_parts(wan_folder: Path, tmp_path: Path, monke
         asked.append(tuple(allow_patterns))
         return str(wan_folder)
 
-    monkeypatch.setattr(pretrained, "snapshot_download", snapshot)
+    monkeypatch.setattr("fastgrpo.hub.snapshot_download", snapshot)
     policy = WanPolicy("a/b", revision="r", max_sequence_length=LENGTH, text_cache=str(tmp_path), text_dtype="fp32")
     policy.latent_shape(32, 48, 9)
     policy.check_prompts(PROMPTS)

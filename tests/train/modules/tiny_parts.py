@@ -18,7 +18,7 @@ from fastgrpo.shapes.judge import ShapesJudge
 class SmoothJudge(ShapesJudge):
     """Brightness, times movement, times redness: no two videos score the same, so that no group is without signal."""
 
-    def score(self, videos: Tensor, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    def score(self, videos: Tensor, prompts: Sequence[str], fps: float) -> tuple[Tensor, Tensor]:
         scores = torch.tensor([self.score_one(video.double()) for video in videos], dtype=torch.float64)
         valid = torch.isfinite(scores).all(1)
         return torch.where(valid[:, None], scores, 0.0), valid
@@ -44,11 +44,34 @@ class CaptionJudge(SmoothJudge):
         super().__init__()
         self.blind, self.flat = blind, flat
 
-    def score(self, videos: Tensor, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        scores, valid = super().score(videos, prompts)
+    def score(self, videos: Tensor, prompts: Sequence[str], fps: float) -> tuple[Tensor, Tensor]:
+        scores, valid = super().score(videos, prompts, fps)
         flat = torch.tensor([bool(self.flat) and self.flat in prompt for prompt in prompts])
         seen = torch.tensor([not (self.blind and self.blind in prompt) for prompt in prompts])
         return torch.where(flat[:, None], 0.5, scores), valid & seen
+
+
+class HalfJudge(SmoothJudge):
+    """Has no score for the first half of a batch; counts what it is asked, and says `error`."""
+
+    def __init__(self, error: str) -> None:
+        super().__init__()
+        self.error, self.asked = error, 0
+
+    def score(self, videos: Tensor, prompts: Sequence[str], fps: float) -> tuple[Tensor, Tensor]:
+        self.asked += len(videos)
+        scores, valid = super().score(videos, prompts, fps)
+        return scores, valid & (torch.arange(len(videos)) >= len(videos) // 2)
+
+    def describe(self) -> dict[str, str]:
+        return {"error": self.error}
+
+    def counters(self) -> dict[str, int]:
+        asked, self.asked = self.asked, 0
+        return {"asked": asked}
+
+    def last_errors(self) -> dict[str, str]:
+        return {"the judge": self.error}
 
 
 class BrokenJudge(SmoothJudge):
@@ -58,11 +81,11 @@ class BrokenJudge(SmoothJudge):
         super().__init__()
         self.calls = 0
 
-    def score(self, videos: Tensor, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    def score(self, videos: Tensor, prompts: Sequence[str], fps: float) -> tuple[Tensor, Tensor]:
         self.calls += 1
         if os.environ.get("RANK") == "1" and self.calls == 4:
             raise RuntimeError("this judge broke on purpose")
-        return super().score(videos, prompts)
+        return super().score(videos, prompts, fps)
 
 
 class WitnessPolicy(ShapesPolicy):

@@ -1,0 +1,58 @@
+"""An event loop on a thread of its own, for code that is not asynchronous."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import weakref
+from collections.abc import Coroutine
+from concurrent.futures import CancelledError
+from typing import Any, TypeVar
+
+Result = TypeVar("Result")
+
+
+class BackgroundLoop:
+    """An event loop on a daemon thread; several threads may run coroutines on it and wait for them. It ends with this object or Python."""
+
+    def __init__(self, name: str) -> None:
+        self._loop = asyncio.new_event_loop()
+        thread = threading.Thread(target=self._loop.run_forever, name=name, daemon=True)
+        thread.start()
+        self._end = weakref.finalize(self, _end, self._loop, thread)
+
+    def run(self, work: Coroutine[Any, Any, Result]) -> Result:
+        """The result of a coroutine; an interrupted wait cancels it. RuntimeError: `cancel` was called meanwhile."""
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result()
+        except CancelledError:
+            raise RuntimeError("closed while it waited for an answer") from None
+        finally:
+            future.cancel()
+
+    def close(self, last: Coroutine[Any, Any, object]) -> None:
+        """Cancel all that runs, then run `last`, then end the loop."""
+        if not self._end.alive:
+            last.close()
+            return
+        self.run(_cancel_all())
+        self.run(last)
+        self._end()
+
+
+async def _cancel_all() -> None:
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)
+
+
+def _end(loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:
+    cancelled = asyncio.run_coroutine_threadsafe(_cancel_all(), loop)
+    cancelled.add_done_callback(lambda _: loop.call_soon_threadsafe(loop.stop))
+    if thread is threading.current_thread():  # the last reference was dropped by a task of the loop itself
+        return
+    thread.join(timeout=5.0)
+    if not thread.is_alive():
+        loop.close()

@@ -1,0 +1,73 @@
+"""What can go wrong with a request to a server, sorted by what to do about it, in words that hold no key."""
+
+from __future__ import annotations
+
+import email.utils
+import math
+import time
+
+import openai
+
+TRY_AGAIN = (408, 409, 425, 429)
+"""Statuses below 500 that may pass."""
+ENDPOINT_REFUSES = (401, 403, 404)
+"""Statuses that another endpoint may not give."""
+LONGEST_ERROR = 300
+"""Characters of an error; a server may send the whole request back."""
+
+
+class TryAgain(Exception):
+    """A request failed in a way that another endpoint, or the same one later, may not.
+
+    busy: the server lives but asks for fewer requests. pause: seconds for which it asks.
+    """
+
+    def __init__(self, message: str = "", busy: bool = False, pause: float = 0.0) -> None:
+        super().__init__(message)
+        self.busy, self.pause = busy, pause
+
+
+class Refused(Exception):
+    """A request failed in a way that it would fail again. status: that of the answer, 0 for what is no HTTP error."""
+
+    def __init__(self, message: str, status: int = 0) -> None:
+        super().__init__(message)
+        self.status = status
+
+    @property
+    def by_endpoint(self) -> bool:
+        """Whether another endpoint may take the request."""
+        return self.status in ENDPOINT_REFUSES
+
+
+def failure_of(error: Exception, url: str, key: str) -> TryAgain | Refused:
+    """What an exception of the client library means: one line with the endpoint and the status, `key` hidden.
+
+    error: TimeoutError, openai.OpenAIError, or a ValueError for an answer that is no JSON or not what was asked for.
+    """
+    if isinstance(error, openai.APIStatusError):
+        status, message = error.status_code, _clean(f"status {error.status_code}: {error}", url, key)
+        if status < 500 and status not in TRY_AGAIN:
+            return Refused(message, status)
+        pause = retry_after(error.response.headers.get("retry-after", ""))
+        return TryAgain(message, busy=status == 429 or pause > 0, pause=pause)
+    cause = f" ({error.__cause__})" if error.__cause__ else ""
+    return TryAgain(_clean(f"{type(error).__name__}: {str(error) or 'no answer in time'}{cause}", url, key))
+
+
+def retry_after(header: str) -> float:
+    """Seconds that a Retry-After header asks for, as a number or as a date; 0 for one that is neither."""
+    try:
+        seconds = float(header)
+    except ValueError:
+        try:
+            seconds = email.utils.parsedate_to_datetime(header).timestamp() - time.time()
+        except (TypeError, ValueError):
+            return 0.0
+    return max(seconds, 0.0) if math.isfinite(seconds) else 0.0
+
+
+def _clean(error: str, url: str, key: str) -> str:
+    hidden = error.replace(key, "***") if key else error  # before it is cut: half a key is no better
+    line = " ".join(hidden.split())
+    return f"{url}: {line if len(line) <= LONGEST_ERROR else line[:LONGEST_ERROR] + ' ...'}"

@@ -1,0 +1,416 @@
+"""`python -m fastgrpo score`: a row for every file, resumed after whatever stopped it, and by one judge."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+import torch
+
+from fastgrpo.commands import score as command
+from fastgrpo.rewards.frames import FrameSettings, make_clip
+from fastgrpo.rewards.judge import StageJudge
+from fastgrpo.rewards.score_file import describe_beside, judge_hash, open_scores
+from fastgrpo.rewards.video_files import read_video
+
+ROOT, MODULES = Path(__file__).parents[2], Path(__file__).parent / "modules"
+STAGES = ("visual_quality", "temporal_smoothness", "text_alignment")
+
+
+@pytest.fixture(autouse=True)
+def modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(MODULES))
+
+
+def clip(path: Path, greys: Sequence[int]) -> Path:
+    """An H.264 video of 32 x 48 at 8 frames a second, a frame of each grey."""
+    with av.open(path, "w") as container:
+        stream: Any = container.add_stream("libx264", rate=8, options={"preset": "ultrafast"})
+        stream.height, stream.width, stream.pix_fmt = 32, 48, "yuv420p"
+        for grey in greys:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.full((32, 48, 3), grey, np.uint8), format="rgb24")))
+        container.mux(stream.encode())
+    return path
+
+
+@pytest.fixture
+def videos(tmp_path: Path) -> Path:
+    """A folder of four videos, dark to bright, and what is none; prompts.txt with their captions beside it."""
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    for name, grey in zip("dbac", (40, 90, 140, 190), strict=True):
+        clip(folder / f"{name}.mp4", [grey] * 10)
+    (folder / "samples.json").write_text("{}")
+    (folder / "more").mkdir()
+    (tmp_path / "prompts.txt").write_text("caption a\ncaption b\ncaption c\ncaption d\n")
+    return folder
+
+
+def run(videos: Path | str, prompts: Path | str, out: Path, *options: str, reward: bool = True) -> int:
+    judge = ["--reward", "fastgrpo.rewards.judge.StageJudge", "--reward.init_args.engine", "grey_judges.GreyEngine"] if reward else []
+    return command.main(["--videos", str(videos), "--prompts", str(prompts), "--out", str(out), "--device", "cpu", *judge, *options])
+
+
+def rows_of(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: Any, **options: Any) -> str:
+    """The one line of an exit with code 2."""
+    with pytest.raises(SystemExit) as caught:
+        run(*arguments, **options)
+    assert caught.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+# --- rows -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_of_videos(tmp_path: Path, videos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "made" / "scores.jsonl"
+    assert run(videos, tmp_path / "prompts.txt", out, "--batch_size", "3") == 0
+    rows = rows_of(out)
+    assert [row["video"] for row in rows] == [str(videos / f"{name}.mp4") for name in "abcd"]
+    assert [row["prompt"] for row in rows] == [f"caption {name}" for name in "abcd"]
+    for row, grey in zip(rows, (140, 90, 190, 40), strict=True):
+        assert set(row) == {"video", "prompt", "answers", "texts", "rewards", "decoder", "judge"}
+        assert tuple(row["answers"]) == tuple(row["texts"]) == tuple(row["rewards"]) == STAGES
+        assert list(row["answers"].values()) == pytest.approx([1 + 9 * grey / 255] * 3, abs=0.1)
+        assert row["answers"] == {stage: float(text) for stage, text in row["texts"].items()}
+        assert row["rewards"] == {stage: pytest.approx(answer / 10) for stage, answer in row["answers"].items()}
+    assert "4 videos with scores, 0 with an error" in capsys.readouterr().out
+    beside = json.loads(describe_beside(out).read_text())
+    assert {row["judge"] for row in rows} == {beside.pop("judge")} == {judge_hash(beside)}
+    assert beside["class"] == "fastgrpo.rewards.judge.StageJudge"
+    assert beside["engine"] == {"engine": "grey", "mode": "works"}
+    assert tuple(beside["stages"]) == STAGES
+    assert (tmp_path / "made" / "scores.judge.json").is_file()
+
+
+def test_the_judge_sees_the_frames_that_it_would_see_of_a_tensor(tmp_path: Path) -> None:
+    from grey_judges import GreyEngine  # type: ignore[import-not-found]
+
+    path = clip(tmp_path / "a.mp4", range(20, 240, 10))
+    engine = GreyEngine()
+    (tmp_path / "p.txt").write_text("a\n")
+    assert command.score(str(path), str(tmp_path / "p.txt"), str(tmp_path / "s.jsonl"), StageJudge(engine), device="cpu") == 0
+    whole = read_video(path, lambda count, fps: list(range(count)))
+    expected = make_clip(whole.frames, 8.0, FrameSettings())
+    (seen,) = engine.seen
+    assert seen.fps == expected.fps
+    assert torch.equal(seen.frames, expected.frames)
+    assert 2 < len(seen.frames) < 22
+
+
+def test_another_judge_sees_all_frames(tmp_path: Path, videos: Path) -> None:
+    out = tmp_path / "s.jsonl"
+    options = ["--reward", "grey_judges.PlainJudge", "--reward.init_args.scale", "1"]
+    assert run(videos, tmp_path / "prompts.txt", out, *options, reward=False) == 1
+    rows = rows_of(out)
+    assert [row.get("error") for row in rows] == [None, None, None, "the judge gave no score"]
+    for row, grey in zip(rows[:3], (140, 90, 190), strict=True):
+        assert row["rewards"] == {"brightness": pytest.approx(grey / 255 + 0.010 + 8e-6, abs=0.008)}
+        assert "answers" not in row
+    described = json.loads(describe_beside(out).read_text())
+    assert described == {"judge": rows[0]["judge"], "class": "grey_judges.PlainJudge", "scale": 1.0}
+
+
+def test_a_published_model_keeps_its_own_scale_beside_the_rewards(videos: Path, tmp_path: Path) -> None:
+    options = ["--reward", "grey_judges.PublishedJudge"]
+    assert run(videos, tmp_path / "prompts.txt", tmp_path / "out.jsonl", *options, reward=False) == 1
+    rows = rows_of(tmp_path / "out.jsonl")
+    greys = dict(zip("dbac", (40, 90, 140, 190), strict=True))
+    assert rows[3]["error"] == "the judge gave no score"  # d.mp4, at -0.69
+    for row, name in zip(rows[:3], "abc", strict=True):
+        assert row["components"]["light"] == pytest.approx(2 * greys[name] / 255 - 1, abs=0.02)
+        assert row["rewards"]["brightness"] == pytest.approx((row["components"]["light"] + 1) / 2, abs=1e-12)
+
+
+def test_a_recipe_gives_its_judge(tmp_path: Path, videos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    engine = "engine:\n      class_path: grey_judges.GreyEngine\n"
+    reward = f"reward:\n  class_path: fastgrpo.rewards.judge.StageJudge\n  init_args:\n    seed: 5\n    {engine}"
+    recipe.write_text(f"name: x\nprompts:\n  train: nowhere.txt\npolicy:\n  class_path: no.such.Policy\n{reward}")
+    out = tmp_path / "s.jsonl"
+    options = [f"--config={recipe}", "--reward.init_args.max_tokens", "12", "--reward.init_args.engine.init_args.mode", "eager"]
+    assert run(videos, tmp_path / "prompts.txt", out, *options, reward=False) == 0
+    described = json.loads(describe_beside(out).read_text())
+    assert (described["seed"], described["max_tokens"]) == (5, 12)
+    capsys.readouterr()
+    recipe.write_text("name: [x\n")
+    assert "expected ',' or ']'" in refused(capsys, videos, tmp_path / "prompts.txt", out, f"--config={recipe}", reward=False)
+    recipe.write_text("name: x\n")
+    assert "section reward" in refused(capsys, videos, tmp_path / "prompts.txt", out, f"--config={recipe}", reward=False)
+    assert "no_such.yaml" in refused(capsys, videos, tmp_path / "prompts.txt", out, "--config", "no_such.yaml", reward=False)
+
+
+def test_bad_files_and_bad_answers_have_their_rows_and_the_rest_goes_on(tmp_path: Path, videos: Path) -> None:
+    clip(tmp_path / "short.mp4", [9])
+    data = (videos / "a.mp4").read_bytes()
+    (tmp_path / "empty.mp4").write_bytes(b"")
+    (tmp_path / "cut.mp4").write_bytes(data[: len(data) // 2])
+    (tmp_path / "text.mp4").write_text("hello")
+    expected = {
+        "videos/a.mp4": "", "empty.mp4": "empty: 0 bytes", "text.mp4": "no video file", "videos/b.mp4": "broken down",
+        "missing.mp4": "found none", "cut.mp4": "damaged", "videos/c.mp4": "expected one number in [1, 10], got 'lovely'",
+        "videos/d.mp4": "text_alignment: no reply: timed out", "short.mp4": "too short: 1 frame",
+    }  # fmt: skip
+    captions = {"videos/b.mp4": "break down", "videos/c.mp4": "write prose", "videos/d.mp4": "say nothing"}
+    (tmp_path / "list.txt").write_text("\n".join(str(tmp_path / name) for name in expected) + "\n\n")
+    (tmp_path / "p.txt").write_text("\n".join(captions.get(name, "a caption") for name in expected))
+    for stage in STAGES:
+        (tmp_path / f"{stage}.txt").write_text("How good? {caption}" if stage == "text_alignment" else "How good?")
+    questions = json.dumps([str(tmp_path / f"{stage}.txt") for stage in STAGES])
+    out = tmp_path / "s.jsonl"
+    options = ["--batch_size", "4", "--reward.init_args.questions", questions]
+    assert run(tmp_path / "list.txt", tmp_path / "p.txt", out, *options) == 1
+    rows = rows_of(out)
+    assert [row["video"] for row in rows] == [str(tmp_path / name) for name in expected]
+    for row, error in zip(rows, expected.values(), strict=True):
+        assert error in row.get("error", "")
+        assert ("rewards" in row) == (error == "") == ("error" not in row)
+        assert "\n" not in row.get("error", "")
+    prose = rows[6]
+    assert prose["answers"] == {**dict.fromkeys(STAGES, pytest.approx(7.7, abs=0.1)), "text_alignment": None}
+    assert prose["texts"]["text_alignment"] == "lovely"
+
+
+def test_limits_reach_the_reader(tmp_path: Path, videos: Path) -> None:
+    out = tmp_path / "s.jsonl"
+    assert run(videos, tmp_path / "prompts.txt", out, "--limits.max_frames", "5") == 1
+    assert all("max_frames = 5" in row["error"] for row in rows_of(out))
+
+
+def test_a_judge_that_is_lost_stops_the_command(tmp_path: Path, videos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = [str(clip(videos / f"{i}.mp4", [90] * 4)) for i in range(command.GIVE_UP + 4)]
+    names.insert(2, str(tmp_path / "missing.mp4"))  # says nothing about the judge
+    (tmp_path / "list.txt").write_text("\n".join(names))
+    (tmp_path / "p.txt").write_text("a\n" * len(names))
+    out = tmp_path / "s.jsonl"
+    options = ["--reward.init_args.engine.init_args.mode", "silent", "--batch_size", "1"]
+    assert run(tmp_path / "list.txt", tmp_path / "p.txt", out, *options) == 1
+    assert "16 videos in a row got no reply, the last one: no reply: timed out" in capsys.readouterr().err
+    assert len(rows_of(out)) == command.GIVE_UP + 1
+
+
+# --- resumed ----------------------------------------------------------------------------------------------------------
+
+
+def test_rows_that_are_there_are_kept(tmp_path: Path, videos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, prompts = tmp_path / "s.jsonl", tmp_path / "prompts.txt"
+    good = (videos / "b.mp4").read_bytes()
+    (videos / "b.mp4").write_bytes(b"")
+    assert run(videos, prompts, out) == 1
+    first = out.read_bytes()
+    (videos / "b.mp4").write_bytes(good)
+    (videos / "c.mp4").unlink()  # it has its row; nothing reads it again
+    (videos / "c.mp4").write_bytes(b"junk")
+    assert run(videos, prompts, out) == 1
+    assert out.read_bytes() == first
+    assert "4 rows were there before" in capsys.readouterr().out
+    assert run(videos, prompts, out, "--retry_failed", "true") == 0
+    kept = [line for line in first.splitlines() if b'"error"' not in line]
+    assert out.read_bytes().splitlines()[:3] == kept
+    assert rows_of(out)[3]["video"].endswith("b.mp4")
+    assert "rewards" in rows_of(out)[3]
+    assert len(rows_of(out)) == 4
+
+
+@pytest.mark.parametrize("broken", [b'{"video": "half', b'{"video": "x", "prompt": "y"', b"\xff\xfe"])
+def test_a_half_written_line_is_dropped_and_no_more(tmp_path: Path, videos: Path, broken: bytes) -> None:
+    out, prompts = tmp_path / "s.jsonl", tmp_path / "prompts.txt"
+    assert run(videos, prompts, out) == 0
+    whole = out.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    out.write_bytes(lines[0] + lines[1] + broken)
+    assert run(videos, prompts, out) == 0
+    assert out.read_bytes() == whole
+    out.write_bytes(whole.rstrip(b"\n"))  # a whole row that lacks its newline
+    (videos / "d.mp4").write_bytes(b"junk")
+    assert run(videos, prompts, out) == 0
+    assert out.read_bytes() == whole
+
+
+def test_rows_of_another_judge_are_refused(tmp_path: Path, videos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, prompts = tmp_path / "s.jsonl", tmp_path / "prompts.txt"
+    assert run(videos, prompts, out) == 0
+    before, beside = out.read_bytes(), describe_beside(out).read_bytes()
+    capsys.readouterr()
+    line = refused(capsys, videos, prompts, out, "--reward.init_args.seed", "1")
+    assert "by another judge" in line
+    assert rows_of(out)[0]["judge"] in line
+    assert (out.read_bytes(), describe_beside(out).read_bytes()) == (before, beside)
+
+
+@pytest.mark.parametrize("line", ["", "[]", "{}", '{"video": "x"}', "junk"])
+def test_a_file_of_something_else_is_refused(tmp_path: Path, videos: Path, line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "s.jsonl"
+    out.write_text(f"{line}\n")
+    assert "line 1: expected a row of scores" in refused(capsys, videos, tmp_path / "prompts.txt", out)
+    assert out.read_text() == f"{line}\n"
+
+
+def test_two_processes_do_not_write_one_file(tmp_path: Path, videos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "s.jsonl"
+    with out.open("wb") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        assert "another process is writing" in refused(capsys, videos, tmp_path / "prompts.txt", out)
+
+
+def test_a_row_twice_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "s.jsonl"
+    with open_scores(path, {"a": 1}) as (rows, add):
+        assert rows == {}
+        add({"video": "v", "prompt": "p"})
+        add({"video": "v", "prompt": "another"})
+        add({"video": "v", "prompt": "p"})
+    with pytest.raises(ValueError, match="line 3: expected one row a video and prompt"), open_scores(path, {"a": 1}):
+        pass
+
+
+def test_killed_anywhere_and_started_again_gives_the_same_file(tmp_path: Path, videos: Path) -> None:
+    names = [str(clip(videos / f"{i:02}.mp4", [20 + 5 * i] * 6)) for i in range(30)]
+    names[7] = str(tmp_path / "missing.mp4")
+    (tmp_path / "list.txt").write_text("\n".join(names))
+    (tmp_path / "p.txt").write_text("".join(f"caption {i}\n" for i in range(30)))
+    assert run(tmp_path / "list.txt", tmp_path / "p.txt", tmp_path / "whole.jsonl", "--batch_size", "5") == 1
+    out = tmp_path / "s.jsonl"
+    arguments = [
+        "--videos", str(tmp_path / "list.txt"), "--prompts", str(tmp_path / "p.txt"), "--out", str(out), "--device", "cpu",
+        "--batch_size", "2", "--reward", "fastgrpo.rewards.judge.StageJudge", "--reward.init_args.engine",
+    ]  # fmt: skip
+    path = os.pathsep.join([str(MODULES), str(ROOT), str(ROOT / "kernels")])
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fastgrpo", "score", *arguments, "grey_judges.SlowGreyEngine"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": path},
+    )
+    deadline = time.monotonic() + 120
+    while not (out.exists() and out.read_bytes().count(b"\n") >= 5) and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    rows = out.read_bytes().count(b"\n")
+    assert 5 <= rows < 30
+    with out.open("ab") as file:
+        file.write(b'{"video": "ha')
+    assert command.main([*arguments, "grey_judges.GreyEngine"]) == 1
+    assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+# --- captions ---------------------------------------------------------------------------------------------------------
+
+
+def test_captions_by_name(tmp_path: Path, videos: Path) -> None:
+    names = [str(videos / "b.mp4"), str(videos / "a.mp4")]
+    a, b = {"video": "a.mp4", "prompt": " caption a "}, {"video": str(videos / "b.mp4"), "prompt": "caption b"}
+    contents = {
+        "1.json": json.dumps([a, b]),
+        "2.json": json.dumps({"a.mp4": "caption a", "b.mp4": "caption b", "other.mp4": "not there"}),
+        "samples.json": json.dumps({"fps": 8, "stages": None, "samples": [{**a, "still": "a.png"}, b]}),
+        "3.jsonl": f"{json.dumps(a)}\n\n{json.dumps(b)}\n",
+        "4.jsonl": json.dumps({"prompt": "caption b"}) + "\n" + json.dumps({"prompt": "caption a"}),
+        "5.txt": "caption b\ncaption a\n",
+    }
+    for name, content in contents.items():
+        (tmp_path / name).write_text(content)
+        assert command.match_prompts(names, str(tmp_path / name)) == ["caption b", "caption a"], name
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("p.txt", "one\ntwo\nthree\n", "for each of 4 videos, got 3 in"),
+        ("p.jsonl", '{"prompt": "one"}\n', "for each of 4 videos, got 1 in"),
+        ("p.json", '{"a.mp4": "one", "c.mp4": "two", "d.mp4": "three"}', "for each of 4 videos, got 3 in .*none for 1 such as .*b.mp4"),
+        ("p.json", '[{"video": "a.mp4"}]', "entry 1: expected the texts video and prompt"),
+        ("p.json", '[{"video": "a.mp4", "prompt": "x"}, {"video": "a.mp4", "prompt": "y"}]', "expected one for a.mp4, got two"),
+        ("p.json", "3", "entry 1: expected the texts"),
+        ("p.json", "{", "cannot read .* as JSON"),
+        ("p.jsonl", '{"video": "a.mp4", "prompt": "x"}\nhello\n', "cannot read .* as JSON"),
+    ],
+)
+def test_captions_that_do_not_fit(
+    tmp_path: Path, videos: Path, name: str, content: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / name).write_text(content)
+    assert re.search(message, refused(capsys, videos, tmp_path / name, tmp_path / "s.jsonl"))
+    assert not (tmp_path / "s.jsonl").exists()
+
+
+# --- nothing could start ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--videos", "/no/such/folder"], "found none at /no/such/folder"),
+        (["--prompts", "no_such.txt"], "prompts: expected a file, found none"),
+        (["--reward.init_args.engine.init_args.mode", "broken"], "reward: cannot be loaded: ConnectionError: nothing there"),
+        (["--reward", "no.such.Judge"], "no.such.Judge"),
+        (["--batch_size", "0"], "batch_size: expected at least 1, got 0"),
+        (["--readers", "0"], "readers: expected at least 1, got 0"),
+        (["--limits.max_pixels", "0"], "limits.max_pixels: expected a positive number"),
+        (["--decoder", "vlc"], "decoder"),
+        (["--batch-size", "3"], "batch-size"),
+    ],
+)
+def test_nothing_could_start(tmp_path: Path, videos: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert message in refused(capsys, videos, tmp_path / "prompts.txt", tmp_path / "s.jsonl", *options)
+    assert not (tmp_path / "s.jsonl").exists()
+
+
+def test_no_gpu_and_no_videos(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    clip(tmp_path / "a.mp4", [9, 9])
+    (tmp_path / "p.txt").write_text("a\n")
+    out = tmp_path / "s.jsonl"
+    assert "expected cuda to be available" in refused(capsys, tmp_path / "a.mp4", tmp_path / "p.txt", out, "--device", "cuda")
+    (tmp_path / "none").mkdir()
+    assert "expected at least one, got none" in refused(capsys, tmp_path / "none", tmp_path / "p.txt", out)
+    (tmp_path / "list.txt").write_text(f"{tmp_path}/a.mp4\n{tmp_path}/a.mp4\n")
+    (tmp_path / "two.txt").write_text("same\nsame\n")
+    assert "a.mp4 2 times" in refused(capsys, tmp_path / "list.txt", tmp_path / "two.txt", out)
+    (tmp_path / "two.txt").write_text("one\ntwo\n")
+    assert run(tmp_path / "list.txt", tmp_path / "two.txt", out) == 0
+    assert [row["prompt"] for row in rows_of(out)] == ["one", "two"]
+
+
+# --- reading ahead ----------------------------------------------------------------------------------------------------
+
+
+def test_reading_ahead_keeps_the_order_and_its_bound() -> None:
+    started, lock = [], threading.Lock()
+
+    def read(item: int) -> int:
+        with lock:
+            started.append(item)
+        time.sleep(0.001 * (item % 3))
+        return item * item
+
+    for taken, (item, square) in enumerate(command.read_ahead(range(40), read, threads=3, ahead=4), start=1):
+        assert square == item * item == (taken - 1) ** 2
+        assert len(started) <= taken + 4
+    assert sorted(started) == list(range(40))
+
+
+def test_a_reader_that_is_left_starts_nothing_more() -> None:
+    started: list[int] = []
+    ahead = command.read_ahead(range(100), lambda item: (time.sleep(0.01), started.append(item)), threads=1, ahead=8)
+    next(ahead)
+    ahead.close()
+    assert len(started) < 10

@@ -1,0 +1,436 @@
+"""The served judge against a fake server: what is sent, in which order, and what becomes of every fault."""
+
+from __future__ import annotations
+
+import base64
+import gc
+import io
+import json
+import re
+import signal
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from fastgrpo.rewards.answers import NUMBER
+from fastgrpo.rewards.background import BackgroundLoop
+from fastgrpo.rewards.completions import FROM_ONE as ACCEPTED_FROM_ONE
+from fastgrpo.rewards.completions import read_question
+from fastgrpo.rewards.endpoints import FAILURES
+from fastgrpo.rewards.engine import Clip, Decoding, Reply
+from fastgrpo.rewards.failures import LONGEST_ERROR
+from fastgrpo.rewards.served import FROM_ONE, ServerEngine
+from fastgrpo.rewards.transport import Video, chat_request, encode_clip
+
+Clips = Callable[..., Clip]
+Engines = Callable[..., ServerEngine]
+
+
+def decode(url: str) -> Tensor:
+    """Frames [n, 3, H, W] of a data URL, by PIL and PyAV."""
+    head, data = url.split(",", 1)
+    if head == "data:video/mp4;base64":
+        with av.open(io.BytesIO(base64.b64decode(data))) as container:
+            pictures = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    else:
+        assert head in ("data:video/jpeg;base64", "data:image/png;base64")
+        pictures = [np.asarray(Image.open(io.BytesIO(base64.b64decode(part)))) for part in data.split(",")]
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
+
+
+# ---------------------------------------------------------------------------------------------------------- what is sent
+
+
+@pytest.mark.parametrize("transport", ["frames", "images", "mp4"])
+def test_frames_arrive_bit_equal_and_before_the_text(
+    transport: Any, fake_endpoint: Any, server_engine: Engines, random_clip: Clips
+) -> None:
+    """mp4 too: H.264 without loss in RGB, so the tolerance is 0."""
+    server, clip = fake_endpoint(), random_clip(n=4)
+    asked = server_engine(server, transport=transport).ask([clip], [["Why?", "How?"]], Decoding(max_tokens=9, temperature=0.7, seed=11))
+    assert asked == [[Reply("7.25"), Reply("7.25")]]
+    kind = {"frames": ["video_url"], "images": ["image_url"] * 4, "mp4": ["video_url"]}[transport]
+    for request, question in zip(server.requests, ("Why?", "How?"), strict=True):
+        assert [part["type"] for part in request.body["messages"][0]["content"]] == [*kind, "text"]
+        frames = torch.cat([decode(part[part["type"]]["url"]) for part in request.media])
+        assert torch.equal(frames, clip.frames)
+        assert request.text == question
+        assert {key: request.body[key] for key in ("model", "max_tokens", "temperature", "seed")} == {
+            "model": "judge", "max_tokens": 9, "temperature": 0.7, "seed": 11,
+        }  # fmt: skip
+        assert request.body.get("mm_processor_kwargs") == ({"fps": 2.0} if transport == "frames" else None)
+        assert request.body.get("media_io_kwargs") == ({"video": {"num_frames": 4, "fps": -1}} if transport == "mp4" else None)
+
+
+def test_mp4_says_its_rate(random_clip: Clips) -> None:
+    video = encode_clip(Clip(random_clip(n=4).frames, 1.5), "mp4")
+    assert isinstance(video, Video)
+    url = video.parts[0]["video_url"]["url"]
+    with av.open(io.BytesIO(base64.b64decode(url.split(",")[1]))) as container:
+        assert container.streams.video[0].average_rate == 1.5
+        assert container.streams.video[0].frames == 4
+
+
+@pytest.mark.parametrize(
+    ("guided", "field"),
+    [
+        ("none", {}),
+        ("structured_outputs", {"structured_outputs": {"regex": NUMBER}}),
+        ("guided_regex", {"guided_regex": NUMBER}),
+        ("response_format", {"response_format": {"type": "regex", "regex": NUMBER}}),
+    ],
+)
+def test_a_constraint_is_in_the_field_that_the_server_reads(
+    guided: Any, field: dict, fake_endpoint: Any, server_engine: Engines, random_clip: Clips
+) -> None:
+    server = fake_endpoint()
+    judge = server_engine(server, guided=guided)
+    judge.ask([random_clip()], [["?"]], Decoding(constrained=True))
+    judge.ask([random_clip()], [["?"]], Decoding())
+    names = {"structured_outputs", "guided_regex", "response_format", "logprobs", "top_logprobs"}
+    assert [{key: r.body[key] for key in names & r.body.keys()} for r in server.requests] == [field, {}]
+
+
+@pytest.mark.parametrize("guided", ["structured_outputs", "guided_regex", "response_format"])
+@pytest.mark.parametrize("transport", ["frames", "images"])
+def test_our_own_server_reads_the_request(guided: Any, transport: Any, random_clip: Clips) -> None:
+    """Both halves were written apart; `completions.read_question` is the server's."""
+    assert FROM_ONE == ACCEPTED_FROM_ONE
+    decoding = Decoding(max_tokens=2, constrained=True, probabilities=True)
+    arguments = chat_request("judge", encode_clip(random_clip(), transport), "Why?", decoding, guided, FROM_ONE)
+    body = {key: value for key, value in arguments.items() if key != "extra_body"} | arguments["extra_body"]
+    question = read_question(json.dumps(body).encode(), max_tokens=16)
+    assert (question.text, question.fps, question.from_one, question.top) == ("Why?", 2.0, True, True)
+
+
+def test_numbers_that_begin_with_one() -> None:
+    numbers = [f"{hundredths / 100:.2f}" for hundredths in range(0, 1200)]
+    assert [n for n in numbers if re.fullmatch(FROM_ONE, n)] == [n for n in numbers if re.fullmatch(NUMBER, n) and n[0] == "1"]
+
+
+def test_pictures_are_encoded_once_a_clip(
+    fake_endpoint: Any, server_engine: Engines, monkeypatch: pytest.MonkeyPatch, random_clip: Clips
+) -> None:
+    calls: list[Clip] = []
+    monkeypatch.setattr("fastgrpo.rewards.served.encode_clip", lambda clip, transport: calls.append(clip) or encode_clip(clip, transport))
+    server_engine(fake_endpoint()).ask([random_clip(i) for i in range(3)], [["a", "b", "c"]] * 3, Decoding())
+    assert len(calls) == 3
+
+
+@pytest.mark.parametrize(
+    ("clip", "words"),
+    [
+        (Clip(torch.zeros(2, 3, 28, 28), 2.0), "uint8"),
+        (Clip(torch.zeros(0, 3, 28, 28, dtype=torch.uint8), 2.0), "expected frames"),
+        (Clip(torch.zeros(2, 28, 28, 3, dtype=torch.uint8), 2.0), "expected frames"),
+        (Clip(torch.zeros(2, 3, 28, 28, dtype=torch.uint8), 0.0), "fps"),
+    ],
+)
+def test_what_is_no_clip_is_named(clip: Clip, words: str, fake_endpoint: Any, server_engine: Engines) -> None:
+    with pytest.raises(ValueError, match=words):
+        server_engine(fake_endpoint()).ask([clip], [["?"]], Decoding())
+
+
+# ---------------------------------------------------------------------------------------------------- order and concurrency
+
+
+def video_of(request: Any) -> str:
+    return str(request.media[0]["video_url"]["url"])
+
+
+def pixel(clip: Clip) -> int:
+    return int(clip.frames[0, 0, 0, 0])
+
+
+def answer_pixel(request: Any) -> str:
+    """What tells clips apart whose answers came in another order."""
+    return f"{int(decode(video_of(request))[0, 0, 0, 0])}{request.text}"
+
+
+def test_64_clips_at_a_time_none_lost_and_in_order(fake_endpoint: Any, fault: Any, server_engine: Engines, random_clip: Clips) -> None:
+    servers = [fake_endpoint(answer=answer_pixel) for _ in range(2)]
+    for server in servers:
+        server.faults.extend(fault(delay=0.1 if i % 3 == 0 else 0.0) for i in range(64))
+    clips = [random_clip(i) for i in range(64)]
+    judge = server_engine(*servers, concurrency=64, requests_in_flight=64, timeout=5.0, patience=20.0)
+    replies = judge.ask(clips, [["a", "b"]] * 64, Decoding())
+    assert replies == [[Reply(f"{pixel(clip)}{question}") for question in "ab"] for clip in clips]
+    assert sorted(len(server.requests) for server in servers) == [64, 64]  # the least busy one is next
+    assert judge.counters() == {"requests": 128 + 2, "failed_requests": 0, "endpoints_set_aside": 0}
+    assert judge.counters() == {"requests": 0, "failed_requests": 0, "endpoints_set_aside": 0}
+
+
+def test_the_first_question_goes_ahead_and_the_others_follow_to_the_same_endpoint(
+    fake_endpoint: Any, server_engine: Engines, random_clip: Clips
+) -> None:
+    servers = [fake_endpoint(delay=0.2) for _ in range(3)]
+    clips = [random_clip(i) for i in range(6)]
+    server_engine(*servers, timeout=5.0).ask(clips, [["a", "b", "c"]] * 6, Decoding())
+    seen: dict[str, list[Any]] = {}
+    for server in servers:
+        for request in server.requests:
+            seen.setdefault(video_of(request), []).append((server.port, request))
+    assert len(seen) == 6
+    for requests in seen.values():
+        (_, first), *others = requests
+        assert len({port for port, _ in requests}) == 1
+        assert (first.text, sorted(request.text for _, request in others)) == ("a", ["b", "c"])
+        assert all(request.began >= first.ended for _, request in others)
+        assert max(request.at_work for _, request in others) > 1
+
+
+def test_both_limits_hold_for_all_callers_together(fake_endpoint: Any, server_engine: Engines, random_clip: Clips) -> None:
+    server = fake_endpoint(delay=0.05, answer=answer_pixel)
+    judge = server_engine(server, concurrency=2, requests_in_flight=3, timeout=5.0)
+    replies: dict[int, Any] = {}
+
+    def ask(caller: int) -> None:
+        clips = [random_clip(10 * caller + i) for i in range(3)]
+        replies[caller] = (clips, judge.ask(clips, [["a", "b", "c"]] * 3, Decoding()))
+
+    callers = [threading.Thread(target=ask, args=(caller,)) for caller in range(3)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    for clips, answers in replies.values():
+        assert answers == [[Reply(f"{pixel(clip)}{question}") for question in "abc"] for clip in clips]
+    assert len(server.requests) == 27
+    assert server.most_at_work == 3
+    videos = [{video_of(other) for other in server.requests if other.began <= r.began < other.ended} for r in server.requests]
+    assert max(map(len, videos)) == 2
+
+
+# ------------------------------------------------------------------------------------------------------------------ faults
+
+
+COMPLETION = b'{"id": "x", "object": "chat.completion", "created": 0, "model": "judge", "choices": %s}'
+
+
+@pytest.mark.parametrize(
+    ("broken", "words"),
+    [
+        ({"status": 500}, "status 500"),
+        ({"status": 503, "headers": (("Retry-After", "0.1"),)}, "status 503"),
+        ({"status": 408}, "status 408"),
+        ({"status": 409}, "status 409"),
+        ({"status": 429}, "status 429"),
+        ({"delay": 1.5}, "timed out|no answer in time"),
+        ({"drip": 0.02}, "no answer in time"),
+        ({"close": True}, "onnection"),
+        ({"cut": 40, "hang_up": True}, "onnection|peer closed"),
+        ({"cut": 40}, "JSONDecodeError"),
+        ({"body": b"<html>busy</html>"}, "JSONDecodeError"),
+        ({"body": b""}, "."),
+        ({"body": b"[]"}, "expected a chat completion"),
+        ({"body": b"null"}, "expected a chat completion"),
+        ({"body": COMPLETION % b"[]"}, "expected a chat completion"),
+        ({"body": COMPLETION % b"null"}, "expected a chat completion"),
+        ({"body": COMPLETION % b'[{"index": 0, "message": {"role": "assistant", "content": null}}]'}, "expected a chat completion"),
+    ],
+)
+def test_what_may_pass_is_tried_again(
+    broken: dict, words: str, fake_endpoint: Any, fault: Any, server_engine: Engines, random_clip: Clips
+) -> None:
+    server = fake_endpoint(answer=answer_pixel)
+    judge = server_engine(server)
+    judge.counters()
+    bad = fault(**{"body": b"{}", **broken} if "status" in broken else broken)
+    server.faults.extend([fault(), bad])
+    assert judge.ask([random_clip()], [["a", "b", "c"]], Decoding()) == [[Reply(f"{pixel(random_clip())}{q}") for q in "abc"]]
+    assert judge.counters() == {"requests": 4, "failed_requests": 1, "endpoints_set_aside": 0}
+    (url, error), *others = judge.last_errors().items()
+    assert (url, others) == (server.url, [])
+    assert error.startswith(f"{url}: ")
+    assert re.search(words, error)
+
+
+def test_retry_after_is_waited_for(fake_endpoint: Any, fault: Any, server_engine: Engines, random_clip: Clips) -> None:
+    server = fake_endpoint()
+    server.faults.append(fault(status=429, body=b"{}", headers=(("Retry-After", "0.4"),)))
+    assert server_engine(server).ask([random_clip()], [["a"]], Decoding()) == [[Reply("7.25")]]
+    assert server.requests[1].began - server.requests[0].ended >= 0.4
+
+
+def test_a_busy_endpoint_leaves_the_work_to_the_other(fake_endpoint: Any, fault: Any, server_engine: Engines, random_clip: Clips) -> None:
+    busy, other = fake_endpoint(always=fault(status=429, body=b"{}", headers=(("Retry-After", "60"),))), fake_endpoint()
+    judge = server_engine(busy, other)
+    assert judge.ask([random_clip(i) for i in range(6)], [["a", "b"]] * 6, Decoding()) == [[Reply("7.25")] * 2] * 6
+    assert len(busy.requests) < 6
+    assert judge.counters()["endpoints_set_aside"] == 0
+
+
+@pytest.mark.parametrize("status", [400, 413, 422, 401, 403, 404])
+def test_what_would_fail_again_is_an_error_at_once(
+    status: int, fake_endpoint: Any, fault: Any, server_engine: Engines, random_clip: Clips
+) -> None:
+    """Without patience: an hour of it would be the test's end. A server may repeat the whole video in its error."""
+    server = fake_endpoint()
+    judge = server_engine(server, patience=3600.0)
+    judge.counters()
+    server.always = fault(status=status, body=json.dumps({"error": "x" * 10_000}).encode())
+    replies = judge.ask([random_clip()], [["a", "b"]], Decoding())
+    for reply in replies[0]:
+        assert reply.error.startswith(f"{server.url}: status {status}: ")
+        assert (reply.text, len(reply.error) < LONGEST_ERROR + 100) == ("", True)
+    assert len(server.requests) == 2
+    assert judge.counters()["failed_requests"] == 2
+    server.always = None
+    assert judge.ask([random_clip()], [["a"]], Decoding()) == [[Reply("7.25")]]
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_an_endpoint_that_refuses_leaves_the_work_to_the_other(
+    status: int, fake_endpoint: Any, fault: Any, server_engine: Engines, random_clip: Clips
+) -> None:
+    refusing, other = fake_endpoint(), fake_endpoint()
+    judge = server_engine(refusing, other, set_aside=1.0, patience=30.0)
+    refusing.always = fault(status=status, body=b"{}")
+    assert judge.ask([random_clip(i) for i in range(5)], [["a", "b"]] * 5, Decoding()) == [[Reply("7.25")] * 2] * 5
+    assert len(other.requests) == 10
+    assert judge.counters()["endpoints_set_aside"] >= 1
+    assert f"status {status}" in judge.last_errors()[refusing.url]
+
+
+def test_prose_is_an_answer(fake_endpoint: Any, server_engine: Engines, random_clip: Clips) -> None:
+    """What it says is the judge's to read, not the engine's to ask again for."""
+    server = fake_endpoint(answer=lambda request: "I rather like it.")
+    assert server_engine(server).ask([random_clip()], [["a"]], Decoding()) == [[Reply("I rather like it.")]]
+    assert len(server.requests) == 1
+
+
+def test_one_of_two_endpoints_dies(fake_endpoint: Any, server_engine: Engines, random_clip: Clips) -> None:
+    dies, lives = fake_endpoint(answer=answer_pixel, delay=0.02), fake_endpoint(answer=answer_pixel, delay=0.02)
+    judge = server_engine(dies, lives, set_aside=0.5, patience=20.0)
+    threading.Timer(0.1, dies.kill).start()
+    clips = [random_clip(i) for i in range(40)]
+    assert judge.ask(clips, [["a", "b"]] * 40, Decoding()) == [[Reply(f"{pixel(clip)}{q}") for q in "ab"] for clip in clips]
+    assert list(judge.last_errors()) == [dies.url]
+    counts = judge.counters()
+    assert counts["endpoints_set_aside"] >= 1
+    assert counts["failed_requests"] >= FAILURES
+    assert counts["requests"] - counts["failed_requests"] == 80 + 2
+
+
+@pytest.mark.timeout(60)
+def test_killed_and_restarted_while_it_is_asked(fake_endpoint: Any, server_engine: Engines, random_clip: Clips) -> None:
+    server = fake_endpoint(answer=answer_pixel, delay=0.01)
+    judge = server_engine(server, patience=30.0)
+    clips = [random_clip(i) for i in range(40)]
+    killed = threading.Event()
+
+    def restart() -> None:
+        while len(server.requests) < 10:
+            time.sleep(0.005)
+        server.kill()
+        killed.set()
+        time.sleep(0.3)
+        server.start()
+
+    thread = threading.Thread(target=restart)
+    thread.start()
+    assert judge.ask(clips, [["a", "b"]] * 40, Decoding()) == [[Reply(f"{pixel(clip)}{q}") for q in "ab"] for clip in clips]
+    thread.join()
+    assert killed.is_set()
+    counts = judge.counters()
+    assert counts["endpoints_set_aside"] >= 1
+    assert counts["failed_requests"] >= FAILURES
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("how", ["killed", "hung", "broken"])
+def test_all_dead_is_an_error_in_every_reply(how: str, fake_endpoint: Any, fault: Any, server_engine: Engines, random_clip: Clips) -> None:
+    """In bounded time: the questions that wait for their turn do not begin a patience of their own, most are not even sent."""
+    servers = [fake_endpoint() for _ in range(2)]
+    judge = server_engine(*servers, timeout=0.2, patience=0.8, concurrency=4)
+    for server in servers:
+        if how == "killed":
+            server.kill()
+        server.always = fault(delay=1.0) if how == "hung" else fault(status=500, body=b"{}")
+    replies = judge.ask([random_clip(i) for i in range(32)], [["a", "b", "c"]] * 32, Decoding())
+    assert [len(row) for row in replies] == [3] * 32
+    for reply in (reply for row in replies for reply in row):
+        assert (reply.text, reply.digits) == ("", ())
+        assert re.match(r"no answer in 0\.8 s and \d+ tries: .*http://127\.0\.0\.1:\d+/v1: ", reply.error)
+    assert sum("and 0 tries" in reply.error for row in replies for reply in row) > 64
+    assert sorted(judge.last_errors()) == sorted(server.url for server in servers)
+
+
+@pytest.mark.timeout(60)
+def test_after_a_failure_the_next_call_has_its_own_patience(fake_endpoint: Any, server_engine: Engines, random_clip: Clips) -> None:
+    server = fake_endpoint()
+    judge = server_engine(server, patience=1.0)
+    server.kill()
+    assert "no answer in 1 s" in judge.ask([random_clip()], [["a"]], Decoding())[0][0].error
+    server.start()
+    assert judge.ask([random_clip()], [["a"]], Decoding()) == [[Reply("7.25")]]
+
+
+# ------------------------------------------------------------------------------------------------------ interrupt and close
+
+
+def hung(fake_endpoint: Any, fault: Any, server_engine: Engines) -> tuple[Any, ServerEngine]:
+    server = fake_endpoint()
+    judge = server_engine(server, timeout=600.0, patience=600.0)
+    server.faults.append(fault(delay=3.0, close=True))
+    return server, judge
+
+
+@pytest.mark.timeout(30)
+def test_an_interrupt_ends_the_wait(fake_endpoint: Any, fault: Any, server_engine: Engines, random_clip: Clips) -> None:
+    server, judge = hung(fake_endpoint, fault, server_engine)
+    main = threading.main_thread().ident
+    assert main is not None
+    threading.Timer(0.3, signal.pthread_kill, (main, signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        judge.ask([random_clip()], [["a"]], Decoding())
+    assert judge.ask([random_clip()], [["a"]], Decoding()) == [[Reply("7.25")]]
+    assert len(server.requests) == 2
+
+
+@pytest.mark.timeout(30)
+def test_close_ends_the_wait_of_another_thread(fake_endpoint: Any, fault: Any, server_engine: Engines, random_clip: Clips) -> None:
+    server, judge = hung(fake_endpoint, fault, server_engine)
+    threads = threading.active_count()
+    errors: list[str] = []
+
+    def ask() -> None:
+        try:
+            judge.ask([random_clip()], [["a"]], Decoding())
+        except RuntimeError as error:
+            errors.append(str(error))
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    while not server.requests:
+        time.sleep(0.005)
+    judge.close()
+    thread.join()
+    assert errors == ["closed while it waited for an answer"]
+    assert "judge-requests" not in {thread.name for thread in threading.enumerate()}
+    assert threading.active_count() <= threads + 2  # the server's two
+    judge.close()
+    with pytest.raises(RuntimeError, match="load"):
+        judge.ask([random_clip()], [["a"]], Decoding())
+    judge.load(torch.device("cpu"))
+    assert judge.ask([random_clip()], [["a"]], Decoding()) == [[Reply("7.25")]]
+
+
+def test_a_loop_ends_with_its_owner() -> None:
+    async def one() -> int:
+        return 1
+
+    loop = BackgroundLoop("short-lived")
+    assert loop.run(one()) == 1
+    assert "short-lived" in {thread.name for thread in threading.enumerate()}
+    del loop
+    gc.collect()
+    assert "short-lived" not in {thread.name for thread in threading.enumerate()}
