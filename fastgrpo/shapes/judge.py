@@ -205,6 +205,8 @@ class ShapesJudge:
     def score(self, videos: Tensor, prompts: Sequence[str], fps: float) -> tuple[Tensor, Tensor]:
         """Stage scores [B, 3] float64 in [0, 1] and validity [B] bool of videos [B, 8, 3, 16, 16], uint8 or float in [0, 1].
 
+        Videos whose height and width are the same multiple of 16 count as enlarged, and are brought back by the mean of each square.
+
         A video with a non-finite pixel is invalid and its row is 0. ValueError for another shape or a prompt outside the grammar.
         """
         clips, valid = self._prepare(videos)
@@ -238,9 +240,12 @@ class ShapesJudge:
 
     def _prepare(self, videos: Tensor) -> tuple[Tensor, Tensor]:
         """Clips float64 in [0, 1] with every invalid one made black, and validity [B]."""
-        if videos.ndim != 5 or tuple(videos.shape[1:]) != (NUM_FRAMES, 3, SIZE, SIZE):
-            raise ValueError(f"expected videos of shape [B, {NUM_FRAMES}, 3, {SIZE}, {SIZE}], got {list(videos.shape)}")
+        enlarged = videos.shape[-1] // SIZE if videos.ndim == 5 else 0
+        if not enlarged or tuple(videos.shape[1:]) != (NUM_FRAMES, 3, SIZE * enlarged, SIZE * enlarged):
+            raise ValueError(f"expected videos of shape [B, {NUM_FRAMES}, 3, {SIZE}, {SIZE}], or enlarged, got {list(videos.shape)}")
         clips = videos.to(self._device, torch.float64)
+        if enlarged > 1:  # as samples are saved
+            clips = clips.unflatten(-1, (SIZE, enlarged)).unflatten(-3, (SIZE, enlarged)).mean((-3, -1))
         if videos.dtype == torch.uint8:
             clips = clips / 255.0
         valid = clips.flatten(1).isfinite().all(1)

@@ -20,6 +20,7 @@ from fastgrpo.config import (
     PromptsConfig,
     RolloutConfig,
     RuntimeConfig,
+    ScoringConfig,
     TrackingConfig,
     TrainConfig,
     UpdateConfig,
@@ -244,6 +245,8 @@ def invalid(section: type, key: str, values: Iterable[Any], expected: str) -> li
 ONE_OR_MORE = ("num_prompts", "num_generations", "height", "width", "num_frames", "micro_batch_size", "window_interval")
 NAN, INF = math.nan, math.inf
 INVALID = [
+    (ScoringConfig, {"max_pending": 0}, "scoring.max_pending", "at least 1", 0),
+    (ScoringConfig, {"max_invalid_share": 1.5}, "scoring.max_invalid_share", "a share in [0, 1]", 1.5),
     *[case for key in ONE_OR_MORE for case in invalid(RolloutConfig, key, [0], "at least 1")],
     *invalid(RolloutConfig, "num_inference_steps", [1], "at least 2"),
     *[case for key in ("shift", "eta") for case in invalid(RolloutConfig, key, [0.0, -1.0, INF, NAN], "a positive number")],
@@ -295,6 +298,7 @@ def test_every_check_names_key_expectation_and_value(section: type, values: dict
 
 
 EDGES = [
+    (ScoringConfig, {"max_pending": 1, "max_invalid_share": 0.0}),
     (RolloutConfig, {"sde": "cps", "eta": 1.0}),
     (RolloutConfig, {"eta": 1.5}),
     (RolloutConfig, {"num_inference_steps": 2, "num_generations": 1, "height": 1, "guidance_scale": 0.0}),

@@ -10,6 +10,7 @@ import shlex
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,11 +23,13 @@ from fastgrpo.run import (
     check,
     claim_folder,
     compute_dtype,
+    describe_judge,
     differences,
     evaluate,
     is_used,
     keep_old_config,
     open_log,
+    reason_to_stop,
     record,
     resume_command,
     say,
@@ -229,3 +232,26 @@ def test_signals_are_given_back_after_an_error() -> None:
     with pytest.raises(KeyError), stop_signals():
         raise KeyError
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_a_judge_that_changes_with_a_resume_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "judge.json"
+    describe_judge(path, {"engine": {"model": "a"}, "seed": 0}, resumed=False)
+    assert json.loads(path.read_text()) == {"engine": {"model": "a"}, "seed": 0}
+    describe_judge(path, {"engine": {"model": "b"}, "seed": 0}, resumed=True)
+    assert capsys.readouterr().out == "resume: the judge has changed since the run began: engine.model: 'a' -> 'b'\n"
+    assert [file.name for file in tmp_path.iterdir()] == ["judge.json"]  # nothing half written beside it
+    describe_judge(path, {"engine": {"model": "c"}, "seed": 0}, resumed=False)  # a new run has nothing to compare with
+    assert capsys.readouterr().out == ""
+
+
+def test_why_a_run_stopped(config: TrainConfig, one_rank: torch.device) -> None:
+    class Stopped:
+        skipped_in_a_row, invalid_share = 2, 0.75
+        judge = SimpleNamespace(last_errors=lambda: {"http://here": "gone"})
+
+    stopped: Any = Stopped()
+    stopped.config = config
+    assert reason_to_stop(stopped) == "75% of its videos got no score, and scoring.max_invalid_share is 50%; http://here: gone"
+    stopped.skipped_in_a_row = config.update.max_skipped_updates
+    assert reason_to_stop(stopped).startswith("5 updates in a row (update.max_skipped_updates) could not be made")

@@ -217,10 +217,23 @@ def test_impossible_options_are_refused(arguments: dict[str, float], complaint: 
         ShapesJudge(**arguments)
 
 
+def test_enlarged_videos_score_as_they_were(clean: Tensor) -> None:
+    """As samples are saved, each pixel a square; averaging takes out what a codec does inside the squares."""
+    large = clean[:4].repeat_interleave(16, -1).repeat_interleave(16, -2)
+    assert torch.equal(ShapesJudge().score(large, PROMPTS[:4], 8)[0], ShapesJudge().score(clean[:4], PROMPTS[:4], 8)[0])
+    noisy = large.double().mul(0.8).add(0.1) + 0.05 * (-1.0) ** torch.arange(256)
+    torch.testing.assert_close(
+        ShapesJudge().score(noisy, PROMPTS[:4], 8)[0], ShapesJudge().score(clean[:4].double().mul(0.8).add(0.1), PROMPTS[:4], 8)[0]
+    )
+
+
 def test_wrong_input_is_refused_with_words(clean: Tensor) -> None:
     judge = ShapesJudge()
-    with pytest.raises(ValueError, match=r"\[B, 8, 3, 16, 16\], got \[48, 4, 3, 16, 16\]"):
+    with pytest.raises(ValueError, match=r"\[B, 8, 3, 16, 16\], or enlarged, got \[48, 4, 3, 16, 16\]"):
         judge.score(clean[:, :4], PROMPTS, 8)
+    for height, width in ((8, 8), (16, 32), (24, 24)):
+        with pytest.raises(ValueError, match="or enlarged, got"):
+            judge.score(torch.zeros(1, 8, 3, height, width), PROMPTS[:1], 8)
     with pytest.raises(ValueError, match="47 prompts for 48 videos"):
         judge.score(clean, PROMPTS[:47], 8)
     with pytest.raises(ValueError, match="got 'pink'"):
