@@ -1,11 +1,12 @@
-"""What a run leaves behind in pictures: curves of its metrics, sample videos with their stills, before and after side by side.
+"""What a run leaves behind in pictures: the look of its curves, sample videos with their stills, before and after side by side.
 
-Curves are matplotlib figures made without pyplot, so that nothing global changes. Rows are those of metrics.jsonl (None: a value that was
-not finite; it is left out of the curve). Colours are Okabe and Ito's, told apart by colour-blind readers; stages also differ in marker.
+Figures are matplotlib's, made without pyplot, so that nothing global changes. Colours are Okabe and Ito's, told apart by colour-blind
+readers; what is drawn with them also differs in marker or dashes.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -27,8 +28,6 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from fastgrpo.self_paced import smooth
-
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = ("o", "s", "^", "D", "v", "P")
 INK, FAINT, GRID = "#1f2933", "#6b7785", "#e3e7eb"
@@ -37,116 +36,24 @@ Row = Mapping[str, Any]
 Series = tuple[list[int], list[float]]
 
 
-def reward_curves(rows: Sequence[Row], stages: Sequence[str], thresholds: Sequence[float] = (), window: int = 10) -> Figure:
-    """Mean score of each stage over iterations: as measured (faint), smoothed over `window` iterations, and held out (markers).
-
-    The j-th threshold is a dashed line in the j-th stage's colour. The weighted reward, what the group advantages see, is dotted.
-    """
-    figure, (axes,) = _new_figure(1, 8.0, 4.4)
-    for index, stage in enumerate(stages):
-        color, marker = COLORS[index % len(COLORS)], MARKERS[index % len(MARKERS)]
-        iterations, values = series(rows, f"rewards/{stage}/mean")
-        axes.plot(iterations, values, color=color, alpha=0.25, linewidth=1, gid=f"raw/{stage}")
-        _line(axes, (iterations, smooth(values, window)), color, _title(stage), f"smooth/{stage}", width=2.2)
-        iterations, values = series(rows, f"eval/rewards/{stage}/mean")
-        dots = {"linestyle": "none", "marker": marker, "markersize": 7, "markeredgecolor": "white"}
-        axes.plot(iterations, values, color=color, zorder=4, gid=f"eval/{stage}", **dots)  # type: ignore[arg-type]
-        if index < len(thresholds):
-            axes.axhline(thresholds[index], color=color, linestyle=(0, (5, 3)), linewidth=1, alpha=0.8, gid=f"threshold/{stage}")
-    iterations, values = series(rows, "reward")
-    axes.plot(iterations, smooth(values, window), color=INK, linewidth=1.4, linestyle=":", label="weighted reward", gid="smooth/reward")
-    if any(series(rows, f"eval/rewards/{stage}/mean")[0] for stage in stages):
-        axes.plot([], [], color=FAINT, linestyle="none", marker="o", markersize=7, markeredgecolor="white", label="evaluation captions")
-    if thresholds:
-        axes.plot([], [], color=FAINT, linestyle=(0, (5, 3)), linewidth=1, label="threshold")
-    _finish(axes, "Stage rewards", "mean score")
-    return figure
-
-
-def weight_curves(rows: Sequence[Row], stages: Sequence[str], thresholds: Sequence[float] = ()) -> Figure:
-    """Weight of each stage in the reward over iterations and, below, the competence that moves it with the thresholds (dashed)."""
-    has_competence = any(series(rows, f"competence/{stage}")[0] for stage in stages)
-    figure, panels = _new_figure(2 if has_competence else 1, 8.0, 5.6 if has_competence else 3.6, sharex=True)
-    for index, stage in enumerate(stages):
-        color = COLORS[index % len(COLORS)]
-        _line(panels[0], series(rows, f"weights/{stage}"), color, _title(stage), f"weights/{stage}")
-        if has_competence:
-            _line(panels[1], series(rows, f"competence/{stage}"), color, None, f"competence/{stage}")
-            if index < len(thresholds):
-                panels[1].axhline(thresholds[index], color=color, linestyle=(0, (5, 3)), linewidth=1, gid=f"threshold/{stage}")
-    panels[0].set_ylim(-0.03, 1.03)
-    _finish(panels[0], "Stage weights", "weight")
-    if has_competence:
-        _finish(panels[1], "Competence (dashed: threshold that opens the next stage)", "running mean score")
-    return figure
-
-
-def ratio_drift(rows: Sequence[Row]) -> Figure:
-    """Largest |ratio - 1| before the first optimizer step, by iteration and by denoising step. 0: training recomputes the rollout exactly.
-
-    The scale is logarithmic above the smallest value that is not 0 and linear below it, so that zeros are drawn at 0.
-    """
-    figure, panels = _new_figure(1, 8.0, 3.4, columns=2)
-    by_iteration = series(rows, "ratio_drift")
-    keys = sorted({key for row in rows for key in row if key.startswith("ratio_drift/step_")})
-    by_step = {int(key[len("ratio_drift/step_") :]): series(rows, key)[1] for key in keys}
-    steps: Series = ([step for step, values in by_step.items() if values], [max(values) for values in by_step.values() if values])
-    panels[0].plot(*by_iteration, color=COLORS[0], linewidth=1.2, marker=".", markersize=4, gid="by_iteration")
-    panels[1].plot(*steps, color=COLORS[1], linewidth=0, marker="o", markersize=6, gid="by_step")
-    panels[1].vlines(steps[0], 0, steps[1], color=COLORS[1], linewidth=1.5, alpha=0.6)
-    for axes, values, what in ((panels[0], by_iteration[1], "iteration"), (panels[1], steps[1], "denoising step")):
-        positive = [value for value in values if value > 0]
-        if positive:
-            axes.set_yscale("symlog", linthresh=10.0 ** math.floor(math.log10(min(positive))))
-            axes.set_ylim(bottom=0)
-        else:
-            axes.set_ylim(-1, 1)
-            axes.set_yticks([0])
-            if values:
-                axes.text(0.5, 0.62, f"exactly 0 at every {what}", transform=axes.transAxes, ha="center", color=INK, fontsize=11)
-        _finish(axes, f"Ratio drift by {what}", "max |ratio − 1|", xlabel=what)
-    return figure
-
-
-def training_health(rows: Sequence[Row]) -> Figure:
-    """Gradient norm before clipping, share of clipped loss terms, and seconds of each phase (stacked), over iterations."""
-    figure, panels = _new_figure(3, 8.0, 7.0, sharex=True)
-    norms = series(rows, "grad_norm")
-    _line(panels[0], norms, COLORS[0], None, "grad_norm", width=1.2)
-    positive = [value for value in norms[1] if value > 0]
-    if positive and len(positive) == len(norms[1]) and max(positive) > 30 * min(positive):
-        panels[0].set_yscale("log")
-    _finish(panels[0], "Gradient norm before clipping", "2-norm")
-    _line(panels[1], series(rows, "clip_ratio"), COLORS[1], None, "clip_ratio", width=1.2)
-    panels[1].set_ylim(bottom=0)
-    _finish(panels[1], "Clip fraction (loss terms whose gradient the clip removed)", "fraction")
-    phases = ("rollout", "reward", "update")
-    timed = [row for row in rows if all(row.get(f"time/{phase}") is not None for phase in phases)]
-    if timed:
-        seconds = [series(timed, f"time/{phase}")[1] for phase in phases]
-        iterations = [row["iteration"] for row in timed]
-        if len(timed) == 1:  # one iteration has no area
-            bottoms = np.cumsum([0.0] + [values[0] for values in seconds])
-            for phase, values, bottom, color in zip(phases, seconds, bottoms, COLORS, strict=False):
-                panels[2].bar(iterations, values, bottom=bottom, width=0.1, color=color, label=phase, alpha=0.85)
-        else:
-            panels[2].stackplot(iterations, *seconds, labels=phases, colors=COLORS[:3], alpha=0.85, linewidth=0)
-    panels[2].set_ylim(bottom=0)
-    _finish(panels[2], "Time of an iteration", "seconds")
-    return figure
-
-
 def save_figure(figure: Figure, stem: Path) -> tuple[Path, Path]:
     """Write `<stem>.png` (160 dpi) and `<stem>.svg`; the same figure gives the same bytes. Returns both paths."""
     png, svg = stem.with_name(stem.name + ".png"), stem.with_name(stem.name + ".svg")
     figure.savefig(png, dpi=160, metadata={"Software": None})
-    with matplotlib.rc_context({"svg.hashsalt": "fastgrpo"}):  # otherwise the ids in the file are random
-        figure.savefig(svg, metadata={"Date": None})
+    svg.write_bytes(svg_bytes(figure))
     return png, svg
 
 
+def svg_bytes(figure: Figure) -> bytes:
+    """The figure as SVG; the same figure gives the same bytes."""
+    buffer = io.BytesIO()
+    with matplotlib.rc_context({"svg.hashsalt": "fastgrpo"}):  # otherwise the ids in the file are random
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return buffer.getvalue()
+
+
 def series(rows: Sequence[Row], key: str) -> Series:
-    """Iterations and values of one metric, where a row has a finite one."""
+    """Iterations and values of one metric, where a row of metrics.jsonl has a finite one."""
     points = [(row["iteration"], float(row[key])) for row in rows if row.get(key) is not None and math.isfinite(row[key])]
     return [iteration for iteration, _ in points], [value for _, value in points]
 
@@ -187,7 +94,7 @@ def save_samples(
     entries = []
     for index, (video, prompt) in enumerate(zip(frames, prompts, strict=True)):
         name = f"{index:0{digits}d}_{_slug(prompt)}"
-        _write_video(folder / f"{name}.mp4", video, fps)
+        write_video(folder / f"{name}.mp4", video, fps)
         still = _strip(video)
         Image.fromarray(still).save(folder / f"{name}.png")
         row = None if table is None else [value if math.isfinite(value) else None for value in table[index]]
@@ -205,7 +112,7 @@ def read_samples(folder: Path) -> dict[str, Any]:
     return summary
 
 
-def _write_video(path: Path, frames: NDArray[np.uint8], fps: float) -> None:
+def write_video(path: Path, frames: NDArray[np.uint8], fps: float) -> None:
     """H.264 yuv420p mp4 of frames [T, H, W, 3], enlarged and padded as `save_samples` says."""
     height, width = frames.shape[1:3]
     scale = max(1, math.ceil(256 / min(height, width)))
@@ -228,21 +135,33 @@ def contact_sheet(before_folder: Path, after_folder: Path, path: Path) -> None:
 
     Both folders come from `save_samples`, with the same noise for the same caption. ValueError where they share no caption.
     """
-    before, after = read_samples(before_folder), read_samples(after_folder)
-    pairs = pair_samples(before, after)
-    if not pairs:
-        raise ValueError(f"contact sheet: expected a caption that is in both, got none shared by {before_folder} and {after_folder}")
-    cells = [
-        _cell(old["prompt"], _scored_strip(before_folder, old, "before"), _scored_strip(after_folder, new, "after")) for old, new in pairs
-    ]
+    comparison_sheet({"before": before_folder, "after": after_folder}, path, "Before and after: same captions, same noise")
+
+
+def comparison_sheet(folders: Mapping[str, Path], path: Path, title: str) -> None:
+    """One png: for every caption of the first folder that others have too, a row of stills from each, with its name and scores.
+
+    The folders come from `save_samples`. ValueError where no other shares a caption with the first.
+    """
+    summaries = {name: read_samples(folder) for name, folder in folders.items()}
+    matched = [row for row in match_samples(list(summaries.values())) if sum(entry is not None for entry in row) > 1]
+    if not matched:
+        shared = f"none shared by {' and '.join(map(str, folders.values()))}"
+        raise ValueError(f"contact sheet: expected a caption that is in more than one folder, got {shared}")
+    font = _font(15)
+    gutter = max(76, 14 + max(round(font.getlength(_short(name))) for name in folders))
+    cells = []
+    for row in matched:
+        strips = [_scored_strip(folders[name], entry, name, gutter) for name, entry in zip(folders, row, strict=True) if entry is not None]
+        cells.append(_cell(next(entry["prompt"] for entry in row if entry), strips))
     columns = 2 if len(cells) > 3 and cells[0].width < 1000 else 1
     gap, margin, header = 28, 32, 88
     width, height = max(cell.width for cell in cells), max(cell.height for cell in cells)
     lines = math.ceil(len(cells) / columns)
     sheet = Image.new("RGB", (2 * margin + columns * width + (columns - 1) * gap, header + lines * (height + gap) + margin - gap), "white")
     draw = ImageDraw.Draw(sheet)
-    draw.text((margin, 24), "Before and after: same captions, same noise", fill=INK, font=_font(22))
-    stages = before["stages"] or after["stages"]
+    draw.text((margin, 24), title, fill=INK, font=_font(22))
+    stages = next((summary["stages"] for summary in summaries.values() if summary["stages"]), None)
     if stages:
         draw.text((margin, 54), "Scores in order: " + ", ".join(map(_title, stages)), fill=FAINT, font=_font(14))
     for index, cell in enumerate(cells):
@@ -251,15 +170,20 @@ def contact_sheet(before_folder: Path, after_folder: Path, path: Path) -> None:
     sheet.save(path)
 
 
-def pair_samples(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """Entries of two samples.json with the same caption, in the first's order; the n-th of a repeated caption meets the n-th."""
-    rest = list(after["samples"])
-    pairs = []
-    for old in before["samples"]:
-        match = next((index for index, new in enumerate(rest) if new["prompt"] == old["prompt"]), None)
-        if match is not None:
-            pairs.append((old, rest.pop(match)))
-    return pairs
+def match_samples(summaries: Sequence[Mapping[str, Any]]) -> list[list[dict[str, Any] | None]]:
+    """For each sample of the first samples.json, in its order: that entry, and from every other the one with the same caption or None.
+
+    The n-th of a repeated caption meets the n-th.
+    """
+    rest = [list(summary["samples"]) for summary in summaries[1:]]
+    rows: list[list[dict[str, Any] | None]] = []
+    for first in summaries[0]["samples"]:
+        row: list[dict[str, Any] | None] = [first]
+        for entries in rest:
+            match = next((index for index, entry in enumerate(entries) if entry["prompt"] == first["prompt"]), None)
+            row.append(None if match is None else entries.pop(match))
+        rows.append(row)
+    return rows
 
 
 def format_scores(scores: Sequence[float | None] | None) -> str:
@@ -270,10 +194,6 @@ def format_scores(scores: Sequence[float | None] | None) -> str:
 def _new_figure(rows: int, width: float, height: float, columns: int = 1, sharex: bool = False) -> tuple[Figure, list[Axes]]:
     figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
     return figure, list(figure.subplots(rows, columns, sharex=sharex, squeeze=False).flat)
-
-
-def _line(axes: Axes, points: Series, color: str, label: str | None, gid: str, width: float = 2.0) -> None:
-    axes.plot(*points, color=color, linewidth=width, label=label, gid=gid, marker="o" if len(points[0]) == 1 else None)
 
 
 def _finish(axes: Axes, title: str, ylabel: str, xlabel: str = "iteration") -> None:
@@ -332,7 +252,7 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size)
 
 
-def _scored_strip(folder: Path, entry: Mapping[str, Any], label: str) -> Image.Image:
+def _scored_strip(folder: Path, entry: Mapping[str, Any], label: str, gutter: int) -> Image.Image:
     """A still at a height fit for a sheet (72 pixels and more by whole pixels, or shrunk to 120), with its label and scores at the left."""
     still = Image.open(folder / entry["still"]).convert("RGB")
     if still.height < 72:
@@ -340,23 +260,29 @@ def _scored_strip(folder: Path, entry: Mapping[str, Any], label: str) -> Image.I
         still = still.resize((still.width * scale, still.height * scale), Image.Resampling.NEAREST)
     elif still.height > 120:
         still = still.resize((round(still.width * 120 / still.height), 120), Image.Resampling.LANCZOS)
-    gutter = 76
     canvas = Image.new("RGB", (gutter + still.width, still.height), "white")
     canvas.paste(still, (gutter, 0))
     draw = ImageDraw.Draw(canvas)
     for frame in range(1, entry["still_frames"]):
         x = gutter + round(frame * still.width / entry["still_frames"])
         draw.line((x, 0, x, still.height), fill="white", width=2)
-    draw.text((0, 2), label, fill=INK if label == "after" else FAINT, font=_font(15))
+    draw.text((0, 2), _short(label), fill=FAINT if label == "before" else INK, font=_font(15))
     for index, score in enumerate(format_scores(entry["scores"]).split()):
         draw.text((0, 23 + 16 * index), score, fill=COLORS[index % len(COLORS)], font=_font(13))
     return canvas
 
 
-def _cell(prompt: str, before: Image.Image, after: Image.Image) -> Image.Image:
-    caption = textwrap.shorten(prompt, max(24, before.width // 9), placeholder=" …")
-    cell = Image.new("RGB", (max(before.width, after.width), 26 + before.height + 6 + after.height), "white")
+def _short(label: str) -> str:
+    """Both ends of a long label: names of runs often differ in the last letters."""
+    return label if len(label) <= 32 else f"{label[:14]}…{label[-17:]}"
+
+
+def _cell(prompt: str, strips: Sequence[Image.Image]) -> Image.Image:
+    caption = textwrap.shorten(prompt, max(24, strips[0].width // 9), placeholder=" …")
+    cell = Image.new("RGB", (max(strip.width for strip in strips), 20 + sum(6 + strip.height for strip in strips)), "white")
     ImageDraw.Draw(cell).text((0, 2), caption, fill=INK, font=_font(15))
-    cell.paste(before, (0, 26))
-    cell.paste(after, (0, 26 + before.height + 6))
+    top = 26
+    for strip in strips:
+        cell.paste(strip, (0, top))
+        top += strip.height + 6
     return cell

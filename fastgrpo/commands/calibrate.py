@@ -14,6 +14,7 @@ from pathlib import Path
 import yaml
 
 from fastgrpo import figures, parallel
+from fastgrpo.analysis import run_figures
 from fastgrpo.config import TrainConfig, parse_config, refuse
 from fastgrpo.run import run, say
 from fastgrpo.self_paced import calibrated_threshold, smooth
@@ -114,6 +115,6 @@ def write_thresholds(config: TrainConfig, options: CalibrateOptions, curves: Map
     rows = [
         {"iteration": i + 1} | {f"rewards/{stage}/mean": curve[i] for stage, curve in curves.items()} for i in range(options.iterations)
     ]
-    figures.save_figure(figures.reward_curves(rows, list(curves), list(every.values()), options.smoothing_window), folder / "curves")
+    figures.save_figure(run_figures.reward_curves(rows, list(curves), list(every.values()), options.smoothing_window), folder / "curves")
     say(f"thresholds {', '.join(f'{stage} {t:.3f}' for stage, t in every.items())}: {path}")
     return path

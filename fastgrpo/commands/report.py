@@ -1,125 +1,165 @@
-"""`python -m fastgrpo report RUN`: the curves and videos of a run on one self-contained page. Works on a run that is still going."""
+"""`python -m fastgrpo report RUN [RUN ...]`: curves, scores and videos of runs on one self-contained page. Works on a run still going."""
 
 from __future__ import annotations
 
-import base64
-import io
-from collections.abc import Mapping, Sequence
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import jsonargparse
-import yaml
-from matplotlib.figure import Figure
-from PIL import Image
+from markupsafe import Markup, escape
 
 from fastgrpo import figures
+from fastgrpo.analysis import panels, report_media, run_figures, run_record
+from fastgrpo.analysis.run_record import RunRecord
 from fastgrpo.config import refuse
-from fastgrpo.self_paced import smooth
-from fastgrpo.tracking import Row, read_metrics, stage_names
 
-MAX_VIDEO_BYTES = 2_000_000
-"""A larger video is shown by its stills: the page has to stay one that a browser opens and a mail carries."""
-MAX_PAGE_VIDEO_BYTES = 24_000_000
-"""The same for all videos of the page together."""
+WRITTEN = ("reward", "weights", "hoyer", "ratio_drift", "stability", "time", "memory", "judge", "contact_sheet")
+"""Names of the images that a report may write, and so removes where an earlier one wrote them and this one does not."""
+ATTACH = """folders of other commands (an ablation, a judge's bias) whose figures, tables and texts are shown on the page as well;
+<run>-calibrate, where it lies beside a run, is shown without being named"""
+GLYPHS = dict(zip(figures.MARKERS, "●■▲◆▼✚", strict=True))
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; exit code 2 with one message for a wrong argument or a run that cannot be read."""
-    parser = jsonargparse.ArgumentParser(prog="python -m fastgrpo report", description="Curves and videos of a run on one HTML page.")
-    parser.add_function_arguments(write_report, as_positional=True)
-    arguments = parser.parse_args(argv)
+    parser = jsonargparse.ArgumentParser(
+        prog="python -m fastgrpo report",
+        description="Curves, scores and videos of one run, or of several side by side, on one HTML page that needs no network.",
+        exit_on_error=False,
+    )
+    parser.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN", help="run folders, finished or going; several are compared to the first"
+    )
+    parser.add_argument("--attach", nargs="+", type=Path, default=[], metavar="FOLDER", help=ATTACH)
+    parser.add_function_arguments(write_report, skip={"runs", "attach"})
     try:
-        print(write_report(arguments.run, arguments.smoothing_window))
-    except ValueError as error:
+        arguments = parser.parse_args(argv)
+        print(write_report(*arguments.runs, smoothing_window=arguments.smoothing_window, out=arguments.out, attach=arguments.attach))
+    except (jsonargparse.ArgumentError, ValueError, OSError) as error:
         refuse(error)
     return 0
 
 
-def write_report(run: Path, smoothing_window: int = 10) -> Path:
-    """Write `<run>/report/`: curves as PNG and SVG, contact_sheet.png, and report.html, which holds all of it and refers to nothing else.
+def write_report(*runs: Path, smoothing_window: int = 10, out: Path | None = None, attach: Sequence[Path] = ()) -> Path:
+    """Write figures as PNG and SVG, contact_sheet.png, and report.html, which holds all of it and refers to nothing else.
 
     Args:
-        run: the run folder; finished or still going.
-        smoothing_window: iterations over which the reward curves are averaged.
+        runs: run folders; finished or still going.
+        smoothing_window: iterations over which curves are averaged.
+        out: folder to write to; by default <run>/report, and for several runs the folder `report` beside the first.
+        attach: folders of other commands whose figures and tables are shown as well, besides <run>-calibrate where there is one.
 
     Returns:
         The path of report.html.
 
     Raises:
-        ValueError: not a run folder (neither config.yaml nor metrics.jsonl); a broken metrics.jsonl or config.yaml; a window below 1.
+        ValueError: not a run folder (neither config.yaml nor metrics.jsonl), or one given twice; a broken file in it; a window below 1.
+        OSError: a file that cannot be read, or a report folder that cannot be written.
     """
     if smoothing_window < 1:
         raise ValueError(f"smoothing_window: expected at least 1, got {smoothing_window}")
-    metrics = run / "metrics.jsonl"
-    if not (metrics.is_file() or (run / "config.yaml").is_file()):
-        raise ValueError(f"report: expected a run folder with config.yaml or metrics.jsonl, got {run}")
-    rows = read_metrics(metrics) if metrics.is_file() else []
-    config = _read_config(run / "config.yaml")
-    stages = stage_names(rows)
-    folder = run / "report"
-    folder.mkdir(exist_ok=True)
+    read = run_record.read_runs(runs)
+    beside = [folder.with_name(f"{folder.name}-calibrate") for folder in (run.folder.resolve() for run in read)]
+    calibrations = [folder for folder in beside if (folder / "thresholds.yaml").is_file()]
+    attached = report_media.attachments(list(dict.fromkeys([*calibrations, *attach])))
+    folder = out or (runs[0] / "report" if len(runs) == 1 else runs[0].resolve().parent / "report")
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"out: expected a folder, got the file {folder}")
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in WRITTEN:
+        for kind in ("png", "svg"):
+            (folder / f"{name}.{kind}").unlink(missing_ok=True)
     context = {
-        "name": run.resolve().name,
-        "facts": _facts(rows, config),
-        "notices": _notices(rows, config),
-        "configuration": _configuration(config),
-        "figures": _write_figures(folder, rows, stages, _thresholds(config), smoothing_window),
-        **_scores(rows, stages, smoothing_window),
-        **_videos(run, folder),
+        "name": " · ".join(run.label for run in read),
+        "title": runs[0].resolve().name if len(runs) == 1 else f"{len(runs)} runs",
+        "several": len(runs) > 1,
+        "facts": _facts(read[0]) if len(read) == 1 else [f"{len(read)} runs, compared to {read[0].label}"],
+        "notices": _notices(read),
+        "overview": [_overview(index, run) for index, run in enumerate(read)],
+        "figures": _write_figures(folder, read, smoothing_window),
+        "judge_totals": _judge_totals(read),
+        "differences": _differences(read),
+        "changes": list(_changes(read)),
+        "configurations": {run.label: _configuration(run) for run in read},
+        "attached": attached,
+        **(_cards(read[0], smoothing_window) if len(read) == 1 else _final_scores(read, smoothing_window)),
+        **report_media.videos_section(read, folder),
     }
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
-    )
     page = folder / "report.html"
-    page.write_text(environment.get_template("report.html").render(context), encoding="utf-8")
+    partial = folder / ".report.html.tmp"
+    partial.write_text(_environment().get_template("report.html").render(context), encoding="utf-8")
+    os.replace(partial, page)
     return page
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path}: expected a mapping, got {type(config).__name__}")
-    return config
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
+    )
+    environment.filters["code"] = lambda text: Markup(re.sub(r"`([^`]*)`", r"<code>\1</code>", str(escape(text))))
+    return environment
 
 
-def _thresholds(config: Mapping[str, Any]) -> list[float]:
-    """Those that paced the run: the modes without gates have none to show."""
-    pacing = config.get("pacing") or {}
-    return list(pacing.get("thresholds") or []) if pacing.get("mode", "self_paced") in ("self_paced", "two_stage") else []
-
-
-def _trained(rows: Sequence[Row]) -> list[Row]:
-    return [row for row in rows if "reward" in row]
-
-
-def _facts(rows: Sequence[Row], config: Mapping[str, Any]) -> list[str]:
-    trained = _trained(rows)
-    planned = config.get("iterations")
-    done = trained[-1]["iteration"] if trained else 0
-    facts = [f"{done} of {planned} iterations" if planned is not None else f"{done} iterations"]
-    seconds = sum(row.get("step_time") or 0.0 for row in trained)
+def _facts(run: RunRecord) -> list[str]:
+    planned, trained = run.config.get("iterations"), run.trained
+    facts = [f"{_done(run)} of {planned} iterations" if planned is not None else f"{_done(run)} iterations"]
+    seconds = _seconds(run)
     if seconds:
         facts.append(f"{_duration(seconds)} of training, {seconds / len(trained):.2g} s an iteration")
-    for part in ("policy", "reward"):
-        described = config.get(part)
-        if isinstance(described, Mapping) and described.get("class_path"):
-            facts.append(str(described["class_path"]).rpartition(".")[2])
-    return facts
+    return [*facts, *(_class_of(run, part) for part in ("policy", "reward") if _class_of(run, part))]
 
 
-def _notices(rows: Sequence[Row], config: Mapping[str, Any]) -> list[str]:
-    trained = _trained(rows)
-    if not rows:
+def _done(run: RunRecord) -> int:
+    return int(run.trained[-1]["iteration"]) if run.trained else 0
+
+
+def _seconds(run: RunRecord) -> float:
+    return sum(row.get("step_time") or 0.0 for row in run.trained)
+
+
+def _class_of(run: RunRecord, part: str) -> str:
+    described = run.config.get(part)
+    return str(described["class_path"]).rpartition(".")[2] if isinstance(described, Mapping) and described.get("class_path") else ""
+
+
+def _overview(index: int, run: RunRecord) -> dict[str, str]:
+    """One line of the table of runs: it is the legend of all figures as well."""
+    line = run_figures.run_line(index, run.label)
+    dashes = line.style[1] if isinstance(line.style, tuple) else ()
+    planned, trained = run.config.get("iterations"), run.trained
+    return {
+        "label": run.label,
+        "color": line.color,
+        "dashes": " ".join(f"{2 * length:g}" for length in dashes),
+        "glyph": GLYPHS[line.marker],
+        "iterations": f"{_done(run)} of {planned}" if planned is not None else str(_done(run)),
+        "mode": str((run.config.get("pacing") or {}).get("mode", "–")),
+        "time": _duration(_seconds(run)) if trained else "–",
+        "each": f"{_seconds(run) / len(trained):.2g} s" if trained else "–",
+        "policy": _class_of(run, "policy") or "–",
+        "reward": _class_of(run, "reward") or "–",
+    }
+
+
+def _notices(runs: Sequence[RunRecord]) -> list[str]:
+    notices = [f"{run.label}: {notice}" if len(runs) > 1 else notice for run in runs for notice in _notices_of(run)]
+    if len(runs) > 1 and not run_record.judged_alike(runs):
+        notices.append(
+            "These runs were not evaluated alike: their judge, held-out captions or evaluation sampler differ (see what differs, below), "
+            "so differences between their scores are not differences between the models alone."
+        )
+    return notices
+
+
+def _notices_of(run: RunRecord) -> list[str]:
+    if not run.rows:
         return ["Nothing has been measured yet: metrics.jsonl has no line. Build the report again when the first iteration has ended."]
     notices = []
-    planned = config.get("iterations")
+    planned, trained = run.config.get("iterations"), run.trained
     if not trained and planned != 0:
         notices.append("Only the untrained model has been evaluated so far: no training iteration has ended yet.")
     elif trained and planned is not None and trained[-1]["iteration"] < planned:
@@ -135,18 +175,22 @@ def _notices(rows: Sequence[Row], config: Mapping[str, Any]) -> list[str]:
     return notices
 
 
-def _scores(rows: Sequence[Row], stages: Sequence[str], window: int) -> dict[str, Any]:
-    """First and last score of each stage: on held-out captions, or smoothed on the training ones where nothing was held out."""
-    held_out = any(len(figures.series(rows, f"eval/rewards/{stage}/mean")[0]) > 1 for stage in stages)
+def _where(held_out: bool, window: int) -> str:
+    if held_out:
+        return "the captions of the evaluation, from the same noise every time"
+    return f"the training captions (mean over {window} iterations)"
+
+
+def _cards(run: RunRecord, window: int) -> dict[str, Any]:
+    """First and last score of each stage of the only run."""
+    scores = run_record.scores_of(run, window)
+    if scores is None:
+        return {"scores": [], "score_rows": [], "scores_note": "", "stages": []}
     cards = []
-    ends: tuple[int, int] = (0, 0)
-    for index, stage in enumerate(stages):
-        iterations, values = figures.series(rows, f"eval/rewards/{stage}/mean" if held_out else f"rewards/{stage}/mean")
-        if not held_out:
-            values = smooth(values, window)
-        if len(values) < 2:
+    for index, stage in enumerate(run.stages):
+        start, end = scores.first[stage], scores.last[stage]
+        if start is None or end is None:
             continue
-        start, end, ends = values[0], values[-1], (iterations[0], iterations[-1])
         cards.append(
             {
                 "stage": stage.replace("_", " "),
@@ -158,128 +202,102 @@ def _scores(rows: Sequence[Row], stages: Sequence[str], window: int) -> dict[str
                 "color": figures.COLORS[index % len(figures.COLORS)],
             }
         )
-    where = (
-        "the captions of the evaluation, from the same noise every time"
-        if held_out
-        else f"the training captions (mean over {window} iterations)"
-    )
-    return {"scores": cards, "scores_note": f"Mean score, 0 to 1, on {where}: iteration {ends[0]} → iteration {ends[1]}."}
+    begin, last = scores.iterations
+    note = f"Mean score, 0 to 1, on {_where(scores.held_out, window)}: iteration {begin} → iteration {last}."
+    return {"scores": cards, "score_rows": [], "scores_note": note, "stages": []}
 
 
-def _write_figures(
-    folder: Path, rows: Sequence[Row], stages: Sequence[str], thresholds: Sequence[float], window: int
-) -> list[dict[str, str]]:
-    if not rows:
+def _final_scores(runs: Sequence[RunRecord], window: int) -> dict[str, Any]:
+    """The last score of each run and stage, with the difference to the first run's."""
+    stages = run_figures.stages_of(runs)
+    found = [run_record.scores_of(run, window) for run in runs]
+    held_out = any(scores is not None and scores.held_out for scores in found)
+    usable = [scores if scores is not None and scores.held_out == held_out else None for scores in found]
+    rows = []
+    for run, scores in zip(runs, usable, strict=True):
+        cells = []
+        for stage in stages:
+            value = scores.last.get(stage) if scores else None
+            reference = usable[0].last.get(stage) if usable[0] else None
+            difference = None if run is runs[0] or value is None or reference is None else value - reference
+            cells.append({"value": "–" if value is None else f"{value:.3f}", "change": "" if difference is None else f"{difference:+.3f}"})
+        rows.append({"run": run.label, "iteration": str(scores.iterations[1]) if scores else "–", "cells": cells})
+    ends = {scores.iterations[1] for scores in usable if scores}
+    note = f"Mean score, 0 to 1, on {_where(held_out, window)}, with the difference to {runs[0].label}."
+    note += " The runs were not evaluated at the same iteration." if len(ends) > 1 else ""
+    note += " Their seeds differ, and so does that noise." if held_out and len({run.config.get("seed") for run in runs}) > 1 else ""
+    note += " One number a run says nothing of how far seeds scatter: `ablate` measures that."
+    has_rows = any(usable)
+    names = [stage.replace("_", " ") for stage in stages]
+    return {"scores": [], "score_rows": rows if has_rows else [], "scores_note": note if has_rows else "", "stages": names}
+
+
+def _write_figures(folder: Path, runs: Sequence[RunRecord], window: int) -> list[dict[str, str]]:
+    if not any(run.rows for run in runs):
         return []
-    drawn: list[tuple[str, str, Figure, str]] = [
-        (
-            "reward",
-            "Does it get better?",
-            figures.reward_curves(rows, stages, thresholds, window),
-            f"The judge's mean score at each stage: faint lines are single iterations, bold lines the mean over {window}, markers the "
-            "captions of the evaluation. The dotted weighted reward is what training climbs; it dips where weight moves to a "
-            "harder stage, which is no setback.",
-        ),
-        (
-            "weights",
-            "What is it being taught?",
-            figures.weight_curves(rows, stages, thresholds),
-            "The share of each stage in the reward: when the running mean of a stage passes its dashed threshold, weight moves on to the "
-            "next.",
-        ),
-        (
-            "ratio_drift",
-            "Is the arithmetic right?",
-            figures.ratio_drift(rows),
-            "Before the first update of an iteration, training recomputes the rollout's probabilities with the very same weights, so each "
-            "ratio should be 1: what is shown is the largest distance from 1, and far from 0 means lost precision or a bug.",
-        ),
-        (
-            "health",
-            "Is training stable, and where does time go?",
-            figures.training_health(rows),
-            "Healthy training keeps the gradient norm bounded and the clip fraction well below one; the last panel shows what an iteration "
-            "spends on sampling videos, judging them and updating the weights.",
-        ),
-    ]
     entries = []
-    for identity, title, figure, words in drawn:
-        _, svg = figures.save_figure(figure, folder / identity)
-        entries.append({"id": identity, "title": title, "image": _data_url(svg.read_bytes(), "image/svg+xml"), "words": words})
+    for topic in run_figures.topics(runs, window):
+        _, svg = figures.save_figure(topic.draw(), folder / topic.id)
+        narrow = figures.svg_bytes(topic.draw(narrow=True))
+        entries.append(
+            {
+                "id": topic.id,
+                "title": topic.title,
+                "image": report_media.svg_url(svg.read_bytes()),
+                "narrow": report_media.svg_url(narrow),
+                "alt": panels.describe(topic.panels),
+                "words": topic.words,
+            }
+        )
     return entries
 
 
-def _videos(run: Path, folder: Path) -> dict[str, Any]:
-    """Clips of the first and the last finished sample folder, side by side, and their contact sheet."""
-    finished = sorted(path.parent for path in (run / "samples").glob("iteration_*/samples.json"))
-    sheet = folder / "contact_sheet.png"
-    sheet.unlink(missing_ok=True)
-    result: dict[str, Any] = {"videos_title": "Before and after", "pairs": [], "sheet": None}
-    if not finished:
-        return result | {"videos_note": "No sample videos yet: the first ones show the untrained model."}
-    first, last = finished[0], finished[-1]
-    before = figures.read_samples(first)
-    stages = ", ".join(stage.replace("_", " ") for stage in before["stages"] or ())
-    in_order = f" Scores: {stages}." if stages else ""
-    budget = [MAX_PAGE_VIDEO_BYTES]
-    if first == last:
-        pairs = [{"prompt": entry["prompt"], "clips": [_clip(first, entry, budget)]} for entry in before["samples"]]
-        note = f"So far there are samples of one moment only ({_moment(first)}); later ones will stand beside them.{in_order}"
-        return result | {"videos_title": "Sample videos", "videos_note": note, "pairs": pairs}
-    matched = figures.pair_samples(before, figures.read_samples(last))
-    pairs = [{"prompt": old["prompt"], "clips": [_clip(first, old, budget), _clip(last, new, budget)]} for old, new in matched]
-    if not matched:
-        return result | {"videos_note": f"The samples of {_moment(first)} and {_moment(last)} share no caption."}
-    figures.contact_sheet(first, last, sheet)
-    note = f"The same captions and the same noise: {_moment(first)} at the left, {_moment(last)} at the right.{in_order}"
-    return result | {"videos_note": note, "pairs": pairs, "sheet": _data_url(sheet.read_bytes(), "image/png")}
+def _judge_totals(runs: Sequence[RunRecord]) -> list[list[str]]:
+    """What the judges counted over whole runs: a row for each counter that any run has; none where all they could say is 0."""
+    totals = [run_record.judge_totals(run) for run in runs]
+    keys = list(dict.fromkeys(key for total in totals for key in total))
+    if not any(value for total in totals for value in total.values()):
+        return []
+    return [[key, *(_number(total.get(key)) for total in totals)] for key in keys]
 
 
-def _clip(folder: Path, entry: Mapping[str, Any], budget: list[int]) -> dict[str, str | None]:
-    """One video for the page; takes its bytes off the budget, or shows a small still where it does not fit."""
-    path = folder / entry["video"]
-    size = path.stat().st_size
-    video = still = None
-    if size <= min(MAX_VIDEO_BYTES, budget[0]):
-        budget[0] -= size
-        video = _data_url(path.read_bytes(), "video/mp4")
-    else:
-        image = Image.open(folder / entry["still"]).convert("RGB")
-        image.thumbnail((1200, 1200))
-        buffer = io.BytesIO()
-        image.save(buffer, "JPEG", quality=85)
-        still = _data_url(buffer.getvalue(), "image/jpeg")
-    file = f"samples/{folder.name}/{path.name}"
-    return {"label": _moment(folder), "scores": figures.format_scores(entry["scores"]), "video": video, "still": still, "file": file}
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:,.0f}" if value == int(value) else f"{value:,.1f}"
 
 
-def _moment(folder: Path) -> str:
-    iteration = int(folder.name.removeprefix("iteration_"))
-    return "untrained" if iteration == 0 else f"iteration {iteration}"
+def _differences(runs: Sequence[RunRecord]) -> list[list[str]]:
+    """One row for each key of config.yaml and judge.json that is not the same in all runs."""
+    if len(runs) == 1:
+        return []
+    merged = [run.config | ({"judge.json": run.judge} if run.judge else {}) for run in runs]
+    return [[key, *map(_plain, values)] for key, values in run_record.config_differences(merged).items()]
 
 
-def _configuration(config: Mapping[str, Any]) -> dict[str, dict[str, str]]:
-    """Sections of the page: the top level's plain values first, then each nested section with dotted keys."""
+def _changes(runs: Sequence[RunRecord]) -> Iterator[list[str]]:
+    """What a resume changed in a run: label, the iteration after which it did, key, before, after."""
+    for run in runs:
+        versions = sorted(run.earlier.items())
+        since = [config for _, config in versions[1:]] + [run.config]
+        for (iteration, before), later in zip(versions, since, strict=False):  # without a resume, no version was before this one
+            for key, (old, new) in run_record.config_differences([before, later]).items():
+                yield [run.label, str(iteration), key, _plain(old), _plain(new)]
+
+
+def _configuration(run: RunRecord) -> dict[str, dict[str, str]]:
+    """Sections of the page: the top level's plain values first, then each nested section with dotted keys; judge.json last."""
     sections: dict[str, dict[str, str]] = {"run": {}}
-    for key, value in config.items():
+    for key, value in run.config.items():
         if isinstance(value, Mapping):
-            sections[key] = dict(_flatten(value))
+            sections[key] = {name: _plain(entry) for name, entry in run_record.flatten(value).items()}
         else:
             sections["run"][key] = _plain(value)
+    sections["judge.json"] = {name: _plain(entry) for name, entry in run_record.flatten(run.judge).items()}
     return {name: entries for name, entries in sections.items() if entries}
 
 
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    flat: list[tuple[str, str]] = []
-    for key, value in values.items():
-        if isinstance(value, Mapping) and value:
-            flat += _flatten(value, f"{prefix}{key}.")
-        else:
-            flat.append((f"{prefix}{key}", _plain(value)))
-    return flat
-
-
 def _plain(value: Any) -> str:
+    if value is run_record.Missing:
+        return "–"
     if isinstance(value, list | tuple):
         return ", ".join(map(_plain, value)) or "none"
     return {"None": "none", "True": "yes", "False": "no", "{}": "none"}.get(str(value), str(value))
@@ -291,7 +309,3 @@ def _duration(seconds: float) -> str:
     if hours:
         return f"{hours} h {minutes:02d} min"
     return f"{minutes} min {whole % 60:02d} s" if minutes else f"{seconds:.2g} s"
-
-
-def _data_url(data: bytes, kind: str) -> str:
-    return f"data:{kind};base64,{base64.b64encode(data).decode()}"

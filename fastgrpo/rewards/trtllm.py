@@ -52,8 +52,8 @@ class TensorRTLLMEngine:
         Raises:
             ImportError: no TensorRT-LLM. ValueError: a tokenizer in which a digit is more than one token.
         """
-        from tensorrt_llm import LLM  # type: ignore[import-not-found]
-        from tensorrt_llm.llmapi import KvCacheConfig  # type: ignore[import-not-found]
+        from tensorrt_llm import LLM
+        from tensorrt_llm.llmapi import KvCacheConfig
 
         self._llm = LLM(
             model=self.model,
@@ -183,7 +183,7 @@ class TensorRTLLMEngine:
 
 def video_input(clip: Clip) -> dict[str, Any]:
     """The fields of a request's input that carry a clip, whose frames are taken as they are."""
-    from tensorrt_llm.inputs.utils import VideoData  # type: ignore[import-not-found]
+    from tensorrt_llm.inputs.utils import VideoData
 
     count = len(clip.frames)
     frames = [Image.fromarray(frame.numpy()) for frame in clip.frames.permute(0, 2, 3, 1).contiguous().cpu()]

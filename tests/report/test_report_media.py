@@ -1,0 +1,100 @@
+"""Pictures and videos of a page: what stands beside what, and that the bytes are those of the files."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Callable
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+from matplotlib.figure import Figure
+
+from fastgrpo import figures
+from fastgrpo.analysis.report_media import DARK, attachments, data_url, moment, sample_columns, svg_url, videos_section
+from fastgrpo.analysis.run_record import RunRecord
+
+
+def record(folder: Path, label: str) -> RunRecord:
+    return RunRecord(folder, label, [], {}, {}, {})
+
+
+def decoded(url: str) -> bytes:
+    return base64.b64decode(url.partition(",")[2], validate=True)
+
+
+def test_bytes_become_a_url() -> None:
+    assert data_url(b"\x00\xff", "image/png") == "data:image/png;base64,AP8="
+
+
+def test_a_figure_of_ours_has_a_dark_look_and_another_keeps_its_own() -> None:
+    """Every colour that is exchanged stands in the drawing in the very form that the style looks for."""
+    figure, (axes,) = figures._new_figure(1, 3, 2)
+    axes.plot([1, 2], [0.1, 0.2], color=figures.INK)
+    figures._finish(axes, "title", "y")
+    svg = figures.svg_bytes(figure)
+    styled = decoded(svg_url(svg))
+    root = ElementTree.fromstring(styled)  # still well-formed
+    assert root[0].tag.endswith("style")
+    rules = root[0].text or ""
+    for light, dark in DARK.items():
+        assert f'[style*="fill: {light}"]{{fill:{dark}!important}}' in rules
+        assert f": {light}".encode() in svg
+    plain = Figure(figsize=(1, 1))
+    plain.subplots().plot([1, 2])
+    assert decoded(svg_url(figures.svg_bytes(plain))) == figures.svg_bytes(plain)
+
+
+def test_what_stands_side_by_side(tmp_path: Path, add_samples: Callable[..., None]) -> None:
+    one, two, none = (tmp_path / name for name in ("one", "two", "none"))
+    for run, iterations in ((one, (0, 10, 20)), (two, (5, 30)), (none, ())):
+        for iteration in iterations:
+            add_samples(run, iteration, ["a"], 100)
+    first, second, third = record(one, "one"), record(two, "two"), record(none, "none")
+
+    def names(*runs: RunRecord) -> dict[str, str]:
+        return {label: f"{folder.parent.parent.name}/{folder.name}" for label, folder in sample_columns(runs).items()}
+
+    assert names(first) == {"untrained": "one/iteration_000000", "iteration 20": "one/iteration_000020"}
+    assert names(third) == {}
+    assert names(third, first, second) == {
+        "untrained (one)": "one/iteration_000000",
+        "one · 20": "one/iteration_000020",
+        "two · 30": "two/iteration_000030",
+    }
+    assert list(names(second, first)) == ["two · 30", "one · 20"]  # of the first no untrained videos were kept
+    assert [moment(Path(f"iteration_{i:06d}")) for i in (0, 150)] == ["untrained", "iteration 150"]
+
+
+def test_clips_and_their_sheet(tmp_path: Path, add_samples: Callable[..., None]) -> None:
+    run = record(tmp_path / "run", "run")
+    assert videos_section([run], tmp_path)["videos_note"].startswith("No sample videos yet")
+    add_samples(run.folder, 0, ["a", "b"], 51)
+    add_samples(run.folder, 20, ["b"], 204)
+    section = videos_section([run], tmp_path)
+    (pair,) = section["pairs"]
+    assert (pair["prompt"], [clip["label"] for clip in pair["clips"]]) == ("b", ["untrained", "iteration 20"])
+    assert [clip["scores"] for clip in pair["clips"]] == ["0.20  0.50  –", "0.80  0.50  –"]
+    assert decoded(pair["clips"][0]["video"]) == (run.folder / "samples" / "iteration_000000" / "01_b.mp4").read_bytes()
+    assert decoded(section["sheet"]) == (tmp_path / "contact_sheet.png").read_bytes()
+    (run.folder / "samples" / "iteration_000020" / "samples.json").write_text("{")
+    with pytest.raises(ValueError, match=r"iteration_000020/samples\.json"):
+        videos_section([run], tmp_path)
+
+
+def test_what_is_attached(tmp_path: Path) -> None:
+    (tmp_path / "curves.svg").write_bytes(b"<svg></svg>")
+    (tmp_path / "curves.png").write_bytes(b"the same as pixels")
+    (tmp_path / "photo.png").write_bytes(b"pixels")
+    (tmp_path / "table.csv").write_text('mode,score\n"a, b",0.5\n\n')
+    (tmp_path / "notes.md").write_text("x" * 20_005)
+    (tmp_path / "weights.bin").write_bytes(b"nothing to look at")
+    (folder,) = attachments([tmp_path])
+    assert folder["name"] == tmp_path.name
+    assert [(image["name"], decoded(image["image"])) for image in folder["images"]] == [
+        ("curves.svg", b"<svg></svg>"),
+        ("photo.png", b"pixels"),
+    ]
+    assert folder["tables"] == [{"name": "table.csv", "rows": [["mode", "score"], ["a, b", "0.5"]]}]
+    assert folder["texts"] == [{"name": "notes.md", "text": "x" * 20_000 + "\n… and 5 characters more in the file"}]
+    assert attachments([]) == []

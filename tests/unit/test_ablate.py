@@ -1,0 +1,256 @@
+"""An ablation's table and curves against numbers worked out by hand, its cells against the overlays, and what it refuses."""
+
+from __future__ import annotations
+
+import csv
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from fastgrpo import __main__ as command_line
+from fastgrpo.analysis.ablation_results import (
+    LAST_ITERATIONS,
+    REWARD,
+    UNTRAINED,
+    CellResult,
+    ModeRow,
+    absences,
+    caption,
+    compared_iteration,
+    csv_cells,
+    csv_table,
+    curves,
+    markdown_table,
+    spread,
+    table_rows,
+    text_table,
+)
+from fastgrpo.commands import ablate
+from fastgrpo.config import parse_config
+from fastgrpo.run import differences
+
+RECIPES = Path(__file__).resolve().parents[2] / "fastgrpo" / "recipes"
+STAGES = ("easy", "very_hard")
+
+
+def result(mode: str, seed: int, easy: list[float | None], hard: list[float | None], last: int | None = None) -> CellResult:
+    """Evaluated at iterations 0, 4, 8, ...; the training reward of iteration i is i / 100 + seed."""
+    last = 4 * (len(easy) - 1) if last is None else last
+    rows: list[dict[str, Any]] = [{"iteration": i} | ({"reward": i / 100 + seed} if i else {}) for i in range(last + 1)]
+    for i, (e, h) in enumerate(zip(easy, hard, strict=True)):
+        rows[4 * i] |= {"eval/rewards/easy/mean": e, "eval/rewards/very_hard/mean": h}
+    return CellResult(mode, seed, rows)
+
+
+def complete() -> list[CellResult]:
+    return [
+        result("one_stage", 0, [0.2, 0.5, 0.7, 0.8], [0.1, 0.1, 0.1, 0.1]),
+        result("joint", 0, [0.2, 0.4, 0.5, 0.6], [0.1, 0.2, 0.3, 0.4]),
+        result("one_stage", 1, [0.4, 0.5, 0.7, 0.9], [0.3, 0.2, 0.1, 0.2]),
+        result("joint", 1, [0.4, 0.5, 0.6, 0.7], [0.3, 0.4, 0.5, 0.7]),
+    ]
+
+
+# --- the table --------------------------------------------------------------------------------------------------------
+
+
+def test_rows_by_hand() -> None:
+    """The untrained model counts once a seed; the training reward is that of iterations 3 to 12."""
+    cells = complete()
+    assert compared_iteration(cells, 12) == 12
+    untrained, one_stage, joint = table_rows(cells, STAGES, 12)
+    assert (untrained.mode, untrained.num_seeds, untrained.values[2]) == (UNTRAINED, 2, [])
+    assert [sorted(values) for values in untrained.values[:2]] == [[0.2, 0.4], [0.1, 0.3]]
+    assert one_stage == ModeRow("one_stage", 2, [[0.8, 0.9], [0.1, 0.2], pytest.approx([0.075, 1.075])])
+    assert joint == ModeRow("joint", 2, [[0.6, 0.7], [0.4, 0.7], pytest.approx([0.075, 1.075])])
+    assert LAST_ITERATIONS == 10
+    assert cells[0].training_reward(4) == pytest.approx((0.01 + 0.02 + 0.03 + 0.04) / 4)
+    assert cells[0].training_reward(0) is None
+
+
+def test_spread_is_the_sample_deviation() -> None:
+    assert spread([0.4, 0.7]) == f"0.550 ± {np.std([0.4, 0.7], ddof=1):.3f}" == "0.550 ± 0.212"
+    assert spread([0.4]) == "0.400"
+    assert spread([]) == "–"
+
+
+def test_one_table_in_three_forms() -> None:
+    rows = table_rows(complete(), STAGES, 12)
+    text, markdown = text_table(rows, STAGES).splitlines(), markdown_table(rows, STAGES).splitlines()
+    assert text[0].split("  ")[0] == "reward"
+    assert "very hard" in text[0]
+    assert REWARD in text[0]
+    assert text[3] == "joint      2      0.650 ± 0.071  0.550 ± 0.212  0.575 ± 0.707"
+    assert markdown[1] == "|---|---|---|---|---|"
+    assert markdown[4] == "| joint | 2 | 0.650 ± 0.071 | 0.550 ± 0.212 | 0.575 ± 0.707 |"
+    assert {line.count("|") for line in markdown} == {6}
+    by_mode = {line["mode"]: line for line in csv.DictReader(io.StringIO(csv_table(rows, STAGES, 12)))}
+    assert by_mode[UNTRAINED]["iteration"] == "0"
+    assert by_mode[UNTRAINED]["training_reward"] == by_mode[UNTRAINED]["training_reward_std"] == ""
+    joint = by_mode["joint"]
+    assert (joint["seeds"], joint["iteration"]) == ("2", "12")
+    assert float(joint["very_hard"]) == pytest.approx(0.55, rel=1e-5)
+    assert float(joint["very_hard_std"]) == pytest.approx(0.3 / 2**0.5, rel=1e-5)
+    assert "iteration 12" in caption(12)
+
+
+def test_cells_as_csv() -> None:
+    cells = [*complete()[:2], result("one_stage", 1, [0.4, 0.5], [None, 0.2], last=6), CellResult("joint", 1, [])]
+    lines = list(csv.DictReader(io.StringIO(csv_cells(cells, STAGES, 12))))
+    assert [(line["mode"], line["seed"], line["last_iteration"], line["iteration"]) for line in lines] == [
+        ("one_stage", "0", "12", "12"), ("joint", "0", "12", "12"), ("one_stage", "1", "6", ""), ("joint", "1", "", ""),
+    ]  # fmt: skip
+    assert (lines[1]["easy"], lines[1]["very_hard"], lines[1]["training_reward"]) == ("0.6", "0.4", "0.075")
+    assert (lines[2]["easy"], lines[3]["easy"]) == ("", "")
+
+
+def test_unfinished_cells_are_left_out_and_named() -> None:
+    cells = [*complete()[:2], result("one_stage", 1, [0.4, 0.5], [0.3, 0.2], last=6), CellResult("joint", 1, [])]
+    assert compared_iteration(cells, 12) == 12
+    assert [row.num_seeds for row in table_rows(cells, STAGES, 12)] == [2, 1, 1]
+    assert absences(cells, 12, 12) == [
+        "one_stage_seed1: at iteration 6 of 12, not in the table",
+        "joint_seed1: missing",
+        "all that have begun were evaluated at iteration 4: --iterations 4 --collect true compares them there",
+    ]
+    assert absences(complete(), 12, 12) == []
+
+
+def test_while_none_is_finished_all_are_compared_where_all_have_been() -> None:
+    cells = [result("one_stage", 0, [0.2, 0.5, 0.7], [0.1, 0.1, 0.1]), result("joint", 0, [0.2, 0.4], [0.1, 0.2], last=7)]
+    assert compared_iteration(cells, 12) == 4
+    assert [row.values[0] for row in table_rows(cells, STAGES, 4)] == [[0.2], [0.5], [0.4]]
+    assert absences(cells, 12, 4) == ["one_stage_seed0: at iteration 8 of 12", "joint_seed0: at iteration 7 of 12"]
+    just_begun = [*cells, result("joint", 1, [0.2], [0.1])]
+    assert compared_iteration(just_begun, 12) is None
+    assert [row.num_seeds for row in table_rows(just_begun, STAGES, None)] == [2, 0, 0]
+    assert "nothing to compare yet" in caption(None)
+    assert compared_iteration([CellResult("joint", 0, [])], 12) is None
+
+
+def test_a_run_that_went_further_was_perhaps_not_evaluated_here() -> None:
+    """`evaluation.interval 4` and 6 iterations asked of cells of which one ended there and one went on."""
+    cells = [result("joint", 0, [0.2, 0.4], [0.1, 0.2], last=6), result("joint", 1, [0.2, 0.4], [0.1, 0.2], last=6)]
+    cells[0].rows[6]["eval/rewards/easy/mean"] = 0.5
+    assert compared_iteration(cells, 6) == 6
+    assert absences(cells, 6, 6)[0] == "joint_seed1: not evaluated at iteration 6, not in the table"
+
+
+def test_a_score_that_could_not_be_had_is_left_out() -> None:
+    cells = [result("joint", 0, [0.2, None], [0.1, 0.2]), result("joint", 1, [0.4, 0.8], [0.1, 0.4])]
+    assert table_rows(cells, STAGES, 4)[1].values[:2] == [[0.8], [0.2, 0.4]]
+
+
+# --- the curves -------------------------------------------------------------------------------------------------------
+
+
+def test_curves_are_means_with_bands() -> None:
+    figure = curves(complete(), STAGES, 12)
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["easy", "very hard"]
+    hard = figure.axes[1]
+    lines = {line.get_gid(): line for line in hard.lines}
+    assert lines.keys() == {"one_stage/very_hard", "joint/very_hard"}
+    assert list(lines["joint/very_hard"].get_xdata()) == [0, 4, 8, 12]
+    means, deviations = np.array([0.2, 0.3, 0.4, 0.55]), np.std([[0.1, 0.2, 0.3, 0.4], [0.3, 0.4, 0.5, 0.7]], axis=0, ddof=1)
+    assert lines["joint/very_hard"].get_ydata() == pytest.approx(means)
+    corners = hard.collections[1].get_paths()[0].vertices
+    for at, mean, deviation in zip((0, 4, 8, 12), means, deviations, strict=True):
+        ys = corners[corners[:, 0] == at][:, 1]
+        assert (ys.min(), ys.max()) == pytest.approx((mean - deviation, mean + deviation))
+        assert hard.get_ylim()[0] < mean - deviation
+        assert mean + deviation < hard.get_ylim()[1], "the whole band is in the picture"
+
+
+def test_curves_of_one_seed_have_no_band_and_leave_out_what_the_table_does() -> None:
+    cells = [*complete()[:2], result("joint", 1, [0.4, 0.5], [0.3, 0.2])]
+    figure = curves(cells, STAGES, 12)
+    assert [len(axes.collections) for axes in figure.axes] == [0, 0]
+    (joint,) = [line for line in figure.axes[0].lines if line.get_gid() == "joint/easy"]
+    assert list(joint.get_ydata()) == [0.2, 0.4, 0.5, 0.6]
+
+
+# --- cells and options ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("recipe", [["shapes.yaml"], ["shapes.yaml", "shapes_literal_gate.yaml"]])
+def test_cells_are_the_overlays(recipe: list[str], tmp_path: Path) -> None:
+    """A cell's configuration, as written and as its arguments parse, is the recipe's under ablation_<mode>.yaml (or dancegrpo.yaml)."""
+    base = [word for name in recipe for word in ("--config", str(RECIPES / name))] + ["--output_dir", str(tmp_path), "--name", "ab"]
+    config, text, _ = parse_config(base)
+    cells = ablate.matrix(config, text, base, ablate.MODES, [0, 7])
+    assert [(cell.mode, cell.seed) for cell in cells] == [(mode, seed) for seed in (0, 7) for mode in ablate.MODES]
+    assert len(cells) == 10
+    for cell in cells:
+        overlay = RECIPES / ("dancegrpo.yaml" if cell.mode == "static" else f"ablation_{cell.mode}.yaml")
+        where = ["--output_dir", str(tmp_path / "ab"), "--name", f"{cell.mode}_seed{cell.seed}", "--seed", str(cell.seed)]
+        expected, expected_text, _ = parse_config([*base, "--config", str(overlay), *where])
+        assert cell.folder == expected.run_folder == tmp_path / "ab" / f"{cell.mode}_seed{cell.seed}"
+        assert cell.config.pacing == expected.pacing
+        assert cell.config.pacing.thresholds == config.pacing.thresholds
+        own, own_text, _ = parse_config(cell.arguments)
+        assert own_text == expected_text
+        assert own.resume == "auto"
+        assert differences(cell.values, yaml.safe_load(expected_text)) == []
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--modes", "joint,jiont"], "modes: expected some of self_paced,one_stage,two_stage,joint,static, got 'jiont'"),
+        (["--modes", ""], "modes: expected some of"),
+        (["--modes", "joint,one_stage,joint"], "modes: expected each once, got joint 2 times"),
+        (["--seeds", "0,1,1"], "seeds: expected each once, got 1 2 times"),
+        (["--seeds", ""], "seeds: expected whole numbers by commas"),
+        (["--seeds", "0,x"], "seeds: expected whole numbers by commas"),
+        (["--seeds=-1"], "seed: expected an integer in [0, 2^63), got -1"),
+        (["--jobs", "0"], "--jobs: expected at least 1, got 0"),
+        (["--jobs", "many"], "--jobs"),
+        (["--launcher", " "], "--launcher: expected a command"),
+        (["--list", "maybe"], "expected true or false, got 'maybe'"),
+        (["--list", "true", "--collect", "true"], "--list and --collect: expected one of them"),
+        (["--collect", "true"], "collect: expected cells such as"),
+        (["--seed", "3"], "--seed: an ablation sets it for each cell itself, from --seeds"),
+        (["--pacing.mode=joint"], "--pacing.mode: an ablation sets it for each cell itself, from --modes"),
+        (["--resume", "never"], "--resume: an ablation sets it for each cell itself, always to auto"),
+        (["--mode", "joint"], "--mode"),
+        (["--prompts.heldout", "null", "--evaluation.num_videos", "0"], "prompts.heldout: expected captions to compare on"),
+        (["--prompts.train", "nowhere.txt"], "prompts.train: expected a file"),
+        (["--pacing.thresholds", "[0.5]"], "pacing.thresholds: expected 2 of them (mode self_paced"),
+    ],
+)
+def test_refused_in_one_line(argv: list[str], words: str, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as stop:
+        command_line.main(["ablate", "--config", str(RECIPES / "shapes.yaml"), "--output_dir", str(tmp_path), *argv])
+    assert stop.value.code == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert words in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_refused_under_torchrun_and_in_a_runs_folder(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    argv = ["ablate", "--config", str(RECIPES / "shapes.yaml"), "--output_dir", str(tmp_path)]
+    (tmp_path / "shapes").mkdir()
+    (tmp_path / "shapes" / "metrics.jsonl").touch()
+    with pytest.raises(SystemExit):
+        command_line.main(argv)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    with pytest.raises(SystemExit):
+        command_line.main([*argv, "--name", "other"])
+    of_a_run, under_torchrun = capfd.readouterr().err.splitlines()
+    assert "is a run's folder: give the ablation another --name" in of_a_run
+    assert "not under torchrun" in under_torchrun
+
+
+def test_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        command_line.main(["ablate", "--help"])
+    assert stop.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert all(option in text for option in ("--modes", "--seeds", "--jobs", "--launcher", "--list", "--collect", "--rollout.num_prompts"))
