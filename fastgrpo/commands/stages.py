@@ -8,7 +8,7 @@ independent ones.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +66,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def stages(scores: Sequence[Path], names: Sequence[str] | None = None, seed: int = 0, out: Path | None = None) -> str:
+def stages(
+    scores: Sequence[Path], names: Sequence[str] | None = None, components: bool = False, seed: int = 0, out: Path | None = None
+) -> str:
     """Each set's stage scores and, of each set but the first, the difference to it, as text; also JSON, CSV and a figure in a folder.
 
     Writes OUT/stages.json, stages.csv, stages.png and stages.svg.
@@ -74,6 +76,7 @@ def stages(scores: Sequence[Path], names: Sequence[str] | None = None, seed: int
     Args:
         scores: a file of scores for each set of videos, such as those of the base and of the trained model.
         names: of the sets; those of the files if not given.
+        components: a published model's raw scores, such as VideoAlign's VQ, MQ and TA, in place of the rewards.
         seed: of the bootstrap.
         out: folder to write to; `stages` beside the first file if not given.
 
@@ -83,7 +86,8 @@ def stages(scores: Sequence[Path], names: Sequence[str] | None = None, seed: int
     if seed < 0:
         raise ValueError(f"seed: expected at least 0, got {seed}")
     found = name_files(scores, names)
-    files = dict(zip(found, (read_scores(path) for path in scores), strict=True))
+    read = (raw_scores(read_scores(path)) if components else read_scores(path) for path in scores)
+    files = dict(zip(found, read, strict=True))
     stage_names = common_stages(list(files.values()))
     sets = {name: table(file.rows, stage_names) for name, file in files.items()}
     summaries = {name: summarize(values, prompts_of(files[name].rows), seed) for name, values in sets.items()}
@@ -104,6 +108,14 @@ def stages(scores: Sequence[Path], names: Sequence[str] | None = None, seed: int
     figures.save_figure(stage_figure(sets, summaries, stage_names), folder / "stages")
     lines = [stage_table(stage_names, files, summaries, differences), "", f"95 % intervals: bootstrap over prompts, {RESAMPLES} resamples"]
     return "\n".join([*lines, *(f"note: {note}" for note in notes), f"tables and figure: {folder}"])
+
+
+def raw_scores(file: ScoreFile) -> ScoreFile:
+    """The file with each row's components as its scores. ValueError: it has none."""
+    rows = [replace(row, scores=row.components) for row in file.rows]
+    if not all(row.scores for row in rows):
+        raise ValueError(f"scores: expected rows with components in {file.path}, which a published model's have, got none in some")
+    return replace(file, rows=rows)
 
 
 def common_stages(files: Sequence[ScoreFile]) -> list[str]:

@@ -169,3 +169,20 @@ def test_one_line_for_what_is_wrong(
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
     assert message in line
+
+
+def test_a_published_models_own_scores(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Raw VQ and MQ, which the rewards are a map of; a file without them is one line."""
+    path = tmp_path / "a.jsonl"
+    rows = [{"video": f"{i}.mp4", "rewards": {"reward": 0.5}, "components": {"VQ": 3.0 + i, "MQ": -1.0}} for i in range(3)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert call(path, "--components", "true", "--out", tmp_path / "out") == 0
+    found = json.loads((tmp_path / "out" / "stages.json").read_text())
+    assert found["stages"] == ["VQ", "MQ"]
+    assert [found["sets"]["a"]["stages"][name]["mean"] for name in ("VQ", "MQ")] == [4.0, -1.0]
+    without = write(tmp_path / "b.jsonl", np.ones((2, 3)))
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        call(without, "--components", "true")
+    assert stop.value.code == 2
+    assert "expected rows with components" in capsys.readouterr().err
