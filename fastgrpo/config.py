@@ -190,7 +190,8 @@ class ScoringConfig:
     """The queue in front of the judge, and what becomes of videos without a score."""
 
     max_pending: int = 4
-    """Micro-batches of decoded videos of a rank that may wait for their scores while the next ones are sampled."""
+    """Micro-batches of decoded videos of a rank that may be without scores while the next ones are sampled; at least as many as the judge
+    takes at a time, such as `concurrency` of ServerEngine."""
     max_invalid_share: float = 0.5
     """Share of an iteration's videos, over all ranks, that may go without a score; beyond it the run stops, checkpointed."""
 

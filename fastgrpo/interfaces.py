@@ -85,8 +85,8 @@ class RewardModel(Protocol):
     It may also have, as `fastgrpo.rewards.judge.StageJudge` has: `memory_bytes`, what it takes of the trainer's GPU, for `plan`;
     `concurrency`, calls of `score` that may run at a time; `describe() -> dict`, JSON that is kept with the scores;
     `counters() -> dict[str, int]` since the last call, logged as `judge/...`; `last_errors() -> dict[str, str]`, said when a run stops;
-    `close()`, called at the end, also while `score` still waits for something; and, of a published model with scores of its own scale,
-    `component_names`, `components(videos, prompts, fps)` as `score` but raw, and `rewards(raw)`, their map to [0, 1], for the score command.
+    `close()`, called at the end, also while `score` still waits for something. A published model with scores of its own scale has, for the
+    score command, `component_names`, `components(videos, prompts, fps)`, as `score` but raw, and `rewards(raw)`, their map to [0, 1].
     """
 
     stages: tuple[str, ...]

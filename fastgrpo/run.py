@@ -94,6 +94,7 @@ def check(config: TrainConfig) -> tuple[list[str], list[str]]:
     """
     cfg = config.rollout
     check_pacing(config.pacing, len(config.reward.stages))
+    check_attention(config)
     try:
         config.policy.latent_shape(cfg.height, cfg.width, cfg.num_frames)
     except ValueError as error:
@@ -111,6 +112,22 @@ def check(config: TrainConfig) -> tuple[list[str], list[str]]:
     if config.prompts.heldout is None:
         return train_prompts, train_prompts[: config.evaluation.num_videos]
     return train_prompts, captions(config, config.prompts.heldout, "prompts.heldout")
+
+
+def check_attention(config: TrainConfig) -> None:
+    """ValueError for an attention of the policy that would reach into a judge which computes in this process at the same time.
+
+    diffusers' `_native_...` backends, and `fa3` and `fa4` through them, switch torch's kernels by `sdpa_kernel`, which is for all threads:
+    which kernel serves the judge, or whether one does (FlashAttention takes no mask), would depend on the moment.
+    """
+    attention = getattr(config.policy, "attention", "native")
+    if attention not in ("fa3", "fa4") and not attention.startswith("_native_"):
+        return
+    if getattr(config.reward, "memory_bytes", 0) or hasattr(getattr(config.reward, "engine", None), "attention"):
+        raise ValueError(
+            f"policy.attention: expected native, or a backend outside torch, beside a judge in this process, got {attention}, which "
+            "switches torch's kernels for the judge's thread too; or serve the judge (fastgrpo.rewards.served.ServerEngine)"
+        )
 
 
 def check_sharding(config: TrainConfig, device: torch.device) -> None:

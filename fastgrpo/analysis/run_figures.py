@@ -270,11 +270,15 @@ def _memory(runs: Sequence[RunRecord], window: int) -> Topic | None:
     return Topic("memory", "How much memory does it take?", (replace(panel, ylim=(0, None)),), words)
 
 
+USUAL = ("judge/answers", "judge/requests", "judge/vision_passes", "judge/prefix_passes")
+"""What a judge counts of its work, and not of trouble with it."""
+
+
 def _judge(runs: Sequence[RunRecord], window: int) -> Topic | None:
     """Counts that are 0 throughout are left to the table of totals."""
     keys = list(dict.fromkeys(key for run in runs for row in run.trained for key in row if key.startswith("judge/")))
     keys = [key for key in [*keys, "num_invalid_videos"] if any(any(series(run.rows, key)[1]) for run in runs)]
-    counts = [key for key in keys if key not in ("judge/answers", "judge/backpressure_seconds")]
+    counts = [key for key in keys if key not in USUAL]
     panels = []
     if len(runs) == 1 and counts:
         lines = []
@@ -286,14 +290,14 @@ def _judge(runs: Sequence[RunRecord], window: int) -> Topic | None:
     elif counts:
         made = [_over_runs(_count_name(key), "count an iteration", runs, key, window) for key in counts]
         panels += [replace(panel, ylim=(0, None)) for panel in made]
-    if "judge/backpressure_seconds" in keys:
-        panel = _of_each("Sampling stood still for the judge", "seconds", runs, "judge/backpressure_seconds", window)
+    panel = _of_each("Sampling stood still for the judge", "seconds", runs, "time/backpressure", window)
+    if any(any(series(run.rows, "time/backpressure")[1]) for run in runs):
         panels.append(replace(panel, ylim=(0, None)))
     if not panels:
         return None
     words = (
         f"`judge/<counter>` and `num_invalid_videos`, summed over ranks, mean over {window} iterations: questions asked again, answers "
-        "without a number, requests that failed, videos left without a score; `judge/backpressure_seconds`: how long a rank's sampling "
+        "without a number, requests that failed, videos left without a score; `time/backpressure`: how long a rank's sampling "
         "waited for room in the queue. Counts that are 0 throughout are not drawn."
     )
     return Topic("judge", "Does the judge keep up?", tuple(panels), words)

@@ -24,16 +24,17 @@ _ANSWER = re.compile(
 )
 
 
-def parse_answer(text: str) -> float | None:
+def parse_answer(text: str, cut: bool = False) -> float | None:
     """The one number in [1, 10] that an answer holds, or None: never clamped, never guessed.
 
     Taken: "8.5", "8.50/10", "8.5 out of 10", "**8.5**", "Score: 8.5.", and prose with no other digit in it. Not taken: a second number, be
     it the same one or that of a list; "8,5", which is 8.5 to some and two numbers to others; signs, percents, units, exponents, digits of
-    other scripts, leading zeros.
+    other scripts, leading zeros. Nor, of an answer that was cut off, a number at its very end with less than
+    two decimals: "1" may be the beginning of "10.00".
     """
     first = _DIGIT.search(text)
     found = _ANSWER.match(text, first.start()) if first else None
-    if not found:
+    if not found or (cut and not text[found.end() :].strip(".") and not re.match(NUMBER, found[1])):
         return None
     rest = text[: found.start()] + text[found.end() :]
     if any(unicodedata.category(character).startswith("N") for character in rest):

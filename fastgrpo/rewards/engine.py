@@ -45,13 +45,15 @@ class Reply:
     """What came back for one question.
 
     text: the answer. digits: for each token of it, the probability of each token "0" ... "9" in its place, where asked for and had, else
-    empty. ten: probability of "0" after a first token "1". error: why there is no answer at all, else "".
+    empty. ten: probability of "0" after a first token "1". error: why there is no answer at all, else "". cut: max_tokens ended the answer,
+    not the model.
     """
 
     text: str = ""
     digits: tuple[Mapping[str, float], ...] = ()
     ten: float = 0.0
     error: str = ""
+    cut: bool = False
 
 
 class Engine(Protocol):

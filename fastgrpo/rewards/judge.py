@@ -77,6 +77,7 @@ class StageJudge:
         self._greedy = Decoding(max_tokens, constrained or self._expected, probabilities=self._expected)
         self._sampled = dataclasses.replace(self._greedy, temperature=temperature)
         self._counts: Counter[str] = Counter()
+        self._last_error = ""
         self._lock = Lock()
 
     def load(self, device: torch.device) -> None:
@@ -119,9 +120,10 @@ class StageJudge:
                         decoding = dataclasses.replace(self._sampled, seed=self._seed(clips[b], asked[b][k], attempt))
                         row[k] = self._read(self.engine.ask([clips[b]], [[asked[b][k]]], decoding)[0][0], attempt)
         again = sum(reading.attempts - 1 for row in read for reading in row)
-        without = sum(reading.value is None for row in read for reading in row)
+        errors = [f"{stage}: {reading.error}" for row in read for stage, reading in zip(self.stages, row, strict=True) if reading.error]
         with self._lock:
-            self._counts.update(answers=len(read) * len(self.stages), asked_again=again, no_number=without)
+            self._counts.update(answers=len(read) * len(self.stages), asked_again=again, no_number=len(errors))
+            self._last_error = errors[-1] if errors else self._last_error
         return read
 
     def describe(self) -> dict[str, Any]:
@@ -155,15 +157,16 @@ class StageJudge:
         return dict(counts) | self.engine.counters()
 
     def last_errors(self) -> dict[str, str]:
-        """The last error of each endpoint."""
-        return self.engine.last_errors()
+        """The last error of each endpoint, and why the last question without a number had none."""
+        return self.engine.last_errors() | ({"judge": self._last_error} if self._last_error else {})
 
     def _read(self, reply: Reply, attempt: int) -> Reading:
         if reply.error:
             return Reading(None, reply.text, f"{FAILED}{reply.error}", attempt)
-        value = expected_answer(reply) if self._expected else parse_answer(reply.text)
+        value = expected_answer(reply) if self._expected else parse_answer(reply.text, reply.cut)
         wanted = "the probabilities of digits" if self._expected else "one number in [1, 10]"
-        return Reading(value, reply.text, "" if value is not None else f"expected {wanted}, got {reply.text!r}", attempt)
+        end = f", cut off after {self._greedy.max_tokens} tokens" if reply.cut else ""
+        return Reading(value, reply.text, "" if value is not None else f"expected {wanted}, got {reply.text!r}{end}", attempt)
 
     def _seed(self, clip: Clip, question: str, attempt: int) -> int:
         """Of an attempt at one question about one video: not of the time, the place in a batch or the rank."""

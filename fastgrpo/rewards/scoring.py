@@ -18,7 +18,8 @@ Scores = list[list[float]]
 class ScoringQueue:
     """Hands videos to a judge on threads of its own (as many as its `concurrency`, or one), so that the next ones are sampled meanwhile.
 
-    max_pending: batches that may be unscored; `submit` blocks beyond it, which bounds memory. Results do not depend on timing.
+    max_pending: batches that may be unscored, or as many as the judge takes at a time where that is more; `submit` blocks beyond it, which
+    bounds memory. Results do not depend on timing.
     """
 
     def __init__(self, reward: RewardModel, max_pending: int = 4) -> None:

@@ -82,16 +82,22 @@ def see(module: Any, chat: ChatTokens, clips: list[Clip], device: torch.device) 
 def answer(
     module: Any, chat: ChatTokens, prefixes: list[Prefix], questions: list[list[int]], decoding: Decoding, uniform: Tensor
 ) -> list[Reply]:
-    """The replies to R questions, each over its own prefix, all prefixes of one length; uniform: [R, max_tokens] in [0, 1)."""
+    """The replies to R questions, each over its own prefix, all prefixes of one length; uniform: [R, max_tokens] in [0, 1).
+
+    A row whose logits are not finite gets an error.
+    """
     cache, ids, positions, mask, first = _side_by_side(prefixes, questions, decoding.max_tokens, uniform.device)
     characters = torch.tensor(chat.characters, device=uniform.device)
+    broken = torch.zeros(len(questions), dtype=torch.bool, device=uniform.device)
 
     def forward(ids: Tensor, positions: Tensor) -> Tensor:
         seen = mask[:, : cache.get_seq_length() + ids.shape[1]]
         hidden = module.model.language_model(
             input_ids=ids, position_ids=positions.expand(3, -1, -1), attention_mask=seen, past_key_values=cache, use_cache=True
         ).last_hidden_state
-        return module.lm_head(hidden[:, -1]).float()
+        logits = module.lm_head(hidden[:, -1]).float()
+        broken.logical_or_(~torch.isfinite(logits).all(-1))
+        return logits.masked_fill(broken[:, None], 0.0)  # the largest of NaNs is the first, which would spell 10.00
 
     rows = range(len(questions))
     logits, ten = forward(ids, positions), [0.0 for _ in rows]
@@ -124,7 +130,12 @@ def answer(
         if all(done) or step + 1 == decoding.max_tokens:
             break
         logits = forward(drawn[:, None], (first + step)[:, None])
-    return [Reply(text=chat.text(written[row]), digits=tuple(digits[row]), ten=ten[row]) for row in rows]
+    return [
+        Reply(error="the model's logits are not finite")
+        if bad
+        else Reply(text=chat.text(written[row]), digits=tuple(digits[row]), ten=ten[row], cut=not done[row])
+        for row, bad in enumerate(broken.tolist())
+    ]
 
 
 def _side_by_side(

@@ -17,6 +17,20 @@ from fastgrpo.rewards.engine import Reply
 NUMBERS = [f"{hundredths / 100:.2f}" for hundredths in range(100, 1001)]
 
 
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("I would rate it 1", None), ("I would rate it 10", None), ("I would rate it 8.", None), ("I would rate it 8.5", None),
+        ("I would rate it 8.50", 8.5), ("10.00", 10.0), ("8.5, as the picture is", 8.5), ("8\n\nThe picture is sharp.", 8.0),
+        ("as it has 3 dogs and 1", None),
+    ],
+)  # fmt: skip
+def test_an_answer_that_was_cut_off_may_end_within_its_number(text: str, value: float | None) -> None:
+    assert parse_answer(text, cut=True) == value
+    if text.startswith("I"):
+        assert parse_answer(text) == float(text.split()[-1])
+
+
 def test_a_constrained_answer_is_any_of_901_numbers() -> None:
     digits = "0123456789"
     strings = ["".join(s) for s in itertools.product(digits[:10], ".", digits, digits)] + [

@@ -101,6 +101,22 @@ def test_a_question_that_is_too_long(engine: TransformersEngine) -> None:
     assert engine.counters()["requests"] == 2
 
 
+@pytest.mark.parametrize(
+    "decoding", [Decoding(max_tokens=1), Decoding(constrained=True), Decoding(constrained=True, probabilities=True, temperature=0.7)]
+)
+def test_logits_that_are_not_finite_are_no_answer(engine: TransformersEngine, decoding: Decoding) -> None:
+    """The largest of NaNs is the first of what may be written, so a constrained answer would be 10.00; the other rows keep theirs."""
+    module, chat, _ = engine.loaded  # type: ignore[misc]
+    whole = engine.ask(CLIPS, [[QUESTION], [QUESTION]], decoding)
+    (token, *_) = chat.question("@")
+    assert token not in chat.question(QUESTION)
+    module.get_input_embeddings().weight[token] = torch.nan
+    replies = engine.ask(CLIPS, [[QUESTION, "@"], [QUESTION]], decoding)
+    assert (replies[0][1].error, replies[0][1].text) == ("the model's logits are not finite", "")
+    assert [replies[0][0].text, replies[1][0].text] == [row[0].text for row in whole]
+    assert not replies[0][0].error + replies[1][0].error
+
+
 def edit(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 

@@ -136,9 +136,26 @@ def test_a_video_whose_stage_gets_no_number_is_left_out() -> None:
     assert valid.tolist() == [True, False]
     assert scores[1].tolist() == [0.0] * 3
     assert judge.counters()["no_number"] == 1
+    stage = next(stage for stage, text in zip(STAGES, QUESTIONS, strict=True) if stage_of(text) == 2)
+    told = f"{stage}: expected one number in [1, 10], got '10.5'"
+    assert judge.last_errors() == {"here": "none yet", "judge": told}, "a run that stops for it says what was written"
     clip = make_clip(videos(0.75)[0], 2.0, judge.frames)
     last = max(judge.answers([clip], ["a cat"])[0], key=lambda reading: reading.attempts)
     assert last == Reading(None, "10.5", "expected one number in [1, 10], got '10.5'", 2)
+
+
+def test_an_answer_that_was_cut_off_within_a_number_is_asked_again() -> None:
+    """Of "... 10.00" the beginning "... 1" would be the worst grade instead of the best."""
+
+    def long(bright: float, stage: int, decoding: Decoding) -> Reply:
+        return Reply("10.00") if decoding.temperature else Reply("I would rate the quality of this video at 1", cut=True)
+
+    judge = StageJudge(ScriptedEngine(long))
+    scores, valid = judge.score(videos(0.5), ["a cat"], 2.0)
+    assert (scores.tolist(), valid.tolist()) == ([[1.0, 1.0, 1.0]], [True])
+    once = StageJudge(ScriptedEngine(long), attempts=1)
+    assert once.score(videos(0.5), ["a cat"], 2.0)[1].tolist() == [False]
+    assert once.last_errors()["judge"].endswith("at 1', cut off after 16 tokens")
 
 
 def test_a_request_that_failed_is_not_put_again() -> None:

@@ -12,7 +12,7 @@ import pytest
 from fastgrpo.commands import report
 
 PROMPTS = ["a red square moving right", "a word-that-is-longer-than-any-telephone-is-wide-and-has-no-place-to-break_" * 2]
-JUDGE = {"judge/asked_again": 2, "judge/answers": 96, "judge/backpressure_seconds": 0.5, "num_invalid_videos": 1}
+JUDGE = {"judge/asked_again": 2, "judge/answers": 96, "time/backpressure": 0.5, "num_invalid_videos": 1}
 ALL = ["reward", "weights", "hoyer", "ratio_drift", "stability", "time", "memory", "judge"]
 
 

@@ -152,11 +152,11 @@ def test_memory_and_judge_are_drawn_where_they_were_measured() -> None:
     drawn = by_id([make_run(rows=rows)])
     assert lines(drawn["memory"].panels[0])["memory/peak_gb"].points == ([1, 2, 3], [61.0, 62.0, 63.0])
     assert "judge" not in drawn  # answers are no trouble, and nothing failed
-    rows[2] |= {"judge/failed": 4, "num_invalid_videos": 1, "judge/backpressure_seconds": 0.25}
+    rows[2] |= {"judge/failed": 4, "num_invalid_videos": 1, "time/backpressure": 0.25}
     trouble, waiting = by_id([make_run(rows=rows)])["judge"].panels
     assert [line.label for line in trouble.lines if line.label] == ["failed", "invalid videos"]
     assert lines(trouble)["raw/judge/failed"].points == ([1, 2, 3], [0.0, 4.0, 0.0])
-    assert lines(waiting)["raw/judge/backpressure_seconds"].points == ([2], [0.25])
+    assert lines(waiting)["raw/time/backpressure"].points == ([2], [0.25])
     several = by_id([make_run("a"), make_run("b", rows)])["judge"].panels
     assert [panel.title for panel in several] == ["failed", "invalid videos", "Sampling stood still for the judge"]
 

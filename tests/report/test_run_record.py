@@ -127,8 +127,8 @@ def test_totals_of_the_judge() -> None:
             "judge/answers": 12,
             "judge/failed": 1,
             "num_invalid_videos": 2,
-            "judge/backpressure_seconds": None,
+            "judge/requests": None,
         },
     ]
-    assert judge_totals(record(rows)) == {"judge/answers": 22, "num_invalid_videos": 2, "judge/failed": 1, "judge/backpressure_seconds": 0}
+    assert judge_totals(record(rows)) == {"judge/answers": 22, "num_invalid_videos": 2, "judge/failed": 1, "judge/requests": 0}
     assert json.dumps(judge_totals(record([]))) == "{}"

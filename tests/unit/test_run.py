@@ -9,18 +9,21 @@ import re
 import shlex
 import signal
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastgrpo.config import EvaluationConfig, PromptsConfig, RolloutConfig, RuntimeConfig, TrackingConfig, TrainConfig
 from fastgrpo.run import (
     StopSignals,
     captions,
     check,
+    check_attention,
     claim_folder,
     compute_dtype,
     describe_judge,
@@ -243,6 +246,29 @@ def test_a_judge_that_changes_with_a_resume_is_told(tmp_path: Path, capsys: pyte
     assert [file.name for file in tmp_path.iterdir()] == ["judge.json"]  # nothing half written beside it
     describe_judge(path, {"engine": {"model": "c"}, "seed": 0}, resumed=False)  # a new run has nothing to compare with
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("attention", ["fa3", "fa4", "_native_cudnn", "_native_flash", "_native_math"])
+def test_an_attention_that_would_switch_the_judges_kernels(config: TrainConfig, monkeypatch: pytest.MonkeyPatch, attention: str) -> None:
+    monkeypatch.setattr(config.policy, "attention", attention, raising=False)
+    monkeypatch.setattr(config.reward, "memory_bytes", 0, raising=False)
+    check_attention(config)  # a judge elsewhere
+    monkeypatch.setattr(config.reward, "memory_bytes", 1)
+    with pytest.raises(ValueError, match=f"policy.attention: expected native.*got {attention}"):
+        check(config)
+    monkeypatch.setattr(config.reward, "memory_bytes", 0)
+    monkeypatch.setattr(config.reward, "engine", SimpleNamespace(attention="sdpa"), raising=False)  # on another GPU of this process
+    with pytest.raises(ValueError, match=r"policy\.attention"):
+        check_attention(config)
+    monkeypatch.setattr(config.policy, "attention", "native")
+    check(config)
+
+
+def test_sdpa_kernel_is_for_all_threads() -> None:
+    """Why they are refused: torch's choice is not a thread's own."""
+    with sdpa_kernel(SDPBackend.MATH), ThreadPoolExecutor(1) as judge:
+        assert not judge.submit(torch.backends.cuda.flash_sdp_enabled).result()
+    assert torch.backends.cuda.flash_sdp_enabled()
 
 
 def test_why_a_run_stopped(config: TrainConfig, one_rank: torch.device) -> None:
