@@ -300,4 +300,5 @@ def plain_row(reward: RewardModel, clip: Clip, prompt: str) -> Row:
         scores, valid = reward.score(clip.frames[None], [prompt], clip.fps)
         row = {}
     row["rewards"] = dict(zip(reward.stages, scores[0].tolist(), strict=True))
-    return row if valid[0] else {"error": "the judge gave no score"}
+    # Not a number is no score either, whatever the judge says of it; JSON could not hold it.
+    return row if valid[0] and scores[0].isfinite().all() else {"error": "the judge gave no score"}

@@ -6,10 +6,12 @@ that TensorRT-LLM can have the environment that it pins. The socket opens at onc
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import ipaddress
 import math
 import os
+import resource
 import signal
 import socket
 import sys
@@ -21,12 +23,13 @@ from typing import Any
 import jsonargparse
 import torch
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from fastgrpo.config import refuse
-from fastgrpo.rewards.batching import Batcher
 from fastgrpo.rewards.engine import Engine
-from fastgrpo.rewards.http_app import ServerLimits, create_app
-from fastgrpo.rewards.media import MediaLimits
+from fastgrpo.rewards.server.batching import Batcher
+from fastgrpo.rewards.server.http_app import ServerLimits, create_app
+from fastgrpo.rewards.server.media import MediaLimits
 
 ENGINES = {
     "transformers": "fastgrpo.rewards.in_process.TransformersEngine",
@@ -116,6 +119,8 @@ def serve(
         )
         config = uvicorn.Config(
             app,
+            http=JudgeProtocol,
+            ws="none",
             log_level="warning",
             access_log=False,
             lifespan="off",
@@ -134,6 +139,46 @@ def serve(
     if isinstance(batcher.ended, ValueError | OSError | ImportError):
         raise batcher.ended
     return 0 if batcher.ended is None else 1
+
+
+class JudgeProtocol(H11Protocol):
+    """uvicorn's HTTP/1.1, with the two bounds that it has not: seconds for the head of a request, and connections.
+
+    Without them, clients that send nothing, or a letter now and then, hold all the file descriptors of the process, token or not.
+    """
+
+    head_seconds = 30.0
+    spare_descriptors = 64
+    late: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Count the connection; one too many is broken off."""
+        super().connection_made(transport)
+        most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if most != resource.RLIM_INFINITY and len(self.connections) > max(most - self.spare_descriptors, 1):
+            transport.abort()
+        self._watch()
+
+    def data_received(self, data: bytes) -> None:
+        """Read on; the head of a request has to be whole in time."""
+        super().data_received(data)
+        self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Forget the connection."""
+        self._rest()
+        super().connection_lost(exc)
+
+    def _watch(self) -> None:
+        if self.cycle is not None and not self.cycle.response_complete:  # of a body's time the application takes care
+            self._rest()
+        elif self.late is None:  # no head yet, or a body that goes on after its answer
+            self.late = self.loop.call_later(self.head_seconds, self.transport.abort)
+
+    def _rest(self) -> None:
+        if self.late is not None:
+            self.late.cancel()
+            self.late = None
 
 
 class JudgeServer(uvicorn.Server):

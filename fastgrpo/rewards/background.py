@@ -6,7 +6,7 @@ import asyncio
 import threading
 import weakref
 from collections.abc import Coroutine
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, Future
 from typing import Any, TypeVar
 
 Result = TypeVar("Result")
@@ -19,26 +19,37 @@ class BackgroundLoop:
         self._loop = asyncio.new_event_loop()
         thread = threading.Thread(target=self._loop.run_forever, name=name, daemon=True)
         thread.start()
+        self._closed, self._lock = False, threading.Lock()
         self._end = weakref.finalize(self, _end, self._loop, thread)
 
     def run(self, work: Coroutine[Any, Any, Result]) -> Result:
-        """The result of a coroutine; an interrupted wait cancels it. RuntimeError: `cancel` was called meanwhile."""
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
-        try:
-            return future.result()
-        except CancelledError:
-            raise RuntimeError("closed while it waited for an answer") from None
-        finally:
-            future.cancel()
+        """The result of a coroutine; an interrupted wait cancels it. RuntimeError: `close` was called, before or meanwhile."""
+        with self._lock:  # what gets in before `close` is cancelled by it; what came after would wait for a loop that has ended
+            if self._closed:
+                work.close()
+                raise RuntimeError("closed before it was asked")
+            future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        return _result(future)
 
     def close(self, last: Coroutine[Any, Any, object]) -> None:
         """Cancel all that runs, then run `last`, then end the loop."""
-        if not self._end.alive:
+        with self._lock:
+            closed, self._closed = self._closed, True
+        if closed or not self._end.alive:
             last.close()
             return
-        self.run(_cancel_all())
-        self.run(last)
+        _result(asyncio.run_coroutine_threadsafe(_cancel_all(), self._loop))
+        _result(asyncio.run_coroutine_threadsafe(last, self._loop))
         self._end()
+
+
+def _result(future: Future[Result]) -> Result:
+    try:
+        return future.result()
+    except CancelledError:
+        raise RuntimeError("closed while it waited for an answer") from None
+    finally:
+        future.cancel()
 
 
 async def _cancel_all() -> None:

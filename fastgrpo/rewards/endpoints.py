@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import math
 import os
 import random
@@ -10,6 +11,8 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
+
+from openai import DefaultAsyncHttpxClient
 
 FAILURES = 2
 """In a row, after which an endpoint is dead; one may be a kept connection that the server had just closed."""
@@ -122,6 +125,19 @@ def check_urls(endpoints: Sequence[str]) -> tuple[str, ...]:
     if len(set(urls)) < len(urls):
         raise ValueError(f"endpoints: expected different ones, got {', '.join(urls)}")
     return tuple(urls)
+
+
+def direct_client(url: str) -> DefaultAsyncHttpxClient | None:
+    """A client that goes around the environment's proxies, for an http URL of this machine; None for another, which may need them.
+
+    HTTP_PROXY would otherwise get the requests to 127.0.0.1, and their key, unless NO_PROXY names it.
+    """
+    parts = urlsplit(url)
+    try:
+        here = parts.hostname == "localhost" or ipaddress.ip_address(parts.hostname or "").is_loopback
+    except ValueError:
+        here = False
+    return DefaultAsyncHttpxClient(trust_env=False) if here and parts.scheme == "http" else None
 
 
 def read_key(name: str) -> str:

@@ -43,7 +43,7 @@ class Refused(Exception):
 def failure_of(error: Exception, url: str, key: str) -> TryAgain | Refused:
     """What an exception of the client library means: one line with the endpoint and the status, `key` hidden.
 
-    error: TimeoutError, openai.OpenAIError, or a ValueError for an answer that is no JSON or not what was asked for.
+    error: TimeoutError, openai.OpenAIError, or a ValueError or RecursionError for an answer that is no JSON or not what was asked for.
     """
     if isinstance(error, openai.APIStatusError):
         status, message = error.status_code, _clean(f"status {error.status_code}: {error}", url, key)

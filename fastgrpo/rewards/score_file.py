@@ -17,7 +17,14 @@ Key = tuple[str, str]
 
 
 def judge_hash(judge: Mapping[str, Any]) -> str:
-    """12 hexadecimal digits that stand for all that decides a judge's scores."""
+    """12 hexadecimal digits that stand for all that decides a judge's scores.
+
+    Where its servers are, and how many of them answered at the start, does not; what they say of themselves does.
+    """
+    engine = judge.get("engine")
+    if isinstance(engine, Mapping) and isinstance(engine.get("servers"), Mapping):
+        said = sorted({json.dumps(one, sort_keys=True) for one in engine["servers"].values()})
+        judge = {**judge, "engine": {key: value for key, value in engine.items() if key != "endpoints"} | {"servers": said}}
     return hashlib.sha256(json.dumps(judge, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:12]
 
 
@@ -103,7 +110,8 @@ def _parse(line: bytes) -> Row | None:
 
 
 def _line(row: Row) -> bytes:
-    return (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    # The name of a file that is not UTF-8 holds lone surrogates, which become escapes, as JSON has them too.
+    return (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8", "backslashreplace")
 
 
 def _replace(file: BinaryIO, path: Path, rows: dict[Key, Row]) -> BinaryIO:

@@ -24,7 +24,7 @@ from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wai
 
 from fastgrpo.rewards.answers import NUMBER
 from fastgrpo.rewards.background import BackgroundLoop
-from fastgrpo.rewards.endpoints import Endpoint, EndpointPool, check_urls, read_key
+from fastgrpo.rewards.endpoints import Endpoint, EndpointPool, check_urls, direct_client, read_key
 from fastgrpo.rewards.engine import Clip, Decoding, Reply
 from fastgrpo.rewards.failures import LONGEST_ERROR, Refused, TryAgain, failure_of
 from fastgrpo.rewards.transport import Guided, Transport, Video, chat_request, check_transport, encode_clip, read_digits, read_text
@@ -135,11 +135,12 @@ class ServerEngine:
             raise ValueError(f"expected a list of questions a clip, got {len(questions)} for {len(clips)} clips")
         if decoding.probabilities and self._guided == "none":
             raise ValueError("guided: expected structured_outputs, guided_regex or response_format for probabilities, got none")
-        if self._running is None:
+        running = self._running  # once: `close` may take it away meanwhile
+        if running is None:
             raise RuntimeError("ServerEngine: call load() before ask()")
         # Copied on this thread: its stream is the one that the frames were made on.
         moved = [Clip(clip.frames.cpu(), clip.fps) for clip in clips]
-        return self._running.run(self._ask(moved, questions, decoding))
+        return running.run(self._ask(moved, questions, decoding))
 
     def close(self) -> None:
         """Stop at once: an `ask` that waits in another thread raises RuntimeError."""
@@ -184,7 +185,7 @@ class ServerEngine:
         """Make the clients, and ask each endpoint what it serves, until one has answered."""
         # The library's own retries are off. Without a key of ours it would take that of another service from the environment.
         options: dict[str, Any] = {"api_key": self._key or "none", "max_retries": 0, "timeout": self._timeout}
-        endpoints = [Endpoint(url, AsyncOpenAI(base_url=url, **options)) for url in self._urls]
+        endpoints = [Endpoint(url, AsyncOpenAI(base_url=url, http_client=direct_client(url), **options)) for url in self._urls]
         self._pool = EndpointPool(endpoints, self._set_aside, longest=max(self._set_aside, self._patience / 4))
         self._clips, self._slots = asyncio.Semaphore(self._concurrency), asyncio.Semaphore(self._requests_in_flight)
         self._asking, self._servers = 0, {}
@@ -277,7 +278,7 @@ class ServerEngine:
                 ten = places[1]["0"]
         except (TryAgain, Refused) as error:
             return Reply(error=str(error)), home
-        return Reply(read_text(completion), digits, ten), home
+        return Reply(read_text(completion), digits, ten, cut=completion.choices[0].finish_reason == "length"), home
 
     async def _complete(self, arguments: dict[str, Any], home: Endpoint | None) -> tuple[Any, Endpoint]:
         """A completion, tried on endpoint after endpoint. TryAgain, Refused: the last error."""
@@ -344,7 +345,7 @@ class ServerEngine:
                 answer = await send()
             check(answer)
             return answer
-        except (TimeoutError, openai.OpenAIError, ValueError) as error:
+        except (TimeoutError, openai.OpenAIError, ValueError, RecursionError) as error:  # the last: JSON of brackets alone
             failure = failure_of(error, endpoint.url, self._key)
         finally:
             endpoint.in_flight -= 1

@@ -137,7 +137,7 @@ class TensorRTLLMEngine:
             guided_decoding=GuidedDecodingParams(regex=NUMBER) if decoding.constrained else None,
         )
         outputs = self._llm.generate(asked, sampling_params=params, use_tqdm=False)
-        return [Reply(text=output.outputs[0].text) for output in outputs]
+        return [Reply(text=output.outputs[0].text, cut=output.outputs[0].finish_reason == "length") for output in outputs]
 
     def _write(self, asked: list[dict[str, Any]], decoding: Decoding) -> list[Reply]:
         """Numbers, greedily or by the seed, with the probabilities of the digits; a place that only "." or "0" can take has none."""

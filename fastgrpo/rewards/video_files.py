@@ -177,6 +177,8 @@ def _open(file: Path, limits: Limits) -> Iterator[tuple[Any, Any]]:
         stream: Any = container.streams.best("video")
         if stream is None or stream.disposition & stream.disposition.attached_pic:
             raise ValueError("no video in it: audio only, or damaged")
+        if stream.codec_context is None:
+            raise ValueError("its video is of a codec that is not known here")
         height, width = stream.codec_context.height, stream.codec_context.width
         if not height * width:
             raise ValueError("its frames have no size that could be read: damaged, or beyond max_pixels")

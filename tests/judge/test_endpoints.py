@@ -8,7 +8,7 @@ import time
 import openai
 import pytest
 
-from fastgrpo.rewards.endpoints import FAILURES, Endpoint, EndpointPool, check_urls, read_key
+from fastgrpo.rewards.endpoints import FAILURES, Endpoint, EndpointPool, check_urls, direct_client, read_key
 from fastgrpo.rewards.failures import ENDPOINT_REFUSES, LONGEST_ERROR, TRY_AGAIN, Refused, TryAgain, failure_of, retry_after
 
 try:
@@ -194,6 +194,17 @@ def test_urls_have_a_path() -> None:
     assert check_urls(["http://a:8000", " https://b/ ", "http://[::1]:1/v1/", "http://c/judge/v1"]) == (
         "http://a:8000/v1", "https://b/v1", "http://[::1]:1/v1", "http://c/judge/v1",
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("url", "direct"),
+    [
+        ("http://127.0.0.1:8000/v1", True), ("http://[::1]:8000/v1", True), ("http://localhost/v1", True), ("http://127.1.2.3/v1", True),
+        ("http://10.0.0.1/v1", False), ("http://judge:8000/v1", False), ("https://127.0.0.1/v1", False), ("http://127.0.0.1.org/v1", False),
+    ],
+)  # fmt: skip
+def test_only_this_machine_is_reached_around_the_proxies(url: str, direct: bool) -> None:
+    assert (direct_client(url) is not None) == direct
 
 
 def test_a_key_is_read_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

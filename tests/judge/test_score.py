@@ -21,6 +21,7 @@ import pytest
 import torch
 
 from fastgrpo.commands import score as command
+from fastgrpo.rewards.engine import Clip
 from fastgrpo.rewards.frames import FrameSettings, make_clip
 from fastgrpo.rewards.judge import StageJudge
 from fastgrpo.rewards.score_file import describe_beside, judge_hash, open_scores
@@ -262,6 +263,35 @@ def test_a_file_of_something_else_is_refused(tmp_path: Path, videos: Path, line:
     out.write_text(f"{line}\n")
     assert "line 1: expected a row of scores" in refused(capsys, videos, tmp_path / "prompts.txt", out)
     assert out.read_text() == f"{line}\n"
+
+
+def test_a_served_judge_is_the_same_wherever_it_is_and_with_a_server_down() -> None:
+    def served(*hosts: str, version: str = "1") -> str:
+        engine = {"engine": "server", "endpoints": ["http://a", "http://b"], "servers": {host: {"version": version} for host in hosts}}
+        return judge_hash({"seed": 0, "engine": {**engine, "endpoints": list(hosts)}})
+
+    assert served("http://a", "http://b") == served("http://b") == served("http://elsewhere:9")
+    assert served("http://a") != served("http://a", version="2")
+
+
+def test_a_name_that_is_not_utf_8_has_its_row_and_is_resumed(tmp_path: Path) -> None:
+    name, out = os.fsdecode(b"caf\xe9.mp4"), tmp_path / "s.jsonl"
+    with open_scores(out, {"class": "x"}) as (_, add):
+        add({"video": name, "prompt": "\u00fc", "error": f"{name}: empty"})
+    with open_scores(out, {"class": "x"}) as (rows, _):
+        assert rows[name, "\u00fc"]["error"] == f"{name}: empty"
+    assert "\u00fc" in out.read_text(encoding="utf-8")
+
+
+def test_a_score_that_is_not_a_number_is_none(videos: Path) -> None:
+    class Nan:
+        stages = ("one",)
+
+        def score(self, frames: torch.Tensor, prompts: Sequence[str], fps: float) -> tuple[torch.Tensor, torch.Tensor]:
+            return torch.full((1, 1), float("nan"), dtype=torch.float64), torch.ones(1, dtype=torch.bool)
+
+    row = command.plain_row(Nan(), Clip(torch.zeros(2, 3, 28, 28, dtype=torch.uint8), 2.0), "a cat")  # type: ignore[arg-type]
+    assert row == {"error": "the judge gave no score"}
 
 
 def test_two_processes_do_not_write_one_file(tmp_path: Path, videos: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
+import contextlib
 import gc
 import io
 import json
 import re
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -22,12 +25,12 @@ from torch import Tensor
 
 from fastgrpo.rewards.answers import NUMBER
 from fastgrpo.rewards.background import BackgroundLoop
-from fastgrpo.rewards.completions import FROM_ONE as ACCEPTED_FROM_ONE
-from fastgrpo.rewards.completions import read_question
 from fastgrpo.rewards.endpoints import FAILURES
 from fastgrpo.rewards.engine import Clip, Decoding, Reply
 from fastgrpo.rewards.failures import LONGEST_ERROR
 from fastgrpo.rewards.served import FROM_ONE, ServerEngine
+from fastgrpo.rewards.server.completions import FROM_ONE as ACCEPTED_FROM_ONE
+from fastgrpo.rewards.server.completions import read_question
 from fastgrpo.rewards.transport import Video, chat_request, encode_clip
 
 Clips = Callable[..., Clip]
@@ -67,7 +70,8 @@ def test_frames_arrive_bit_equal_and_before_the_text(
             "model": "judge", "max_tokens": 9, "temperature": 0.7, "seed": 11,
         }  # fmt: skip
         assert request.body.get("mm_processor_kwargs") == ({"fps": 2.0} if transport == "frames" else None)
-        assert request.body.get("media_io_kwargs") == ({"video": {"num_frames": 4, "fps": -1}} if transport == "mp4" else None)
+        loading = {"frames": {"video": {"num_frames": -1, "fps": 2.0}}, "mp4": {"video": {"num_frames": 4, "fps": -1}}}
+        assert request.body.get("media_io_kwargs") == loading.get(transport)
 
 
 def test_mp4_says_its_rate(random_clip: Clips) -> None:
@@ -231,6 +235,7 @@ COMPLETION = b'{"id": "x", "object": "chat.completion", "created": 0, "model": "
         ({"body": b"<html>busy</html>"}, "JSONDecodeError"),
         ({"body": b""}, "."),
         ({"body": b"[]"}, "expected a chat completion"),
+        ({"body": b"[" * 100_000}, "RecursionError|JSONDecodeError"),
         ({"body": b"null"}, "expected a chat completion"),
         ({"body": COMPLETION % b"[]"}, "expected a chat completion"),
         ({"body": COMPLETION % b"null"}, "expected a chat completion"),
@@ -434,3 +439,32 @@ def test_a_loop_ends_with_its_owner() -> None:
     del loop
     gc.collect()
     assert "short-lived" not in {thread.name for thread in threading.enumerate()}
+
+
+@pytest.mark.timeout(120)
+def test_what_comes_while_a_loop_closes_is_refused_and_does_not_hang() -> None:
+    """A question whose task was made after the others had been cancelled waited for ever for a loop that had stopped."""
+
+    async def nothing() -> None:
+        await asyncio.sleep(0)
+
+    def ask(loop: BackgroundLoop) -> None:
+        with contextlib.suppress(RuntimeError):
+            while True:
+                loop.run(nothing())
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        for _ in range(60):
+            loop = BackgroundLoop("closing")
+            callers = [threading.Thread(target=ask, args=[loop], daemon=True) for _ in range(4)]
+            for caller in callers:
+                caller.start()
+            loop.close(nothing())
+            loop.close(nothing())
+            for caller in callers:
+                caller.join(20)
+            assert not any(caller.is_alive() for caller in callers)
+    finally:
+        sys.setswitchinterval(interval)

@@ -156,6 +156,19 @@ def test_no_other_service_s_key_is_sent(
     assert KEY not in str(server.requests[0].headers)
 
 
+def test_a_proxy_in_the_environment_gets_neither_the_key_nor_the_request(
+    fake_endpoint: Any, server_engine: Engines, random_clip: Clips, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proxy, server = fake_endpoint(models=["judge"], answer=lambda _: "1.00"), fake_endpoint(key=KEY)
+    monkeypatch.setenv("FASTGRPO_JUDGE_TOKEN", KEY)
+    for name in ("NO_PROXY", "no_proxy", "http_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HTTP_PROXY", proxy.url.removesuffix("/v1"))
+    monkeypatch.setenv("ALL_PROXY", "socks5://127.0.0.1:1")  # for which the client library lacks a package
+    assert server_engine(server).ask([random_clip()], [["a"]], Decoding()) == [[Reply("7.25")]]
+    assert (len(proxy.requests), len(server.requests)) == (0, 1)
+
+
 @pytest.mark.parametrize(
     "options",
     [

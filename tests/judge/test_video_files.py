@@ -256,6 +256,11 @@ def patched(path: Path, offset: int, content: bytes) -> Path:
     return path
 
 
+def renamed(path: Path, old: bytes, new: bytes) -> Path:
+    path.write_bytes(path.read_bytes().replace(old, new))
+    return path
+
+
 def image(path: Path) -> Path:
     with av.open(path, "w", format="image2") as container:
         stream: Any = container.add_stream("png")
@@ -333,6 +338,7 @@ BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
     "zeros.webm": (lambda path: patched(write(path, moving(), "libvpx-vp9"), 600, bytes(2000)), "cut off|damaged"),
     "sizes.avi": (two_sizes, "change size"),
     "askew.mov": (askew, "rotated by 45 degrees"),
+    "codec.mp4": (lambda path: renamed(write(path, moving(), "libx264", "yuv420p"), b"avc1", b"zzzz"), "a codec that is not known here"),
     "huge.gif": (
         lambda path: patched(write(path, moving(), "gif", "rgb8"), 6, struct.pack("<HH", 15000, 15000)),
         "beyond max_pixels",

@@ -20,11 +20,11 @@ import torch
 import uvicorn
 from PIL import Image
 
-from fastgrpo.commands.serve_judge import JudgeServer, bind
+from fastgrpo.commands.serve_judge import JudgeProtocol, JudgeServer, bind
 from fastgrpo.rewards.answers import NUMBER
-from fastgrpo.rewards.batching import Batcher
-from fastgrpo.rewards.http_app import ServerLimits, create_app
-from fastgrpo.rewards.media import MediaLimits
+from fastgrpo.rewards.server.batching import Batcher
+from fastgrpo.rewards.server.http_app import ServerLimits, create_app
+from fastgrpo.rewards.server.media import MediaLimits
 
 MODULES = Path(__file__).resolve().parent / "modules"
 
@@ -83,7 +83,9 @@ class Running:
         app = create_app(self.batcher, CHATS.model, token, limits)
         self.listener = bind("127.0.0.1", 0)
         self.port = self.listener.getsockname()[1]
-        config = uvicorn.Config(app, log_level="critical", access_log=False, lifespan="off", timeout_graceful_shutdown=5)
+        config = uvicorn.Config(
+            app, http=JudgeProtocol, ws="none", log_level="critical", access_log=False, lifespan="off", timeout_graceful_shutdown=5
+        )
         self.server = JudgeServer(config, self.batcher, grace=3)
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.listener]})
         self.batcher.start()

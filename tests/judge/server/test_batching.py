@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from fastgrpo.rewards.batching import FAILURES, Batcher, Job, UnavailableError
 from fastgrpo.rewards.engine import Clip, Decoding
+from fastgrpo.rewards.server.batching import FAILURES, Batcher, Job, UnavailableError
 
 NUMBER = Decoding(constrained=True)
 

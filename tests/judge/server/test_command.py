@@ -249,5 +249,5 @@ def test_the_server_needs_nothing_else_of_the_trainer() -> None:
     done = subprocess.run([sys.executable, "-c", script], env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     loaded = set(json.loads(done.stdout))
-    assert {"fastgrpo.rewards.http_app", "fastgrpo.rewards.trtllm"} < loaded
+    assert {"fastgrpo.rewards.server.http_app", "fastgrpo.rewards.trtllm"} < loaded
     assert not {"fastgrpo.run", "fastgrpo.grpo", "fastgrpo.policies", "fastgrpo.parallel", "fastgrpo_kernels"} & loaded

@@ -9,13 +9,14 @@ import zlib
 from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageFile
 from torch import Tensor
 
 from fastgrpo.rewards.frames import FrameSettings, clip_of_frames, make_clip
-from fastgrpo.rewards.media import IMAGE_LIST, IMAGES, VIDEO_FILE, MediaLimits, clip_of_urls
+from fastgrpo.rewards.server.media import IMAGE_LIST, IMAGES, VIDEO_FILE, MediaLimits, clip_of_urls
 
 FRAMES = FrameSettings(min_pixels=28 * 28)
 LIMITS = MediaLimits()
@@ -188,6 +189,42 @@ def test_a_file_is_bounded_too() -> None:
         with pytest.raises(ValueError, match=words):
             clip_of_urls(urls, 2.0, FRAMES, limits)
     clip_of_urls(urls, 2.0, FRAMES, MediaLimits(12, 56 * 84, 12 * 56 * 84))
+
+
+def test_frames_that_grow_on_the_way_are_refused_before_they_are_decoded() -> None:
+    """An MP4 that says 64x64, whose fifth packet brings H.264 parameter sets of 512x512."""
+    av = pytest.importorskip("av")
+    streams = [io.BytesIO(), io.BytesIO()]
+    for file, side in zip(streams, (64, 512), strict=True):
+        with av.open(file, "w", format="h264") as raw:
+            encoder = raw.add_stream("libx264", rate=4)
+            encoder.width = encoder.height = side
+            encoder.pix_fmt, encoder.options = "yuv420p", {"preset": "ultrafast", "x264-params": "repeat-headers=1:bframes=0"}
+            for _ in range(4):
+                raw.mux(encoder.encode(av.VideoFrame.from_ndarray(np.zeros((side, side, 3), np.uint8), format="rgb24")))
+            raw.mux(encoder.encode())
+    whole = io.BytesIO()
+    with av.open(whole, "w", format="mp4") as container:
+        time, stream = 0, None
+        for file in streams:
+            file.seek(0)
+            with av.open(file, format="h264") as raw:
+                stream = stream or container.add_stream_from_template(raw.streams.video[0])
+                for packet in raw.demux(video=0):
+                    if packet.size:
+                        packet.stream, packet.pts, packet.dts, time = stream, time, time, time + 25000
+                        container.mux(packet)
+    url = f"{VIDEO_FILE};base64,{b64(whole.getvalue())}"
+    with pytest.raises(ValueError, match="frame 4 is 512x512"):
+        clip_of_urls([url], 2.0, FRAMES, LIMITS)
+    with pytest.raises(ValueError, match="the video cannot be decoded"):
+        clip_of_urls([url], 2.0, FRAMES, MediaLimits(max_pixels=64 * 64))
+
+
+def test_an_unknown_codec_is_refused() -> None:
+    data = mp4(video(12)).replace(b"avc1", b"zzzz")
+    with pytest.raises(ValueError, match="codec that is not known"):
+        clip_of_urls([f"{VIDEO_FILE};base64,{b64(data)}"], 2.0, FRAMES, LIMITS)
 
 
 def test_a_file_that_is_cut_off_is_refused() -> None:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.client
 import json
+import resource
 import socket
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import openai
 import pytest
 
+from fastgrpo.commands.serve_judge import JudgeProtocol
 from fastgrpo.rewards.answers import NUMBER
-from fastgrpo.rewards.completions import FROM_ONE
-from fastgrpo.rewards.http_app import ServerLimits
+from fastgrpo.rewards.server.completions import FROM_ONE
+from fastgrpo.rewards.server.http_app import ServerLimits
 
 TOKEN = "a-token-of-the-test"
 TEXT = {"type": "text", "text": "How good?"}
@@ -162,6 +167,39 @@ def test_an_endless_body_is_cut_off(server: Any, chats: Any) -> None:
 def test_a_request_that_does_not_end_is_refused(start: Any) -> None:
     server = start(limits=ServerLimits(timeout=0.2))
     assert raw_post(server, "Content-Length: 100", b"{").startswith(b"HTTP/1.1 408 ")
+
+
+def test_a_head_that_does_not_come_ends_the_connection(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(JudgeProtocol, "head_seconds", 0.5)
+    server = start()
+    head = b"GET /health HTTP/1.1\r\nHost: judge\r\n"
+    for sent in (b"", head[:9], head + b"\r\n" + head):  # nothing; a part of the first one; one, answered, and a part of the next
+        with socket.create_connection(("127.0.0.1", server.port), timeout=20) as raw:
+            raw.sendall(sent)
+            answered = b""
+            with contextlib.suppress(ConnectionResetError):
+                while part := raw.recv(1000):
+                    answered += part
+                    raw.sendall(head[:1])
+            assert answered.count(b"200 OK") == sent.count(b"\r\n\r\n")
+    server.engine.delay = 1.0  # an answer may take longer than a head
+    assert server.ask().choices
+
+
+def test_connections_are_bounded_below_what_the_process_may_open(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (JudgeProtocol.spare_descriptors + 2, 4096))
+    server = start()
+    with contextlib.ExitStack() as held:
+        for _ in range(2):
+            held.enter_context(socket.create_connection(("127.0.0.1", server.port), timeout=20))
+        with pytest.raises((ConnectionError, http.client.HTTPException)):
+            server.get("/health")
+    for _ in range(200):
+        with contextlib.suppress(ConnectionError, http.client.HTTPException):
+            assert server.get("/health")[0] == 200
+            return
+        time.sleep(0.02)
+    pytest.fail("the closed connections were not forgotten")
 
 
 @pytest.mark.parametrize("key", ["max_body", "max_requests", "timeout", "max_tokens"])

@@ -57,11 +57,12 @@ def test_served_answers_are_those_of_this_process(
         served.close()
     for row, wanted in zip(replies, expected, strict=True):
         for reply, want in zip(row, wanted, strict=True):
-            assert (reply.text, reply.error) == (want.text, "")
+            assert (reply.text, reply.error, reply.cut) == (want.text, "", want.cut)
             if decoding.constrained:
                 assert parse_answer(reply.text) is not None
             if decoding.probabilities:
                 assert expected_answer(reply) == pytest.approx(expected_answer(want), abs=1e-5)
                 for place, other in zip(reply.digits, want.digits, strict=True):
                     assert place == pytest.approx(other, abs=1e-6)
+    assert any(want.cut for row in expected for want in row) == (not decoding.constrained)  # few of its answers end within six tokens
     assert server.counted(200) >= len(clips) * len(QUESTIONS)

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from fastgrpo.rewards.answers import NUMBER
-from fastgrpo.rewards.completions import FROM_ONE, IGNORED, NEUTRAL, UNKNOWN, Question, completion, read_question
 from fastgrpo.rewards.engine import Decoding, Reply
-from fastgrpo.rewards.http_app import GONE, ServerLimits
+from fastgrpo.rewards.server.completions import FROM_ONE, IGNORED, NEUTRAL, UNKNOWN, Question, completion, read_question
+from fastgrpo.rewards.server.http_app import GONE, ServerLimits
 
 
 def test_the_official_client_gets_the_engine_s_answer(server: Any, chats: Any) -> None:
@@ -213,9 +213,11 @@ def test_a_dead_engine_is_broken_and_nobody_waits_for_it(start: Any, engines: An
 def test_before_the_model_is_loaded_the_server_says_so(start: Any, engines: Any, chats: Any) -> None:
     server = start(engines.UnloadedEngine(chats.model), loaded=False)
     assert server.get("/health") == (503, '{"status":"loading"}')
-    with pytest.raises(openai.InternalServerError, match="the judge is loading") as error:
-        server.ask()
-    assert error.value.status_code == 503
+    for request in (server.ask, lambda: server.client().models.list()):  # the list too, or a client takes it for ready
+        with pytest.raises(openai.InternalServerError, match="the judge is loading") as error:
+            request()
+        assert error.value.status_code == 503
+        assert error.value.response.headers["retry-after"]
     server.engine.gate.set()
     assert server.batcher.settled.wait(10)
     assert server.get("/health")[0] == 200

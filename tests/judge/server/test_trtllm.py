@@ -77,6 +77,7 @@ class CompletionOutput:
 
     text: str = ""
     generation_logits: torch.Tensor | None = None
+    finish_reason: str | None = None
 
 
 @dataclass
@@ -142,7 +143,8 @@ class LLM:
         assert set(one) == {"prompt", "multi_modal_data", "mm_processor_kwargs"}
         written = one["prompt"].partition("<assistant>")[2]
         if not params.return_generation_logits:
-            return RequestOutput([CompletionOutput(text=f"about {one['prompt']}")])
+            reason = "length" if one["prompt"].endswith("b<assistant>") else "stop"
+            return RequestOutput([CompletionOutput(text=f"about {one['prompt']}", finish_reason=reason)])
         assert params.max_tokens == 1
         row = torch.full((1, len(VOCABULARY)), -math.inf)
         for token, value in self.logits[written].items():
@@ -207,6 +209,7 @@ def test_answers_come_from_one_call_in_the_order_given(engine: TensorRTLLMEngine
     replies = engine.ask([clip(0), clip(1)], [["a", "b"], ["c"]], Decoding(9, constrained, temperature=0.7, seed=5))
     texts = [[f"about <user><video>{q}<assistant>" for q in row] for row in (["a", "b"], ["c"])]
     assert [[reply.text for reply in row] for row in replies] == texts
+    assert [[reply.cut for reply in row] for row in replies] == [[False, True], [False]]
     ((inputs, params),) = fake.made.calls
     guided = GuidedDecodingParams(regex=NUMBER) if constrained else None
     assert params == SamplingParams(max_tokens=9, temperature=0.7, seed=5, guided_decoding=guided)

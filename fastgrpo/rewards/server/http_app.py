@@ -24,11 +24,11 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from fastgrpo.rewards.batching import Batcher, Job, UnavailableError
-from fastgrpo.rewards.completions import Question, completion, read_question
 from fastgrpo.rewards.engine import Reply
 from fastgrpo.rewards.frames import FrameSettings
-from fastgrpo.rewards.media import MediaLimits, clip_of_urls
+from fastgrpo.rewards.server.batching import Batcher, Job, UnavailableError
+from fastgrpo.rewards.server.completions import Question, completion, read_question
+from fastgrpo.rewards.server.media import MediaLimits, clip_of_urls
 
 GONE = 499
 """Status, in the metrics alone, of a request whose client went away before its answer."""
@@ -119,6 +119,8 @@ def create_app(
     @app.get("/v1/models")
     async def models(request: Request) -> Response:
         answering.authorise(request)
+        if batcher.state == "loading":  # what it is made of is not known yet, and it is no server to begin with
+            raise _RefusedError(503, "the judge is loading", {"Retry-After": "5"})
         root = ", ".join(f"{key} {value}" for key, value in batcher.described.items() if value is not None)
         card = {"id": model, "object": "model", "created": started, "owned_by": "fastgrpo", "root": root}
         return JSONResponse({"object": "list", "data": [card]})

@@ -140,6 +140,10 @@ def _decode_file(data: bytes, limits: MediaLimits) -> tuple[Tensor, float]:
             if not container.streams.video:
                 raise ValueError("the file holds no video")
             stream = container.streams.video[0]
+            if stream.codec_context is None:
+                raise ValueError("the video is of a codec that is not known here")
+            # Frames may grow on the way: the decoder itself refuses those far above. It counts whole blocks, of up to 128 x 128.
+            stream.codec_context.options = {"max_pixels": str(2 * limits.max_pixels + (1 << 16))}
             rate = stream.average_rate
             _check_video(max(stream.frames, 1), stream.height, stream.width, limits)  # what it says, before anything is decoded
             frames = list(_frames(container.decode(stream), limits))

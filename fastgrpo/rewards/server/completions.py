@@ -195,9 +195,9 @@ def _constraint(request: _Request) -> tuple[bool, bool]:
 
 
 def completion(question: Question, reply: Reply, model: str) -> dict[str, Any]:
-    """The JSON of an answer. `finish_reason` is always stop: the engine does not say whether an answer was cut."""
+    """The JSON of an answer."""
     text = reply.text
-    choice: dict[str, Any] = {"index": 0, "finish_reason": "stop", "logprobs": None}
+    choice: dict[str, Any] = {"index": 0, "finish_reason": "length" if reply.cut else "stop", "logprobs": None}
     if question.decoding.probabilities:
         digits = list(reply.digits)
         if question.from_one:
