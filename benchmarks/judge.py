@@ -362,6 +362,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     chosen = parser.parse_args(arguments)
     chosen.model = chosen.model or {"full": "qwen2.5-vl-7b", "tiny": "tiny"}[chosen.scale]
     chosen.dtype = chosen.dtype or ("fp32" if chosen.device == "cpu" else "bf16")
+    if chosen.scale == "full" and chosen.device == "cpu" and not any(word.startswith("--device") for word in arguments or sys.argv[1:]):
+        parser.error("no GPU here: give --scale tiny, or --device cpu if this machine has 100 GB of memory and hours of time")
     if chosen.rounds < 1:
         parser.error(f"--rounds: expected at least 1, got {chosen.rounds}")
     return chosen

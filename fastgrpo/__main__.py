@@ -24,7 +24,7 @@ def main(argv: list[str]) -> int:
         code: int = importlib.import_module(f"fastgrpo.commands.{name}").main(argv[1:])
         return code
     wanted = not argv or argv[0] in ("-h", "--help")
-    text = "usage: python -m fastgrpo COMMAND [--help]\n\n" + "\n".join(f"  {n:<10} {d}" for n, d in known.items())
+    text = "usage: python -m fastgrpo COMMAND [--help]\n\n" + "\n".join(f"  {n:<12} {d}" for n, d in known.items())
     print(text if wanted else f"error: there is no command {argv[0]!r}\n\n{text}", file=sys.stdout if wanted else sys.stderr)
     return 0 if wanted else 2
 

@@ -176,6 +176,9 @@ def absences(cells: Sequence[CellResult], iterations: int, iteration: int | None
             lines.append(f"{cell.name}: at iteration {cell.last} of {iterations}{out}")
         elif out:
             lines.append(f"{cell.name}: not evaluated at iteration {iteration}{out}")
+    longer = [cell.last for cell in cells if cell.last > iterations]
+    if longer:
+        lines.append(f"{len(longer)} cells have up to {max(longer)} iterations; what comes after the {iterations} asked for is left out")
     shared = set.intersection(*(cell.evaluated for cell in cells if cell.rows)) if any(cell.rows for cell in cells) else set()
     best = max((i for i in shared if i <= iterations), default=0)
     if iteration is not None and 0 < best < iteration:

@@ -151,7 +151,9 @@ def cluster_figure(judges: Mapping[str, JudgeBias], labels: Labels) -> Figure:
         axes.plot(positions, bias.means, color=color, zorder=4, gid=f"means/{name}", **look)
         axes.axhline(float(np.mean(bias.means)), color=INK, linestyle=(0, (5, 3)), linewidth=0.9, gid=f"threshold/{name}")
         if judge.scores.min() >= 0:
-            axes.set_ylim(bottom=0)  # κ is a share of the mean: from zero up, differences look as large as it says
+            axes.set_ylim(
+                0, 1.06 * float(judge.scores.max()) or 1
+            )  # κ is a share of the mean: from 0, differences look as large as it says
         kappa = f"κ over the means {bias.of_means:.1f} %" if np.isfinite(bias.of_means) else "κ over the means withheld"
         figures._finish(axes, f"{name}: {kappa}", "score", "cluster of captions (dashed: the mean of their means)")
         axes.set_xticks(positions, [cluster_name(i, k) for i in range(k)])

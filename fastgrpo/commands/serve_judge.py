@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return serve(**parser.parse_args(argv).as_dict())
     except (ValueError, FileNotFoundError, ImportError, OSError) as error:
-        refuse(error)
+        refuse(str(error).replace("reward.engine.", "--"))  # the engine names its arguments as a recipe has them
 
 
 def serve(

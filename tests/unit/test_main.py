@@ -48,7 +48,7 @@ def test_help_lists_the_commands(one_command: Any, argv: list[str], capsys: pyte
     assert entry.main(argv) == 0
     out, err = capsys.readouterr()
     assert err == ""
-    assert "two_words  Says two words." in out
+    assert "two_words    Says two words." in out
 
 
 @pytest.mark.parametrize("name", ["nonsense", "__init__", "page", "../two_words", "--config"])
