@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers import AttentionInterface, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
 from fastgrpo.rewards import windows
