@@ -131,10 +131,13 @@ def memory(config: TrainConfig, counts: Counts, cfg: ParallelConfig, world_size:
     branches = 2 if roll.guidance_scale != 1 else 1
     graphs = branches if not update.branchwise else 1
     share = network.trained / network.parameters
+    pending = roll.micro_batch_size * max(config.scoring.max_pending, int(getattr(config.reward, "concurrency", 1)))
+    waiting = {"frames that wait for the judge": min(pending, videos) * decode.kept}
     return {
         "rollout": state
-        | {"gathered weights": max(passing, everything), "forward": forward.kept + forward.work + (branches + 2) * counts.latent},
-        "decode": state | {"gathered weights": everything, "decode": decode.kept + decode.work + decode.kept},  # one is still being scored
+        | {"gathered weights": max(passing, everything), "forward": forward.kept + forward.work + (branches + 2) * counts.latent}
+        | waiting,
+        "decode": state | {"gathered weights": everything, "decode": decode.kept + decode.work} | waiting,
         "update": state
         | gradients
         | {

@@ -329,7 +329,8 @@ def evaluate(trainer: Trainer, prompts: list[str], iteration: int) -> dict[str, 
             folder = config.run_folder / "samples" / f"iteration_{iteration:06d}"
             figures.save_samples(folder, heldout.videos, heldout.prompts_shown, trainer.policy.fps, heldout.scores_shown, stages)
     scores = {f"eval/rewards/{stage}/mean": m for stage, m in zip(stages, heldout.stage_means(len(stages)), strict=True)}
-    return scores | {"time/evaluation": clock.seconds["evaluation"]}
+    invalid = sum(not ok for valid_G in heldout.valid_PG for ok in valid_G)
+    return scores | {"eval/num_invalid_videos": invalid, "time/evaluation": clock.seconds["evaluation"]}
 
 
 @contextmanager

@@ -179,6 +179,8 @@ def evaluation_line(row: Row, stages: Sequence[str]) -> str:
     parts = [f"iteration {row['iteration']:>5}", "held-out"]
     for name, stage in zip(_short_names(stages), stages, strict=True):
         parts.append(f"{name} {_number(row.get(f'eval/rewards/{stage}/mean'), '.3f')}")
+    if row.get("eval/num_invalid_videos"):
+        parts.append(f"{row['eval/num_invalid_videos']} videos without a score")
     return _cut("  ".join(parts))
 
 

@@ -220,6 +220,8 @@ def test_a_run_stops_where_more_than_the_set_share_has_no_score(tmp_path: Path, 
     whole = train(tmp_path / "allowed", *arguments)
     assert whole.code == 0
     assert [row["num_invalid_videos"] for row in whole.trained_rows] == [4, 4, 4]
+    assert [row.get("eval/num_invalid_videos") for row in whole.rows] == [1, None, None, 1]  # of three
+    assert "1 videos without a score" in whole.out
     run = train(tmp_path / "run", *arguments, "--scoring.max_invalid_share", "0.4")
     assert run.code == 1
     assert [row["iteration"] for row in run.rows] == [0, 1]
