@@ -15,9 +15,9 @@ from fastgrpo.config import TrainConfig, parse_config, refuse
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the plan. Exit code 0, also where nothing fits; 2 with one message for whatever cannot be used."""
     own = argparse.ArgumentParser(prog="python -m fastgrpo plan", add_help=False, allow_abbrev=False)
-    own.add_argument("--gpu-memory", type=float, default=80.0)
-    own.add_argument("--world-size", type=int, default=8)
-    own.add_argument("--gpus-per-node", type=int, default=8)
+    own.add_argument("--gpu-memory", "--gpu_memory", type=float, default=80.0)
+    own.add_argument("--world-size", "--world_size", type=int, default=8)
+    own.add_argument("--gpus-per-node", "--gpus_per_node", type=int, default=8)
     options, rest = own.parse_known_args(argv)
     config, _, _ = parse_config(rest, prog="python -m fastgrpo plan", description=__doc__)
     try:

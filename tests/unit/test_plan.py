@@ -350,14 +350,17 @@ def test_where_nothing_fits_the_plan_says_so(shapes: tuple[TrainConfig, memory.C
     assert all(line.endswith("  -") for line in lines[2:-2])
 
 
-@pytest.mark.parametrize("option", [["--gpu-memory", "0"], ["--world-size", "-1"], ["--gpus-per-node", "0"], ["--parallel.replicas", "3"]])
+@pytest.mark.parametrize(
+    "option",
+    [["--gpu-memory", "0"], ["--world-size", "-1"], ["--gpu_memory", "-5"], ["--gpus-per-node", "0"], ["--parallel.replicas", "3"]],
+)
 def test_a_wrong_number_is_one_clear_line(option: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         plan.main(["--config", "fastgrpo/recipes/shapes.yaml", "--world-size", "2", *option])
     assert stopped.value.code == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert option[0].strip("-") in error
+    assert option[0].strip("-").replace("_", "-") in error
     assert "expected" in error
 
 
