@@ -394,9 +394,13 @@ def test_an_interrupt_ends_the_wait(fake_endpoint: Any, fault: Any, server_engin
     server, judge = hung(fake_endpoint, fault, server_engine)
     main = threading.main_thread().ident
     assert main is not None
-    threading.Timer(0.3, signal.pthread_kill, (main, signal.SIGINT)).start()
-    with pytest.raises(KeyboardInterrupt):
-        judge.ask([random_clip()], [["a"]], Decoding())
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are started with it ignored
+    try:
+        threading.Timer(0.3, signal.pthread_kill, (main, signal.SIGINT)).start()
+        with pytest.raises(KeyboardInterrupt):
+            judge.ask([random_clip()], [["a"]], Decoding())
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert judge.ask([random_clip()], [["a"]], Decoding()) == [[Reply("7.25")]]
     assert len(server.requests) == 2
 

@@ -135,7 +135,7 @@ def test_more_iterations_than_first_asked_for(
     rows, expected_rows = ([json.loads(row) for row in rows_without_times(folder)] for folder in (run.folder, expected.folder))
     assert [row["iteration"] for row in rows] == [0, 1, 2, 3, 4]
     extra = {key: value for key, value in rows[2].items() if key not in expected_rows[2]}
-    assert len(extra) == 3
+    assert len(extra) == 4
     assert all(key.startswith("eval/") for key in extra)
     assert [row | (extra if row["iteration"] == 2 else {}) for row in expected_rows] == rows
     one, other = (tensors(folder / "checkpoints" / "latest") for folder in (run.folder, expected.folder))
