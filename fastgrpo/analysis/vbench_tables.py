@@ -15,7 +15,7 @@ from fastgrpo.figures import COLORS, FAINT, GRID, INK
 Values = Literal["normalized", "raw"]
 """Of the dimensions: normalised as they enter the totals, or raw, as papers print them. The three totals are the same either way."""
 Format = Literal["text", "markdown", "latex"]
-HATCHES = ("", "///", "...", "xxx", "\\\\\\", "+++")
+HATCHES = ("", "///", "...", "xx", "\\\\\\", "+++")
 _TOTALS = ("quality", "semantic", "total")
 
 

@@ -193,12 +193,12 @@ def sample(
     if parallel.rank() == 0:
         write_lists(output, videos)
     there = {path.name for path in (output / "videos").iterdir()}
-    todo = unmade_batches(videos, rollout.micro_batch_size, output)
-    if todo:
+    unmade = unmade_batches(videos, rollout.micro_batch_size, output)
+    if unmade:
         load(recipe, list(dict.fromkeys(video.prompt for video in videos)), device)
         if weights is not None:
             load_weights(weights, recipe.policy.transformer, ema="ema" in parts(weights))
-        make_videos(recipe.policy, todo, rollout, output, device, dtype)
+        make_videos(recipe.policy, unmade, rollout, output, device, dtype)
     if lock is not None:
         lock.close()
     if own_group:  # not after an error: the other ranks may wait in a collective, and leaving would wait for them

@@ -123,8 +123,8 @@ def score(
     judge = {"class": f"{type(reward).__module__}.{type(reward).__qualname__}"}
     judge |= describe() if describe else dict((arguments or {}).get("init_args") or {})
     with open_scores(Path(out), judge, retry_failed) as (rows, add):
-        todo, kept = [key for key in keys if key not in rows], [rows[key] for key in keys if key in rows]
-        files = read_ahead(todo, lambda key: see(key[0], reward, where, decoder, limits), readers, 2 * batch_size)
+        waiting, kept = [key for key in keys if key not in rows], [rows[key] for key in keys if key in rows]
+        files = read_ahead(waiting, lambda key: see(key[0], reward, where, decoder, limits), readers, 2 * batch_size)
         with closing(files), tqdm(total=len(keys), initial=len(kept), unit="video", disable=None) as progress:
             failed = sum("error" in row for row in kept) + score_all(reward, files, batch_size, add, progress)
     print(f"{out}: {len(keys) - failed} videos with scores, {failed} with an error; {len(kept)} rows were there before")

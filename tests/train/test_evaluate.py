@@ -225,12 +225,12 @@ def test_batches_keep_their_company(one_rank: torch.device, tiny_policy: Any, tm
     assert claim(tmp_path) is not None
     for video in videos[1:4]:
         (tmp_path / "videos" / video.name).write_bytes(b"kept")
-    todo = unmade_batches(videos, 2, tmp_path)
-    assert todo == [videos[:2], videos[4:]]
+    unmade = unmade_batches(videos, 2, tmp_path)
+    assert unmade == [videos[:2], videos[4:]]
     cfg = RolloutConfig(height=2, width=2, num_frames=2, num_inference_steps=2, num_generations=1, guidance_scale=1.0, micro_batch_size=2)
     policy = tiny_policy()
     policy.decode = lambda latents: torch.full((len(latents), 2, 3, 2, 2), torch.nan)
-    make_videos(policy, todo, cfg, tmp_path, one_rank, torch.float32)
+    make_videos(policy, unmade, cfg, tmp_path, one_rank, torch.float32)
     assert contents(tmp_path)[videos[1].name] == b"kept"
     with av.open(tmp_path / "videos" / videos[0].name) as container:
         assert all(frame.to_ndarray(format="rgb24").max() <= 2 for frame in container.decode(video=0))
