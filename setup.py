@@ -1,12 +1,14 @@
-"""Packaging lives in pyproject.toml; this file builds csrc/ into fastgrpo_kernels/_C.so, as far as this machine can.
+"""Packaging lives in pyproject.toml; this file builds csrc/ into fastgrpo_kernels/_C.so, as far as
+this machine can.
 
     CPU + CUDA   where nvcc is (CUDA_HOME, PATH, /usr/local/cuda)        nothing   where no compiler or no torch is
     CPU alone    where it is not, or where it fails                                (pip's build isolation hides torch)
 
-Whatever happens, the installation succeeds: without the library `fastgrpo_kernels` falls back to Triton and PyTorch.
-What was built, and why no more, goes to stderr and, because pip shows that under -v alone, into fastgrpo_kernels/_C.txt.
-FASTGRPO_BUILD=cuda|cpu|none is the most that is tried. The library uses no Python and torch's stable ABI alone, so one
-build serves every Python and every torch from 2.11 on.
+Whatever happens, the installation succeeds: without the library `fastgrpo_kernels` falls back to
+Triton and PyTorch. What was built, and why no more, goes to stderr and, because pip shows that
+under -v alone, into fastgrpo_kernels/_C.txt. FASTGRPO_BUILD=cuda|cpu|none is the most that is
+tried. The library uses no Python and torch's stable ABI alone, so one build serves every Python
+and every torch from 2.11 on.
 """
 
 from __future__ import annotations
@@ -27,17 +29,50 @@ from setuptools.command.build_ext import build_ext
 CSRC = Path(__file__).resolve().parent / "csrc"
 LEVELS = ("cuda", "cpu", "none")
 CPU_SOURCES = ("bindings.cpp", "ops_cpu.cpp", "cpu_plain.cpp", "cpu_avx2.cpp", "cpu_avx512.cpp")
-CUDA_SOURCES = ("sde_log_prob.cu", "sde_step.cu", "grpo_loss.cu", "device.cu", "ops_cuda.cpp")  # the slowest first
-# No fused multiply-add but by name: the bits are those of reference.py. The other two let g++ vectorise, and change no result.
-CXX_FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
+CUDA_SOURCES = (
+    "sde_log_prob.cu",
+    "sde_step.cu",
+    "grpo_loss.cu",
+    "device.cu",
+    "ops_cuda.cpp",
+)  # the slowest first
+# No fused multiply-add but by name: the bits are those of reference.py. The other two let g++
+# vectorise, and change no result.
+CXX_FLAGS = (
+    "-O3",
+    "-std=c++17",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+)
 CXX_FLAGS_OF = {
     "cpu_avx2.cpp": ("-mavx2", "-mf16c"),
-    "cpu_avx512.cpp": ("-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mf16c", "-mprefer-vector-width=512"),
+    "cpu_avx512.cpp": (
+        "-mavx512f",
+        "-mavx512dq",
+        "-mavx512bw",
+        "-mavx512vl",
+        "-mf16c",
+        "-mprefer-vector-width=512",
+    ),
 }
 # Machine code for Hopper and Ampere, and PTX for what comes after.
-ARCHITECTURES = ("-gencode=arch=compute_90a,code=sm_90a", "-gencode=arch=compute_80,code=[sm_80,compute_80]")
-NVCC_FLAGS = ("-O3", "-std=c++17", "-fmad=false", "-Xcompiler=-fPIC,-fvisibility=hidden", *ARCHITECTURES)
-TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # 2.11, the oldest that the library must load in
+ARCHITECTURES = (
+    "-gencode=arch=compute_90a,code=sm_90a",
+    "-gencode=arch=compute_80,code=[sm_80,compute_80]",
+)
+NVCC_FLAGS = (
+    "-O3",
+    "-std=c++17",
+    "-fmad=false",
+    "-Xcompiler=-fPIC,-fvisibility=hidden",
+    *ARCHITECTURES,
+)
+TORCH_TARGET = (
+    "-DTORCH_TARGET_VERSION=0x020b000000000000"  # 2.11, the oldest that the library must load in
+)
 
 
 class BuildFailed(Exception):
@@ -48,25 +83,38 @@ def find_torch() -> Path:
     """The folder of torch, which is not imported: that takes seconds."""
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
-        raise BuildFailed("torch cannot be imported here; install it first and pass --no-build-isolation to pip")
+        raise BuildFailed(
+            "torch cannot be imported here; install it first and pass --no-build-isolation to pip"
+        )
     folder = Path(spec.origin).parent
     if not (folder / "include/torch/csrc/stable/library.h").exists():
-        raise BuildFailed(f"the torch in {folder} has no stable ABI headers, 2.11 or later is needed")
+        raise BuildFailed(
+            f"the torch in {folder} has no stable ABI headers, 2.11 or later is needed"
+        )
     return folder
 
 
 def find_compiler() -> list[str]:
     """$CXX, which may carry arguments, or g++, or c++."""
-    command = shlex.split(os.environ.get("CXX", "")) or [name for name in ("g++", "c++") if shutil.which(name)][:1]
+    command = (
+        shlex.split(os.environ.get("CXX", ""))
+        or [name for name in ("g++", "c++") if shutil.which(name)][:1]
+    )
     if not command or not shutil.which(command[0]):
-        raise BuildFailed(f"no C++ compiler: {command[0] if command else 'neither g++ nor c++'} was not found (set CXX)")
+        raise BuildFailed(
+            f"no C++ compiler: {command[0] if command else 'neither g++ nor c++'} was not found (set CXX)"
+        )
     return command
 
 
 def find_nvcc() -> str:
     """nvcc of $CUDA_HOME, of PATH or of /usr/local/cuda."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    for found in (home and shutil.which(f"{home}/bin/nvcc"), shutil.which("nvcc"), shutil.which("/usr/local/cuda/bin/nvcc")):
+    for found in (
+        home and shutil.which(f"{home}/bin/nvcc"),
+        shutil.which("nvcc"),
+        shutil.which("/usr/local/cuda/bin/nvcc"),
+    ):
         if found:
             return found
     raise BuildFailed("no nvcc in CUDA_HOME, PATH or /usr/local/cuda")
@@ -75,12 +123,16 @@ def find_nvcc() -> str:
 def run(command: list[str]) -> None:
     """Run a compiler; what it said last, if it fails."""
     try:
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+        )
     except OSError as error:
         raise BuildFailed(f"{command[0]} cannot be run: {error}") from None
     if done.returncode:
         last_words = "\n".join(done.stdout.splitlines()[-12:])
-        raise BuildFailed(f"exit status {done.returncode} from\n{shlex.join(command)}\n{last_words}")
+        raise BuildFailed(
+            f"exit status {done.returncode} from\n{shlex.join(command)}\n{last_words}"
+        )
 
 
 def replace(source: Path, target: Path) -> None:
@@ -91,10 +143,17 @@ def replace(source: Path, target: Path) -> None:
 
 
 def build(nvcc: str, compiler: list[str], torch: Path, target: Path, workspace: Path) -> None:
-    """Compile and link into `target`, replaced in one step. nvcc: empty for the CPU alone. BuildFailed, and `target` as it was."""
+    """Compile and link into `target`, replaced in one step. nvcc: empty for the CPU alone.
+    BuildFailed, and `target` as it was.
+    """
     workspace.mkdir(parents=True, exist_ok=True)
     intel = platform.machine() in ("x86_64", "AMD64")
-    cuda = [nvcc, *NVCC_FLAGS, f"-I{CSRC}", *(["-ccbin", compiler[0]] if "CXX" in os.environ and len(compiler) == 1 else [])]
+    cuda = [
+        nvcc,
+        *NVCC_FLAGS,
+        f"-I{CSRC}",
+        *(["-ccbin", compiler[0]] if "CXX" in os.environ and len(compiler) == 1 else []),
+    ]
     cpu = [
         *compiler,
         *CXX_FLAGS,
@@ -119,19 +178,28 @@ def build(nvcc: str, compiler: list[str], torch: Path, target: Path, workspace: 
     ]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(run, commands))
-    # libtorch by name, needed or not: it is what brings the symbols of a torch with CUDA into the library's reach.
+    # libtorch by name, needed or not: it is what brings the symbols of a torch with CUDA into the
+    # library's reach.
     libraries = [f"-L{torch / 'lib'}", "-ltorch", "-ltorch_cpu"]
-    link = [nvcc, "-cudart", "static", "-Xlinker", "--no-as-needed"] if nvcc else [*compiler, "-Wl,--no-as-needed"]
+    link = (
+        [nvcc, "-cudart", "static", "-Xlinker", "--no-as-needed"]
+        if nvcc
+        else [*compiler, "-Wl,--no-as-needed"]
+    )
     run([*link, "-shared", *objects.values(), *libraries, "-o", str(workspace / target.name)])
     target.parent.mkdir(parents=True, exist_ok=True)
     replace(workspace / target.name, target)
 
 
 def build_best(target: Path, workspace: Path) -> str:
-    """Build as much as can be built; what was, and why no more. A library from before does not outlive a failure."""
+    """Build as much as can be built; what was, and why no more. A library from before does not
+    outlive a failure.
+    """
     most, words = os.environ.get("FASTGRPO_BUILD") or "cuda", []
     if most not in LEVELS:
-        words.append(f"FASTGRPO_BUILD: expected one of {', '.join(LEVELS)}, came {most!r}; taken as cuda")
+        words.append(
+            f"FASTGRPO_BUILD: expected one of {', '.join(LEVELS)}, got {most!r}; taken as cuda"
+        )
         most = "cuda"
     target.unlink(missing_ok=True)
     if most == "none":
@@ -144,7 +212,9 @@ def build_best(target: Path, workspace: Path) -> str:
         try:
             nvcc = find_nvcc()
             build(nvcc, compiler, torch, target, workspace / "cuda")
-            return "\n".join([*words, f"built for the CPU by {shlex.join(compiler)} and for CUDA by {nvcc}"])
+            return "\n".join(
+                [*words, f"built for the CPU by {shlex.join(compiler)} and for CUDA by {nvcc}"]
+            )
         except (BuildFailed, OSError) as error:
             words.append(f"not built for CUDA: {error}")
     try:
@@ -168,7 +238,9 @@ class BuildLibrary(build_ext):
         target.with_name("_C.txt").write_text(words + "\n")
 
     def copy_extensions_to_source(self) -> None:
-        """For an editable installation: beside the sources, where no library may stay from an earlier build."""
+        """For an editable installation: beside the sources, where no library may stay from an
+        earlier build.
+        """
         sources = Path(self.get_finalized_command("build_py").get_package_dir("fastgrpo_kernels"))
         for name in ("_C.so", "_C.txt"):
             built = Path(self.build_lib, "fastgrpo_kernels", name)
@@ -183,6 +255,12 @@ class BuildLibrary(build_ext):
         return [path for path in (*libraries, *notes) if Path(path).exists()]
 
 
-if __name__ == "__main__":  # tests/ops/test_csrc.py imports this file for its flags and its functions
-    library = Extension("fastgrpo_kernels._C", [f"csrc/{source}" for source in (*CPU_SOURCES, *CUDA_SOURCES)], optional=True)
+if (
+    __name__ == "__main__"
+):  # tests/ops/test_csrc.py imports this file for its flags and its functions
+    library = Extension(
+        "fastgrpo_kernels._C",
+        [f"csrc/{source}" for source in (*CPU_SOURCES, *CUDA_SOURCES)],
+        optional=True,
+    )
     setup(ext_modules=[library], cmdclass={"build_ext": BuildLibrary})

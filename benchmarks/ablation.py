@@ -1,12 +1,15 @@
-"""The paper's ablation on the embedded world: which reward teaches the small generator most in a given number of iterations?
+"""The paper's ablation on the embedded world: which reward teaches the small generator most in a
+given number of iterations?
 
     python benchmarks/ablation.py                      # seven rows, three seeds, two processes at a time
-    python benchmarks/ablation.py --judge rounded_0.25 # the same under a judge that rounds; or rounded_0.1, or noisy
+    python benchmarks/ablation.py --judge rounded_0.25 # the same under a judge that rounds; or
+    rounded_0.1, or noisy
 
-Every row is a real run of fastgrpo/train.py with the shipped recipe; rows differ in the `pacing` section alone. What is compared is not the
-reward that was trained on: visual quality (VQ), motion quality (MQ) and text alignment (TA) of held-out captions by the clean judge, on
-videos sampled with noise that is the same for every row. Writes benchmarks/data/ablation_<judge>.csv and .png; runs go to
-runs/ablation/<revision of the code>/, where finished ones are reused.
+Every row is a real run of fastgrpo/train.py with the shipped recipe; rows differ in the `pacing`
+section alone. What is compared is not the reward that was trained on: visual quality (VQ),
+motion quality (MQ) and text alignment (TA) of validation captions by the clean judge, on videos
+sampled with noise that is the same for every row. Writes benchmarks/data/ablation_<judge>.csv
+and .png; runs go to runs/ablation/<revision of the code>/, where finished ones are reused.
 """
 
 from __future__ import annotations
@@ -30,17 +33,19 @@ import torch
 from matplotlib.figure import Figure
 
 from fastgrpo.config import TrainConfig, parse_config
-from fastgrpo.decode import decode
-from fastgrpo.policies.shapes import ShapesPolicy
-from fastgrpo.prompts import read_prompts
-from fastgrpo.rollout import sample_groups, start_rollout
 from fastgrpo.shapes.captions import COLOURS, DIRECTIONS, SHAPES
 from fastgrpo.shapes.judge import ShapesJudge
+from fastgrpo.shapes.policy import ShapesPolicy
+from fastgrpo.training.decode import decode
+from fastgrpo.training.prompts import read_prompts
+from fastgrpo.training.rollout import sample_groups, start_rollout
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = ROOT / "fastgrpo" / "recipes" / "shapes.yaml"
 LITERAL_THRESHOLDS = ROOT / "fastgrpo" / "recipes" / "shapes_literal_gate.yaml"
-REVISION = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+REVISION = subprocess.run(
+    ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=True
+).stdout.strip()
 Judge = Literal["clean", "rounded_0.1", "rounded_0.25", "noisy"]
 
 ROWS: dict[str, list[str] | None] = {
@@ -63,7 +68,9 @@ METRICS = ("VQ", "MQ", "TA", "geometric mean")
 
 @dataclass(frozen=True)
 class Result:
-    """One trained generator on held-out captions: means of the metrics, and the shares of what it draws."""
+    """One trained generator on validation captions: means of the metrics, and the shares of what it
+    draws.
+    """
 
     row: str
     seed: int
@@ -72,25 +79,34 @@ class Result:
 
 
 def main(
-    judge: Judge = "clean", seeds: tuple[int, ...] = (0, 1, 2), iterations: int = 150, processes: int = 2, videos_per_caption: int = 16
+    judge: Judge = "clean",
+    seeds: tuple[int, ...] = (0, 1, 2),
+    iterations: int = 150,
+    processes: int = 2,
+    videos_per_caption: int = 16,
 ) -> None:
     """Train, measure, print the table, write CSV and figure.
 
     Args:
-        judge: what the training sees: the clean judge, one that rounds, or one whose noise falls as visual quality rises.
-        seeds: one run each, for every row.
-        iterations: length of each run.
-        processes: runs at a time, one thread each.
-        videos_per_caption: videos of each held-out caption that are measured.
+        judge: what the training sees: the clean judge, one that rounds, or one whose noise falls
+            as visual quality rises. seeds: one run each, for every row. iterations: length of
+            each run. processes: runs at a time, one thread each. videos_per_caption: videos of
+            each validation caption that are measured.
     """
     started = time.perf_counter()
-    config, _, _ = parse_config(["--config", str(RECIPE), "--rollout.num_generations", str(videos_per_caption)])
+    config, _, _ = parse_config(
+        ["--config", str(RECIPE), "--rollout.num_generations", str(videos_per_caption)]
+    )
     jobs = [(row, seed) for seed in seeds for row in ROWS]
     with ThreadPoolExecutor(processes) as pool:
-        results = list(pool.map(lambda job: train_and_measure(job[0], job[1], judge, iterations, config), jobs))
+        results = list(
+            pool.map(lambda job: train_and_measure(job[0], job[1], judge, iterations, config), jobs)
+        )
     seconds = time.perf_counter() - started
     # Not with_suffix: the name of a judge may hold a dot.
-    table_file, figure_file = (ROOT / "benchmarks" / "data" / f"ablation_{judge}.{kind}" for kind in ("csv", "png"))
+    table_file, figure_file = (
+        ROOT / "benchmarks" / "data" / f"ablation_{judge}.{kind}" for kind in ("csv", "png")
+    )
     write_csv(table_file, results, iterations)
     draw(results, judge, iterations).savefig(figure_file, dpi=160)
     print(
@@ -100,38 +116,77 @@ def main(
     print(f"\n{table_file}, {figure_file}")
 
 
-def train_and_measure(row: str, seed: int, judge: str, iterations: int, config: TrainConfig) -> Result:
+def train_and_measure(
+    row: str, seed: int, judge: str, iterations: int, config: TrainConfig
+) -> Result:
     overrides = ROWS[row]
     if overrides is None:
         return measure(None, row, seed, config)
     name = f"{row.replace(', ', '_').replace(' ', '_')}-{iterations}-seed{seed}"
     folder = ROOT / "runs" / "ablation" / REVISION / judge
-    options = [*overrides, *JUDGES[judge], f"--seed={seed}", f"--iterations={iterations}", f"--name={name}", f"--output_dir={folder}"]
-    options += ["--resume", "auto", "--evaluation.interval", "0", "--evaluation.num_videos", "1", "--tracking.trackers", "[]"]
+    options = [
+        *overrides,
+        *JUDGES[judge],
+        f"--seed={seed}",
+        f"--iterations={iterations}",
+        f"--name={name}",
+        f"--output_dir={folder}",
+    ]
+    options += [
+        "--resume",
+        "auto",
+        "--evaluation.interval",
+        "0",
+        "--evaluation.num_videos",
+        "1",
+        "--tracking.trackers",
+        "[]",
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-    command = [sys.executable, str(ROOT / "fastgrpo" / "train.py"), "--config", str(RECIPE), *options]
+    command = [
+        sys.executable,
+        str(ROOT / "fastgrpo" / "train.py"),
+        "--config",
+        str(RECIPE),
+        *options,
+    ]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{name} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
     if "changed since the run began" in done.stdout:
-        raise RuntimeError(f"{folder / name} was made with another configuration; remove it:\n{done.stdout[:2000]}")
+        raise RuntimeError(
+            f"{folder / name} was made with another configuration; remove it:\n{done.stdout[:2000]}"
+        )
     result = measure(folder / name / "transformer", row, seed, config)
-    print(f"{row:<26} seed {seed}  " + "  ".join(f"{m} {v:.3f}" for m, v in zip(METRICS, result.metrics, strict=True)), flush=True)
+    print(
+        f"{row:<26} seed {seed}  "
+        + "  ".join(f"{m} {v:.3f}" for m, v in zip(METRICS, result.metrics, strict=True)),
+        flush=True,
+    )
     return result
 
 
 @torch.no_grad()
 def measure(transformer: Path | None, row: str, seed: int, config: TrainConfig) -> Result:
-    """VQ, MQ, TA and the shares of colours, shapes and directions on held-out captions, by the clean judge."""
+    """VQ, MQ, TA and the shares of colours, shapes and directions on validation captions, by the
+    clean judge.
+    """
     torch.set_num_threads(1)
-    assert config.prompts.heldout is not None
-    policy, judge, device = ShapesPolicy(None if transformer is None else str(transformer)), ShapesJudge(), torch.device("cpu")
+    assert config.prompts.validation is not None
+    policy, judge, device = (
+        ShapesPolicy(None if transformer is None else str(transformer)),
+        ShapesJudge(),
+        torch.device("cpu"),
+    )
     policy.load(device)
     judge.load(device)
-    prompts = read_prompts(config.prompts.heldout, "prompts.heldout")
-    # Independent noise for every video: with one noise a group, a caption would count once, not sixteen times.
+    prompts = read_prompts(config.prompts.validation, "prompts.validation")
+    # Independent noise for every video: with one noise a group, a caption would count once, not
+    # sixteen times.
     sampler = dataclasses.replace(config.rollout, same_noise=False)
-    rollout = start_rollout(policy, prompts, sampler, seed=10**6 + seed, iteration=0, first_slot=0, device=device)
+    rollout = start_rollout(
+        policy, prompts, sampler, seed=10**6 + seed, iteration=0, first_slot=0, device=device
+    )
     components, kinds = [], []
     for sample in sample_groups(policy, rollout):
         videos = decode(policy, sample.latents)
@@ -152,19 +207,32 @@ def of_row(results: Iterable[Result], row: str) -> list[Result]:
 
 
 def spread(values: list[float]) -> str:
-    return f"{statistics.mean(values):.3f}" + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
+    return f"{statistics.mean(values):.3f}" + (
+        f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    )
 
 
 def table(results: list[Result]) -> str:
-    """The two Markdown tables: metrics, and shares of what is drawn (held-out captions ask for each about equally)."""
+    """The two Markdown tables: metrics, and shares of what is drawn (validation captions ask for each
+    about equally).
+    """
     names = list(results[0].shares)
     lines = ["| reward | " + " | ".join(METRICS) + " |", "|---|" + "---|" * len(METRICS)]
     lines += [
-        f"| {row} | " + " | ".join(spread([r.metrics[m] for r in of_row(results, row)]) for m in range(len(METRICS))) + " |" for row in ROWS
+        f"| {row} | "
+        + " | ".join(
+            spread([r.metrics[m] for r in of_row(results, row)]) for m in range(len(METRICS))
+        )
+        + " |"
+        for row in ROWS
     ]
     lines += ["", "| share drawn | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
     lines += [
-        f"| {row} | " + " | ".join(f"{statistics.mean(r.shares[n] for r in of_row(results, row)):.2f}" for n in names) + " |"
+        f"| {row} | "
+        + " | ".join(
+            f"{statistics.mean(r.shares[n] for r in of_row(results, row)):.2f}" for n in names
+        )
+        + " |"
         for row in ROWS
     ]
     return "\n".join(lines)
@@ -174,7 +242,9 @@ def write_csv(path: Path, results: list[Result], iterations: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["reward", "seed", "iterations", *METRICS, *results[0].shares, "torch", "commit"])
+        writer.writerow(
+            ["reward", "seed", "iterations", *METRICS, *results[0].shares, "torch", "commit"]
+        )
         for r in results:
             values = [f"{v:.4f}" for v in (*r.metrics, *r.shares.values())]
             writer.writerow([r.row, r.seed, iterations, *values, torch.__version__, REVISION])
@@ -183,16 +253,28 @@ def write_csv(path: Path, results: list[Result], iterations: int) -> None:
 def draw(results: list[Result], judge: str, iterations: int) -> Figure:
     """Dots for seeds, bars for means, one panel a metric."""
     figure = Figure(figsize=(11, 3.6), layout="constrained")
-    for m, (axes, metric) in enumerate(zip(figure.subplots(1, len(METRICS), sharey=True), METRICS, strict=True)):
+    for m, (axes, metric) in enumerate(
+        zip(figure.subplots(1, len(METRICS), sharey=True), METRICS, strict=True)
+    ):
         for y, row in enumerate(ROWS):
             values = [r.metrics[m] for r in of_row(results, row)]
-            axes.barh(y, statistics.mean(values), color="#0072B2" if row == "self_paced" else "#B0B7BF", height=0.65)
+            axes.barh(
+                y,
+                statistics.mean(values),
+                color="#0072B2" if row == "self_paced" else "#B0B7BF",
+                height=0.65,
+            )
             axes.plot(values, [y] * len(values), "o", color="black", markersize=3)
         axes.set_title(metric, loc="left", fontsize=10)
         axes.set_yticks(range(len(ROWS)), list(ROWS), fontsize=9)
         axes.set_xlim(0, math.ceil(10 * max(max(r.metrics[m] for r in results), 0.5)) / 10)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(f"Held-out captions after {iterations} iterations, {judge} judge", x=0.01, ha="left", fontsize=11)
+    figure.suptitle(
+        f"Validation captions after {iterations} iterations, {judge} judge",
+        x=0.01,
+        ha="left",
+        fontsize=11,
+    )
     return figure
 
 

@@ -1,11 +1,14 @@
-"""What the compiler makes of every Triton kernel on an H100 (sm_90), without a GPU: registers, stack, spills, width of memory accesses.
+"""What the compiler makes of every Triton kernel on an H100 (sm_90), without a GPU: registers,
+stack, spills, width of memory accesses.
 
     python benchmarks/ahead_of_time.py                     # every operation at the true sizes, and its variants
     python benchmarks/ahead_of_time.py --sizes wan_1.3b_480p --ops sde_step --json
 
-The launchers themselves run, forward and backward, on tensors of the true sizes that are never read; each launch is compiled instead. So
-the types, alignments, constants and options are those of a real call and cannot drift from it. Exit code 1 if a kernel of the package was
-not launched, has a stack frame or spills, or reads or writes a tensor by less than 16 bytes a thread where 16 were possible.
+The launchers themselves run, forward and backward, on tensors of the true sizes that are never
+read; each launch is compiled instead. So the types, alignments, constants and options are those
+of a real call and cannot drift from it. Exit code 1 if a kernel of the package was not launched,
+has a stack frame or spills, or reads or writes a tensor by less than 16 bytes a thread where 16
+were possible.
 """
 
 from __future__ import annotations
@@ -34,7 +37,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `python benchmarks/ahead_of_time.py`
+sys.path.insert(
+    0, str(Path(__file__).resolve().parent.parent)
+)  # for `python benchmarks/ahead_of_time.py`
 
 from benchmarks.verify import ROOT
 
@@ -75,13 +80,19 @@ class Compiled:
     """Global loads in the SASS by bits: {"128": 5, "32": 1}."""
     stores: dict[str, int]
     narrow_loads: int
-    """Loads of less than 128 bits where each thread has 16 bytes or more of a tensor to load: what alignment or masks have cost."""
+    """Loads of less than 128 bits where each thread has 16 bytes or more of a tensor to load: what
+    alignment or masks have cost.
+    """
     narrow_stores: int
     seconds: float
 
     def faults(self) -> list[str]:
         """What a kernel at its true size must not have, in words."""
-        found = [f"stack {self.stack} bytes, spills {self.spills} bytes"] if self.stack or self.spills else []
+        found = (
+            [f"stack {self.stack} bytes, spills {self.spills} bytes"]
+            if self.stack or self.spills
+            else []
+        )
         for what, count in (("loads", self.narrow_loads), ("stores", self.narrow_stores)):
             if count and self.kernel not in NARROW:
                 found.append(f"{count} {what} of a tensor by less than 128 bits a thread")
@@ -97,10 +108,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     found, broken = compile_launches(chosen.sizes, chosen.ops, chosen.variants)
     reached = {kernel.kernel for kernel in found} | {name.split()[0] for name in broken}
     missing = sorted(package_kernels() - reached) if not chosen.ops else []
-    faults = {f"{k.kernel} ({k.launched_by})": "; ".join(k.faults()) for k in found if k.faults()} | broken
+    faults = {
+        f"{k.kernel} ({k.launched_by})": "; ".join(k.faults()) for k in found if k.faults()
+    } | broken
     if chosen.json:
-        kernels_found = [dataclasses.asdict(kernel) | {"faults": kernel.faults()} for kernel in found]
-        print(json.dumps({"kernels": kernels_found, "broken": broken, "not_launched": missing}, indent=1))
+        kernels_found = [
+            dataclasses.asdict(kernel) | {"faults": kernel.faults()} for kernel in found
+        ]
+        print(
+            json.dumps(
+                {"kernels": kernels_found, "broken": broken, "not_launched": missing}, indent=1
+            )
+        )
     else:
         print(table(found))
         for kernel, words in faults.items():
@@ -110,8 +129,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1 if faults or missing else 0
 
 
-def compile_launches(sizes: Sequence[str], ops: Sequence[str] = (), variants: bool = True) -> tuple[list[Compiled], dict[str, str]]:
-    """Compile what the operations launch at these sizes, each specialisation once; those that were, and the error of those that were not.
+def compile_launches(
+    sizes: Sequence[str], ops: Sequence[str] = (), variants: bool = True
+) -> tuple[list[Compiled], dict[str, str]]:
+    """Compile what the operations launch at these sizes, each specialisation once; those that were,
+    and the error of those that were not.
 
     ops: names, or none for all. variants: those of VARIANTS at the first size too.
     """
@@ -130,33 +152,45 @@ def compile_launches(sizes: Sequence[str], ops: Sequence[str] = (), variants: bo
 
 
 def package_kernels() -> set[str]:
-    """Names of the package's Triton kernels, `_<op>_..._kernel` by the house's rule; helpers that kernels call are not among them."""
+    """Names of the package's Triton kernels, `_<op>_..._kernel` by the house's rule; helpers that
+    kernels call are not among them.
+    """
     names: set[str] = set()
     for module in pkgutil.iter_modules(kernels.__path__):
         if module.name.startswith("_"):
             continue
         members = vars(importlib.import_module(f"{kernels.__name__}.{module.name}"))
-        names |= {name for name, value in members.items() if name.endswith("_kernel") and type(value).__name__ == "JITFunction"}
+        names |= {
+            name
+            for name, value in members.items()
+            if name.endswith("_kernel") and type(value).__name__ == "JITFunction"
+        }
     return names
 
 
 def table(found: Sequence[Compiled]) -> str:
-    """Fixed-width lines, one a specialisation. Loads and stores: those of 128 bits, and the narrower."""
+    """Fixed-width lines, one a specialisation. Loads and stores: those of 128 bits, and the
+    narrower.
+    """
     figures = f"{'warps':>6}{'regs':>6}{'stack':>6}{'spills':>7}{'shared':>8}{'loads':>8}{'stores':>8}{'s':>6}"
     lines = [f"{'kernel':<42}{figures}  launched by"]
     for k in found:
-        widths = [f"{w.get('128', 0)}+{sum(w.values()) - w.get('128', 0)}" for w in (k.loads, k.stores)]
+        widths = [
+            f"{w.get('128', 0)}+{sum(w.values()) - w.get('128', 0)}" for w in (k.loads, k.stores)
+        ]
         numbers = f"{k.num_warps:>6}{k.registers:>6}{k.stack:>6}{k.spills:>7}{k.shared:>8}{widths[0]:>8}{widths[1]:>8}{k.seconds:>6.1f}"
         lines.append(f"{k.kernel:<42}{numbers}  {k.launched_by}")
     return "\n".join(lines)
 
 
-# ---------------------------------------------------------------------------------------------------------- launches
+# -------- launches
 
 
 @dataclass(frozen=True)
 class Variant:
-    """Another way to call operations, which takes other specialisations of their kernels or other kernels."""
+    """Another way to call operations, which takes other specialisations of their kernels or other
+    kernels.
+    """
 
     ops: tuple[str, ...] = ()
     """Those that have it; none: all."""
@@ -172,11 +206,20 @@ MODULATION = ("ln_modulate", "gate_residual", "gate_residual_ln_modulate")
 
 
 def _bf16_latents(inputs: Inputs) -> Inputs:
-    return {**inputs, **{key: inputs[key].to(torch.bfloat16) for key in ("latents", "next_latents")}}
+    return {
+        **inputs,
+        **{key: inputs[key].to(torch.bfloat16) for key in ("latents", "next_latents")},
+    }
 
 
 def _modulation_a_token(inputs: Inputs) -> Inputs:
-    return {**inputs, **{key: _untouched(tuple(inputs["x"].shape), inputs[key].dtype) for key in ("scale", "shift", "gate")}}
+    return {
+        **inputs,
+        **{
+            key: _untouched(tuple(inputs["x"].shape), inputs[key].dtype)
+            for key in ("scale", "shift", "gate")
+        },
+    }
 
 
 def _without(*names: str) -> Callable[[Inputs], Inputs]:
@@ -212,9 +255,17 @@ def _inputs(make: Callable[[Draw], Inputs]) -> Inputs:
 def _launch(case: Case, variant: Variant, label: Callable[[str], None], words: str) -> None:
     """One call forward and one backward."""
     inputs = variant.change(_inputs(case.make))
-    leaves = {key: inputs[key].detach().requires_grad_() for key in case.wrt if key in inputs and key in (variant.wrt or case.wrt)}
+    leaves = {
+        key: inputs[key].detach().requires_grad_()
+        for key in case.wrt
+        if key in inputs and key in (variant.wrt or case.wrt)
+    }
     label(f"{case.op} {words} forward")
-    outputs = [out for out in case.fused({**inputs, **leaves}, "triton", **variant.options) if out.requires_grad]
+    outputs = [
+        out
+        for out in case.fused({**inputs, **leaves}, "triton", **variant.options)
+        if out.requires_grad
+    ]
     if outputs:
         label(f"{case.op} {words} backward")
         arriving = [_untouched(tuple(out.shape), out.dtype) for out in outputs]
@@ -237,8 +288,12 @@ class _H100:
 
 
 @contextlib.contextmanager
-def _compiling(found: dict[str, Compiled], broken: dict[str, str]) -> Iterator[Callable[[str], None]]:
-    """Inside, a kernel's launch compiles it for an H100, into `found` or `broken`; triton serves CPU tensors. Gives what names a launch."""
+def _compiling(
+    found: dict[str, Compiled], broken: dict[str, str]
+) -> Iterator[Callable[[str], None]]:
+    """Inside, a kernel's launch compiles it for an H100, into `found` or `broken`; triton serves
+    CPU tensors. Gives what names a launch.
+    """
     from triton import knobs, runtime
     from triton.runtime.jit import JITFunction
 
@@ -248,38 +303,55 @@ def _compiling(found: dict[str, Compiled], broken: dict[str, str]) -> Iterator[C
         nonlocal launched_by
         launched_by = words
 
-    launch, why_not = JITFunction.run, dispatch.why_not
+    launch, unsupported_reason = JITFunction.run, dispatch.unsupported_reason
 
     def compile_instead(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         start, log = time.perf_counter(), io.StringIO()
         try:
             with contextlib.redirect_stdout(log):
                 compiled = launch(self, *args, grid=grid, warmup=True, **options)
-        except Exception as error:  # the compiler's own, of many kinds; the other kernels are to be seen too
+        except (
+            Exception
+        ) as error:  # the compiler's own, of many kinds; the other kernels are to be seen too
             broken[f"{self.__name__} ({launched_by})"] = f"does not compile: {error}"
             return None
         if compiled.hash not in found:
-            found[compiled.hash] = _examine(compiled, launched_by, log.getvalue(), time.perf_counter() - start)
+            found[compiled.hash] = _examine(
+                compiled, launched_by, log.getvalue(), time.perf_counter() - start
+            )
         return compiled
 
     runtime.driver.set_active(_H100())
-    with tempfile.TemporaryDirectory() as cache, knobs.compilation.scope(), knobs.nvidia.scope(), knobs.cache.scope():
+    with (
+        tempfile.TemporaryDirectory() as cache,
+        knobs.compilation.scope(),
+        knobs.nvidia.scope(),
+        knobs.cache.scope(),
+    ):
         # The assembler's log is only there when it really runs.
-        knobs.compilation.always_compile, knobs.nvidia.dump_ptxas_log, knobs.cache.dir = True, True, cache
+        knobs.compilation.always_compile, knobs.nvidia.dump_ptxas_log, knobs.cache.dir = (
+            True,
+            True,
+            cache,
+        )
         JITFunction.run = compile_instead
-        dispatch.why_not = lambda family, op, tensor: "" if family == "triton" else why_not(family, op, tensor)
+        dispatch.unsupported_reason = lambda backend, op, tensor: (
+            "" if backend == "triton" else unsupported_reason(backend, op, tensor)
+        )
         try:
             yield label
         finally:
-            JITFunction.run, dispatch.why_not = launch, why_not
+            JITFunction.run, dispatch.unsupported_reason = launch, unsupported_reason
             runtime.driver._active = None
 
 
-# ------------------------------------------------------------------------------------------------------- examination
+# -------- examination
 
 
 def _examine(compiled: Any, launched_by: str, log: str, seconds: float) -> Compiled:
-    frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)
+    frames = re.findall(
+        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log
+    )
     registers = re.findall(r"Used (\d+) registers", log)
     if not frames or not registers:
         raise RuntimeError(f"{compiled.name}: the assembler's log has no resource report:\n{log}")
@@ -289,11 +361,18 @@ def _examine(compiled: Any, launched_by: str, log: str, seconds: float) -> Compi
     return Compiled(
         kernel=compiled.name,
         launched_by=launched_by,
-        signature={name: kind for name, kind in compiled.src.signature.items() if kind != "constexpr"},
-        constants={
-            names[path[0]]: value if isinstance(value, (int, float, str)) else str(value) for path, value in compiled.src.constants.items()
+        signature={
+            name: kind for name, kind in compiled.src.signature.items() if kind != "constexpr"
         },
-        aligned=[names[path[0]] for path, attributes in compiled.src.attrs.items() if ["tt.divisibility", 16] in attributes],
+        constants={
+            names[path[0]]: value if isinstance(value, (int, float, str)) else str(value)
+            for path, value in compiled.src.constants.items()
+        },
+        aligned=[
+            names[path[0]]
+            for path, attributes in compiled.src.attrs.items()
+            if ["tt.divisibility", 16] in attributes
+        ],
         num_warps=compiled.metadata.num_warps,
         fp_fusion=compiled.metadata.enable_fp_fusion,
         registers=max(map(int, registers)),
@@ -316,41 +395,65 @@ def _disassemble(cubin: bytes) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        return subprocess.run([str(tool), "-c", file.name], capture_output=True, text=True, check=True).stdout
+        return subprocess.run(
+            [str(tool), "-c", file.name], capture_output=True, text=True, check=True
+        ).stdout
 
 
 def _accesses(sass: str) -> tuple[dict[str, int], dict[str, int]]:
-    """Global loads and stores by bits. LDG, STG: global; LDGSTS: global to shared memory; LD, ST: generic."""
+    """Global loads and stores by bits. LDG, STG: global; LDGSTS: global to shared memory; LD, ST:
+    generic.
+    """
     counts: dict[str, Counter[str]] = {"load": Counter(), "store": Counter()}
     for name, modifiers in re.findall(r"\b(LDG|LDGSTS|LD|STG|ST)\b((?:\.\w+)*)", sass):
         bits = re.search(r"\.(?:[US]?(8|16)|(64|128))(?=\.|$)", modifiers)
-        counts["store" if name in ("STG", "ST") else "load"][next(filter(None, bits.groups())) if bits else "32"] += 1
+        counts["store" if name in ("STG", "ST") else "load"][
+            next(filter(None, bits.groups())) if bits else "32"
+        ] += 1
     return dict(counts["load"]), dict(counts["store"])
 
 
 def _narrow(asm: dict[str, str], what: str, threads: int) -> int:
-    """Loads or stores narrower than they could be: narrow in the PTX, beyond those of scalars and short tensors in Triton's program.
+    """Loads or stores narrower than they could be: narrow in the PTX, beyond those of scalars and
+    short tensors in Triton's program.
 
     In the PTX, because the assembler repeats instructions where it unrolls a loop.
     """
     program, ptx = {
-        "load": (r"tt\.load|ttg\.async_copy_global_to_local", r"ld\.global\S*?(?:\.v(\d))?\.[bfus](\d+) |cp\.async\S+ [^;]*?(0x\w+)"),
+        "load": (
+            r"tt\.load|ttg\.async_copy_global_to_local",
+            r"ld\.global\S*?(?:\.v(\d))?\.[bfus](\d+) |cp\.async\S+ [^;]*?(0x\w+)",
+        ),
         "store": (r"tt\.store", r"st\.global\S*?(?:\.v(\d))?\.[bfus](\d+) "),
     }[what]
     short = 0
-    for shape, bits in re.findall(rf"(?:{program}) .*: (?:tensor<((?:\d+x)+))?!tt\.ptr<[a-z]+(\d+)>", asm["ttgir"]):
-        short += not shape or math.prod(int(n) for n in shape.split("x") if n) * int(bits) < 8 * WIDE * threads
+    for shape, bits in re.findall(
+        rf"(?:{program}) .*: (?:tensor<((?:\d+x)+))?!tt\.ptr<[a-z]+(\d+)>", asm["ttgir"]
+    ):
+        short += (
+            not shape
+            or math.prod(int(n) for n in shape.split("x") if n) * int(bits) < 8 * WIDE * threads
+        )
     narrow = 0
     for lanes, bits, *copied in re.findall(ptx, asm["ptx"]):
-        narrow += (8 * int(copied[0], 16) if copied and copied[0] else int(lanes or 1) * int(bits)) < 8 * WIDE
+        narrow += (
+            8 * int(copied[0], 16) if copied and copied[0] else int(lanes or 1) * int(bits)
+        ) < 8 * WIDE
     return max(0, narrow - short)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=list(TRUE_SIZES))
     parser.add_argument("--ops", nargs="+", default=[], help="names of operations (default: all)")
-    parser.add_argument("--variants", action=argparse.BooleanOptionalAction, default=True, help="other dtypes and options too")
+    parser.add_argument(
+        "--variants",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="other dtypes and options too",
+    )
     parser.add_argument("--json", action="store_true", help="everything that was found, as JSON")
     return parser.parse_args(arguments)
 

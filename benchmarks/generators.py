@@ -1,7 +1,9 @@
-"""The recipes' generators at their true size, without their weights: published configurations, random weights, random texts.
+"""The recipes' generators at their true size, without their weights: published configurations,
+random weights, random texts.
 
-A folder in diffusers' format is written with the configuration files alone, so that the policies, their text cache and `plan` run on it
-unchanged; the networks are then made from it in place on the device, instead of loaded.
+A folder in diffusers' format is written with the configuration files alone, so that the
+policies, their text cache and `plan` run on it unchanged; the networks are then made from it in
+place on the device, instead of loaded.
 """
 
 from __future__ import annotations
@@ -17,10 +19,10 @@ from typing import Any, get_type_hints
 import torch
 from torch import Tensor
 
-from fastgrpo import sharding
 from fastgrpo.config import TrainConfig, parse_config
+from fastgrpo.distributed import sharding
 from fastgrpo.policies import pretrained
-from fastgrpo.run import compute_dtype
+from fastgrpo.training.loop import compute_dtype
 
 
 @dataclass(frozen=True)
@@ -36,35 +38,64 @@ class Published:
 
 
 MODELS = {
-    # Wan-AI/Wan2.1-T2V-1.3B-Diffusers, Wan-AI/Wan2.1-T2V-14B-Diffusers, hunyuanvideo-community/HunyuanVideo
-    "wan2.1_t2v_1.3b": Published("WanPipeline", {"num_attention_heads": 12, "num_layers": 30, "ffn_dim": 8960}, {}),
-    "wan2.1_t2v_14b": Published("WanPipeline", {"num_attention_heads": 40, "num_layers": 40, "ffn_dim": 13824}, {}),
-    "hunyuanvideo": Published("HunyuanVideoPipeline", {"num_layers": 20, "num_single_layers": 40, "guidance_embeds": True}, {}),
+    # Wan-AI/Wan2.1-T2V-1.3B-Diffusers, Wan-AI/Wan2.1-T2V-14B-Diffusers,
+    # hunyuanvideo-community/HunyuanVideo
+    "wan2.1_t2v_1.3b": Published(
+        "WanPipeline", {"num_attention_heads": 12, "num_layers": 30, "ffn_dim": 8960}, {}
+    ),
+    "wan2.1_t2v_14b": Published(
+        "WanPipeline", {"num_attention_heads": 40, "num_layers": 40, "ffn_dim": 13824}, {}
+    ),
+    "hunyuanvideo": Published(
+        "HunyuanVideoPipeline",
+        {"num_layers": 20, "num_single_layers": 40, "guidance_embeds": True},
+        {},
+    ),
 }
 _TINY_WAN = Published(
     "WanPipeline",
-    {"num_attention_heads": 4, "attention_head_dim": 24, "num_layers": 2, "ffn_dim": 128, "text_dim": 32, "freq_dim": 32},
+    {
+        "num_attention_heads": 4,
+        "attention_head_dim": 24,
+        "num_layers": 2,
+        "ffn_dim": 128,
+        "text_dim": 32,
+        "freq_dim": 32,
+    },
     {"base_dim": 8, "dim_mult": [1, 1, 2, 2], "num_res_blocks": 1},
     text_width=32,
 )
 _TINY_HUNYUAN = Published(
     "HunyuanVideoPipeline",
     {
-        "num_attention_heads": 4, "attention_head_dim": 24, "num_layers": 1, "num_single_layers": 2, "num_refiner_layers": 1,
-        "text_embed_dim": 32, "pooled_projection_dim": 24, "rope_axes_dim": [8, 8, 8], "guidance_embeds": True,
+        "num_attention_heads": 4,
+        "attention_head_dim": 24,
+        "num_layers": 1,
+        "num_single_layers": 2,
+        "num_refiner_layers": 1,
+        "text_embed_dim": 32,
+        "pooled_projection_dim": 24,
+        "rope_axes_dim": [8, 8, 8],
+        "guidance_embeds": True,
     },
     {"block_out_channels": [8, 8, 16, 16], "layers_per_block": 1, "norm_num_groups": 4},
     text_width=32,
     pooled_width=24,
-)  # fmt: skip
+)
 TINY = {"wan2.1_t2v_1.3b": _TINY_WAN, "wan2.1_t2v_14b": _TINY_WAN, "hunyuanvideo": _TINY_HUNYUAN}
 """A few thousand parameters of the same kinds, for a CPU."""
-TINY_SIZE = {"rollout.height": 32, "rollout.width": 32, "rollout.num_frames": 5, "rollout.num_inference_steps": 6}
+TINY_SIZE = {
+    "rollout.height": 32,
+    "rollout.width": 32,
+    "rollout.num_frames": 5,
+    "rollout.num_inference_steps": 6,
+}
 PROMPT = "a paper boat on a river of stars"
 
 
 def with_layers(published: Published, layers: int) -> Published:
-    """The model with so many blocks in all; HunyuanVideo's dual- and single-stream blocks stay in their proportion, but for rounding.
+    """The model with so many blocks in all; HunyuanVideo's dual- and single-stream blocks stay in
+    their proportion, but for rounding.
 
     ValueError: fewer than there are kinds of blocks, or more than the model has.
     """
@@ -72,22 +103,31 @@ def with_layers(published: Published, layers: int) -> Published:
     kinds = [name for name in ("num_layers", "num_single_layers") if name in sizes]
     most = sum(sizes[name] for name in kinds)
     if not len(kinds) <= layers <= most:
-        raise ValueError(f"--layers: expected {len(kinds)} to {most}, came {layers}")
-    first = layers if len(kinds) == 1 else min(layers - 1, max(1, round(layers * sizes["num_layers"] / most)))
+        raise ValueError(f"--layers: expected {len(kinds)} to {most}, got {layers}")
+    first = (
+        layers
+        if len(kinds) == 1
+        else min(layers - 1, max(1, round(layers * sizes["num_layers"] / most)))
+    )
     sizes |= dict(zip(kinds, (first, layers - first), strict=False))
     return dataclasses.replace(published, transformer=sizes)
 
 
 def num_layers(published: Published) -> int:
     """Blocks of all kinds."""
-    return int(sum(published.transformer.get(name, 0) for name in ("num_layers", "num_single_layers")))
+    return int(
+        sum(published.transformer.get(name, 0) for name in ("num_layers", "num_single_layers"))
+    )
 
 
 def write_configs(folder: Path, published: Published) -> None:
     """A model's configuration files in diffusers' format, and nothing else of it."""
     is_wan = published.pipeline == "WanPipeline"
     parts: dict[str, tuple[str, Mapping[str, Any]]] = {
-        "transformer": ("WanTransformer3DModel" if is_wan else "HunyuanVideoTransformer3DModel", published.transformer),
+        "transformer": (
+            "WanTransformer3DModel" if is_wan else "HunyuanVideoTransformer3DModel",
+            published.transformer,
+        ),
         "vae": ("AutoencoderKLWan" if is_wan else "AutoencoderKLHunyuanVideo", published.vae),
         "text_encoder": ("UMT5EncoderModel", {"d_model": published.text_width}),
     }
@@ -102,10 +142,14 @@ def write_configs(folder: Path, published: Published) -> None:
     (folder / "model_index.json").write_text(json.dumps(index))
 
 
-def recipe(model: str, published: Published, folder: Path, device: torch.device, overrides: Sequence[str]) -> TrainConfig:
-    """The model's own recipe over configuration files written into `folder`, one prompt a GPU; no judge is loaded by it.
+def recipe(
+    model: str, published: Published, folder: Path, device: torch.device, overrides: Sequence[str]
+) -> TrainConfig:
+    """The model's own recipe over configuration files written into `folder`, one prompt a GPU; no
+    judge is loaded by it.
 
-    overrides: further options of `train`, such as --parallel.shard full; on a CPU compute is in fp32 unless they say otherwise.
+    overrides: further options of `train`, such as --parallel.shard full; on a CPU compute is in
+    fp32 unless they say otherwise.
     """
     write_configs(folder, published)
     given = {
@@ -124,17 +168,28 @@ def recipe(model: str, published: Published, folder: Path, device: torch.device,
 
 
 def embed(config: TrainConfig, published: Published) -> None:
-    """Random text embeddings of the greatest length for `PROMPT` and the unconditional branch, into the policy's own text cache."""
+    """Random text embeddings of the greatest length for `PROMPT` and the unconditional branch, into
+    the policy's own text cache.
+    """
     policy: Any = config.policy
     draw = torch.Generator().manual_seed(0)
 
     def encode(_: object, __: str) -> dict[str, Tensor]:
-        states = {"prompt_embeds": torch.randn(policy.max_sequence_length, published.text_width, generator=draw)}
+        states = {
+            "prompt_embeds": torch.randn(
+                policy.max_sequence_length, published.text_width, generator=draw
+            )
+        }
         if published.pipeline == "WanPipeline":
             return states
-        return states | {"pooled_prompt_embeds": torch.randn(published.pooled_width, generator=draw)}
+        return states | {
+            "pooled_prompt_embeds": torch.randn(published.pooled_width, generator=draw)
+        }
 
-    texts = [getattr(policy, "negative_prompt", ""), PROMPT]  # Wan's cache knows the unconditional branch by its text
+    texts = [
+        getattr(policy, "negative_prompt", ""),
+        PROMPT,
+    ]  # Wan's cache knows the unconditional branch by its text
     pretrained.embed_texts(policy._cache, texts, lambda: None, encode)
 
 
@@ -148,10 +203,11 @@ def build(
     masked: bool = False,
     **settings: Any,
 ) -> Any:
-    """The recipe's policy with random weights (the same at every call), ready to train on `device` as `run.py` makes it ready.
+    """The recipe's policy with random weights (the same at every call), ready to train on `device`
+    as `run.py` makes it ready.
 
-    masked: let HunyuanVideo's blocks attend with diffusers' mask, which the policy spares them. settings: of the policy, such as attention,
-    vae_dtype, vae_tiling, in place of the recipe's.
+    masked: let HunyuanVideo's blocks attend with diffusers' mask, which the policy spares them.
+    settings: of the policy, such as attention, vae_dtype, vae_tiling, in place of the recipe's.
     """
     policy: Any = copy.copy(config.policy)
     for name, value in ({"fused": fused} | settings).items():
@@ -159,7 +215,9 @@ def build(
     kinds = get_type_hints(type(policy))
     torch.manual_seed(0)
     with device:
-        transformer, vae = (kinds[name].from_config(policy._configs[name]) for name in ("transformer", "vae"))
+        transformer, vae = (
+            kinds[name].from_config(policy._configs[name]) for name in ("transformer", "vae")
+        )
     with pretrained.quiet_diffusers():  # of which nothing is to be kept in fp32
         vae.to(pretrained.DTYPES[policy.vae_dtype])
     policy.use(transformer, vae, device)

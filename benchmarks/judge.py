@@ -1,14 +1,17 @@
-"""How long the judge takes in process: 16 videos and three questions about each, against transformers' own `generate` (goal G5).
+"""How long the judge takes in process: 16 videos and three questions about each, against
+transformers' own `generate` (goal G5).
 
     python benchmarks/judge.py                                  # Qwen2.5-VL-7B's size with random weights, on this machine's GPU
     python benchmarks/judge.py --scale tiny --device cpu        # seconds, on a CPU: whether it runs, not how fast
     python benchmarks/judge.py --model FOLDER_OR_HUB_ID         # a model's own weights and tokenizer; not yet run
 
-Videos lie on the device as a rollout leaves them (float in [0, 1]); everything from them to the texts is timed. Peers: `generate` once for
-each video and question, and `generate` on the batch of videos, once for each question; both take the frames that the judge takes. First the
-tokens are compared: they may differ where the peers' own logits leave it open which is the larger, nowhere else; otherwise there is no
-number. With random weights there is no tokenizer: every five characters are a token, about as many as the real one makes of English.
-Rows go to benchmarks/data/<GPU or cpu>_judge.csv. Not yet run on a GPU.
+Videos lie on the device as a rollout leaves them (float in [0, 1]); everything from them to the
+texts is timed. Peers: `generate` once for each video and question, and `generate` on the batch
+of videos, once for each question; both take the frames that the judge takes. First the tokens
+are compared: they may differ where the peers' own logits leave it open which is the larger,
+nowhere else; otherwise there is no number. With random weights there is no tokenizer: every five
+characters are a token, about as many as the real one makes of English. Rows go to
+benchmarks/data/<GPU or cpu>_judge.csv. Not yet run on a GPU.
 """
 
 from __future__ import annotations
@@ -37,11 +40,11 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `python benchmarks/judge.py`
 
 from benchmarks.rows import DATA, csv_name, provenance
-from fastgrpo.rewards.engine import Clip, Decoding
-from fastgrpo.rewards.frames import FrameSettings, make_clip, patches, seconds_per_grid
-from fastgrpo.rewards.in_process import DTYPES, TransformersEngine
-from fastgrpo.rewards.questions import ask_about, read_questions
-from fastgrpo.rewards.tokens import ChatTokens
+from fastgrpo.rewards.media.frames import FrameSettings, make_clip, patches, seconds_per_grid
+from fastgrpo.rewards.vlm.engine import Clip, Decoding
+from fastgrpo.rewards.vlm.in_process import DTYPES, TransformersEngine
+from fastgrpo.rewards.vlm.questions import ask_about, read_questions
+from fastgrpo.rewards.vlm.tokens import ChatTokens
 
 TOKENS = 5
 """Of an answer: those of 10.00, or 8.50 and the end."""
@@ -49,31 +52,70 @@ CAPTION = (
     "A lone cyclist in a yellow raincoat rides along a wet cobbled street at dusk, past lit shop windows and parked cars, while the camera "
     "follows smoothly at shoulder height; reflections of neon signs shimmer in the puddles, and a tram crosses in the background."
 )
-_IDS = {"vision_start_token_id": 151652, "vision_end_token_id": 151653, "image_token_id": 151655, "video_token_id": 151656}
+_IDS = {
+    "vision_start_token_id": 151652,
+    "vision_end_token_id": 151653,
+    "image_token_id": 151655,
+    "video_token_id": 151656,
+}
 CONFIGS: dict[str, dict[str, Any]] = {
     "qwen2.5-vl-7b": {  # config.json of Qwen/Qwen2.5-VL-7B-Instruct
         "text_config": {
-            "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4,
-            "vocab_size": 152064, "max_position_embeddings": 128000, "max_window_layers": 28, "rms_norm_eps": 1e-6,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+            "hidden_size": 3584,
+            "intermediate_size": 18944,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 28,
+            "num_key_value_heads": 4,
+            "vocab_size": 152064,
+            "max_position_embeddings": 128000,
+            "max_window_layers": 28,
+            "rms_norm_eps": 1e-6,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e6,
+                "mrope_section": [16, 24, 24],
+            },
         },
         "vision_config": {
-            "depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "out_hidden_size": 3584, "window_size": 112,
-            "fullatt_block_indexes": [7, 15, 23, 31], "tokens_per_second": 2,
+            "depth": 32,
+            "hidden_size": 1280,
+            "intermediate_size": 3420,
+            "num_heads": 16,
+            "out_hidden_size": 3584,
+            "window_size": 112,
+            "fullatt_block_indexes": [7, 15, 23, 31],
+            "tokens_per_second": 2,
         },
     },
     "tiny": {
         "text_config": {
-            "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-            "vocab_size": 152064, "rms_norm_eps": 1e-6, "initializer_range": 0.1,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]},
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "vocab_size": 152064,
+            "rms_norm_eps": 1e-6,
+            "initializer_range": 0.1,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e6,
+                "mrope_section": [2, 3, 3],
+            },
         },
         "vision_config": {
-            "depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 64, "window_size": 112,
-            "fullatt_block_indexes": [1], "tokens_per_second": 2, "initializer_range": 0.1,
+            "depth": 2,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_heads": 2,
+            "out_hidden_size": 64,
+            "window_size": 112,
+            "fullatt_block_indexes": [1],
+            "tokens_per_second": 2,
+            "initializer_range": 0.1,
         },
     },
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -97,7 +139,9 @@ SCALES = {
 
 @dataclass(frozen=True)
 class Row:
-    """One way of asking. A ratio is that peer's time over this one: above 1 is faster than the peer."""
+    """One way of asking. A ratio is that peer's time over this one: above 1 is faster than the
+    peer.
+    """
 
     model: str
     work: str
@@ -125,12 +169,15 @@ class Row:
         return self.device, self.model, self.work, self.by, self.dtype
 
 
-# ------------------------------------------------------------------------------------------------------------ the model
+# -------- the model
 
 
 def five_characters(text: str) -> list[int]:
     """Ids of a text, five characters each, where random weights have no tokenizer."""
-    return [1000 + zlib.crc32(part.encode()) % 150_000 for part in re.findall(r".{1,5}", text, re.DOTALL)]
+    return [
+        1000 + zlib.crc32(part.encode()) % 150_000
+        for part in re.findall(r".{1,5}", text, re.DOTALL)
+    ]
 
 
 @dataclass(frozen=True)
@@ -147,17 +194,30 @@ class Ids:
 
 
 def stand_in_chat() -> ChatTokens:
-    """As long as the real chat, with the real ids of video and digits: 15 tokens before the video, one after it, 5 after the question."""
+    """As long as the real chat, with the real ids of video and digits: 15 tokens before the video,
+    one after it, 5 after the question.
+    """
     return ChatTokens(
-        tokenizer=Ids(five_characters), before=tuple(range(200, 215)), video=_IDS["video_token_id"], after=(_IDS["vision_end_token_id"],),
-        tail=tuple(range(220, 225)), characters=(*range(15, 25), 13), stops=frozenset(),
-    )  # fmt: skip
+        tokenizer=Ids(five_characters),
+        before=tuple(range(200, 215)),
+        video=_IDS["video_token_id"],
+        after=(_IDS["vision_end_token_id"],),
+        tail=tuple(range(220, 225)),
+        characters=(*range(15, 25), 13),
+        stops=frozenset(),
+    )
 
 
 def own_chat(chat: ChatTokens) -> ChatTokens:
-    """A real model's, with ids for texts and answers that do not end: all ways of asking then compute as many tokens."""
+    """A real model's, with ids for texts and answers that do not end: all ways of asking then
+    compute as many tokens.
+    """
     tokenizer = chat.tokenizer
-    encode = Ids(lambda text: list(tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids))
+    encode = Ids(
+        lambda text: list(
+            tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+        )
+    )
     return dataclasses.replace(chat, tokenizer=encode, stops=frozenset())
 
 
@@ -173,7 +233,7 @@ def random_model(name: str, device: torch.device, dtype: torch.dtype) -> Any:
         torch.set_default_dtype(before)
 
 
-# ------------------------------------------------------------------------------------------------------------ the peers
+# -------- the peers
 
 
 @contextmanager
@@ -188,8 +248,12 @@ def _as_it_comes(module: Any) -> Iterator[None]:
 
 
 @torch.no_grad()
-def generate(module: Any, chat: ChatTokens, requests: Sequence[tuple[Clip, list[int]]]) -> tuple[list[list[int]], Tensor]:
-    """Plain `generate` on a batch of clips and questions' ids: the answers' ids, and logits [B, TOKENS, vocabulary] in float32."""
+def generate(
+    module: Any, chat: ChatTokens, requests: Sequence[tuple[Clip, list[int]]]
+) -> tuple[list[list[int]], Tensor]:
+    """Plain `generate` on a batch of clips and questions' ids: the answers' ids, and logits [B,
+    TOKENS, vocabulary] in float32.
+    """
     device = requests[0][0].frames.device
     seen = [patches(clip) for clip, _ in requests]
     rows = [
@@ -198,46 +262,75 @@ def generate(module: Any, chat: ChatTokens, requests: Sequence[tuple[Clip, list[
     ]
     longest = max(map(len, rows))
     ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows], device=device)
-    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device)
+    mask = torch.tensor(
+        [[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device
+    )
     with _as_it_comes(module):
         out = module.generate(
-            input_ids=ids, attention_mask=mask, mm_token_type_ids=(ids == chat.video).int() * 2,
+            input_ids=ids,
+            attention_mask=mask,
+            mm_token_type_ids=(ids == chat.video).int() * 2,
             pixel_values_videos=torch.cat([pixels for pixels, _ in seen]),
             video_grid_thw=torch.tensor([grid for _, grid in seen], device=device),
-            second_per_grid_ts=torch.tensor([seconds_per_grid(clip) for clip, _ in requests], device=device),
-            max_new_tokens=TOKENS, do_sample=False, temperature=None, repetition_penalty=1.0, pad_token_id=0,
-            return_dict_in_generate=True, output_logits=True,
-        )  # fmt: skip
+            second_per_grid_ts=torch.tensor(
+                [seconds_per_grid(clip) for clip, _ in requests], device=device
+            ),
+            max_new_tokens=TOKENS,
+            do_sample=False,
+            temperature=None,
+            repetition_penalty=1.0,
+            pad_token_id=0,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
     return out.sequences[:, longest:].tolist(), torch.stack(out.logits, 1).float()
 
 
-def differences(ours: Sequence[Sequence[int]], peer: tuple[list[list[int]], Tensor], other: tuple[list[list[int]], Tensor]) -> str:
+def differences(
+    ours: Sequence[Sequence[int]],
+    peer: tuple[list[list[int]], Tensor],
+    other: tuple[list[list[int]], Tensor],
+) -> str:
     """Where our tokens are not the peer's; "" where they are, ties aside.
 
-    A tie: the peer's logits of the two tokens are no further apart than twice the largest distance between its logits and the other peer's,
-    taken where both had written the same. After a tie an answer is another one, and is not compared further.
+    A tie: the peer's logits of the two tokens are no further apart than twice the largest
+    distance between its logits and the other peer's, taken where both had written the same.
+    After a tie an answer is another one, and is not compared further.
     """
-    same = [next((k for k in range(TOKENS) if a[k] != b[k]), TOKENS - 1) for a, b in zip(peer[0], other[0], strict=True)]
-    noise = max(float((peer[1][i, : k + 1] - other[1][i, : k + 1]).abs().max()) for i, k in enumerate(same))
+    same = [
+        next((k for k in range(TOKENS) if a[k] != b[k]), TOKENS - 1)
+        for a, b in zip(peer[0], other[0], strict=True)
+    ]
+    noise = max(
+        float((peer[1][i, : k + 1] - other[1][i, : k + 1]).abs().max()) for i, k in enumerate(same)
+    )
     compared, wrong = 0, []
     for i, (mine, theirs) in enumerate(zip(ours, peer[0], strict=True)):
         for place, (a, b) in enumerate(zip(mine, theirs, strict=True)):
             gap = float(peer[1][i, place, b] - peer[1][i, place, a])
             if gap > 2 * noise:
-                wrong.append(f"answer {i}, token {place}: {a}, not {b}; {gap:.3g} below it, with a noise of {noise:.3g}")
+                wrong.append(
+                    f"answer {i}, token {place}: {a}, not {b}; {gap:.3g} below it, with a noise of {noise:.3g}"
+                )
             if a != b:
                 break
             compared += 1
     if compared < TOKENS * len(ours) / 2:
-        wrong.append(f"only {compared} of {TOKENS * len(ours)} tokens could be compared: too many ties")
+        wrong.append(
+            f"only {compared} of {TOKENS * len(ours)} tokens could be compared: too many ties"
+        )
     return "\n".join(wrong)
 
 
-# ------------------------------------------------------------------------------------------------------------ measuring
+# -------- measuring
 
 
-def median_seconds(work: Callable[[], object], device: torch.device, rounds: int) -> tuple[float, float | None]:
-    """The median of some rounds after one that is not counted, and the peak of memory in GB (1e9) on a GPU."""
+def median_seconds(
+    work: Callable[[], object], device: torch.device, rounds: int
+) -> tuple[float, float | None]:
+    """The median of some rounds after one that is not counted, and the peak of memory in GB (1e9)
+    on a GPU.
+    """
     cuda = device.type == "cuda"
     times = []
     for index in range(rounds + 1):
@@ -253,11 +346,21 @@ def median_seconds(work: Callable[[], object], device: torch.device, rounds: int
     return statistics.median(times), torch.cuda.max_memory_allocated(device) / 1e9 if cuda else None
 
 
-def goals(seconds: float, single: float, batched: float, device: str, model: str, scale: Scale) -> str:
+def goals(
+    seconds: float, single: float, batched: float, device: str, model: str, scale: Scale
+) -> str:
     """G5 of the performance goals, which is set for an H100 and the 7B model at its full scale."""
-    if not re.search(r"H100|H200", device) or "7b" not in model.lower() or scale is not SCALES["full"]:
+    if (
+        not re.search(r"H100|H200", device)
+        or "7b" not in model.lower()
+        or scale is not SCALES["full"]
+    ):
         return ""
-    asked = (("2.0 s", seconds <= 2.0), ("batched 1.9x", batched >= 1.9), ("single 6x", single >= 6.0))
+    asked = (
+        ("2.0 s", seconds <= 2.0),
+        ("batched 1.9x", batched >= 1.9),
+        ("single 6x", single >= 6.0),
+    )
     return "; ".join(f"G5 {name}: {'met' if met else 'not met'}" for name, met in asked)
 
 
@@ -270,7 +373,8 @@ def write_rows(path: Path, rows: Sequence[Row]) -> None:
             kept = [
                 entry
                 for entry in csv.DictReader(file)
-                if tuple(entry[n] for n in ("device", "model", "work", "by", "dtype")) not in replaced
+                if tuple(entry[n] for n in ("device", "model", "work", "by", "dtype"))
+                not in replaced
             ]
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", newline="", encoding="utf-8") as file:
@@ -278,7 +382,12 @@ def write_rows(path: Path, rows: Sequence[Row]) -> None:
         writer.writeheader()
         writer.writerows(kept)
         for row in rows:
-            writer.writerow({name: f"{v:.5g}" if isinstance(v, float) else v for name, v in dataclasses.asdict(row).items()})
+            writer.writerow(
+                {
+                    name: f"{v:.5g}" if isinstance(v, float) else v
+                    for name, v in dataclasses.asdict(row).items()
+                }
+            )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -304,18 +413,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return [make_clip(video, scale.fps, scale.frames) for video in videos]
 
     def shared(decoding: Decoding) -> list[str]:
-        return [reply.text for row in engine.ask(clips(), [questions] * scale.videos, decoding) for reply in row]
+        return [
+            reply.text
+            for row in engine.ask(clips(), [questions] * scale.videos, decoding)
+            for reply in row
+        ]
 
     def single() -> tuple[list[list[int]], Tensor]:
-        answers = [generate(module, chat, [(clip, question)]) for clip in clips() for question in ids]
+        answers = [
+            generate(module, chat, [(clip, question)]) for clip in clips() for question in ids
+        ]
         return [rows[0] for rows, _ in answers], torch.cat([logits for _, logits in answers])
 
     def batched() -> tuple[list[list[int]], Tensor]:
         seen = clips()
         batches = [seen[i : i + scale.batch] for i in range(0, len(seen), scale.batch)]
-        by_question = [[generate(module, chat, [(clip, question) for clip in batch]) for batch in batches] for question in ids]
+        by_question = [
+            [generate(module, chat, [(clip, question) for clip in batch]) for batch in batches]
+            for question in ids
+        ]
         rows = [[row for answer in answers for row in answer[0]] for answers in by_question]
-        logits = torch.stack([torch.cat([answer[1] for answer in answers]) for answers in by_question], 1)
+        logits = torch.stack(
+            [torch.cat([answer[1] for answer in answers]) for answers in by_question], 1
+        )
         return [row[b] for b in range(scale.videos) for row in rows], logits.flatten(0, 1)
 
     greedy = Decoding(max_tokens=TOKENS)
@@ -327,7 +447,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     ways: dict[str, Callable[[], object]] = {
         "shared prefix": functools.partial(shared, greedy),
-        "shared prefix, expected": functools.partial(shared, Decoding(max_tokens=TOKENS, constrained=True, probabilities=True)),
+        "shared prefix, expected": functools.partial(
+            shared, Decoding(max_tokens=TOKENS, constrained=True, probabilities=True)
+        ),
         "generate, batched": batched,
         "generate, single": single,
     }
@@ -336,14 +458,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
     del about["triton"]
     rows = []
     for name, (seconds, peak) in timed.items():
-        alone, together = (timed[peer][0] / seconds for peer in ("generate, single", "generate, batched"))
-        met = "" if name.startswith("generate") else goals(seconds, alone, together, about["device"], chosen.model, scale)
-        rows.append(Row(Path(chosen.model).name, work, name, chosen.dtype, seconds, peak, alone, together, met, **about))
+        alone, together = (
+            timed[peer][0] / seconds for peer in ("generate, single", "generate, batched")
+        )
+        met = (
+            ""
+            if name.startswith("generate")
+            else goals(seconds, alone, together, about["device"], chosen.model, scale)
+        )
+        rows.append(
+            Row(
+                Path(chosen.model).name,
+                work,
+                name,
+                chosen.dtype,
+                seconds,
+                peak,
+                alone,
+                together,
+                met,
+                **about,
+            )
+        )
     print("  ".join(f"{name} {value}" for name, value in about.items()))
-    print(f"{chosen.model}, {chosen.dtype}, {work}: same tokens, ties aside\n{'':<26}{'s':>9}{'GB':>8}{'×single':>9}{'×batched':>10}")
+    print(
+        f"{chosen.model}, {chosen.dtype}, {work}: same tokens, ties aside\n{'':<26}{'s':>9}{'GB':>8}{'×single':>9}{'×batched':>10}"
+    )
     for row in rows:
         memory = "–" if row.peak_gb is None else f"{row.peak_gb:.1f}"
-        print(f"{row.by:<26}{row.seconds:>9.3f}{memory:>8}{row.against_single:>9.2f}{row.against_batched:>10.2f}  {row.goals}".rstrip())
+        print(
+            f"{row.by:<26}{row.seconds:>9.3f}{memory:>8}{row.against_single:>9.2f}{row.against_batched:>10.2f}  {row.goals}".rstrip()
+        )
     path = (chosen.csv or DATA) / csv_name(device).replace("_ops", "_judge")
     write_rows(path, rows)
     print(f"\n{path}")
@@ -351,19 +496,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=default, help="cuda, cuda:1 or cpu")
-    parser.add_argument("--scale", choices=list(SCALES), default="full", help="of the videos, and of the model if none is named")
-    parser.add_argument("--model", help=f"{' or '.join(CONFIGS)} with random weights, or a folder or hub id (default: by scale)")
-    parser.add_argument("--dtype", choices=list(DTYPES), help="default: bf16 on a GPU, fp32 on a CPU")
-    parser.add_argument("--rounds", type=int, default=3, help="of each way of asking, after one that is not counted")
-    parser.add_argument("--csv", type=Path, help="folder of the CSV file (default: benchmarks/data)")
+    parser.add_argument(
+        "--scale",
+        choices=list(SCALES),
+        default="full",
+        help="of the videos, and of the model if none is named",
+    )
+    parser.add_argument(
+        "--model",
+        help=f"{' or '.join(CONFIGS)} with random weights, or a folder or hub id (default: by scale)",
+    )
+    parser.add_argument(
+        "--dtype", choices=list(DTYPES), help="default: bf16 on a GPU, fp32 on a CPU"
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="of each way of asking, after one that is not counted"
+    )
+    parser.add_argument(
+        "--csv", type=Path, help="folder of the CSV file (default: benchmarks/data)"
+    )
     chosen = parser.parse_args(arguments)
     chosen.model = chosen.model or {"full": "qwen2.5-vl-7b", "tiny": "tiny"}[chosen.scale]
     chosen.dtype = chosen.dtype or ("fp32" if chosen.device == "cpu" else "bf16")
-    if chosen.scale == "full" and chosen.device == "cpu" and not any(word.startswith("--device") for word in arguments or sys.argv[1:]):
-        parser.error("no GPU here: give --scale tiny, or --device cpu if this machine has 100 GB of memory and hours of time")
+    if (
+        chosen.scale == "full"
+        and chosen.device == "cpu"
+        and not any(word.startswith("--device") for word in arguments or sys.argv[1:])
+    ):
+        parser.error(
+            "no GPU here: give --scale tiny, or --device cpu if this machine has 100 GB of memory and hours of time"
+        )
     if chosen.rounds < 1:
         parser.error(f"--rounds: expected at least 1, got {chosen.rounds}")
     return chosen

@@ -1,13 +1,15 @@
-"""How fast each operation of fastgrpo_kernels is, at the sizes of the real models, forward and backward.
+"""How fast each operation of fastgrpo_kernels is, at the sizes of the real models, forward and
+backward.
 
     python benchmarks/ops.py                               # this machine's GPU, or its CPU at the embedded world's sizes
     python benchmarks/ops.py --device cpu --compile        # with Inductor as a second peer on a CPU too
     python benchmarks/ops.py --ops ln_modulate --sizes wan_1.3b_480p
 
-Prints microseconds, GB/s (the fewest bytes that must move, over the time), that as a share of the copy bandwidth measured in the same
-run, and the ratio to the eager peer (peers.py) and to torch.compile of it, with goals G7 and G8 beside them on an H100 or an H200. An
-operation whose tests are red gets no number (verify.py). Rows go to benchmarks/data/<GPU or cpu>_ops.csv with device, versions and
-commit; plot.py draws them.
+Prints microseconds, GB/s (the fewest bytes that must move, over the time), that as a share of
+the copy bandwidth measured in the same run, and the ratio to the eager peer (peers.py) and to
+torch.compile of it, with goals G7 and G8 beside them on an H100 or an H200. An operation whose
+tests are red gets no number (verify.py). Rows go to benchmarks/data/<GPU or cpu>_ops.csv with
+device, versions and commit; plot.py draws them.
 """
 
 from __future__ import annotations
@@ -37,8 +39,11 @@ from benchmarks.registry import SIZES, Case, Draw, Outputs, cases
 from benchmarks.rows import DATA, PEERS, Row, csv_name, judge, provenance, table, write_csv
 
 Compute = Callable[[Inputs], Outputs]
-DEFAULT_SIZES = {"cuda": ("wan_1.3b_480p", "wan_14b_240p", "hunyuan_240p"), "cpu": ("shapes_16", "shapes_64")}
-FAMILIES = {"cuda": ("triton", "cuda"), "cpu": ("cpp", "reference")}
+DEFAULT_SIZES = {
+    "cuda": ("wan_1.3b_480p", "wan_14b_240p", "hunyuan_240p"),
+    "cpu": ("shapes_16", "shapes_64"),
+}
+BACKENDS = {"cuda": ("triton", "cuda"), "cpu": ("cpp", "reference")}
 
 
 def main(arguments: Sequence[str] | None = None, tests: Path = ROOT / "tests" / "ops") -> int:
@@ -47,10 +52,17 @@ def main(arguments: Sequence[str] | None = None, tests: Path = ROOT / "tests" / 
     device = torch.device(chosen.device)
     started, bandwidth = time.monotonic(), stopwatch.copy_bandwidth(device)
     about = provenance(device)
-    chosen_cases = [case for size in chosen.sizes for case in cases(size) if not chosen.ops or case.op in chosen.ops]
+    chosen_cases = [
+        case
+        for size in chosen.sizes
+        for case in cases(size)
+        if not chosen.ops or case.op in chosen.ops
+    ]
     files = sorted({case.tests for case in chosen_cases})
     with ThreadPoolExecutor(chosen.jobs) as pool:  # GPU figures are taken after all of them
-        verdicts = dict(zip(files, pool.map(lambda name: verdict(tests / name), files), strict=True))
+        verdicts = dict(
+            zip(files, pool.map(lambda name: verdict(tests / name), files), strict=True)
+        )
     print("  ".join(f"{name} {value}" for name, value in about.items()))
     print(f"copy {bandwidth:.1f} GB/s, bytes read and written\n")
     rows: list[Row] = []
@@ -62,9 +74,21 @@ def main(arguments: Sequence[str] | None = None, tests: Path = ROOT / "tests" / 
             print(f"{case.op} {case.size}: left out, the budget of {chosen.budget:.0f} s is spent")
             continue
         try:
-            found = measure_case(case, device, verdicts[case.tests].families, bandwidth, about, chosen.compile, chosen.seconds)
-        except Exception as error:  # one operation that fails must not cost the figures of the others; the exit code tells
-            print(f"{case.op} {case.size}: FAILED, no number: {type(error).__name__}: {error}", flush=True)
+            found = measure_case(
+                case,
+                device,
+                verdicts[case.tests].backends,
+                bandwidth,
+                about,
+                chosen.compile,
+                chosen.seconds,
+            )
+        # one operation that fails must not cost the figures of the others; the exit code tells
+        except Exception as error:
+            print(
+                f"{case.op} {case.size}: FAILED, no number: {type(error).__name__}: {error}",
+                flush=True,
+            )
             trouble = True
             continue
         print(table(found, head=not rows), flush=True)
@@ -77,34 +101,68 @@ def main(arguments: Sequence[str] | None = None, tests: Path = ROOT / "tests" / 
 
 
 def measure_case(
-    case: Case, device: torch.device, shown: Sequence[str], bandwidth: float, about: dict[str, str], compile_peer: bool, seconds: float
+    case: Case,
+    device: torch.device,
+    shown: Sequence[str],
+    bandwidth: float,
+    about: dict[str, str],
+    compile_peer: bool,
+    seconds: float,
 ) -> list[Row]:
-    """Rows of one operation at one size: each family that can serve it and that its tests have shown, and the peers."""
+    """Rows of one operation at one size: each backend that can serve it and that its tests have
+    shown, and the peers.
+    """
     inputs = [case.make(draw_on(device, seed)) for seed in range(_sets(case, device))]
     computes: dict[str, Compute] = {}
-    for family in FAMILIES[device.type]:
-        if dispatch.why_not(family, case.op, inputs[0]["latents" if "latents" in inputs[0] else "x"]):
+    for backend in BACKENDS[device.type]:
+        if dispatch.unsupported_reason(
+            backend, case.op, inputs[0]["latents" if "latents" in inputs[0] else "x"]
+        ):
             continue
-        if family != "reference" and family not in shown:
-            print(f"{case.op} {case.size}: no test of the family {family} ran: no number")
+        if backend != "reference" and backend not in shown:
+            print(f"{case.op} {case.size}: no test of the backend {backend} ran: no number")
             continue
-        computes[family] = lambda i, family=family: case.fused(i, family)  # type: ignore[misc]
+        computes[backend] = lambda i, backend=backend: case.fused(i, backend)  # type: ignore[misc]
     computes["eager"] = case.eager
     if compile_peer:
         torch._dynamo.reset()
         computes["compile"] = torch.compile(case.eager, fullgraph=True, dynamic=False)
     rows = []
     for direction in case.bytes:
-        timings = {name: time_direction(case, compute, inputs, direction, device, seconds) for name, compute in computes.items()}
+        timings = {
+            name: time_direction(case, compute, inputs, direction, device, seconds)
+            for name, compute in computes.items()
+        }
         for name, timing in timings.items():
             rate = case.bytes[direction] / timing.us / 1e3
-            against = {peer: timings[peer].us / timing.us if peer in timings and peer != name else None for peer in PEERS}
-            error = _log_prob_error(case, computes[name], inputs[0]) if direction == "forward" and name not in PEERS else None
+            against = {
+                peer: timings[peer].us / timing.us if peer in timings and peer != name else None
+                for peer in PEERS
+            }
+            error = (
+                _log_prob_error(case, computes[name], inputs[0])
+                if direction == "forward" and name not in PEERS
+                else None
+            )
             row = Row(
-                case.op, case.size, direction, name, str(SIZES[case.size].dtype).removeprefix("torch."), timing.us, timing.host_us,
-                timing.method, case.bytes[direction], case.flops[direction], rate, bandwidth, against["eager"], against["compile"], error,
-                "", **about,
-            )  # fmt: skip
+                case.op,
+                case.size,
+                direction,
+                name,
+                str(SIZES[case.size].dtype).removeprefix("torch."),
+                timing.us,
+                timing.host_us,
+                timing.method,
+                case.bytes[direction],
+                case.flops[direction],
+                rate,
+                bandwidth,
+                against["eager"],
+                against["compile"],
+                error,
+                "",
+                **about,
+            )
             rows.append(row.judged(judge(row)))
     del inputs, computes
     gc.collect()
@@ -112,9 +170,14 @@ def measure_case(
 
 
 def time_direction(
-    case: Case, compute: Compute, inputs: Sequence[Inputs], direction: str, device: torch.device, seconds: float
+    case: Case,
+    compute: Compute,
+    inputs: Sequence[Inputs],
+    direction: str,
+    device: torch.device,
+    seconds: float,
 ) -> stopwatch.Timing:
-    """One direction of one implementation, over all sets of inputs in turn."""
+    """One direction of one backend, over all sets of inputs in turn."""
 
     def prepare() -> list[stopwatch.Call]:
         calls = [_call(case, compute, one, direction) for one in inputs]
@@ -142,18 +205,24 @@ def _call(case: Case, compute: Compute, inputs: Inputs, direction: str) -> stopw
 
 
 def draw_on(device: torch.device, seed: int) -> Draw:
-    """Standard normal inputs on a device; never zeros, which hide what is unwritten and can run faster."""
+    """Standard normal inputs on a device; never zeros, which hide what is unwritten and can run
+    faster.
+    """
     generator = torch.Generator(device).manual_seed(seed)
     return lambda shape, dtype: torch.randn(shape, generator=generator, device=device).to(dtype)
 
 
 def _calls(case: Case) -> int:
-    """Of one operation in a CUDA graph, so that the gap between two graphs hardly counts: 20 of a few microseconds, 4 of longer ones."""
+    """Of one operation in a CUDA graph, so that the gap between two graphs hardly counts: 20 of a
+    few microseconds, 4 of longer ones.
+    """
     return 20 if case.bytes["forward"] < 5e7 else 4
 
 
 def _sets(case: Case, device: torch.device) -> int:
-    """As many sets of inputs as outgrow the L2 cache four times, but two at the least and no more than there are calls."""
+    """As many sets of inputs as outgrow the L2 cache four times, but two at the least and no more
+    than there are calls.
+    """
     if device.type != "cuda":
         return 4
     cache = torch.cuda.get_device_properties(device).L2_cache_size
@@ -164,13 +233,17 @@ def _sets(case: Case, device: torch.device) -> int:
 def _log_prob_error(case: Case, compute: Compute, inputs: Inputs) -> float | None:
     if case.log_prob is None:
         return None
-    came, exact = case.log_prob(inputs, compute(inputs))
-    return float((came.double() - exact).abs().max())
+    got, exact = case.log_prob(inputs, compute(inputs))
+    return float((got.double() - exact).abs().max())
 
 
 def _report_red(chosen: Sequence[Case], verdicts: dict[str, Verdict]) -> bool:
     """Name the operations that get no number, with the tests' own words; whether there are any."""
-    red = [case for case in {case.op: case for case in chosen}.values() if not verdicts[case.tests].green]
+    red = [
+        case
+        for case in {case.op: case for case in chosen}.values()
+        if not verdicts[case.tests].green
+    ]
     for name in sorted({case.tests for case in red}):
         print(verdicts[name].output[-3000:])
     for case in red:
@@ -179,22 +252,45 @@ def _report_red(chosen: Sequence[Case], verdicts: dict[str, Verdict]) -> bool:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=("cuda", "cpu"), default=default)
     parser.add_argument("--ops", nargs="+", default=[], help="names of operations (default: all)")
-    parser.add_argument("--sizes", nargs="+", choices=list(SIZES), help="default: the three models on a GPU, the embedded world on a CPU")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None, help="Inductor as a peer (default: on a GPU)")
-    parser.add_argument("--csv", type=Path, help="folder of the CSV file (default: benchmarks/data)")
+    parser.add_argument(
+        "--sizes",
+        nargs="+",
+        choices=list(SIZES),
+        help="default: the three models on a GPU, the embedded world on a CPU",
+    )
+    parser.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="Inductor as a peer (default: on a GPU)",
+    )
+    parser.add_argument(
+        "--csv", type=Path, help="folder of the CSV file (default: benchmarks/data)"
+    )
     parser.add_argument("--seconds", type=float, default=0.2, help="of measuring for one figure")
-    parser.add_argument("--budget", type=float, default=math.inf, help="seconds after which no further operation is begun")
-    parser.add_argument("--jobs", type=int, default=1, help="test files run at a time, before anything is measured")
+    parser.add_argument(
+        "--budget",
+        type=float,
+        default=math.inf,
+        help="seconds after which no further operation is begun",
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="test files run at a time, before anything is measured"
+    )
     chosen = parser.parse_args(arguments)
     chosen.sizes = chosen.sizes or list(DEFAULT_SIZES[chosen.device])
     chosen.compile = chosen.device == "cuda" if chosen.compile is None else chosen.compile
     known = {case.op for name in SIZES for case in cases(name)}
     if unknown := sorted(set(chosen.ops) - known):
-        parser.error(f"--ops: expected names of {', '.join(sorted(known))}, came {', '.join(unknown)}")
+        parser.error(
+            f"--ops: expected names of {', '.join(sorted(known))}, got {', '.join(unknown)}"
+        )
     return chosen
 
 

@@ -1,10 +1,13 @@
-"""What an operation is compared with: the same stretch as its users write it today, eagerly, in torch's operations.
+"""What an operation is compared with: the same stretch as its users write it today, eagerly, in
+torch's operations.
 
-The samplers' steps as DanceGRPO and Flow-GRPO write them; the transformer's stretches as the blocks of diffusers 0.42 do. `torch.compile`
-of these is the second peer. They are not `fastgrpo_kernels.reference`, which also makes counter-based noise and exact sums and is slower
+The samplers' steps as DanceGRPO and Flow-GRPO write them; the transformer's stretches as the
+blocks of diffusers 0.42 do. `torch.compile` of these is the second peer. They are not
+`fastgrpo_kernels.reference`, which also makes counter-based noise and exact sums and is slower
 for it.
 
-Every function takes the inputs of its case in ops.py as a dict; a branch that is absent (no classifier-free guidance) has no key.
+Every function takes the inputs of its case in ops.py as a dict; a branch that is absent (no
+classifier-free guidance) has no key.
 """
 
 from __future__ import annotations
@@ -26,7 +29,11 @@ def _per_sample(coefficient: Tensor, latents: Tensor) -> Tensor:
 
 
 def _mean(inputs: Inputs) -> Tensor:
-    velocity, uncond, x = inputs["velocity"].float(), inputs.get("velocity_uncond"), inputs["latents"]
+    velocity, uncond, x = (
+        inputs["velocity"].float(),
+        inputs.get("velocity_uncond"),
+        inputs["latents"],
+    )
     if uncond is not None:
         velocity = uncond.float() + GUIDANCE * (velocity - uncond.float())
     return _per_sample(inputs["a"], x) * x + _per_sample(inputs["b"], x) * velocity
@@ -34,7 +41,11 @@ def _mean(inputs: Inputs) -> Tensor:
 
 def _log_prob(inputs: Inputs, next_latents: Tensor, mean: Tensor) -> Tensor:
     std = _per_sample(inputs["std"], next_latents)
-    log_prob = -((next_latents.detach() - mean) ** 2) / (2 * std**2) - torch.log(std) - math.log(math.sqrt(2 * math.pi))
+    log_prob = (
+        -((next_latents.detach() - mean) ** 2) / (2 * std**2)
+        - torch.log(std)
+        - math.log(math.sqrt(2 * math.pi))
+    )
     return log_prob.mean(dim=tuple(range(1, log_prob.dim())))
 
 
@@ -79,9 +90,16 @@ def branch_gradient(inputs: Inputs) -> tuple[Tensor, ...]:
 
 
 def ln_modulate_wan(inputs: Inputs) -> tuple[Tensor, ...]:
-    """WanTransformerBlock: norm1 (FP32LayerNorm without affine) and its modulation, an fp32 row a sample."""
+    """WanTransformerBlock: norm1 (FP32LayerNorm without affine) and its modulation, an fp32 row a
+    sample.
+    """
     x = inputs["x"]
-    return ((F.layer_norm(x.float(), x.shape[-1:], eps=1e-6) * (1 + inputs["scale"]) + inputs["shift"]).type_as(x),)
+    return (
+        (
+            F.layer_norm(x.float(), x.shape[-1:], eps=1e-6) * (1 + inputs["scale"])
+            + inputs["shift"]
+        ).type_as(x),
+    )
 
 
 def ln_modulate_hunyuan(inputs: Inputs) -> tuple[Tensor, ...]:
@@ -113,7 +131,9 @@ def gate_residual_ln_modulate_hunyuan(inputs: Inputs) -> tuple[Tensor, ...]:
 
 
 def qk_norm_rope_wan(inputs: Inputs) -> tuple[Tensor, ...]:
-    """WanAttnProcessor: torch.nn.RMSNorm over all heads' channels, then the rotation; tables [1, L, 1, D], each value twice."""
+    """WanAttnProcessor: torch.nn.RMSNorm over all heads' channels, then the rotation; tables [1, L,
+    1, D], each value twice.
+    """
 
     def one(x: Tensor, weight: Tensor) -> Tensor:
         normed = F.rms_norm(x.flatten(2), weight.shape, weight, 1e-6).unflatten(2, x.shape[2:])
@@ -128,7 +148,9 @@ def qk_norm_rope_wan(inputs: Inputs) -> tuple[Tensor, ...]:
 
 
 def qk_norm_rope_hunyuan(inputs: Inputs) -> tuple[Tensor, ...]:
-    """HunyuanVideoAttnProcessor2_0: diffusers' RMSNorm per head, then the rotation of the video tokens alone."""
+    """HunyuanVideoAttnProcessor2_0: diffusers' RMSNorm per head, then the rotation of the video
+    tokens alone.
+    """
     cos, sin = inputs["table_cos"], inputs["table_sin"]
 
     def one(x: Tensor, weight: Tensor) -> Tensor:

@@ -1,9 +1,11 @@
-"""Draw the rows that ops.py wrote: share of the copy bandwidth, and how many times faster than the eager peer.
+"""Draw the rows that ops.py wrote: share of the copy bandwidth, and how many times faster than the
+eager peer.
 
     python benchmarks/plot.py                                   # every benchmarks/data/*_ops.csv
     python benchmarks/plot.py benchmarks/data/cpu_ops.csv
 
-Writes a png beside each CSV file. A row of panels is one size; a group of bars is one operation in one direction.
+Writes a png beside each CSV file. A row of panels is one size; a group of bars is one operation
+in one direction.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from matplotlib.figure import Figure
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `python benchmarks/plot.py`
 
 from benchmarks.rows import DATA, Row, read_csv
-from fastgrpo.figures import COLORS, FAINT, GRID, INK
+from fastgrpo.training.figures import COLORS, FAINT, GRID, INK
 
 ORDER = ("triton", "cuda", "cpp", "reference", "compile", "eager")
 """Of the bars in a group, and their colours."""
@@ -28,7 +30,9 @@ GOALS = {"copy": 85.0, "eager": 5.0}
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Draw each file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("files", nargs="*", type=Path, help="default: benchmarks/data/*_ops.csv")
     files = parser.parse_args(arguments).files or sorted(DATA.glob("*_ops.csv"))
     if not files:
@@ -46,31 +50,62 @@ def draw(rows: Sequence[Row]) -> Figure:
     if not rows:
         raise ValueError("expected at least one row, got none")
     sizes = list(dict.fromkeys(row.size for row in rows))
-    groups = {size: list(dict.fromkeys((row.op, row.direction) for row in rows if row.size == size)) for size in sizes}
+    groups = {
+        size: list(dict.fromkeys((row.op, row.direction) for row in rows if row.size == size))
+        for size in sizes
+    }
     heights = [0.9 + 0.42 * len(groups[size]) for size in sizes]
     figure = Figure(figsize=(11, 1.0 + sum(heights)), layout="constrained")
     panels = figure.subplots(len(sizes), 2, squeeze=False, height_ratios=heights)
     for (left, right), size in zip(panels, sizes, strict=True):
         of_size = [row for row in rows if row.size == size]
         gpu = of_size[0].method != "wall"
-        _bars(left, groups[size], {row.key[1:5]: row.copy_percent for row in of_size}, size, f"{size}: % of the copy bandwidth")
-        speedups = {row.key[1:5]: row.speedup_eager for row in of_size if row.speedup_eager is not None}
+        _bars(
+            left,
+            groups[size],
+            {row.key[1:5]: row.copy_percent for row in of_size},
+            size,
+            f"{size}: % of the copy bandwidth",
+        )
+        speedups = {
+            row.key[1:5]: row.speedup_eager for row in of_size if row.speedup_eager is not None
+        }
         _bars(right, groups[size], speedups, size, "times faster than eager")
         right.set_yticklabels([])
         right.axvline(1.0, color=INK, linewidth=0.8)
         if gpu:
             left.axvline(GOALS["copy"], color=FAINT, linestyle=(0, (5, 3)), linewidth=1)
             right.axvline(GOALS["eager"], color=FAINT, linestyle=(0, (5, 3)), linewidth=1)
-    used = [name for name in ORDER if any(row.implementation == name for row in rows)]
+    used = [name for name in ORDER if any(row.backend == name for row in rows)]
     handles = [left.barh(0, 0, color=_colour(name)) for name in used]
-    figure.legend(handles, used, loc="outside lower center", ncols=len(used), frameon=False, fontsize=9, labelcolor=INK)
+    figure.legend(
+        handles,
+        used,
+        loc="outside lower center",
+        ncols=len(used),
+        frameon=False,
+        fontsize=9,
+        labelcolor=INK,
+    )
     last = rows[-1]
     commits = ", ".join(dict.fromkeys(row.commit for row in rows))
-    figure.suptitle(f"{last.device}, torch {last.torch}, triton {last.triton}, {commits}", x=0.01, ha="left", fontsize=11, color=INK)
+    figure.suptitle(
+        f"{last.device}, torch {last.torch}, triton {last.triton}, {commits}",
+        x=0.01,
+        ha="left",
+        fontsize=11,
+        color=INK,
+    )
     return figure
 
 
-def _bars(axes: Axes, groups: Sequence[tuple[str, str]], values: dict[tuple[str, ...], float], size: str, title: str) -> None:
+def _bars(
+    axes: Axes,
+    groups: Sequence[tuple[str, str]],
+    values: dict[tuple[str, ...], float],
+    size: str,
+    title: str,
+) -> None:
     names = [name for name in ORDER if any(key[3] == name for key in values)]
     thickness = 0.8 / max(1, len(names))
     for place, (op, direction) in enumerate(groups):
@@ -81,7 +116,11 @@ def _bars(axes: Axes, groups: Sequence[tuple[str, str]], values: dict[tuple[str,
             y = place + (index - (len(names) - 1) / 2) * thickness
             axes.barh(y, value, height=thickness, color=_colour(name))
             axes.text(value, y, f" {value:.3g}", va="center", fontsize=6, color=FAINT)
-    axes.set_yticks(range(len(groups)), [op if direction == "forward" else f"{op}, {direction}" for op, direction in groups], fontsize=8)
+    axes.set_yticks(
+        range(len(groups)),
+        [op if direction == "forward" else f"{op}, {direction}" for op, direction in groups],
+        fontsize=8,
+    )
     axes.set_ylim(len(groups) - 0.5, -0.5)
     axes.set_title(title, loc="left", fontsize=10, color=INK)
     axes.margins(x=0.12)
@@ -93,8 +132,8 @@ def _bars(axes: Axes, groups: Sequence[tuple[str, str]], values: dict[tuple[str,
     axes.spines["bottom"].set_color(GRID)
 
 
-def _colour(implementation: str) -> str:
-    return "#B0B7BF" if implementation == "eager" else COLORS[ORDER.index(implementation)]
+def _colour(backend: str) -> str:
+    return "#B0B7BF" if backend == "eager" else COLORS[ORDER.index(backend)]
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
-"""The operations at the sizes that matter: inputs, what computes them, bytes and FLOPs. To measure a new operation, add its entry here.
+"""The operations at the sizes that matter: inputs, what computes them, bytes and FLOPs. To measure
+a new operation, add its entry here.
 
-`ops.py` measures these cases, `ahead_of_time.py` compiles what they launch, `gpu_check.py` calls each once under the sanitizers.
+`ops.py` measures these cases, `ahead_of_time.py` compiles what they launch, `gpu_check.py` calls
+each once under the sanitizers.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from torch import Tensor
 from benchmarks import peers
 from benchmarks.peers import GUIDANCE, Inputs
 
-# -------------------------------------------------------------------------------------------------------------- sizes
+# -------- sizes
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,9 @@ class Size:
     """Tokens that the rotary embedding turns: the first, those of the video."""
     heads: int = 0
     per_head: bool = False
-    """RMSNorm of each head (HunyuanVideo) or over all heads (Wan). Wan's modulation is fp32, HunyuanVideo's as its tokens."""
+    """RMSNorm of each head (HunyuanVideo) or over all heads (Wan). Wan's modulation is fp32,
+    HunyuanVideo's as its tokens.
+    """
     head_dim: int = 128
 
     @property
@@ -55,7 +59,9 @@ class Size:
 SIZES = {
     "wan_1.3b_480p": Size(1, (16, 14, 60, 104), torch.bfloat16, True, 21_840, 21_840, 12),
     "wan_14b_240p": Size(1, (16, 14, 30, 52), torch.bfloat16, True, 5_460, 5_460, 40),
-    "hunyuan_240p": Size(1, (16, 14, 30, 52), torch.bfloat16, False, 5_716, 5_460, 24, per_head=True),
+    "hunyuan_240p": Size(
+        1, (16, 14, 30, 52), torch.bfloat16, False, 5_716, 5_460, 24, per_head=True
+    ),
     "shapes_16": Size(16, (96, 8, 1, 1), torch.float32, False),
     "shapes_64": Size(64, (96, 8, 1, 1), torch.float32, False),
     "tiny": Size(2, (4, 3, 5), torch.bfloat16, True, 12, 12, 2, head_dim=16),
@@ -63,7 +69,7 @@ SIZES = {
 }
 A, B, STD = 0.99432, -0.03883, 0.09731  # step 8 of 16, method.md's table
 
-# ----------------------------------------------------------------------------------------------------------- registry
+# -------- registry
 
 Draw = Callable[[tuple[int, ...], torch.dtype], Tensor]
 Outputs = tuple[Tensor, ...]
@@ -79,7 +85,9 @@ class Case:
     """Its file under tests/ops."""
     make: Callable[[Draw], Inputs]
     fused: Callable[..., Outputs]
-    """fastgrpo_kernels' function of the inputs, by the family that is named, with options of its own as keywords."""
+    """fastgrpo_kernels' function of the inputs, by the backend that is named, with options of its
+    own as keywords.
+    """
     eager: Callable[[Inputs], Outputs]
     bytes: dict[str, int]
     """By direction: every large input once and every large output once."""
@@ -92,7 +100,9 @@ class Case:
 
 
 def cases(name: str, dtype: torch.dtype | None = None) -> list[Case]:
-    """Every operation at the size of this name; the transformer's only where the size has tokens. dtype: in place of the size's own."""
+    """Every operation at the size of this name; the transformer's only where the size has tokens.
+    dtype: in place of the size's own.
+    """
     size = replace(SIZES[name], dtype=dtype or SIZES[name].dtype)
     return [*_transition_cases(name, size), *(_token_cases(name, size) if size.tokens else [])]
 
@@ -106,40 +116,103 @@ def _transition_cases(name: str, size: Size) -> list[Case]:
     case = partial(Case, size=name, make=_maker(_transition_inputs, size))
     vectors = size.batch * (3 * 4 + 4 + 1 + 4) + 12
     return [
-        case("sde_step", tests="test_sde_step.py", fused=_sde_step, eager=peers.sde_step, bytes={"forward": read},
-             flops={"forward": n * (15 + extra)}, log_prob=lambda inputs, out: (out[1], _exact_log_prob(inputs, out[0]))),
-        case("sde_log_prob", tests="test_sde_log_prob.py", fused=_sde_log_prob, eager=peers.sde_log_prob, wrt=guidance,
-             bytes={"forward": read, "backward": backward}, flops={"forward": n * (8 + extra), "backward": n * (7 + 2 * extra)},
-             log_prob=lambda inputs, out: (out[0], _exact_log_prob(inputs, inputs["next_latents"]))),
-        case("clipped_ratio_loss", tests="test_grpo_loss.py", fused=_clipped_ratio_loss, eager=peers.clipped_ratio_loss, wrt=("log_probs",),
-             bytes={"forward": vectors, "backward": 8 * size.batch}, flops={"forward": 12 * size.batch, "backward": size.batch}),
-        case("grpo_loss", tests="test_grpo_loss.py", fused=_grpo_loss, eager=peers.grpo_loss, wrt=guidance,
-             bytes={"forward": read, "backward": backward, "forward+backward": both},
-             flops={"forward": n * (8 + extra), "backward": n * (7 + 2 * extra), "forward+backward": n * (15 + 3 * extra)},
-             log_prob=lambda inputs, out: (out[1], _exact_log_prob(inputs, inputs["next_latents"]))),
-        case("branch_gradient", tests="test_branch_gradient.py", fused=_branch_gradient, eager=peers.branch_gradient,
-             bytes={"forward": n * velocities}, flops={"forward": n * (6 + extra)}),
-    ]  # fmt: skip
+        case(
+            "sde_step",
+            tests="test_sde_step.py",
+            fused=_sde_step,
+            eager=peers.sde_step,
+            bytes={"forward": read},
+            flops={"forward": n * (15 + extra)},
+            log_prob=lambda inputs, out: (out[1], _exact_log_prob(inputs, out[0])),
+        ),
+        case(
+            "sde_log_prob",
+            tests="test_sde_log_prob.py",
+            fused=_sde_log_prob,
+            eager=peers.sde_log_prob,
+            wrt=guidance,
+            bytes={"forward": read, "backward": backward},
+            flops={"forward": n * (8 + extra), "backward": n * (7 + 2 * extra)},
+            log_prob=lambda inputs, out: (out[0], _exact_log_prob(inputs, inputs["next_latents"])),
+        ),
+        case(
+            "clipped_ratio_loss",
+            tests="test_grpo_loss.py",
+            fused=_clipped_ratio_loss,
+            eager=peers.clipped_ratio_loss,
+            wrt=("log_probs",),
+            bytes={"forward": vectors, "backward": 8 * size.batch},
+            flops={"forward": 12 * size.batch, "backward": size.batch},
+        ),
+        case(
+            "grpo_loss",
+            tests="test_grpo_loss.py",
+            fused=_grpo_loss,
+            eager=peers.grpo_loss,
+            wrt=guidance,
+            bytes={"forward": read, "backward": backward, "forward+backward": both},
+            flops={
+                "forward": n * (8 + extra),
+                "backward": n * (7 + 2 * extra),
+                "forward+backward": n * (15 + 3 * extra),
+            },
+            log_prob=lambda inputs, out: (out[1], _exact_log_prob(inputs, inputs["next_latents"])),
+        ),
+        case(
+            "branch_gradient",
+            tests="test_branch_gradient.py",
+            fused=_branch_gradient,
+            eager=peers.branch_gradient,
+            bytes={"forward": n * velocities},
+            flops={"forward": n * (6 + extra)},
+        ),
+    ]
 
 
 def _token_cases(name: str, size: Size) -> list[Case]:
     n = size.batch * size.tokens * size.channels
     wide, tables = n * size.dtype.itemsize, 4 * size.rotated * size.head_dim
     case = partial(Case, size=name, make=_maker(_token_inputs, size))
-    family = "hunyuan" if size.per_head else "wan"
+    backend = "hunyuan" if size.per_head else "wan"
     return [
-        case("ln_modulate", tests="test_ln_modulate.py", fused=_ln_modulate, eager=getattr(peers, f"ln_modulate_{family}"),
-             wrt=("x", "scale", "shift"), bytes={"forward": 2 * wide, "backward": 3 * wide}, flops={"forward": 8 * n, "backward": 14 * n}),
+        case(
+            "ln_modulate",
+            tests="test_ln_modulate.py",
+            fused=_ln_modulate,
+            eager=getattr(peers, f"ln_modulate_{backend}"),
+            wrt=("x", "scale", "shift"),
+            bytes={"forward": 2 * wide, "backward": 3 * wide},
+            flops={"forward": 8 * n, "backward": 14 * n},
+        ),
         # The gradient of x is that of the result: nothing is read or written for it.
-        case("gate_residual", tests="test_gate_residual.py", fused=_gate_residual, eager=getattr(peers, f"gate_residual_{family}"),
-             wrt=("x", "y", "gate"), bytes={"forward": 3 * wide, "backward": 3 * wide}, flops={"forward": 2 * n, "backward": 3 * n}),
-        case("gate_residual_ln_modulate", tests="test_gate_residual.py", fused=_gate_residual_ln_modulate,
-             eager=getattr(peers, f"gate_residual_ln_modulate_{family}"), wrt=("x", "y", "gate", "scale", "shift"),
-             bytes={"forward": 4 * wide, "backward": 6 * wide}, flops={"forward": 10 * n, "backward": 18 * n}),
-        case("qk_norm_rope", tests="test_qk_norm_rope.py", fused=_qk_norm_rope, eager=getattr(peers, f"qk_norm_rope_{family}"),
-             wrt=("q", "k", "q_weight", "k_weight"), bytes={"forward": 4 * wide + tables, "backward": 6 * wide + tables},
-             flops={"forward": 2 * 7 * n, "backward": 2 * 14 * n}),
-    ]  # fmt: skip
+        case(
+            "gate_residual",
+            tests="test_gate_residual.py",
+            fused=_gate_residual,
+            eager=getattr(peers, f"gate_residual_{backend}"),
+            wrt=("x", "y", "gate"),
+            bytes={"forward": 3 * wide, "backward": 3 * wide},
+            flops={"forward": 2 * n, "backward": 3 * n},
+        ),
+        case(
+            "gate_residual_ln_modulate",
+            tests="test_gate_residual.py",
+            fused=_gate_residual_ln_modulate,
+            eager=getattr(peers, f"gate_residual_ln_modulate_{backend}"),
+            wrt=("x", "y", "gate", "scale", "shift"),
+            bytes={"forward": 4 * wide, "backward": 6 * wide},
+            flops={"forward": 10 * n, "backward": 18 * n},
+        ),
+        case(
+            "qk_norm_rope",
+            tests="test_qk_norm_rope.py",
+            fused=_qk_norm_rope,
+            eager=getattr(peers, f"qk_norm_rope_{backend}"),
+            wrt=("q", "k", "q_weight", "k_weight"),
+            bytes={"forward": 4 * wide + tables, "backward": 6 * wide + tables},
+            flops={"forward": 2 * 7 * n, "backward": 2 * 14 * n},
+        ),
+    ]
 
 
 @cache
@@ -149,7 +222,10 @@ def _maker(inputs: Callable[[Size, Draw], Inputs], size: Size) -> Callable[[Draw
 
 
 def _transition_inputs(size: Size, draw: Draw) -> Inputs:
-    latents, velocity = draw((size.batch, *size.latent), torch.float32), draw((size.batch, *size.latent), size.dtype)
+    latents, velocity = (
+        draw((size.batch, *size.latent), torch.float32),
+        draw((size.batch, *size.latent), size.dtype),
+    )
     inputs = {"latents": latents, "velocity": velocity}
     if size.guided:
         inputs["velocity_uncond"] = draw((size.batch, *size.latent), size.dtype)
@@ -158,17 +234,25 @@ def _transition_inputs(size: Size, draw: Draw) -> Inputs:
     inputs["seeds"] = torch.arange(size.batch, device=latents.device) + 7
     inputs["steps"] = torch.full((size.batch,), 8, device=latents.device)
     inputs["advantages"] = draw((size.batch,), torch.float32)
-    # A transition that this velocity could have made, and its own log-probabilities: a ratio of 1, so every gradient flows.
+    # A transition that this velocity could have made, and its own log-probabilities: a ratio of 1,
+    # so every gradient flows.
     inputs["next_latents"], inputs["old_log_probs"] = _sde_step(inputs, "reference")
     inputs["log_probs"] = inputs["old_log_probs"] + 1e-5
     return inputs
 
 
 def _token_inputs(size: Size, draw: Draw) -> Inputs:
-    stream, heads = (size.batch, size.tokens, size.channels), (size.batch, size.tokens, size.heads, size.head_dim)
-    inputs = {key: draw(stream, size.dtype) for key in ("x", "y")} | {key: draw(heads, size.dtype) for key in ("q", "k")}
+    stream, heads = (
+        (size.batch, size.tokens, size.channels),
+        (size.batch, size.tokens, size.heads, size.head_dim),
+    )
+    inputs = {key: draw(stream, size.dtype) for key in ("x", "y")} | {
+        key: draw(heads, size.dtype) for key in ("q", "k")
+    }
     for key in ("scale", "shift", "gate"):
-        inputs[key] = draw((size.batch, 1, size.channels), size.dtype if size.per_head else torch.float32)
+        inputs[key] = draw(
+            (size.batch, 1, size.channels), size.dtype if size.per_head else torch.float32
+        )
     for key in ("q_weight", "k_weight"):
         inputs[key] = draw((size.head_dim if size.per_head else size.channels,), size.dtype)
     angles = draw((size.rotated, size.head_dim // 2), torch.float32)
@@ -183,59 +267,111 @@ def _guidance(inputs: Inputs) -> dict[str, Any]:
     return {} if uncond is None else {"velocity_uncond": uncond, "guidance_scale": GUIDANCE}
 
 
-def _sde_step(i: Inputs, family: str, **options: Any) -> Outputs:
+def _sde_step(i: Inputs, backend: str, **options: Any) -> Outputs:
     return kernels.sde_step(
-        i["latents"], i["velocity"], i["a"], i["b"], i["std"], seeds=i["seeds"], step=i["steps"],
-        implementation=family, **_guidance(i), **options,
-    )  # fmt: skip
+        i["latents"],
+        i["velocity"],
+        i["a"],
+        i["b"],
+        i["std"],
+        seeds=i["seeds"],
+        step=i["steps"],
+        backend=backend,
+        **_guidance(i),
+        **options,
+    )
 
 
-def _sde_log_prob(i: Inputs, family: str, **options: Any) -> Outputs:
+def _sde_log_prob(i: Inputs, backend: str, **options: Any) -> Outputs:
     log_probs = kernels.sde_log_prob(
-        i["latents"], i["next_latents"], i["velocity"], i["a"], i["b"], i["std"], implementation=family, **_guidance(i), **options
+        i["latents"],
+        i["next_latents"],
+        i["velocity"],
+        i["a"],
+        i["b"],
+        i["std"],
+        backend=backend,
+        **_guidance(i),
+        **options,
     )
     return (log_probs,)
 
 
-def _clipped_ratio_loss(i: Inputs, family: str, **options: Any) -> Outputs:
-    loss, stats = kernels.clipped_ratio_loss(i["log_probs"], i["old_log_probs"], i["advantages"], implementation=family, **options)
+def _clipped_ratio_loss(i: Inputs, backend: str, **options: Any) -> Outputs:
+    loss, stats = kernels.clipped_ratio_loss(
+        i["log_probs"], i["old_log_probs"], i["advantages"], backend=backend, **options
+    )
     return loss, stats.clip_fraction, stats.approx_kl
 
 
-def _grpo_loss(i: Inputs, family: str, **options: Any) -> Outputs:
+def _grpo_loss(i: Inputs, backend: str, **options: Any) -> Outputs:
     loss, stats = kernels.grpo_loss(
-        i["latents"], i["next_latents"], i["velocity"], i["old_log_probs"], i["advantages"], i["a"], i["b"], i["std"],
-        implementation=family, **_guidance(i), **options,
-    )  # fmt: skip
+        i["latents"],
+        i["next_latents"],
+        i["velocity"],
+        i["old_log_probs"],
+        i["advantages"],
+        i["a"],
+        i["b"],
+        i["std"],
+        backend=backend,
+        **_guidance(i),
+        **options,
+    )
     return loss, stats.log_probs
 
 
-def _branch_gradient(i: Inputs, family: str, **options: Any) -> Outputs:
+def _branch_gradient(i: Inputs, backend: str, **options: Any) -> Outputs:
     latents, guided = i["latents"], "velocity_uncond" in i
     cond, uncond = kernels.branch_gradient(
-        i["seeds"], i["steps"], i["advantages"], i["b"], i["std"], latents.shape[1:], guidance_scale=GUIDANCE if guided else 1.0,
-        dtype=i["velocity"].dtype, device=latents.device, implementation=family, **options,
-    )  # fmt: skip
+        i["seeds"],
+        i["steps"],
+        i["advantages"],
+        i["b"],
+        i["std"],
+        latents.shape[1:],
+        guidance_scale=GUIDANCE if guided else 1.0,
+        dtype=i["velocity"].dtype,
+        device=latents.device,
+        backend=backend,
+        **options,
+    )
     return (cond,) if uncond is None else (cond, uncond)
 
 
-def _ln_modulate(i: Inputs, family: str, **options: Any) -> Outputs:
-    return (kernels.ln_modulate(i["x"], i["scale"], i["shift"], implementation=family, **options),)
+def _ln_modulate(i: Inputs, backend: str, **options: Any) -> Outputs:
+    return (kernels.ln_modulate(i["x"], i["scale"], i["shift"], backend=backend, **options),)
 
 
-def _gate_residual(i: Inputs, family: str, **options: Any) -> Outputs:
-    return (kernels.gate_residual(i["x"], i["y"], i["gate"], implementation=family, **options),)
+def _gate_residual(i: Inputs, backend: str, **options: Any) -> Outputs:
+    return (kernels.gate_residual(i["x"], i["y"], i["gate"], backend=backend, **options),)
 
 
-def _gate_residual_ln_modulate(i: Inputs, family: str, **options: Any) -> Outputs:
-    return kernels.gate_residual_ln_modulate(i["x"], i["y"], i.get("gate"), i["scale"], i["shift"], implementation=family, **options)
+def _gate_residual_ln_modulate(i: Inputs, backend: str, **options: Any) -> Outputs:
+    return kernels.gate_residual_ln_modulate(
+        i["x"], i["y"], i.get("gate"), i["scale"], i["shift"], backend=backend, **options
+    )
 
 
-def _qk_norm_rope(i: Inputs, family: str, **options: Any) -> Outputs:
-    return kernels.qk_norm_rope(i["q"], i["k"], i["q_weight"], i["k_weight"], i.get("cos"), i.get("sin"), implementation=family, **options)
+def _qk_norm_rope(i: Inputs, backend: str, **options: Any) -> Outputs:
+    return kernels.qk_norm_rope(
+        i["q"],
+        i["k"],
+        i["q_weight"],
+        i["k_weight"],
+        i.get("cos"),
+        i.get("sin"),
+        backend=backend,
+        **options,
+    )
 
 
 def _exact_log_prob(inputs: Inputs, next_latents: Tensor) -> Tensor:
-    i = {key: value.detach().double() if value.is_floating_point() else value for key, value in inputs.items()}
+    i = {
+        key: value.detach().double() if value.is_floating_point() else value
+        for key, value in inputs.items()
+    }
     x, stored = i["latents"], next_latents.detach().double()
-    return reference.sde_log_prob(x, stored, i["velocity"], i["a"], i["b"], i["std"], **_guidance(i))
+    return reference.sde_log_prob(
+        x, stored, i["velocity"], i["a"], i["b"], i["std"], **_guidance(i)
+    )

@@ -1,4 +1,6 @@
-"""Rows of measurements: their table, the CSV files under benchmarks/data, and the goals G7 and G8 that they are held against."""
+"""Rows of measurements: their table, the CSV files under benchmarks/data, and the goals G7 and G8
+that they are held against.
+"""
 
 from __future__ import annotations
 
@@ -25,14 +27,16 @@ PEERS = ("eager", "compile")
 
 @dataclass(frozen=True)
 class Row:
-    """One implementation of one operation at one size, in one direction. A figure that was not taken is None."""
+    """One backend of one operation at one size, in one direction. A figure that was not
+    taken is None.
+    """
 
     op: str
     size: str
     direction: str
     """"forward", "backward" or "forward+backward"."""
-    implementation: str
-    """A family of fastgrpo_kernels, or a peer: "eager", "compile" (Inductor)."""
+    backend: str
+    """A backend of fastgrpo_kernels, or a peer: "eager", "compile" (Inductor)."""
     dtype: str
     us: float
     host_us: float
@@ -47,7 +51,9 @@ class Row:
     log_prob_error: float | None
     """Largest distance from the float64 reference, for operations that return log-probabilities."""
     goals: str
-    """Such as "G7 copy 85 %: met; G7 eager 5x: not met"; empty where no goal is set, or on another device than theirs."""
+    """Such as "G7 copy 85 %: met; G7 eager 5x: not met"; empty where no goal is set, or on another
+    device than theirs.
+    """
     device: str
     torch: str
     triton: str
@@ -67,10 +73,10 @@ class Row:
     @property
     def key(self) -> tuple[str, ...]:
         """What a newer row takes the place of."""
-        return self.device, self.op, self.size, self.direction, self.implementation, self.dtype
+        return self.device, self.op, self.size, self.direction, self.backend, self.dtype
 
 
-# ------------------------------------------------------------------------------------------------------- provenance
+# -------- provenance
 
 
 def provenance(device: torch.device) -> dict[str, str]:
@@ -85,15 +91,23 @@ def provenance(device: torch.device) -> dict[str, str]:
         "device": device_name(device),
         "torch": torch.__version__,
         "triton": triton_version,
-        "driver": _first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if device.type == "cuda" else "none",
+        "driver": _first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        if device.type == "cuda"
+        else "none",
         "commit": revision(),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
     }
 
 
 def revision() -> str:
-    """The code's revision as `git describe` has it; FASTGRPO_COMMIT instead where the tree was carried without its history."""
-    return os.environ.get("FASTGRPO_COMMIT") or _first_line("git", "-C", str(ROOT), "describe", "--always", "--dirty") or "unknown"
+    """The code's revision as `git describe` has it; FASTGRPO_COMMIT instead where the tree was
+    carried without its history.
+    """
+    return (
+        os.environ.get("FASTGRPO_COMMIT")
+        or _first_line("git", "-C", str(ROOT), "describe", "--always", "--dirty")
+        or "unknown"
+    )
 
 
 def device_name(device: torch.device) -> str:
@@ -109,7 +123,11 @@ def device_name(device: torch.device) -> str:
 
 def csv_name(device: torch.device) -> str:
     """cpu_ops.csv, or the GPU's name: nvidia_h100_80gb_hbm3_ops.csv."""
-    slug = "cpu" if device.type == "cpu" else re.sub(r"[^a-z0-9]+", "_", device_name(device).lower()).strip("_")
+    slug = (
+        "cpu"
+        if device.type == "cpu"
+        else re.sub(r"[^a-z0-9]+", "_", device_name(device).lower()).strip("_")
+    )
     return f"{slug}_ops.csv"
 
 
@@ -118,15 +136,19 @@ def _first_line(*command: str) -> str:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
     except OSError:
         return ""
-    return done.stdout.strip().splitlines()[0] if done.returncode == 0 and done.stdout.strip() else ""
+    return (
+        done.stdout.strip().splitlines()[0] if done.returncode == 0 and done.stdout.strip() else ""
+    )
 
 
-# ------------------------------------------------------------------------------------------------------------ goals
+# -------- goals
 
 
 def judge(row: Row) -> str:
-    """The goals of shared/performance.md that this row is held against, each met or not met; they are set for an H100 or an H200."""
-    if row.implementation in (*PEERS, "reference") or not re.search(r"H100|H200", row.device):
+    """The goals of shared/performance.md that this row is held against, each met or not met; they
+    are set for an H100 or an H200.
+    """
+    if row.backend in (*PEERS, "reference") or not re.search(r"H100|H200", row.device):
         return ""
     asked: list[tuple[str, bool]] = []
     if row.op not in SDE_OPS:
@@ -136,7 +158,9 @@ def judge(row: Row) -> str:
         least = 0.97 if row.direction == "forward" else 1.1
         if row.speedup_compile is not None:
             asked.append((f"G7 compile {least}x", row.speedup_compile >= least))
-    limit = {("sde_step", "forward"): 9.0, ("grpo_loss", "forward+backward"): 20.0}.get((row.op, row.direction))
+    limit = {("sde_step", "forward"): 9.0, ("grpo_loss", "forward+backward"): 20.0}.get(
+        (row.op, row.direction)
+    )
     if limit is not None and "480p" in row.size:
         asked.append((f"G8 {limit:g} us", row.us <= limit))
         if row.speedup_eager is not None:
@@ -146,7 +170,7 @@ def judge(row: Row) -> str:
     return "; ".join(f"{name}: {'met' if met else 'not met'}" for name, met in asked)
 
 
-# -------------------------------------------------------------------------------------------------- files and table
+# -------- files and table
 
 
 def read_csv(path: Path) -> list[Row]:
@@ -155,14 +179,21 @@ def read_csv(path: Path) -> list[Row]:
     with open(path, newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
         if reader.fieldnames != names:
-            raise ValueError(f"{path}: expected the columns {', '.join(names)}, came {', '.join(reader.fieldnames or [])}")
+            raise ValueError(
+                f"{path}: expected the columns {', '.join(names)}, got {', '.join(reader.fieldnames or [])}"
+            )
         return [_parse(entry) for entry in reader]
 
 
 def write_csv(path: Path, rows: Sequence[Row]) -> list[Row]:
-    """Write the rows, and keep those of an earlier file that they do not replace. Returns all of them."""
+    """Write the rows, and keep those of an earlier file that they do not replace. Returns all of
+    them.
+    """
     replaced = {row.key for row in rows}
-    merged = [*(row for row in (read_csv(path) if path.exists() else []) if row.key not in replaced), *rows]
+    merged = [
+        *(row for row in (read_csv(path) if path.exists() else []) if row.key not in replaced),
+        *rows,
+    ]
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
@@ -177,9 +208,12 @@ def table(rows: Iterable[Row], head: bool = True) -> str:
     names = f"{'operation':<26}{'size':<15}{'direction':<18}{'by':<11}{figures}  goals"
     lines = [names] if head else []
     for row in rows:
-        ratios = ["–" if value is None else f"{value:.2f}" for value in (row.speedup_eager, row.speedup_compile)]
+        ratios = [
+            "–" if value is None else f"{value:.2f}"
+            for value in (row.speedup_eager, row.speedup_compile)
+        ]
         lines.append(
-            f"{row.op:<26}{row.size:<15}{row.direction:<18}{row.implementation:<11}{row.us:>9.1f}{row.host_us:>9.1f}{row.gb_per_s:>8.1f}"
+            f"{row.op:<26}{row.size:<15}{row.direction:<18}{row.backend:<11}{row.us:>9.1f}{row.host_us:>9.1f}{row.gb_per_s:>8.1f}"
             f"{row.copy_percent:>8.1f}{ratios[0]:>8}{ratios[1]:>9}  {row.goals}".rstrip()
         )
     return "\n".join(lines)
@@ -194,5 +228,13 @@ def _parse(entry: dict[str, str]) -> Row:
     values: dict[str, object] = {}
     for name, text in entry.items():
         kind = kinds[name]
-        values[name] = None if "None" in kind and not text else float(text) if "float" in kind else int(text) if kind == "int" else text
+        values[name] = (
+            None
+            if "None" in kind and not text
+            else float(text)
+            if "float" in kind
+            else int(text)
+            if kind == "int"
+            else text
+        )
     return Row(**values)  # type: ignore[arg-type]

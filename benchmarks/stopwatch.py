@@ -1,7 +1,8 @@
-"""Time on a GPU by events (host-launched, and as replays of a CUDA graph), on a CPU by the wall; medians.
+"""Time on a GPU by events (host-launched, and as replays of a CUDA graph), on a CPU by the wall;
+medians.
 
-A list of calls is one round: each call has its own inputs, so that together they outgrow the L2 cache, and a graph keeps the outputs of
-all of them apart. A figure is microseconds a call.
+A list of calls is one round: each call has its own inputs, so that together they outgrow the L2
+cache, and a graph keeps the outputs of all of them apart. A figure is microseconds a call.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ import torch
 
 Call = Callable[[], Any]
 Prepare = Callable[[], Sequence[Call]]
-"""Makes the round. On a GPU it is called under the stream that is timed: a backward pass runs on the stream of its forward pass."""
+"""Makes the round. On a GPU it is called under the stream that is timed: a backward pass runs on
+the stream of its forward pass.
+"""
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,9 @@ class Timing:
     """Medians, in microseconds a call."""
 
     us: float
-    """On a GPU the graph's replays (host-launched where no graph could be captured); on a CPU the wall."""
+    """On a GPU the graph's replays (host-launched where no graph could be captured); on a CPU the
+    wall.
+    """
     host_us: float
     """Launched from Python, launch gaps included; on a CPU the same as `us`."""
     method: str
@@ -32,7 +37,9 @@ class Timing:
 
 
 def measure(prepare: Prepare, device: torch.device, seconds: float = 0.2) -> Timing:
-    """Time one round of calls again and again for about so many seconds (and five rounds at the least), after a warm-up."""
+    """Time one round of calls again and again for about so many seconds (and five rounds at the
+    least), after a warm-up.
+    """
     if device.type != "cuda":
         calls = prepare()
         us = _rounds(lambda: _wall(calls), seconds) / len(calls)
@@ -41,9 +48,15 @@ def measure(prepare: Prepare, device: torch.device, seconds: float = 0.2) -> Tim
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         calls = prepare()
-        host_us = _rounds(lambda: _events(lambda: [call() for call in calls]), seconds / 2) / len(calls)
+        host_us = _rounds(lambda: _events(lambda: [call() for call in calls]), seconds / 2) / len(
+            calls
+        )
         captured = _capture(calls, stream)
-        us = host_us if captured is None else _rounds(lambda: _events(captured.replay), seconds / 2) / len(calls)
+        us = (
+            host_us
+            if captured is None
+            else _rounds(lambda: _events(captured.replay), seconds / 2) / len(calls)
+        )
     torch.cuda.current_stream().wait_stream(stream)
     return Timing(us, host_us, "events" if captured is None else "graph")
 
@@ -56,7 +69,11 @@ def copy_bandwidth(device: torch.device, numel: int | None = None) -> float:
     count = numel or (1 << 28 if device.type == "cuda" else 1 << 25)
     source, target = torch.randn(count, device=device), torch.empty(count, device=device)
     # Four times there: one copy a graph would also time the gap between two graphs.
-    us = measure(lambda: [lambda: target.copy_(source)] * (4 if device.type == "cuda" else 1), device, seconds=0.5).us
+    us = measure(
+        lambda: [lambda: target.copy_(source)] * (4 if device.type == "cuda" else 1),
+        device,
+        seconds=0.5,
+    ).us
     return 2 * source.nbytes / us / 1e3
 
 
@@ -79,7 +96,8 @@ def _wall(calls: Sequence[Call]) -> float:
 
 
 def _events(work: Call) -> float:
-    # A first event that the device meets while the host is still launching would time the host, so one piece of work goes ahead of it.
+    # A first event that the device meets while the host is still launching would time the host, so
+    # one piece of work goes ahead of it.
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     work()
     start.record()
@@ -90,15 +108,21 @@ def _events(work: Call) -> float:
 
 
 def _capture(calls: Sequence[Call], stream: torch.cuda.Stream) -> torch.cuda.CUDAGraph | None:
-    """A graph of one round on `stream`, where these calls have been warmed up; None, and a word, if it cannot be captured."""
+    """A graph of one round on `stream`, where these calls have been warmed up; None, and a word, if
+    it cannot be captured.
+    """
     graph = torch.cuda.CUDAGraph()
     try:
         with torch.cuda.graph(graph, stream=stream):
             kept = [call() for call in calls]
     except RuntimeError as error:
         torch.cuda.synchronize()
-        print(f"    no CUDA graph, host-launched figures instead: {str(error).splitlines()[0]}", flush=True)
+        print(
+            f"    no CUDA graph, host-launched figures instead: {str(error).splitlines()[0]}",
+            flush=True,
+        )
         return None
-    # Alive until the last call is captured, or the allocator would hand every call the same output; the graph owns the memory from here.
+    # Alive until the last call is captured, or the allocator would hand every call the same output;
+    # the graph owns the memory from here.
     del kept
     return graph

@@ -1,10 +1,11 @@
-"""No number for an operation whose tests are red: the verdict of its tests, in a process of its own with the device's settings.
+"""No number for an operation whose tests are red: the verdict of its tests, in a process of its own
+with the device's settings.
 
     python benchmarks/verify.py                        # every file under tests/ops
     python benchmarks/verify.py tests/ops/test_sde_step.py
 
-A green verdict is remembered in build/verified.json under a fingerprint of all that it rests on: the sources, the tests, the built
-library, device and versions. A red one is not.
+A green verdict is remembered in build/verified.json under a fingerprint of all that it rests on:
+the sources, the tests, the built library, device and versions. A red one is not.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 STAMPS = ROOT / "build" / "verified.json"
-FAMILIES = ("cuda", "cpp", "triton", "reference")
+BACKENDS = ("cuda", "cpp", "triton", "reference")
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,10 @@ class Verdict:
     green: bool
     words: str
     """Such as "41 passed, 12 skipped", or why there is no green."""
-    families: tuple[str, ...]
-    """Those that are a parameter of more tests that passed than were skipped; another has no number, for little was shown of it."""
+    backends: tuple[str, ...]
+    """Those that are a parameter of more tests that passed than were skipped; another has no
+    number, for little was shown of it.
+    """
     seconds: float
     output: str = ""
     """The tests' own words, if they are red."""
@@ -50,7 +53,9 @@ class Verdict:
 
 
 def verdict(tests: Path, timeout: float = 600.0) -> Verdict:
-    """The verdict on one file of tests; once a process, and from an earlier process if that was green and nothing has changed since."""
+    """The verdict on one file of tests; once a process, and from an earlier process if that was
+    green and nothing has changed since.
+    """
     return _verdict(tests.resolve(), timeout)
 
 
@@ -61,7 +66,7 @@ def _verdict(tests: Path, timeout: float) -> Verdict:
     remembered = tests.is_relative_to(ROOT)
     key = f"{tests.name} {fingerprint()}"
     if remembered and (stamp := _stamps().get(key)):
-        return Verdict(True, stamp["words"], tuple(stamp["families"]), stamp["seconds"])
+        return Verdict(True, stamp["words"], tuple(stamp["backends"]), stamp["seconds"])
     found = _run(tests, timeout)
     if remembered and found.green:
         _remember(key, found)
@@ -72,39 +77,102 @@ def _run(tests: Path, timeout: float) -> Verdict:
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        options = ["-q", "-rfE", "--tb=short", "--maxfail=10", "-m", "not slow", "-p", "no:cacheprovider", f"--junitxml={report}"]
+        options = [
+            "-q",
+            "-rfE",
+            "--tb=short",
+            "--maxfail=10",
+            "-m",
+            "not slow",
+            "-p",
+            "no:cacheprovider",
+            f"--junitxml={report}",
+        ]
         command, output = [sys.executable, "-m", "pytest", str(tests), *options], subprocess.PIPE
         try:
             done = subprocess.run(
-                command, cwd=ROOT, env=environment(), timeout=timeout, check=False, stdout=output, stderr=subprocess.STDOUT, text=True
+                command,
+                cwd=ROOT,
+                env=environment(),
+                timeout=timeout,
+                check=False,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                text=True,
             )
         except subprocess.TimeoutExpired as error:
-            text = error.stdout.decode(errors="replace") if isinstance(error.stdout, bytes) else error.stdout or ""
+            text = (
+                error.stdout.decode(errors="replace")
+                if isinstance(error.stdout, bytes)
+                else error.stdout or ""
+            )
             return Verdict(False, f"not done after {timeout:.0f} s", (), timeout, text)
         if not report.exists():
-            return Verdict(False, f"pytest did not run (exit code {done.returncode})", (), time.monotonic() - start, done.stdout)
+            return Verdict(
+                False,
+                f"pytest did not run (exit code {done.returncode})",
+                (),
+                time.monotonic() - start,
+                done.stdout,
+            )
         cases = list(ElementTree.parse(report).iter("testcase"))
-    bad = [case for case in cases if case.find("failure") is not None or case.find("error") is not None]
+    bad = [
+        case for case in cases if case.find("failure") is not None or case.find("error") is not None
+    ]
     passed = [case for case in cases if case not in bad and case.find("skipped") is None]
     skipped = [case for case in cases if case.find("skipped") is not None]
-    words = ", ".join(f"{count} {what}" for count, what in (
-        (len(passed), "passed"), (len(bad), "failed"), (len(skipped), "skipped"),
-    ) if count)  # fmt: skip
-    green, idle = done.returncode == 0 and not bad and bool(passed), bool(skipped) and not bad and not passed
-    families = tuple(family for family in FAMILIES if _tests_of(family, passed) > _tests_of(family, skipped))
-    return Verdict(green, words or "no test", families, time.monotonic() - start, "" if green or idle else done.stdout, idle)
+    words = ", ".join(
+        f"{count} {what}"
+        for count, what in (
+            (len(passed), "passed"),
+            (len(bad), "failed"),
+            (len(skipped), "skipped"),
+        )
+        if count
+    )
+    green, idle = (
+        done.returncode == 0 and not bad and bool(passed),
+        bool(skipped) and not bad and not passed,
+    )
+    backends = tuple(
+        backend for backend in BACKENDS if _tests_of(backend, passed) > _tests_of(backend, skipped)
+    )
+    return Verdict(
+        green,
+        words or "no test",
+        backends,
+        time.monotonic() - start,
+        "" if green or idle else done.stdout,
+        idle,
+    )
 
 
-def _tests_of(family: str, cases: Sequence[ElementTree.Element]) -> int:
-    """How many of these tests have the family among the parameters in their name, such as test_it[triton-float32]."""
-    return sum(family in re.findall(r"\w+", "".join(re.findall(r"\[.*\]", case.get("name", "")))) for case in cases)
+def _tests_of(backend: str, cases: Sequence[ElementTree.Element]) -> int:
+    """How many of these tests have the backend among the parameters in their name, such as
+    test_it[triton-float32].
+    """
+    return sum(
+        backend in re.findall(r"\w+", "".join(re.findall(r"\[.*\]", case.get("name", ""))))
+        for case in cases
+    )
 
 
 def environment() -> dict[str, str]:
-    """Of the tests' process: no family forced; no interpreter on a GPU (tests/conftest.py turns it on where there is none)."""
-    values = {name: value for name, value in os.environ.items() if name not in ("FASTGRPO_KERNELS", "TRITON_INTERPRET")}
+    """Of the tests' process: no backend forced; no interpreter on a GPU (tests/conftest.py turns it
+    on where there is none).
+    """
+    values = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("FASTGRPO_KERNELS", "TRITON_INTERPRET")
+    }
     paths = [str(ROOT), str(ROOT / "kernels"), *filter(None, [values.get("PYTHONPATH")])]
-    return {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", **values, "PYTHONPATH": os.pathsep.join(paths)}
+    return {
+        "OMP_NUM_THREADS": "1",
+        "OMP_WAIT_POLICY": "PASSIVE",
+        **values,
+        "PYTHONPATH": os.pathsep.join(paths),
+    }
 
 
 @functools.cache
@@ -112,7 +180,12 @@ def fingerprint() -> str:
     """Of all that a verdict rests on."""
     digest = hashlib.sha256()
     kernels = ROOT / "kernels" / "fastgrpo_kernels"
-    files = [*kernels.rglob("*.py"), *kernels.glob("*.so"), *(ROOT / "csrc").rglob("*"), *(ROOT / "tests" / "ops").rglob("*.py")]
+    files = [
+        *kernels.rglob("*.py"),
+        *kernels.glob("*.so"),
+        *(ROOT / "csrc").rglob("*"),
+        *(ROOT / "tests" / "ops").rglob("*.py"),
+    ]
     for path in sorted({*files, ROOT / "tests" / "conftest.py", ROOT / "pyproject.toml"}):
         if path.is_file():
             digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes())
@@ -134,15 +207,34 @@ def _remember(key: str, found: Verdict) -> None:
     # Those of other fingerprints are of no use any more.
     kept = {name: stamp for name, stamp in _stamps().items() if name.endswith(fingerprint())}
     fresh = STAMPS.with_suffix(f".{os.getpid()}.tmp")
-    fresh.write_text(json.dumps({**kept, key: {"words": found.words, "families": found.families, "seconds": found.seconds}}, indent=1))
+    fresh.write_text(
+        json.dumps(
+            {
+                **kept,
+                key: {"words": found.words, "backends": found.backends, "seconds": found.seconds},
+            },
+            indent=1,
+        )
+    )
     os.replace(fresh, STAMPS)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the verdict on each file; 1 if one is red. A file whose tests were all skipped (no diffusers on this machine, say) is not."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tests", nargs="*", type=Path, help="files of tests (default: all of tests/ops)")
-    parser.add_argument("--jobs", type=int, default=max(1, min(6, (os.cpu_count() or 1) // 2)), help="processes at a time")
+    """Print the verdict on each file; 1 if one is red. A file whose tests were all skipped (no
+    diffusers on this machine, say) is not.
+    """
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "tests", nargs="*", type=Path, help="files of tests (default: all of tests/ops)"
+    )
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=max(1, min(6, (os.cpu_count() or 1) // 2)),
+        help="processes at a time",
+    )
     parser.add_argument("--timeout", type=float, default=600.0, help="seconds for one file")
     chosen = parser.parse_args(arguments)
     files = chosen.tests or sorted((ROOT / "tests" / "ops").glob("test_*.py"))
@@ -151,7 +243,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for found in verdicts:
         print(found.output[-6000:], end="")
     for path, found in zip(files, verdicts, strict=True):
-        of = f" ({', '.join(found.families)})" if found.families else ""
+        of = f" ({', '.join(found.backends)})" if found.backends else ""
         state = "green" if found.green else "idle" if found.idle else "RED"
         print(f"{path.name:<28} {state:<6} {found.words}{of}, {found.seconds:.1f} s")
     return 0 if all(found.green or found.idle for found in verdicts) else 1

@@ -3,7 +3,7 @@
 //   uniform(n) = (n + 1/2) 2^-23, n = word >> 9        radius = sqrt(-2 ln u)        cos, sin of 2 pi v
 //
 // Only 2^23 arguments exist, and csrc/unit.cpp tries them all: the float64 path gives the reference's fp32 bits (whose margin is 20
-// float64 ulps, kernels/fastgrpo_kernels/philox.py), the fp32 path stays within one fp32 ulp of them. No branches and no
+// float64 ulps, kernels/fastgrpo_kernels/random/philox.py), the fp32 path stays within one fp32 ulp of them. No branches and no
 // library calls, so that a compiler can vectorise every function, and host and device give the same bits.
 #pragma once
 

@@ -60,7 +60,7 @@ std::tuple<Tensor, Tensor> sde_log_prob_backward(const Tensor& grad_log_probs, c
                                                  const Tensor& a, const Tensor& b, const Tensor& std, double guidance_scale, bool normalized,
                                                  bool needs_uncond) {
   const Transition t = transition_of(latents, &next_latents, velocity, velocity_uncond, a, b, std, guidance_scale, normalized);
-  STD_TORCH_CHECK(!needs_uncond || velocity_uncond, "velocity_uncond: expected a tensor when its gradient is needed, came None");
+  STD_TORCH_CHECK(!needs_uncond || velocity_uncond, "velocity_uncond: expected a tensor when its gradient is needed, got None");
   const float* of_log_probs = vector_data<float>("grad_log_probs", grad_log_probs, t.batch, latents);
   const float* of_loss = grad_loss ? vector_data<float>("grad_loss", *grad_loss, 1, latents) : nullptr;
   Tensor grad = new_tensor(velocity, velocity.sizes(), velocity.scalar_type());

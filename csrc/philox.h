@@ -1,4 +1,4 @@
-// Philox-4x32-10 (Salmon et al., SC 2011) as kernels/fastgrpo_kernels/philox.py has it:
+// Philox-4x32-10 (Salmon et al., SC 2011) as kernels/fastgrpo_kernels/random/philox.py has it:
 // key = the two words of the seed, counter = (quad low, quad high, step, 0); one call gives the noise of 4 elements.
 #pragma once
 

@@ -20,14 +20,14 @@ inline Dtype dtype_of(const char* name, const Tensor& tensor) {
   const ScalarType type = tensor.scalar_type();
   if (type == ScalarType::Float) return Dtype::float32;
   if (type == ScalarType::BFloat16) return Dtype::bfloat16;
-  STD_TORCH_CHECK(type == ScalarType::Half, name, ": expected float32, bfloat16 or float16, came another dtype");
+  STD_TORCH_CHECK(type == ScalarType::Half, name, ": expected float32, bfloat16 or float16, got another dtype");
   return Dtype::float16;
 }
 
 // The data of a contiguous tensor of that many elements and that dtype, on the device of another.
 inline const void* checked(const char* name, const Tensor& tensor, ScalarType type, int64_t numel, const Tensor& like) {
   STD_TORCH_CHECK(tensor.scalar_type() == type, name, ": unexpected dtype (the public functions convert)");
-  STD_TORCH_CHECK(tensor.numel() == numel, name, ": expected ", numel, " elements, came ", tensor.numel());
+  STD_TORCH_CHECK(tensor.numel() == numel, name, ": expected ", numel, " elements, got ", tensor.numel());
   STD_TORCH_CHECK(tensor.is_contiguous(), name, ": expected a contiguous tensor");
   STD_TORCH_CHECK(tensor.device() == like.device(), name, ": expected it on the device of the first argument");
   return tensor.const_data_ptr();
@@ -50,7 +50,7 @@ inline Tensor new_scalar(const Tensor& like) { return new_tensor(like, {}, Scala
 // The arguments that every operation on a transition shares.
 inline Transition transition_of(const Tensor& latents, const Tensor* next_latents, const Tensor& velocity, const std::optional<Tensor>& uncond,
                                 const Tensor& a, const Tensor& b, const Tensor& std, double guidance_scale, bool normalized) {
-  STD_TORCH_CHECK(latents.dim() >= 1, "latents: expected the batch first, came a scalar");
+  STD_TORCH_CHECK(latents.dim() >= 1, "latents: expected the batch first, got a scalar");
   const int64_t batch = latents.size(0), total = latents.numel();
   STD_TORCH_CHECK(batch == 0 || total > 0, "latents: expected at least one element per sample");
   Transition t{};

@@ -1,7 +1,9 @@
-"""The configuration: frozen dataclasses, one a section, and the parser of YAML recipes and dotted overrides.
+"""The configuration: frozen dataclasses, one a section, and the parser of YAML recipes and dotted
+overrides.
 
-The defaults are the paper's common recipe (method.md, section 4); a recipe names only what differs. Every check that needs no model is
-made when a section is built, so that a wrong value is one clear line before any work starts.
+The defaults are the paper's common recipe (method.md, section 4); a recipe names only what
+differs. Every check that needs no model is made when a section is built, so that a wrong value
+is one clear line before any work starts.
 """
 
 from __future__ import annotations
@@ -11,26 +13,33 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, NoReturn, get_type_hints
+from typing import Any, Literal, get_type_hints
 
+from fastgrpo.errors import fail
 from fastgrpo.interfaces import Policy, RewardModel
 
 PACKAGED = Path(__file__).resolve().parent.parent
-"""The folder that holds the package: where a relative path is looked for after the working directory."""
+"""The folder that holds the package: where a relative path is looked for after the working
+directory.
+"""
 
 
-def _require(ok: bool, key: str, expected: str, came: object) -> None:
+def _require(ok: bool, key: str, expected: str, got: object) -> None:
     if not ok:
-        raise ValueError(f"{key}: expected {expected}, got {came!r}")
+        raise ValueError(f"{key}: expected {expected}, got {got!r}")
 
 
 @dataclass(frozen=True)
 class PromptsConfig:
-    """Where captions come from: text (one prompt a line), .jsonl, .parquet, or a hub data set, hub:OWNER/NAME[/CONFIGURATION][:SPLIT]."""
+    """Where captions come from: text (one prompt a line), .jsonl, .parquet, or a hub data set,
+    hub:OWNER/NAME[/CONFIGURATION][:SPLIT].
+    """
 
     train: str
-    """Prompts to train on. A relative path is looked for in the working directory, then beside the installed package."""
-    heldout: str | None = None
+    """Prompts to train on. A relative path is looked for in the working directory, then beside the
+    installed package.
+    """
+    validation: str | None = None
     """Prompts of the evaluation; none: the first `evaluation.num_videos` training prompts."""
     shuffle: bool = True
     """Draw every epoch in a new order (seeded) instead of the file's."""
@@ -57,9 +66,13 @@ class RolloutConfig:
     sde: Literal["dance", "flow", "linear", "cps", "ode"] = "dance"
     """Sampler; `ode` has no log-probability and serves evaluation only."""
     eta: float = 0.5
-    """Noise level of the SDE, for dance, flow and cps; `linear` takes its own from the schedule, `ode` has none."""
+    """Noise level of the SDE, for dance, flow and cps; `linear` takes its own from the schedule,
+    `ode` has none.
+    """
     sde_window: Literal["all", "sliding", "single"] = "all"
-    """Which steps are stochastic and trained: all (the paper), a window that slides (MixGRPO), one step a prompt (Flash-GRPO)."""
+    """Which steps are stochastic and trained: all (the paper), a window that slides (MixGRPO), one
+    step a prompt (Flash-GRPO).
+    """
     window_size: int = 4
     """Steps in the sliding window."""
     window_interval: int = 25
@@ -67,26 +80,50 @@ class RolloutConfig:
     window_order: Literal["progressive", "random"] = "progressive"
     """Whether the sliding window walks from the first step on, or is drawn anew at every interval."""
     guidance_scale: float = 5.0
-    """Classifier-free guidance w in v = v_uncond + w (v_cond - v_uncond); 1 runs no unconditional branch."""
+    """Classifier-free guidance w in v = v_uncond + w (v_cond - v_uncond); 1 runs no unconditional
+    branch.
+    """
     same_noise: bool = True
     """Start all videos of a group from one noise."""
     share_first_step: bool = True
-    """Run the first step once for the micro-batches whose videos all start from one noise and prompt. Not a bit changes."""
+    """Run the first step once for the micro-batches whose videos all start from one noise and
+    prompt. Not a bit changes.
+    """
     timestep_rounding: Literal["trunc", "none"] = "trunc"
     """Whether the model sees 1000 sigma truncated to an integer (DanceGRPO) or as it is."""
     decode: Literal["x0", "final"] = "x0"
     """Which latent becomes the video: the last step's x0 prediction, or the last state of the SDE."""
     micro_batch_size: int = 1
-    """Videos that one forward pass holds, in rollout and update alike: another size is another kernel, and other bits."""
+    """Videos that one forward pass holds, in rollout and update alike: another size is another
+    kernel, and other bits.
+    """
 
     def __post_init__(self) -> None:
-        for key in ("num_prompts", "num_generations", "height", "width", "num_frames", "micro_batch_size", "window_interval"):
+        for key in (
+            "num_prompts",
+            "num_generations",
+            "height",
+            "width",
+            "num_frames",
+            "micro_batch_size",
+            "window_interval",
+        ):
             _require(getattr(self, key) >= 1, f"rollout.{key}", "at least 1", getattr(self, key))
-        _require(self.num_inference_steps >= 2, "rollout.num_inference_steps", "at least 2", self.num_inference_steps)
+        _require(
+            self.num_inference_steps >= 2,
+            "rollout.num_inference_steps",
+            "at least 2",
+            self.num_inference_steps,
+        )
         _require(0 < self.shift < math.inf, "rollout.shift", "a positive number", self.shift)
         _require(0 < self.eta < math.inf, "rollout.eta", "a positive number", self.eta)
         _require(self.sde != "cps" or self.eta <= 1, "rollout.eta", "at most 1 for cps", self.eta)
-        _require(math.isfinite(self.guidance_scale), "rollout.guidance_scale", "a finite number", self.guidance_scale)
+        _require(
+            math.isfinite(self.guidance_scale),
+            "rollout.guidance_scale",
+            "a finite number",
+            self.guidance_scale,
+        )
         # The last transition is never trained, so neither is it part of a window.
         _require(
             self.sde_window != "sliding" or 1 <= self.window_size < self.num_inference_steps,
@@ -101,17 +138,25 @@ class PacingConfig:
     """The co-evolving reward (Eqs. 4-9; method.md, section 3)."""
 
     mode: Literal["self_paced", "one_stage", "two_stage", "joint", "static"] = "self_paced"
-    """self_paced: Eqs. 4-9. one_stage: stage I. two_stage: self-paced over I and II. joint: equal weights. static: one stage."""
+    """self_paced: Eqs. 4-9. one_stage: stage I. two_stage: self-paced over I and II. joint: equal
+    weights. static: one stage.
+    """
     static_stage: int = 0
     """The stage that `static` trains on, counted from 1; 0 is the last."""
     thresholds: tuple[float, ...] = (0.75, 0.75)
-    """Competence that opens the next stage: K - 1 of them, or K with the literal gate. `calibrate` measures them."""
+    """Competence that opens the next stage: K - 1 of them, or K with the literal gate. `calibrate`
+    measures them.
+    """
     gate: Literal["difference", "literal"] = "difference"
     """Reading of Eq. 9."""
     saturation: Literal["one_minus_hoyer", "hoyer", "off"] = "one_minus_hoyer"
-    """What the sparsity term takes for saturation: 1 - Hoyer (the text's meaning), Eq. 8 as printed, or nothing."""
+    """What the sparsity term takes for saturation: 1 - Hoyer (the text's meaning), Eq. 8 as
+    printed, or nothing.
+    """
     competence: Literal["ema", "batch", "group"] = "ema"
-    """The mean that the gates see: running over iterations, of the iteration, or of the group itself (Eq. 7 to the letter)."""
+    """The mean that the gates see: running over iterations, of the iteration, or of the group
+    itself (Eq. 7 to the letter).
+    """
     momentum: float = 0.9
     """Momentum of the running mean."""
     sharpness: float = 5.0
@@ -141,8 +186,10 @@ class UpdateConfig:
     cfg_grad: Literal["both", "cond_only"] = "both"
     """Branches that the gradient of a guided velocity reaches."""
     branchwise: bool = True
-    """With guidance, back-propagate one branch after the other, so that one branch's activations live at a time. Before any weight has
-    moved it costs nothing (the gradient follows from the noise, where the ratio is 1), after that or with a KL one more forward."""
+    """With guidance, back-propagate one branch after the other, so that one branch's activations
+    live at a time. Before any weight has moved it costs nothing (the gradient follows from the
+    noise, where the ratio is 1), after that or with a KL one more forward.
+    """
     gradient_accumulation: int = 4
     """Samples (videos) per rank between two optimizer steps."""
     optimizer: Literal["adamw", "apex_fused_adam"] = "adamw"
@@ -160,29 +207,81 @@ class UpdateConfig:
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this 2-norm."""
     ema_decay: float = 0.0
-    """Decay of an exponential average of the weights, which is then what is sampled and exported; 0 keeps none."""
+    """Decay of an exponential average of the weights, which is then what is sampled and exported; 0
+    keeps none.
+    """
     max_skipped_updates: int = 5
-    """Updates in a row that could not be made (a loss or gradient not finite, no video with a score) before the run stops, checkpointed."""
+    """Updates in a row that could not be made (a loss or gradient not finite, no video with a
+    score) before the run stops, checkpointed.
+    """
 
     def __post_init__(self) -> None:
         _require(
-            self.num_best >= 0 and self.num_worst >= 0, "update.num_best/num_worst", "no negative number", (self.num_best, self.num_worst)
+            self.num_best >= 0 and self.num_worst >= 0,
+            "update.num_best/num_worst",
+            "no negative number",
+            (self.num_best, self.num_worst),
         )
-        _require(self.num_best + self.num_worst >= 1, "update.num_best + num_worst", "at least 1", 0)
-        _require(0 < self.timestep_fraction <= 1, "update.timestep_fraction", "a number in (0, 1]", self.timestep_fraction)
-        _require(0 < self.clip_range < 1, "update.clip_range", "a number in (0, 1)", self.clip_range)
+        _require(
+            self.num_best + self.num_worst >= 1, "update.num_best + num_worst", "at least 1", 0
+        )
+        _require(
+            0 < self.timestep_fraction <= 1,
+            "update.timestep_fraction",
+            "a number in (0, 1]",
+            self.timestep_fraction,
+        )
+        _require(
+            0 < self.clip_range < 1, "update.clip_range", "a number in (0, 1)", self.clip_range
+        )
         _require(self.adv_clip > 0, "update.adv_clip", "a positive number", self.adv_clip)
-        _require(0 <= self.kl_coef < math.inf, "update.kl_coef", "a number of at least 0", self.kl_coef)
-        _require(self.gradient_accumulation >= 1, "update.gradient_accumulation", "at least 1", self.gradient_accumulation)
-        _require(0 < self.learning_rate < math.inf, "update.learning_rate", "a positive number", self.learning_rate)
-        _require(self.warmup_iterations >= 0, "update.warmup_iterations", "at least 0", self.warmup_iterations)
+        _require(
+            0 <= self.kl_coef < math.inf, "update.kl_coef", "a number of at least 0", self.kl_coef
+        )
+        _require(
+            self.gradient_accumulation >= 1,
+            "update.gradient_accumulation",
+            "at least 1",
+            self.gradient_accumulation,
+        )
+        _require(
+            0 < self.learning_rate < math.inf,
+            "update.learning_rate",
+            "a positive number",
+            self.learning_rate,
+        )
+        _require(
+            self.warmup_iterations >= 0,
+            "update.warmup_iterations",
+            "at least 0",
+            self.warmup_iterations,
+        )
         ignored = self.warmup_iterations > 0 and self.lr_scheduler == "constant"
-        _require(not ignored, "update.warmup_iterations", "0 with lr_scheduler constant (or constant_with_warmup)", self.warmup_iterations)
-        _require(0 <= self.weight_decay < math.inf, "update.weight_decay", "a number of at least 0", self.weight_decay)
-        _require(all(0 <= b < 1 for b in self.betas), "update.betas", "two numbers in [0, 1)", self.betas)
-        _require(self.max_grad_norm > 0, "update.max_grad_norm", "a positive number", self.max_grad_norm)
+        _require(
+            not ignored,
+            "update.warmup_iterations",
+            "0 with lr_scheduler constant (or constant_with_warmup)",
+            self.warmup_iterations,
+        )
+        _require(
+            0 <= self.weight_decay < math.inf,
+            "update.weight_decay",
+            "a number of at least 0",
+            self.weight_decay,
+        )
+        _require(
+            all(0 <= b < 1 for b in self.betas), "update.betas", "two numbers in [0, 1)", self.betas
+        )
+        _require(
+            self.max_grad_norm > 0, "update.max_grad_norm", "a positive number", self.max_grad_norm
+        )
         _require(0 <= self.ema_decay < 1, "update.ema_decay", "a number in [0, 1)", self.ema_decay)
-        _require(self.max_skipped_updates >= 1, "update.max_skipped_updates", "at least 1", self.max_skipped_updates)
+        _require(
+            self.max_skipped_updates >= 1,
+            "update.max_skipped_updates",
+            "at least 1",
+            self.max_skipped_updates,
+        )
 
 
 @dataclass(frozen=True)
@@ -190,24 +289,35 @@ class ScoringConfig:
     """The queue in front of the judge, and what becomes of videos without a score."""
 
     max_pending: int = 4
-    """Micro-batches of decoded videos of a rank that may be without scores while the next ones are sampled; at least as many as the judge
-    takes at a time, such as `concurrency` of ServerEngine."""
+    """Micro-batches of decoded videos of a rank that may be without scores while the next ones are
+    sampled; at least as many as the judge takes at a time, such as `concurrency` of
+    ServerEngine.
+    """
     max_invalid_share: float = 0.5
-    """Share of an iteration's videos, over all ranks, that may go without a score; beyond it the run stops, checkpointed."""
+    """Share of an iteration's videos, over all ranks, that may go without a score; beyond it the
+    run stops, checkpointed.
+    """
 
     def __post_init__(self) -> None:
         _require(self.max_pending >= 1, "scoring.max_pending", "at least 1", self.max_pending)
-        _require(0 <= self.max_invalid_share <= 1, "scoring.max_invalid_share", "a share in [0, 1]", self.max_invalid_share)
+        _require(
+            0 <= self.max_invalid_share <= 1,
+            "scoring.max_invalid_share",
+            "a share in [0, 1]",
+            self.max_invalid_share,
+        )
 
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """Held-out captions, sampled with fixed noise and scored by the same judge."""
+    """Validation captions, sampled with fixed noise and scored by the same judge."""
 
     interval: int = 50
-    """Iterations between evaluations; the first and the last state are evaluated too. 0: only those two."""
+    """Iterations between evaluations; the first and the last state are evaluated too. 0: only those
+    two.
+    """
     num_generations: int = 1
-    """Videos a held-out prompt."""
+    """Videos a validation prompt."""
     num_videos: int = 8
     """Videos that are saved as mp4 and stills, the first of each of the first prompts."""
     sde: Literal["dance", "flow", "linear", "cps", "ode"] = "ode"
@@ -215,7 +325,12 @@ class EvaluationConfig:
 
     def __post_init__(self) -> None:
         _require(self.interval >= 0, "evaluation.interval", "at least 0", self.interval)
-        _require(self.num_generations >= 1, "evaluation.num_generations", "at least 1", self.num_generations)
+        _require(
+            self.num_generations >= 1,
+            "evaluation.num_generations",
+            "at least 1",
+            self.num_generations,
+        )
         _require(self.num_videos >= 0, "evaluation.num_videos", "at least 0", self.num_videos)
 
 
@@ -247,29 +362,52 @@ class TrackingConfig:
 class ParallelConfig:
     """How the trained network lies on the GPUs, and what its backward keeps.
 
-    Apart from `compile` none of it changes what is computed, but for the order of sums over ranks, and that sharded bf16 compute also
-    rounds what autocast leaves in fp32: norms' weights and modulation tables (the master weights stay fp32).
+    Apart from `compile` none of it changes what is computed, but for the order of sums over
+    ranks, and that sharded bf16 compute also rounds what autocast leaves in fp32: norms' weights
+    and modulation tables (the master weights stay fp32).
     """
 
     shard: Literal["auto", "none", "full"] = "auto"
-    """full: parameters, gradients and optimizer state in equal parts on all ranks (FSDP2, block by block). none: a whole copy on every
-    rank, gradients averaged. auto: full where there are several ranks with GPUs."""
+    """full: parameters, gradients and optimizer state in equal parts on all ranks (FSDP2, block by
+    block). none: a whole copy on every rank, gradients averaged. auto: full where there are
+    several ranks with GPUs.
+    """
     replicas: int = 1
-    """Copies of the sharded model (HSDP): each group of world size / replicas ranks, best a node, holds one. 1 shards over all ranks."""
+    """Copies of the sharded model (HSDP): each group of world size / replicas ranks, best a node,
+    holds one. 1 shards over all ranks.
+    """
     cpu_offload: bool = False
-    """Keep the shards, the gradients and the optimizer's state in the host's memory, and step there. Needs sharding."""
+    """Keep the shards, the gradients and the optimizer's state in the host's memory, and step
+    there. Needs sharding.
+    """
     keep_gathered: bool = False
-    """Keep the parameters of all blocks gathered during a rollout, one all-gather for all its steps; freed before the update."""
+    """Keep the parameters of all blocks gathered during a rollout, one all-gather for all its
+    steps; freed before the update.
+    """
     activations: Literal["full", "keep_attention", "none"] = "full"
-    """What backward computes again of each block: all of it, all but attention's outputs (some GB), or nothing (most memory)."""
+    """What backward computes again of each block: all of it, all but attention's outputs (some GB),
+    or nothing (most memory).
+    """
     compile: bool = False
-    """torch.compile of each kind of block. A compiled block's training forward may round otherwise than its rollout forward, which the
-    clip then takes for a change of policy: look at ratio_drift, which must stay far below update.clip_range."""
+    """torch.compile of each kind of block. A compiled block's training forward may round otherwise
+    than its rollout forward, which the clip then takes for a change of policy: look at
+    ratio_drift, which must stay far below update.clip_range.
+    """
 
     def __post_init__(self) -> None:
         _require(self.replicas >= 1, "parallel.replicas", "at least 1", self.replicas)
-        _require(self.shard != "none" or self.replicas == 1, "parallel.replicas", "1 with shard none, where all are copies", self.replicas)
-        _require(self.shard != "none" or not self.cpu_offload, "parallel.cpu_offload", "false with shard none", self.cpu_offload)
+        _require(
+            self.shard != "none" or self.replicas == 1,
+            "parallel.replicas",
+            "1 with shard none, where all are copies",
+            self.replicas,
+        )
+        _require(
+            self.shard != "none" or not self.cpu_offload,
+            "parallel.cpu_offload",
+            "false with shard none",
+            self.cpu_offload,
+        )
 
 
 @dataclass(frozen=True)
@@ -281,13 +419,20 @@ class RuntimeConfig:
     compute_dtype: Literal["auto", "fp32", "bf16"] = "auto"
     """dtype of the forward pass over fp32 master weights; auto: bf16 on a GPU, fp32 on the CPU."""
     num_threads: int = 0
-    """CPU threads of each process; 0 leaves torch's choice. Another number is another summation order, and other bits."""
+    """CPU threads of each process; 0 leaves torch's choice. Another number is another summation
+    order, and other bits.
+    """
     timeout_minutes: float = 30.0
     """A rank that waits longer than this for the others fails."""
 
     def __post_init__(self) -> None:
         _require(self.num_threads >= 0, "runtime.num_threads", "at least 0", self.num_threads)
-        _require(0 < self.timeout_minutes < math.inf, "runtime.timeout_minutes", "a positive number", self.timeout_minutes)
+        _require(
+            0 < self.timeout_minutes < math.inf,
+            "runtime.timeout_minutes",
+            "a positive number",
+            self.timeout_minutes,
+        )
 
 
 @dataclass(frozen=True)
@@ -303,13 +448,17 @@ class TrainConfig:
     name: str = "run"
     """Name of the run; its folder is <output_dir>/<name>."""
     output_dir: str = "runs"
-    """Folder that holds the runs; nothing is written outside it but a policy's text embeddings, which runs share."""
+    """Folder that holds the runs; nothing is written outside it but a policy's text embeddings,
+    which runs share.
+    """
     iterations: int = 150
     """Rollout iterations in all, those before a resume included."""
     seed: int = 0
     """Seed of every random choice; noise is counter-based, so it is all the random state there is."""
     resume: Literal["never", "auto"] = "never"
-    """auto: go on from the newest checkpoint that verifies; never: refuse a run folder that has been used."""
+    """auto: go on from the newest checkpoint that verifies; never: refuse a run folder that has
+    been used.
+    """
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     """Sampling of groups."""
     scoring: ScoringConfig = field(default_factory=ScoringConfig)
@@ -319,7 +468,7 @@ class TrainConfig:
     update: UpdateConfig = field(default_factory=UpdateConfig)
     """The policy-gradient update."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    """Held-out evaluation."""
+    """Validation evaluation."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """Checkpoints."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -330,12 +479,32 @@ class TrainConfig:
     """Device, precision, processes."""
 
     def __post_init__(self) -> None:
-        _require(self.name not in ("", ".", "..") and "/" not in self.name, "name", "a folder's name", self.name)
+        _require(
+            self.name not in ("", ".", "..") and "/" not in self.name,
+            "name",
+            "a folder's name",
+            self.name,
+        )
         _require(self.iterations >= 0, "iterations", "at least 0", self.iterations)
         _require(0 <= self.seed < 2**63, "seed", "an integer in [0, 2^63)", self.seed)
-        _require(self.rollout.sde != "ode", "rollout.sde", "a sampler with a log-probability to train on", self.rollout.sde)
-        _require(self.evaluation.sde != "cps" or self.rollout.eta <= 1, "rollout.eta", "at most 1 for evaluation.sde cps", self.rollout.eta)
-        _require(self.rollout.num_generations >= 2, "rollout.num_generations", "at least 2, a group", self.rollout.num_generations)
+        _require(
+            self.rollout.sde != "ode",
+            "rollout.sde",
+            "a sampler with a log-probability to train on",
+            self.rollout.sde,
+        )
+        _require(
+            self.evaluation.sde != "cps" or self.rollout.eta <= 1,
+            "rollout.eta",
+            "at most 1 for evaluation.sde cps",
+            self.rollout.eta,
+        )
+        _require(
+            self.rollout.num_generations >= 2,
+            "rollout.num_generations",
+            "at least 2, a group",
+            self.rollout.num_generations,
+        )
         kept = self.update.num_best + self.update.num_worst
         _require(
             self.rollout.num_generations >= kept,
@@ -349,19 +518,24 @@ class TrainConfig:
         return Path(self.output_dir) / self.name
 
 
-def parse_config(argv: Sequence[str] | None = None, options: type | None = None, **parser_kwargs: Any) -> tuple[TrainConfig, str, Any]:
-    """Parse `--config RECIPE` (several allowed, later ones win) and dotted overrides (`--rollout.height 320`).
+def parse_config(
+    argv: Sequence[str] | None = None, options: type | None = None, **parser_kwargs: Any
+) -> tuple[TrainConfig, str, Any]:
+    """Parse `--config RECIPE` (several allowed, later ones win) and dotted overrides
+    (`--rollout.height 320`).
 
     Args:
-        argv: arguments; None takes the command line's.
-        options: a dataclass of further options that a command has, given as `--options.name`.
-        parser_kwargs: `prog` and `description` of the help.
+        argv: arguments; None takes the command line's. options: a dataclass of further options
+            that a command has, given as `--options.name`. parser_kwargs: `prog` and
+            `description` of the help.
 
     Returns:
-        The configuration; its YAML text, which `--config` loads again; the instance of `options` (None without).
+        The configuration; its YAML text, which `--config` loads again; the instance of `options`
+        (None without).
 
     Raises:
-        SystemExit: code 2 after one line on stderr, for any key or value that is not accepted; 0 for `--help` and `--print_config`.
+        SystemExit: code 2 after one line on stderr, for any key or value that is not accepted; 0
+            for `--help` and `--print_config`.
     """
     import jsonargparse
     import yaml
@@ -375,7 +549,9 @@ def parse_config(argv: Sequence[str] | None = None, options: type | None = None,
         usage="%(prog)s [--config RECIPE ...] [--section.key VALUE ...]",
         **parser_kwargs,
     )
-    parser.add_argument("--config", action="config", help="A YAML recipe; may be given several times.")
+    parser.add_argument(
+        "--config", action="config", help="A YAML recipe; may be given several times."
+    )
     parser.add_class_arguments(TrainConfig, as_group=True)
     if options is not None:
         parser.add_class_arguments(options, "options", as_group=True)
@@ -384,14 +560,17 @@ def parse_config(argv: Sequence[str] | None = None, options: type | None = None,
         # From a file, the parser takes null for anything, and anything for a section.
         for key, kind in get_type_hints(TrainConfig).items():
             _require(
-                not is_dataclass(kind) or isinstance(namespace[key], jsonargparse.Namespace), key, "keys and their values", namespace[key]
+                not is_dataclass(kind) or isinstance(namespace[key], jsonargparse.Namespace),
+                key,
+                "keys and their values",
+                namespace[key],
             )
         parser.validate(namespace, skip_unset=False)
         values = parser.instantiate(namespace)
         config = TrainConfig(**{f.name: values[f.name] for f in fields(TrainConfig)})
     except (jsonargparse.ArgumentError, ValueError, TypeError, FileNotFoundError) as error:
         how = "its methods need the parameter names and type hints of fastgrpo/interfaces.py, under `from __future__ import annotations`"
-        refuse(f"{error}; {how}" if "implement protocol" in str(error) else error)
+        fail(f"{error}; {how}" if "implement protocol" in str(error) else error)
     for key in ("config", "options"):
         namespace.pop(key, None)
     namespace["resume"] = "never"  # how this start was asked for is no part of what the run is
@@ -399,7 +578,9 @@ def parse_config(argv: Sequence[str] | None = None, options: type | None = None,
 
 
 def packaged_recipes(argv: Sequence[str]) -> list[str]:
-    """The arguments, with a `--config FILE` that is not in the working directory taken from beside the installed package if it is there."""
+    """The arguments, with a `--config FILE` that is not in the working directory taken from beside
+    the installed package if it is there.
+    """
     words = []
     for before, word in zip(["", *argv], argv, strict=False):
         missing = before == "--config" and not Path(word).exists()
@@ -407,23 +588,9 @@ def packaged_recipes(argv: Sequence[str]) -> list[str]:
     return words
 
 
-def refuse(error: object) -> NoReturn:
-    """End the process as a wrong command line does: one line on stderr, exit code 2.
-
-    The line comes from one rank of each node, as all have the same command line; once they have met, an error may be of one rank alone.
-    """
-    import os
-
-    from torch import distributed
-
-    rank = os.environ.get("RANK", "0")
-    if os.environ.get("LOCAL_RANK", rank) == "0" or distributed.is_initialized():
-        print("error:" if rank == "0" else f"error on rank {rank}:", " ".join(str(error).split()), file=sys.stderr)
-    raise SystemExit(2)
-
-
 def find_file(path: str, key: str) -> Path:
-    """An existing file: relative to the working directory, or else to the folder that holds the installed package.
+    """An existing file: relative to the working directory, or else to the folder that holds the
+    installed package.
 
     Raises:
         FileNotFoundError: neither is there; names `key` and both places.
@@ -432,7 +599,9 @@ def find_file(path: str, key: str) -> Path:
     for candidate in candidates:
         if candidate.is_file():
             return candidate
-    raise FileNotFoundError(f"{key}: expected a file, found none at {' or '.join(map(str, candidates))}")
+    raise FileNotFoundError(
+        f"{key}: expected a file, found none at {' or '.join(map(str, candidates))}"
+    )
 
 
 def _load_yaml(text: str) -> Any:
@@ -447,7 +616,9 @@ def _load_yaml(text: str) -> Any:
         for key_node, _ in node.value:
             key = loader.construct_object(key_node, deep=True)
             if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is given twice", key_node.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} is given twice", key_node.start_mark
+                )
             seen.add(key)
         return loader.construct_mapping(node, deep=True)
 

@@ -1,6 +1,7 @@
 """What the tests share: a generator and a judge of a few lines, and one process or two.
 
-Test files do not import each other; they take these as fixtures. A script for another process says `from conftest import TinyPolicy`.
+Test files do not import each other; they take these as fixtures. A script for another process
+says `from conftest import TinyPolicy`.
 """
 
 from __future__ import annotations
@@ -27,9 +28,11 @@ sys.path.insert(0, str(ROOT / "tests" / "modules"))
 
 
 class TinyNetwork(nn.Module):
-    """v = f(x A + 0.001 t B + sum over tokens of (text C)) over P elements and text [B, 2, 4], f(h) = h / (1 + |h|).
+    """v = f(x A + 0.001 t B + sum over tokens of (text C)) over P elements and text [B, 2, 4], f(h)
+    = h / (1 + |h|).
 
-    f is made of operations that IEEE 754 rounds, so that an element's bits do not depend on its place in a vector register.
+    f is made of operations that IEEE 754 rounds, so that an element's bits do not depend on its
+    place in a vector register.
     """
 
     def __init__(self, elements: int, seed: int = 0) -> None:
@@ -46,7 +49,9 @@ class TinyNetwork(nn.Module):
 
 
 class TinyPolicy:
-    """interfaces.Policy: latents [3, T, H, W], a caption's text from its hash, videos by a logistic function."""
+    """interfaces.Policy: latents [3, T, H, W], a caption's text from its hash, videos by a logistic
+    function.
+    """
 
     fps = 2
 
@@ -57,7 +62,9 @@ class TinyPolicy:
 
     def latent_shape(self, height: int, width: int, num_frames: int) -> tuple[int, ...]:
         if (num_frames, height, width) != self.shape:
-            raise ValueError(f"expected num_frames, height, width {self.shape}, got {(num_frames, height, width)}")
+            raise ValueError(
+                f"expected num_frames, height, width {self.shape}, got {(num_frames, height, width)}"
+            )
         return (3, num_frames, height, width)
 
     def check_prompts(self, prompts: Sequence[str]) -> None:
@@ -70,7 +77,10 @@ class TinyPolicy:
         self.transformer.to(device)
 
     def encode(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        words = [[b / 128 - 1 for b in hashlib.sha256(p.encode()).digest()[:8]] if p else [0.0] * 8 for p in prompts]
+        words = [
+            [b / 128 - 1 for b in hashlib.sha256(p.encode()).digest()[:8]] if p else [0.0] * 8
+            for p in prompts
+        ]
         return {"text": torch.tensor(words).view(-1, 2, 4)}
 
     def velocity(self, latents: Tensor, timesteps: Tensor, conditioning: Any) -> Tensor:
@@ -86,7 +96,9 @@ class TinyPolicy:
 
 
 class TinyJudge:
-    """interfaces.RewardModel: the mean of the red, green and blue channel; a caption with "unseen" in it gets no score."""
+    """interfaces.RewardModel: the mean of the red, green and blue channel; a caption with "unseen"
+    in it gets no score.
+    """
 
     stages = ("red", "green", "blue")
 
@@ -94,7 +106,9 @@ class TinyJudge:
         pass
 
     def score(self, videos: Tensor, prompts: Sequence[str], fps: float) -> tuple[Tensor, Tensor]:
-        return videos.double().mean(dim=(1, 3, 4)), torch.tensor(["unseen" not in p for p in prompts])
+        return videos.double().mean(dim=(1, 3, 4)), torch.tensor(
+            ["unseen" not in p for p in prompts]
+        )
 
 
 @pytest.fixture
@@ -109,23 +123,38 @@ def tiny_judge() -> type[TinyJudge]:
 
 @pytest.fixture(scope="session")
 def wan_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny WanPipeline with random weights, saved as diffusers saves the real ones: latents of 16 channels, text of 32."""
-    from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
+    """A tiny WanPipeline with random weights, saved as diffusers saves the real ones: latents of 16
+    channels, text of 32.
+    """
+    from diffusers import (
+        AutoencoderKLWan,
+        FlowMatchEulerDiscreteScheduler,
+        WanPipeline,
+        WanTransformer3DModel,
+    )
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
     torch.manual_seed(0)
     tokens = ["<pad>", "</s>", "<unk>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    words = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=[], unk_token="<unk>"))
+    words = Tokenizer(
+        models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=[], unk_token="<unk>")
+    )
     words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    text = UMT5Config(vocab_size=len(tokens), d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4)
+    text = UMT5Config(
+        vocab_size=len(tokens), d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4
+    )
     shape = {"num_attention_heads": 4, "attention_head_dim": 24, "ffn_dim": 128, "num_layers": 2}
     pipe = WanPipeline(
-        tokenizer=PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"),
+        tokenizer=PreTrainedTokenizerFast(
+            tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+        ),
         text_encoder=UMT5EncoderModel(text).eval(),
         vae=AutoencoderKLWan(base_dim=8, z_dim=16, dim_mult=[1, 1, 2, 2], num_res_blocks=1).eval(),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0),
-        transformer=WanTransformer3DModel(in_channels=16, out_channels=16, text_dim=32, freq_dim=32, **shape).eval(),
+        transformer=WanTransformer3DModel(
+            in_channels=16, out_channels=16, text_dim=32, freq_dim=32, **shape
+        ).eval(),
     )
     folder = tmp_path_factory.mktemp("models") / "wan"
     pipe.save_pretrained(folder)
@@ -134,35 +163,78 @@ def wan_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def hunyuan_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny HunyuanVideoPipeline with random weights, saved as diffusers saves the real one: latents of 4 channels, text of 32 and 24.
+    """A tiny HunyuanVideoPipeline with random weights, saved as diffusers saves the real one:
+    latents of 4 channels, text of 32 and 24.
 
-    Its tokenizer knows the words of the pipeline's template, of which the pipeline cuts off 95 tokens; bytes would leave no prompt.
+    Its tokenizer knows the words of the pipeline's template, of which the pipeline cuts off 95
+    tokens; bytes would leave no prompt.
     """
-    from diffusers import AutoencoderKLHunyuanVideo, FlowMatchEulerDiscreteScheduler, HunyuanVideoPipeline, HunyuanVideoTransformer3DModel
+    from diffusers import (
+        AutoencoderKLHunyuanVideo,
+        FlowMatchEulerDiscreteScheduler,
+        HunyuanVideoPipeline,
+        HunyuanVideoTransformer3DModel,
+    )
     from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
     from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
-    from transformers import CLIPTextConfig, CLIPTextModel, LlamaConfig, LlamaModel, PreTrainedTokenizerFast
+    from transformers import (
+        CLIPTextConfig,
+        CLIPTextModel,
+        LlamaConfig,
+        LlamaModel,
+        PreTrainedTokenizerFast,
+    )
 
     def tokenizer(corpus: list[str]) -> Any:
         special, words = ["<pad>", "<s>", "</s>"], Tokenizer(models.BPE())
         words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-        words.train_from_iterator(corpus, trainers.BpeTrainer(special_tokens=special, initial_alphabet=alphabet, show_progress=False))
-        words.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
-        return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+        words.train_from_iterator(
+            corpus,
+            trainers.BpeTrainer(
+                special_tokens=special, initial_alphabet=alphabet, show_progress=False
+            ),
+        )
+        words.post_processor = processors.TemplateProcessing(
+            single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+        )
+        return PreTrainedTokenizerFast(
+            tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+        )
 
     torch.manual_seed(0)
     llama_words, clip_words = tokenizer([DEFAULT_PROMPT_TEMPLATE["template"]] * 2), tokenizer([])
-    llama = LlamaConfig(vocab_size=len(llama_words), hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4)
+    llama = LlamaConfig(
+        vocab_size=len(llama_words),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+    )
     clip = CLIPTextConfig(
-        vocab_size=len(clip_words), hidden_size=24, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
-    vae = AutoencoderKLHunyuanVideo(latent_channels=4, block_out_channels=(8, 8, 16, 16), layers_per_block=1, norm_num_groups=4)
+        vocab_size=len(clip_words),
+        hidden_size=24,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    vae = AutoencoderKLHunyuanVideo(
+        latent_channels=4, block_out_channels=(8, 8, 16, 16), layers_per_block=1, norm_num_groups=4
+    )
     transformer = HunyuanVideoTransformer3DModel(
-        in_channels=4, out_channels=4, num_attention_heads=4, attention_head_dim=24, num_layers=2, num_single_layers=2,
-        num_refiner_layers=1, text_embed_dim=32, pooled_projection_dim=24, rope_axes_dim=(8, 8, 8),
-    )  # fmt: skip
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=4,
+        attention_head_dim=24,
+        num_layers=2,
+        num_single_layers=2,
+        num_refiner_layers=1,
+        text_embed_dim=32,
+        pooled_projection_dim=24,
+        rope_axes_dim=(8, 8, 8),
+    )
     pipe = HunyuanVideoPipeline(
         text_encoder=LlamaModel(llama).eval(),
         tokenizer=llama_words,
@@ -179,25 +251,58 @@ def hunyuan_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def qwen_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Qwen2.5-VL (0.2 M random weights) saved as the published ones are: mrope, window attention, every digit a token of its own.
+    """A tiny Qwen2.5-VL (0.2 M random weights) saved as the published ones are: mrope, window
+    attention, every digit a token of its own.
 
-    Greedy, it writes no numbers. The chat template restates the public format; generation_config.json has the real one's penalty.
+    Greedy, it writes no numbers. The chat template restates the public format;
+    generation_config.json has the real one's penalty.
     """
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
-    from transformers import GenerationConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
+    from transformers import (
+        GenerationConfig,
+        Qwen2_5_VLConfig,
+        Qwen2_5_VLForConditionalGeneration,
+        Qwen2Tokenizer,
+    )
     from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
-    splits = [pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    splits = [
+        pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ]
     words = Tokenizer(models.BPE())
     words.pre_tokenizer = pre_tokenizers.Sequence(splits)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    text = ["You are a helpful assistant. system user assistant", "Rate this video from 1.00 to 10.00. Answer with one number only. "]
-    words.train_from_iterator(text * 2, trainers.BpeTrainer(vocab_size=320, initial_alphabet=alphabet, show_progress=False))
+    text = [
+        "You are a helpful assistant. system user assistant",
+        "Rate this video from 1.00 to 10.00. Answer with one number only. ",
+    ]
+    words.train_from_iterator(
+        text * 2,
+        trainers.BpeTrainer(vocab_size=320, initial_alphabet=alphabet, show_progress=False),
+    )
     bpe = json.loads(words.to_str())["model"]
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>"]
-    special += ["<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"]
+    special = [
+        "<|endoftext|>",
+        "<|im_start|>",
+        "<|im_end|>",
+        "<|object_ref_start|>",
+        "<|object_ref_end|>",
+        "<|box_start|>",
+        "<|box_end|>",
+    ]
+    special += [
+        "<|quad_start|>",
+        "<|quad_end|>",
+        "<|vision_start|>",
+        "<|vision_end|>",
+        "<|vision_pad|>",
+        "<|image_pad|>",
+        "<|video_pad|>",
+    ]
     tokenizer = Qwen2Tokenizer(
-        vocab=bpe["vocab"] | {name: len(bpe["vocab"]) + place for place, name in enumerate(special)},
+        vocab=bpe["vocab"]
+        | {name: len(bpe["vocab"]) + place for place, name in enumerate(special)},
         merges=[tuple(pair) for pair in bpe["merges"]],
         eos_token="<|im_end|>",
         extra_special_tokens=special[1:],
@@ -213,29 +318,65 @@ def qwen_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     number = tokenizer.convert_tokens_to_ids
     language = {
-        "vocab_size": len(tokenizer), "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "initializer_range": 0.1, "bos_token_id": number("<|endoftext|>"), "eos_token_id": number("<|im_end|>"),
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}, "rms_norm_eps": 1e-6,
-    }  # fmt: skip
+        "vocab_size": len(tokenizer),
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "initializer_range": 0.1,
+        "bos_token_id": number("<|endoftext|>"),
+        "eos_token_id": number("<|im_end|>"),
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]},
+        "rms_norm_eps": 1e-6,
+    }
     vision = {
-        "depth": 3, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 64, "window_size": 56,
-        "fullatt_block_indexes": [1], "tokens_per_second": 2, "initializer_range": 0.1,
-    }  # fmt: skip
+        "depth": 3,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_heads": 2,
+        "out_hidden_size": 64,
+        "window_size": 56,
+        "fullatt_block_indexes": [1],
+        "tokens_per_second": 2,
+        "initializer_range": 0.1,
+    }
     tokens = {f"{name}_token_id": number(f"<|{name}|>") for name in ("vision_start", "vision_end")}
     tokens |= {f"{name}_token_id": number(f"<|{name}_pad|>") for name in ("image", "video")}
     torch.manual_seed(0)
-    model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=language, vision_config=vision, **tokens)).eval()
+    model = Qwen2_5_VLForConditionalGeneration(
+        Qwen2_5_VLConfig(text_config=language, vision_config=vision, **tokens)
+    ).eval()
     model.generation_config = GenerationConfig(
-        do_sample=True, temperature=1e-6, repetition_penalty=1.05, bos_token_id=number("<|endoftext|>"),
-        pad_token_id=number("<|endoftext|>"), eos_token_id=[number("<|im_end|>"), number("<|endoftext|>")],
-    )  # fmt: skip
+        do_sample=True,
+        temperature=1e-6,
+        repetition_penalty=1.05,
+        bos_token_id=number("<|endoftext|>"),
+        pad_token_id=number("<|endoftext|>"),
+        eos_token_id=[number("<|im_end|>"), number("<|endoftext|>")],
+    )
     folder = tmp_path_factory.mktemp("models") / "qwen"
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    clip = {"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]}
-    clip |= {"min_pixels": 3136, "max_pixels": 12845056, "patch_size": 14, "temporal_patch_size": 2, "merge_size": 2}
-    for name, kind in (("preprocessor_config.json", "image"), ("video_preprocessor_config.json", "video")):
-        content = clip | {"processor_class": "Qwen2_5_VLProcessor", f"{kind}_processor_type": f"Qwen2VL{kind.capitalize()}Processor"}
+    clip = {
+        "image_mean": [0.48145466, 0.4578275, 0.40821073],
+        "image_std": [0.26862954, 0.26130258, 0.27577711],
+    }
+    clip |= {
+        "min_pixels": 3136,
+        "max_pixels": 12845056,
+        "patch_size": 14,
+        "temporal_patch_size": 2,
+        "merge_size": 2,
+    }
+    for name, kind in (
+        ("preprocessor_config.json", "image"),
+        ("video_preprocessor_config.json", "video"),
+    ):
+        content = clip | {
+            "processor_class": "Qwen2_5_VLProcessor",
+            f"{kind}_processor_type": f"Qwen2VL{kind.capitalize()}Processor",
+        }
         (folder / name).write_text(json.dumps(content))
     return folder
 
@@ -250,7 +391,9 @@ def fault() -> type:
 
 @pytest.fixture
 def fake_endpoint() -> Iterator[Callable[..., Any]]:
-    """fake_endpoint(**fields of FakeEndpoint): a server that listens on a free port of this machine until the test ends."""
+    """fake_endpoint(**fields of FakeEndpoint): a server that listens on a free port of this machine
+    until the test ends.
+    """
     from fake_endpoint import FakeEndpoint
 
     made: list[FakeEndpoint] = []
@@ -266,38 +409,50 @@ def fake_endpoint() -> Iterator[Callable[..., Any]]:
 
 @pytest.fixture
 def one_rank() -> Iterator[torch.device]:
-    """This process as a world of one, as `fastgrpo.parallel.start` makes it."""
-    from fastgrpo import parallel
+    """This process as a world of one, as `fastgrpo.distributed.collectives.start` makes it."""
     from fastgrpo.config import RuntimeConfig
+    from fastgrpo.distributed import collectives
 
-    yield parallel.start(RuntimeConfig(device="cpu"))
-    parallel.stop()
+    yield collectives.start(RuntimeConfig(device="cpu"))
+    collectives.stop()
 
 
 @pytest.fixture(scope="session")
 def run_ranks() -> Callable[..., list[Any]]:
-    """run_ranks(script, world_size=2): run a script in that many processes; what each printed as JSON in its last line, by rank."""
+    """run_ranks(script, world_size=2): run a script in that many processes; what each printed as
+    JSON in its last line, by rank.
+    """
 
     def run(script: str, world_size: int = 2) -> list[Any]:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         paths = [str(ROOT / "tests"), str(ROOT), str(ROOT / "kernels")]
-        shared = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+        shared = {
+            "WORLD_SIZE": str(world_size),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "OMP_NUM_THREADS": "1",
+        }
         shared |= {"PYTHONPATH": os.pathsep.join(paths), "OMP_WAIT_POLICY": "PASSIVE"}
         processes = [
             subprocess.Popen(
-                [sys.executable, "-c", script], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                [sys.executable, "-c", script],
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
                 env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             )
             for rank in range(world_size)
-        ]  # fmt: skip
+        ]
         try:
             outputs = [process.communicate(timeout=120) for process in processes]
         finally:
             for process in processes:
                 process.kill()
-        failures = [err for process, (_, err) in zip(processes, outputs, strict=True) if process.returncode]
+        failures = [
+            err for process, (_, err) in zip(processes, outputs, strict=True) if process.returncode
+        ]
         assert not failures, "\n\n".join(failures)
         return [json.loads(out.splitlines()[-1]) for out, _ in outputs]
 

@@ -25,10 +25,17 @@ def test_every_command_is_shown_and_exists() -> None:
 def test_every_metric_is_explained() -> None:
     """The glossary names each metric that the trainer writes, by its row key or its prefix."""
     source = "".join(
-        (Path(__file__).resolve().parent.parent / "fastgrpo" / name).read_text() for name in ("grpo.py", "run.py", "timing.py")
+        (Path(__file__).resolve().parent.parent / "fastgrpo" / name).read_text()
+        for name in ("training/step.py", "training/loop.py", "training/timing.py")
     )
-    glossary = README[README.index("## What the numbers mean") : README.index("In `metrics.jsonl` a number")]
+    glossary = README[
+        README.index("## What the numbers mean") : README.index("In `metrics.jsonl` a number")
+    ]
     keys = set(re.findall(r'f?"((?:rewards|weights|hoyer|competence|eval|time)/)', source))
-    keys |= set(re.findall(r'"((?:num|frac|approx|clip|grad|ratio|reward|loss|kl|step|learning)\w*)":', source))
+    keys |= set(
+        re.findall(
+            r'"((?:num|frac|approx|clip|grad|ratio|reward|loss|kl|step|learning)\w*)":', source
+        )
+    )
     assert len(keys) >= 15
     assert [key for key in sorted(keys) if key not in glossary] == []

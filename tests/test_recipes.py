@@ -1,4 +1,6 @@
-"""The recipes: every value is that of method.md, section 4, and overlays change what they say and nothing else."""
+"""The recipes: every value is that of method.md, section 4, and overlays change what they say and
+nothing else.
+"""
 
 from __future__ import annotations
 
@@ -9,47 +11,96 @@ from typing import Any
 import pytest
 import yaml
 
+from fastgrpo.algorithm.self_paced import check_pacing
 from fastgrpo.config import TrainConfig, parse_config
 from fastgrpo.policies.hunyuan_video import HunyuanVideoPolicy
 from fastgrpo.policies.wan import WanPolicy
-from fastgrpo.rewards.in_process import TransformersEngine
-from fastgrpo.rewards.judge import StageJudge
-from fastgrpo.rewards.served import ServerEngine
-from fastgrpo.self_paced import check_pacing
+from fastgrpo.rewards.vlm.in_process import TransformersEngine
+from fastgrpo.rewards.vlm.judge import StageJudge
+from fastgrpo.rewards.vlm.served import ServerEngine
 
 RECIPES = Path(__file__).resolve().parents[2] / "fastgrpo" / "recipes"
-JUDGE = ["--reward", "fastgrpo.shapes.judge.ShapesJudge"]  # of three stages, as the paper's; nothing is loaded to parse
+JUDGE = [
+    "--reward",
+    "fastgrpo.shapes.judge.ShapesJudge",
+]  # of three stages, as the paper's; nothing is loaded to parse
 REAL = ("wan2.1_t2v_1.3b", "wan2.1_t2v_14b", "hunyuanvideo")
 LORA = ("wan2.1_lora_one_gpu", "hunyuanvideo_lora_one_gpu")
 ABLATIONS = ("one_stage", "two_stage", "joint", "self_paced")
 
 # method.md, section 4, copied out by hand: what is common to the three, and the table.
 COMMON = {
-    "rollout.num_generations": 16, "rollout.num_frames": 53, "rollout.num_inference_steps": 16, "rollout.shift": 5.0,
-    "rollout.sde": "dance", "rollout.eta": 0.5, "rollout.sde_window": "all", "rollout.same_noise": True,
-    "rollout.timestep_rounding": "trunc", "rollout.decode": "x0", "rollout.micro_batch_size": 1,
-    "pacing.mode": "self_paced", "pacing.gate": "difference", "pacing.saturation": "one_minus_hoyer", "pacing.competence": "ema",
-    "pacing.momentum": 0.9, "pacing.sharpness": 5.0, "pacing.gate_temperature": 0.02, "pacing.sparsity_weight": 0.5,
-    "update.num_best": 4, "update.num_worst": 4, "update.timestep_fraction": 0.6, "update.clip_range": 1e-4, "update.adv_clip": 5.0,
-    "update.kl_coef": 0.0, "update.cfg_grad": "both", "update.gradient_accumulation": 4, "update.optimizer": "adamw",
-    "update.lr_scheduler": "constant", "update.warmup_iterations": 0, "update.weight_decay": 1e-4, "update.max_grad_norm": 1.0,
-    "update.ema_decay": 0.0, "parallel.activations": "full", "runtime.compute_dtype": "bf16", "policy.fps": 15, "policy.lora": None,
-}  # fmt: skip
+    "rollout.num_generations": 16,
+    "rollout.num_frames": 53,
+    "rollout.num_inference_steps": 16,
+    "rollout.shift": 5.0,
+    "rollout.sde": "dance",
+    "rollout.eta": 0.5,
+    "rollout.sde_window": "all",
+    "rollout.same_noise": True,
+    "rollout.timestep_rounding": "trunc",
+    "rollout.decode": "x0",
+    "rollout.micro_batch_size": 1,
+    "pacing.mode": "self_paced",
+    "pacing.gate": "difference",
+    "pacing.saturation": "one_minus_hoyer",
+    "pacing.competence": "ema",
+    "pacing.momentum": 0.9,
+    "pacing.sharpness": 5.0,
+    "pacing.gate_temperature": 0.02,
+    "pacing.sparsity_weight": 0.5,
+    "update.num_best": 4,
+    "update.num_worst": 4,
+    "update.timestep_fraction": 0.6,
+    "update.clip_range": 1e-4,
+    "update.adv_clip": 5.0,
+    "update.kl_coef": 0.0,
+    "update.cfg_grad": "both",
+    "update.gradient_accumulation": 4,
+    "update.optimizer": "adamw",
+    "update.lr_scheduler": "constant",
+    "update.warmup_iterations": 0,
+    "update.weight_decay": 1e-4,
+    "update.max_grad_norm": 1.0,
+    "update.ema_decay": 0.0,
+    "parallel.activations": "full",
+    "runtime.compute_dtype": "bf16",
+    "policy.fps": 15,
+    "policy.lora": None,
+}
 TABLE: dict[str, dict[str, Any]] = {
     "wan2.1_t2v_1.3b": {
-        "rollout.height": 480, "rollout.width": 832, "pacing.thresholds": (0.75, 0.75), "update.learning_rate": 5e-6, "iterations": 150,
-        "rollout.num_prompts": 8, "rollout.guidance_scale": 5.0, "policy.model": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+        "rollout.height": 480,
+        "rollout.width": 832,
+        "pacing.thresholds": (0.75, 0.75),
+        "update.learning_rate": 5e-6,
+        "iterations": 150,
+        "rollout.num_prompts": 8,
+        "rollout.guidance_scale": 5.0,
+        "policy.model": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
     },
     "wan2.1_t2v_14b": {
-        "rollout.height": 240, "rollout.width": 416, "pacing.thresholds": (0.75, 0.73), "update.learning_rate": 5e-6, "iterations": 220,
-        "rollout.num_prompts": 16, "rollout.guidance_scale": 5.0, "policy.model": "Wan-AI/Wan2.1-T2V-14B-Diffusers",
+        "rollout.height": 240,
+        "rollout.width": 416,
+        "pacing.thresholds": (0.75, 0.73),
+        "update.learning_rate": 5e-6,
+        "iterations": 220,
+        "rollout.num_prompts": 16,
+        "rollout.guidance_scale": 5.0,
+        "policy.model": "Wan-AI/Wan2.1-T2V-14B-Diffusers",
     },
     "hunyuanvideo": {
-        "rollout.height": 240, "rollout.width": 416, "pacing.thresholds": (0.70, 0.68), "update.learning_rate": 2e-6, "iterations": 100,
-        "rollout.num_prompts": 16, "rollout.guidance_scale": 1.0, "policy.embedded_guidance": 6.0,
+        "rollout.height": 240,
+        "rollout.width": 416,
+        "pacing.thresholds": (0.70, 0.68),
+        "update.learning_rate": 2e-6,
+        "iterations": 100,
+        "rollout.num_prompts": 16,
+        "rollout.guidance_scale": 1.0,
+        "policy.embedded_guidance": 6.0,
         "policy.model": "hunyuanvideo-community/HunyuanVideo",
     },
-}  # fmt: skip
+}
 
 
 def parse(*names: str, reward: list[str] = JUDGE) -> TrainConfig:
@@ -60,7 +111,11 @@ def parse(*names: str, reward: list[str] = JUDGE) -> TrainConfig:
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     """Every value by its dotted name; of policy and reward their attributes."""
     values: dict[str, Any] = {}
-    for key in [field.name for field in dataclasses.fields(config)] if dataclasses.is_dataclass(config) else vars(config):
+    for key in (
+        [field.name for field in dataclasses.fields(config)]
+        if dataclasses.is_dataclass(config)
+        else vars(config)
+    ):
         value = getattr(config, key)
         nested = dataclasses.is_dataclass(value) or key in ("policy", "reward")
         values |= flatten(value, f"{prefix}{key}.") if nested else {prefix + key: value}
@@ -80,14 +135,25 @@ def test_every_value_is_the_methods(name: str) -> None:
 
 @pytest.mark.parametrize("name", REAL)
 def test_every_value_of_a_real_recipe_names_its_source(name: str) -> None:
-    """A line with a value under a section says where it is from: the paper, DanceGRPO, or decided here."""
+    """A line with a value under a section says where it is from: the paper, DanceGRPO, or decided
+    here.
+    """
     text = (RECIPES / f"{name}.yaml").read_text()
     structure = ("#", "class_path", "init_args", "engine:")
-    lines = [line for line in text.splitlines() if line.startswith("  ") and not line.strip().startswith(structure)]
-    unsourced = [line for line in lines if not any(source in line for source in ("# paper", "# DanceGRPO", "# decided here"))]
+    lines = [
+        line
+        for line in text.splitlines()
+        if line.startswith("  ") and not line.strip().startswith(structure)
+    ]
+    unsourced = [
+        line
+        for line in lines
+        if not any(source in line for source in ("# paper", "# DanceGRPO", "# decided here"))
+    ]
     named_by_what_they_are = ("model:", "num_videos:", "guidance_scale: 1.0")
     assert [line for line in unsourced if not line.strip().startswith(named_by_what_they_are)] == []
-    # Written out, not left to a default that may change: all that the table and the common recipe have, as far as it differs from nothing.
+    # Written out, not left to a default that may change: all that the table and the common recipe
+    # have, as far as it differs from nothing.
     written = flatten_mapping(yaml.safe_load(text))
     absent = [key for key in COMMON | TABLE[name] if key not in written and key != "policy.lora"]
     assert absent == []
@@ -103,13 +169,18 @@ def flatten_mapping(values: dict[str, Any], prefix: str = "") -> set[str]:
 
 @pytest.mark.parametrize("name", REAL)
 def test_the_judge_is_the_papers(name: str) -> None:
-    """Qwen2.5-VL at three stages, 7B on the trainer's GPU for the smallest model, 72B in a process of its own for the others."""
+    """Qwen2.5-VL at three stages, 7B on the trainer's GPU for the smallest model, 72B in a process
+    of its own for the others.
+    """
     reward = parse(name, reward=[]).reward
     assert isinstance(reward, StageJudge)
     assert reward.stages == ("visual_quality", "temporal_smoothness", "text_alignment")
     if name.endswith("1.3b"):
         assert isinstance(reward.engine, TransformersEngine)
-        assert (reward.engine.model, reward.engine.device) == ("Qwen/Qwen2.5-VL-7B-Instruct", "shared")
+        assert (reward.engine.model, reward.engine.device) == (
+            "Qwen/Qwen2.5-VL-7B-Instruct",
+            "shared",
+        )
     else:
         assert isinstance(reward.engine, ServerEngine)
         assert reward.describe()["engine"]["model"] == "Qwen/Qwen2.5-VL-72B-Instruct"
@@ -117,14 +188,24 @@ def test_the_judge_is_the_papers(name: str) -> None:
 
 
 def test_all_files_are_covered_here() -> None:
-    known = {*REAL, "shapes", "shapes_literal_gate", *LORA, "dancegrpo", *(f"ablation_{mode}" for mode in ABLATIONS)}
+    known = {
+        *REAL,
+        "shapes",
+        "shapes_literal_gate",
+        *LORA,
+        "dancegrpo",
+        *(f"ablation_{mode}" for mode in ABLATIONS),
+    }
     assert {path.stem for path in RECIPES.glob("*.yaml")} == known
 
 
 @pytest.mark.parametrize("mode", [*ABLATIONS, "static"])
 @pytest.mark.parametrize("name", [*REAL, "shapes"])
 def test_modes_are_overlays_that_change_the_mode_alone(name: str, mode: str) -> None:
-    base, overlaid = parse(name), parse(name, "dancegrpo" if mode == "static" else f"ablation_{mode}")
+    base, overlaid = (
+        parse(name),
+        parse(name, "dancegrpo" if mode == "static" else f"ablation_{mode}"),
+    )
     assert overlaid.pacing == dataclasses.replace(base.pacing, mode=mode)  # type: ignore[arg-type]
     assert flatten(overlaid) == flatten(base) | {"pacing.mode": mode}
     check_pacing(overlaid.pacing, 3)
@@ -136,13 +217,21 @@ def test_the_baseline_takes_a_judge_of_one_score() -> None:
 
 @pytest.mark.parametrize("name", REAL)
 def test_lora_on_one_gpu(name: str) -> None:
-    """The overlay keeps the recipe's model and sizes, and the paper's two optimizer steps an iteration; others go on top of it."""
+    """The overlay keeps the recipe's model and sizes, and the paper's two optimizer steps an
+    iteration; others go on top of it.
+    """
     overlay = LORA[0] if name.startswith("wan") else LORA[1]
     base, config = flatten(parse(name)), parse(name, overlay, "ablation_joint")
     values = flatten(config)
     changed = {key for key in base | values if base.get(key) != values.get(key)}
     lora = {key for key in values if key.startswith("policy.lora.")}
-    others = {"policy.lora", "rollout.num_prompts", "update.gradient_accumulation", "update.learning_rate", "pacing.mode"}
+    others = {
+        "policy.lora",
+        "rollout.num_prompts",
+        "update.gradient_accumulation",
+        "update.learning_rate",
+        "pacing.mode",
+    }
     assert changed <= lora | others | ({"policy.vae_dtype"} if overlay == LORA[1] else set())
     assert (values["policy.lora.rank"], values["policy.lora.alpha"]) == (32, 64.0)
     kept = config.rollout.num_prompts * (config.update.num_best + config.update.num_worst)

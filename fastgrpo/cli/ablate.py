@@ -1,15 +1,19 @@
-"""Which part of the reward does it? Train a recipe under several pacing modes and seeds, and compare: the paper's ablation.
+"""Which part of the reward does it? Train a recipe under several pacing modes and seeds, and
+compare: the paper's ablation.
 
-Takes the options of `train`, and --modes one_stage,two_stage,joint,self_paced (also static), --seeds 0,1,2, --jobs 1 (cells side by side),
---launcher "torchrun --nproc-per-node 8" (what starts a cell; this Python if not given), --list true (only print a command for each cell
-that is not finished, for a cluster), --collect true (start nothing, only build the table from what is there). The cell of a mode and a
-seed is an ordinary run, <output_dir>/<name>/<mode>_seed<k>; the same command again goes on with what is not finished.
+Takes the options of `train`, and --modes one_stage,two_stage,joint,self_paced (also static),
+--seeds 0,1,2, --jobs 1 (cells side by side), --launcher "torchrun --nproc-per-node 8" (what
+starts a cell; this Python if not given), --list true (only print a command for each cell that is
+not finished, for a cluster), --collect true (start nothing, only build the table from what is
+there). The cell of a mode and a seed is an ordinary run, <output_dir>/<name>/<mode>_seed<k>; the
+same command again goes on with what is not finished.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import logging
 import os
 import shlex
 import signal
@@ -23,7 +27,10 @@ from typing import Any, NoReturn, cast, get_args, get_type_hints
 
 import yaml
 
-from fastgrpo.analysis.ablation_results import (
+from fastgrpo.algorithm.self_paced import check_pacing
+from fastgrpo.config import PacingConfig, TrainConfig, parse_config
+from fastgrpo.errors import fail
+from fastgrpo.evaluation.ablation_results import (
     CellResult,
     absences,
     caption,
@@ -35,19 +42,25 @@ from fastgrpo.analysis.ablation_results import (
     table_rows,
     text_table,
 )
-from fastgrpo.analysis.run_record import NAMES_OF_THE_RUN, read_runs
-from fastgrpo.checkpoint import list_checkpoints
-from fastgrpo.config import PacingConfig, TrainConfig, parse_config, refuse
-from fastgrpo.figures import save_figure
-from fastgrpo.run import check, differences, say, stop_signals
-from fastgrpo.self_paced import check_pacing
+from fastgrpo.evaluation.report.run_record import NAMES_OF_THE_RUN, read_runs
+from fastgrpo.training.checkpoint import list_checkpoints
+from fastgrpo.training.figures import save_figure
+from fastgrpo.training.loop import check, differences, stop_signals
+
+logger = logging.getLogger("fastgrpo")
 
 MODES = get_args(get_type_hints(PacingConfig)["mode"])
 OWN = {"--seed": "from --seeds", "--pacing.mode": "from --modes", "--resume": "always to auto"}
 """Options of `train` that an ablation sets, and how."""
 MAY_DIFFER = (*NAMES_OF_THE_RUN, "iterations")
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "600"}
-"""Of the cells, where the user's has no other: one thread each, and time for a checkpoint before torchrun kills its workers."""
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "600",
+}
+"""Of the cells, where the user's has no other: one thread each, and time for a checkpoint before
+torchrun kills its workers.
+"""
 
 
 @dataclass(frozen=True)
@@ -69,11 +82,13 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Exit code 2."""
-        refuse(message)
+        fail(message)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run, list or collect. 0: done; 1: a cell failed, or a signal came; 2 with one message: something that cannot be used."""
+    """Run, list or collect. 0: done; 1: a cell failed, or a signal came; 2 with one message:
+    something that cannot be used.
+    """
     argv = sys.argv[1:] if argv is None else argv
     own = OneLineParser(prog="python -m fastgrpo ablate", add_help=False, allow_abbrev=False)
     own.add_argument("--modes", default="one_stage,two_stage,joint,self_paced")
@@ -83,36 +98,49 @@ def main(argv: Sequence[str] | None = None) -> int:
     own.add_argument("--list", type=yes_or_no, nargs="?", const=True, default=False)
     own.add_argument("--collect", type=yes_or_no, nargs="?", const=True, default=False)
     options, rest = own.parse_known_args(argv)
-    config, config_yaml, _ = parse_config(rest, prog="python -m fastgrpo ablate", description=__doc__)
+    config, config_yaml, _ = parse_config(
+        rest, prog="python -m fastgrpo ablate", description=__doc__
+    )
     try:
         check_options(options, rest, config)
-        cells = matrix(config, config_yaml, rest, read_modes(options.modes), read_seeds(options.seeds))
+        cells = matrix(
+            config, config_yaml, rest, read_modes(options.modes), read_seeds(options.seeds)
+        )
         for cell in cells:
             check_pacing(cell.config.pacing, len(config.reward.stages))
             read_result(cell)  # refuses another configuration's before anything is started
         if options.list:
-            return list_commands(cells, options.launcher or "torchrun --standalone --nproc-per-node 1")
+            return list_commands(
+                cells, options.launcher or "torchrun --standalone --nproc-per-node 1"
+            )
         if options.collect:
             if not any(read_result(cell).rows for cell in cells):
-                raise FileNotFoundError(f"collect: expected cells such as {cells[0].folder}, found none with metrics")
+                raise FileNotFoundError(
+                    f"collect: expected cells such as {cells[0].folder}, found none with metrics"
+                )
             collect(cells, config)
             return 0
         check(cells[0].config)
         unfinished = [cell for cell in cells if not is_finished(cell)]
-        say(f"{len(cells)} cells in {cells[0].folder.parent}, {len(cells) - len(unfinished)} of them finished")
+        logger.info(
+            f"{len(cells)} cells in {cells[0].folder.parent}, {len(cells) - len(unfinished)} of them finished"
+        )
         launcher = shlex.split(options.launcher) if options.launcher else [sys.executable]
         failures, stopped = run_cells(unfinished, launcher, options.jobs)
         collect(cells, config)
     except (ValueError, OSError) as error:
-        refuse(error)
+        fail(error)
     for cell, reason in failures:
-        say(f"failed: {cell.folder.name}: {reason}")
+        logger.info(f"failed: {cell.folder.name}: {reason}")
     if failures or stopped:
-        say(f"{'stopped by a signal' if stopped else 'not all is done'}; go on with: python -m fastgrpo ablate {shlex.join(argv)}")
+        logger.info(
+            f"{'stopped by a signal' if stopped else 'not all is done'}; go on with: python -m fastgrpo ablate {shlex.join(argv)}"
+        )
     return int(bool(failures or stopped))
 
 
-# --- options and the matrix -------------------------------------------------------------------------------------------
+# --- options and the matrix
+# -------------------------------------------------------------------------------------------
 
 
 def yes_or_no(word: str) -> bool:
@@ -136,7 +164,9 @@ def read_seeds(words: str) -> list[int]:
     try:
         seeds = [int(word) for word in words.split(",")]
     except ValueError as error:
-        raise ValueError(f"seeds: expected whole numbers by commas, such as 0,1,2, got {words!r}") from error
+        raise ValueError(
+            f"seeds: expected whole numbers by commas, such as 0,1,2, got {words!r}"
+        ) from error
     return all_different("seeds", seeds)
 
 
@@ -160,52 +190,100 @@ def check_options(options: argparse.Namespace, rest: Sequence[str], config: Trai
     if options.list and options.collect:
         raise ValueError("--list and --collect: expected one of them")
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        raise ValueError("ablate starts the processes of its cells itself (--launcher), so start it once, not under torchrun")
-    if config.prompts.heldout is None and not config.evaluation.num_videos:
-        raise ValueError("prompts.heldout: expected captions to compare on, got none, and evaluation.num_videos is 0")
-    if any((config.run_folder / name).exists() for name in ("config.yaml", "metrics.jsonl", "checkpoints")):
+        raise ValueError(
+            "ablate starts the processes of its cells itself (--launcher), so start it once, not under torchrun"
+        )
+    if config.prompts.validation is None and not config.evaluation.num_videos:
+        raise ValueError(
+            "prompts.validation: expected captions to compare on, got none, and evaluation.num_videos is 0"
+        )
+    if any(
+        (config.run_folder / name).exists()
+        for name in ("config.yaml", "metrics.jsonl", "checkpoints")
+    ):
         raise ValueError(f"{config.run_folder} is a run's folder: give the ablation another --name")
 
 
-def matrix(config: TrainConfig, config_yaml: str, rest: Sequence[str], modes: Sequence[str], seeds: Sequence[int]) -> list[Cell]:
+def matrix(
+    config: TrainConfig,
+    config_yaml: str,
+    rest: Sequence[str],
+    modes: Sequence[str],
+    seeds: Sequence[int],
+) -> list[Cell]:
     """The cells, seed by seed, so that all modes have one before any has two."""
     cells = []
     for seed in seeds:
         for mode in modes:
             output_dir, name = str(config.run_folder), f"{mode}_seed{seed}"
             pacing = dataclasses.replace(config.pacing, mode=cast(Any, mode))
-            ours = dataclasses.replace(config, output_dir=output_dir, name=name, seed=seed, pacing=pacing)
-            values = yaml.safe_load(config_yaml) | {"output_dir": output_dir, "name": name, "seed": seed}
+            ours = dataclasses.replace(
+                config, output_dir=output_dir, name=name, seed=seed, pacing=pacing
+            )
+            values = yaml.safe_load(config_yaml) | {
+                "output_dir": output_dir,
+                "name": name,
+                "seed": seed,
+            }
             values["pacing"] |= {"mode": mode}
-            own = ["--output_dir", output_dir, "--name", name, "--seed", str(seed), "--pacing.mode", mode, "--resume", "auto"]
+            own = [
+                "--output_dir",
+                output_dir,
+                "--name",
+                name,
+                "--seed",
+                str(seed),
+                "--pacing.mode",
+                mode,
+                "--resume",
+                "auto",
+            ]
             cells.append(Cell(mode, seed, ours.run_folder, ours, values, [*rest, *own]))
     return cells
 
 
-# --- what is there ----------------------------------------------------------------------------------------------------
+# --- what is there
+# ----------------------------------------------------------------------------------------------------
 
 
 def read_result(cell: Cell) -> CellResult:
     """The cell's metrics up to the iterations that are asked for.
 
-    ValueError: it was made with another configuration (another number of iterations is none), or a file in it is broken.
+    ValueError: it was made with another configuration (another number of iterations is none), or
+    a file in it is broken.
     """
     if not any((cell.folder / name).is_file() for name in ("config.yaml", "metrics.jsonl")):
         return CellResult(cell.mode, cell.seed, [])
     record = read_runs([cell.folder])[0]
-    before, now = ({k: v for k, v in values.items() if k not in MAY_DIFFER} for values in (record.config, cell.values))
+    before, now = (
+        {k: v for k, v in values.items() if k not in MAY_DIFFER}
+        for values in (record.config, cell.values)
+    )
     changed = differences(before, now) if record.config else []
     if changed:
         raise ValueError(
             f"{cell.folder} was made with another configuration: {'; '.join(changed)}. Ask for the same, or take another --name"
         )
-    return CellResult(cell.mode, cell.seed, [row for row in record.rows if row["iteration"] <= cell.config.iterations])
+    return CellResult(
+        cell.mode,
+        cell.seed,
+        [row for row in record.rows if row["iteration"] <= cell.config.iterations],
+    )
 
 
 def is_finished(cell: Cell) -> bool:
-    """Whether all iterations are done and the report, which is the last that a run writes, is newer than the last checkpoint."""
-    report, saved = cell.folder / "report" / "report.html", list_checkpoints(cell.folder / "checkpoints")
-    whole = bool(saved) and report.is_file() and report.stat().st_mtime >= (saved[0] / "manifest.json").stat().st_mtime
+    """Whether all iterations are done and the report, which is the last that a run writes, is newer
+    than the last checkpoint.
+    """
+    report, saved = (
+        cell.folder / "report" / "report.html",
+        list_checkpoints(cell.folder / "checkpoints"),
+    )
+    whole = (
+        bool(saved)
+        and report.is_file()
+        and report.stat().st_mtime >= (saved[0] / "manifest.json").stat().st_mtime
+    )
     return whole and read_result(cell).last >= cell.config.iterations
 
 
@@ -214,17 +292,34 @@ def list_commands(cells: Sequence[Cell], launcher: str) -> int:
     unfinished = [cell for cell in cells if not is_finished(cell)]
     for cell in unfinished:
         print(f"{launcher} -m fastgrpo train {shlex.join(cell.arguments)}")
-    print(f"{len(unfinished)} commands; {len(cells) - len(unfinished)} of {len(cells)} cells are finished", file=sys.stderr)
+    print(
+        f"{len(unfinished)} commands; {len(cells) - len(unfinished)} of {len(cells)} cells are finished",
+        file=sys.stderr,
+    )
     return 0
 
 
 def collect(cells: Sequence[Cell], config: TrainConfig) -> None:
-    """Write table.md, table.csv, cells.csv and the curves beside the cells, and print the table and what is not in it."""
-    results, stages, folder = [read_result(cell) for cell in cells], config.reward.stages, config.run_folder
+    """Write table.md, table.csv, cells.csv and the curves beside the cells, and print the table and
+    what is not in it.
+    """
+    results, stages, folder = (
+        [read_result(cell) for cell in cells],
+        config.reward.stages,
+        config.run_folder,
+    )
     iteration = compared_iteration(results, config.iterations)
-    rows, words, absent = table_rows(results, stages, iteration), caption(iteration), absences(results, config.iterations, iteration)
+    rows, words, absent = (
+        table_rows(results, stages, iteration),
+        caption(iteration),
+        absences(results, config.iterations, iteration),
+    )
     folder.mkdir(parents=True, exist_ok=True)
-    paragraphs = [markdown_table(rows, stages), words, *(["\n".join(f"- {line}" for line in absent)] if absent else [])]
+    paragraphs = [
+        markdown_table(rows, stages),
+        words,
+        *(["\n".join(f"- {line}" for line in absent)] if absent else []),
+    ]
     (folder / "table.md").write_text("\n\n".join(paragraphs) + "\n", encoding="utf-8")
     (folder / "table.csv").write_text(csv_table(rows, stages, iteration), encoding="utf-8")
     (folder / "cells.csv").write_text(csv_cells(results, stages, iteration), encoding="utf-8")
@@ -234,25 +329,39 @@ def collect(cells: Sequence[Cell], config: TrainConfig) -> None:
     if iteration is not None:
         save_figure(curves(results, stages, iteration), folder / "curves")
     written = ["table.md", "table.csv", "cells.csv", *(drawn if iteration is not None else [])]
-    say("\n".join(["", text_table(rows, stages), "", words, *absent, f"{', '.join(written)}: {folder}"]))
+    logger.info(
+        "\n".join(
+            ["", text_table(rows, stages), "", words, *absent, f"{', '.join(written)}: {folder}"]
+        )
+    )
 
 
-# --- running ----------------------------------------------------------------------------------------------------------
+# --- running
+# ----------------------------------------------------------------------------------------------------------
 
 
-def run_cells(cells: Sequence[Cell], launcher: Sequence[str], jobs: int) -> tuple[list[tuple[Cell, str]], bool]:
-    """Train the cells, `jobs` side by side; those that failed, each with the reason, and whether a signal ended it.
+def run_cells(
+    cells: Sequence[Cell], launcher: Sequence[str], jobs: int
+) -> tuple[list[tuple[Cell, str]], bool]:
+    """Train the cells, `jobs` side by side; those that failed, each with the reason, and whether a
+    signal ended it.
 
-    A signal is handed on to the cells, which finish their iteration and write a checkpoint; none is started after it.
+    A signal is handed on to the cells, which finish their iteration and write a checkpoint; none
+    is started after it.
     """
-    waiting, running, failures, told = list(cells), list[tuple[Cell, subprocess.Popen[bytes]]](), list[tuple[Cell, str]](), False
+    waiting, running, failures, told = (
+        list(cells),
+        list[tuple[Cell, subprocess.Popen[bytes]]](),
+        list[tuple[Cell, str]](),
+        False,
+    )
     try:
         with stop_signals() as stop:
             while running or (waiting and not stop.requested):
                 while waiting and len(running) < jobs and not stop.requested:
                     cell = waiting.pop(0)
                     running.append((cell, start_cell(cell, launcher)))
-                    say(f"{cell.folder.name}: started, {log_of(cell)}")
+                    logger.info(f"{cell.folder.name}: started, {log_of(cell)}")
                 if stop.requested and not told:
                     told = True
                     for _, process in running:
@@ -264,7 +373,7 @@ def run_cells(cells: Sequence[Cell], launcher: Sequence[str], jobs: int) -> tupl
                         reason = f"stopped, see {log_of(cell)}"
                     elif reason:
                         failures.append((cell, reason))
-                    say(f"{cell.folder.name}: {reason or 'finished'}")
+                    logger.info(f"{cell.folder.name}: {reason or 'finished'}")
                 time.sleep(0.1)
     finally:  # after an error of ours, leave no cell behind
         for _, process in running:
@@ -274,7 +383,8 @@ def run_cells(cells: Sequence[Cell], launcher: Sequence[str], jobs: int) -> tupl
 
 
 def start_cell(cell: Cell, launcher: Sequence[str]) -> subprocess.Popen[bytes]:
-    """A process that trains the cell, in a session of its own: a Ctrl-C would reach it twice, and a second one kills torchrun's workers.
+    """A process that trains the cell, in a session of its own: a Ctrl-C would reach it twice, and a
+    second one kills torchrun's workers.
 
     OSError: no such launcher.
     """
@@ -283,7 +393,12 @@ def start_cell(cell: Cell, launcher: Sequence[str]) -> subprocess.Popen[bytes]:
     with open(log, "ab") as file:
         command = [*launcher, "-m", "fastgrpo", "train", *cell.arguments]
         return subprocess.Popen(
-            command, env=ENVIRONMENT | os.environ, stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True
+            command,
+            env=ENVIRONMENT | os.environ,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=file,
+            start_new_session=True,
         )
 
 
@@ -293,7 +408,19 @@ def log_of(cell: Cell) -> Path:
 
 
 def why(cell: Cell, code: int | None) -> str:
-    """Why a cell has ended and is not finished: exit code or signal, and the last line that it said."""
-    how = f"ended by {signal.Signals(-code).name}" if code and code < 0 else f"exit code {code}" if code else "stopped before its end"
-    lines = [line.strip() for line in log_of(cell).read_text(errors="replace").splitlines() if line.strip(" =-")]
+    """Why a cell has ended and is not finished: exit code or signal, and the last line that it
+    said.
+    """
+    how = (
+        f"ended by {signal.Signals(-code).name}"
+        if code and code < 0
+        else f"exit code {code}"
+        if code
+        else "stopped before its end"
+    )
+    lines = [
+        line.strip()
+        for line in log_of(cell).read_text(errors="replace").splitlines()
+        if line.strip(" =-")
+    ]
     return f"{how}, see {log_of(cell)}" + (f": {lines[-1][:300]}" if code and lines else "")

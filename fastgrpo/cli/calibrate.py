@@ -1,24 +1,31 @@
-"""Measure the thresholds of the self-paced reward: train on each stage alone and see how far it comes (supplement A).
+"""Measure the thresholds of the self-paced reward: train on each stage alone and see how far it
+comes (supplement A).
 
-Takes the options of `train`, and trains K short runs <name>-calibrate-<stage>. Threshold = start + 0.7 (end - start) of the smoothed mean
-reward. Works under torchrun too: `torchrun ... -m fastgrpo calibrate`.
+Takes the options of `train`, and trains K short runs <name>-calibrate-<stage>. Threshold = start
++ 0.7 (end - start) of the smoothed mean reward. Works under torchrun too: `torchrun ... -m
+fastgrpo calibrate`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 
-from fastgrpo import figures, parallel
-from fastgrpo.analysis import run_figures
-from fastgrpo.config import TrainConfig, parse_config, refuse
-from fastgrpo.run import run, say
-from fastgrpo.self_paced import calibrated_threshold, smooth
-from fastgrpo.tracking import read_metrics
+from fastgrpo.algorithm.self_paced import calibrated_threshold, smooth
+from fastgrpo.config import TrainConfig, parse_config
+from fastgrpo.distributed import collectives
+from fastgrpo.errors import fail
+from fastgrpo.evaluation.report import run_figures
+from fastgrpo.training import figures
+from fastgrpo.training.loop import run
+from fastgrpo.training.tracking import read_metrics
+
+logger = logging.getLogger("fastgrpo")
 
 
 @dataclass(frozen=True)
@@ -44,15 +51,21 @@ class CalibrateOptions:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Calibrate every stage, on all ranks; the exit code of the run that stopped, or 0."""
-    config, config_yaml, options = parse_config(argv, CalibrateOptions, prog="python -m fastgrpo calibrate", description=__doc__)
+    config, config_yaml, options = parse_config(
+        argv, CalibrateOptions, prog="python -m fastgrpo calibrate", description=__doc__
+    )
     try:
-        parallel.start(config.runtime)  # once for all the runs: a second group from the same store would find the first one's addresses
+        collectives.start(
+            config.runtime
+            # once for all the runs: a second group from the same store would find the first one's
+            # addresses
+        )
     except ValueError as error:
-        refuse(error)
+        fail(error)
     try:
         return calibrate(config, config_yaml, options)
     finally:
-        parallel.stop()
+        collectives.stop()
 
 
 def calibrate(config: TrainConfig, config_yaml: str, options: CalibrateOptions) -> int:
@@ -60,40 +73,65 @@ def calibrate(config: TrainConfig, config_yaml: str, options: CalibrateOptions) 
     curves: dict[str, list[float]] = {}
     for number, stage in enumerate(config.reward.stages, start=1):
         alone, text = stage_alone(config, config_yaml, number, stage, options.iterations)
-        say(f"calibrate: {stage} alone, {options.iterations} iterations, in {alone.run_folder}")
+        logger.info(
+            f"calibrate: {stage} alone, {options.iterations} iterations, in {alone.run_folder}"
+        )
         code = run(alone, text)
-        rows = read_metrics(alone.run_folder / "metrics.jsonl") if parallel.rank() == 0 else []
-        done = parallel.gather(rows[-1]["iteration"] if rows else None)[0]
+        rows = read_metrics(alone.run_folder / "metrics.jsonl") if collectives.rank() == 0 else []
+        done = collectives.gather(rows[-1]["iteration"] if rows else None)[0]
         if code or done < options.iterations:
-            say("calibrate: stopped; the same command with --resume auto goes on")
+            logger.info("calibrate: stopped; the same command with --resume auto goes on")
             return code or 1
-        curves[stage] = [row[f"rewards/{stage}/mean"] for row in rows if 0 < row["iteration"] <= options.iterations]
-    if parallel.rank() == 0:
+        curves[stage] = [
+            row[f"rewards/{stage}/mean"]
+            for row in rows
+            if 0 < row["iteration"] <= options.iterations
+        ]
+    if collectives.rank() == 0:
         write_thresholds(config, options, curves)
     return 0
 
 
-def stage_alone(config: TrainConfig, config_yaml: str, number: int, stage: str, iterations: int) -> tuple[TrainConfig, str]:
+def stage_alone(
+    config: TrainConfig, config_yaml: str, number: int, stage: str, iterations: int
+) -> tuple[TrainConfig, str]:
     """The configuration, and its YAML, of the run that trains stage `number` (from 1) alone."""
     name = f"{config.name}-calibrate-{stage}"
     alone = dataclasses.replace(
-        config, name=name, iterations=iterations, pacing=dataclasses.replace(config.pacing, mode="static", static_stage=number)
+        config,
+        name=name,
+        iterations=iterations,
+        pacing=dataclasses.replace(config.pacing, mode="static", static_stage=number),
     )
     tree = yaml.safe_load(config_yaml)
     tree["pacing"] |= {"mode": "static", "static_stage": number}
     return alone, yaml.safe_dump(tree | {"name": name, "iterations": iterations}, sort_keys=False)
 
 
-def write_thresholds(config: TrainConfig, options: CalibrateOptions, curves: Mapping[str, Sequence[float]]) -> Path:
-    """`<output_dir>/<name>-calibrate/thresholds.yaml`, which `--config` takes after the recipe, with the curves as comments and a figure.
+def write_thresholds(
+    config: TrainConfig, options: CalibrateOptions, curves: Mapping[str, Sequence[float]]
+) -> Path:
+    """`<output_dir>/<name>-calibrate/thresholds.yaml`, which `--config` takes after the recipe,
+    with the curves as comments and a figure.
 
     The difference gate takes K - 1 thresholds, the literal one all K.
     """
-    numbers = {stage: [float("nan") if v is None else v for v in curve] for stage, curve in curves.items()}
-    every = {stage: calibrated_threshold(curve, options.smoothing_window, options.fraction) for stage, curve in numbers.items()}
-    falling = [stage for stage, threshold in every.items() if threshold <= smooth(numbers[stage], options.smoothing_window)[0]]
+    numbers = {
+        stage: [float("nan") if v is None else v for v in curve] for stage, curve in curves.items()
+    }
+    every = {
+        stage: calibrated_threshold(curve, options.smoothing_window, options.fraction)
+        for stage, curve in numbers.items()
+    }
+    falling = [
+        stage
+        for stage, threshold in every.items()
+        if threshold <= smooth(numbers[stage], options.smoothing_window)[0]
+    ]
     for stage in falling:
-        say(f"calibrate: {stage} did not rise when trained alone, so its threshold {every[stage]:.3f} is passed from the start")
+        logger.info(
+            f"calibrate: {stage} did not rise when trained alone, so its threshold {every[stage]:.3f} is passed from the start"
+        )
     used = list(every.values())[: len(every) - (config.pacing.gate == "difference")]
     folder = Path(config.output_dir) / f"{config.name}-calibrate"
     folder.mkdir(parents=True, exist_ok=True)
@@ -113,8 +151,15 @@ def write_thresholds(config: TrainConfig, options: CalibrateOptions, curves: Map
     path = folder / "thresholds.yaml"
     path.write_text("\n".join(lines) + "\n")
     rows = [
-        {"iteration": i + 1} | {f"rewards/{stage}/mean": curve[i] for stage, curve in curves.items()} for i in range(options.iterations)
+        {"iteration": i + 1}
+        | {f"rewards/{stage}/mean": curve[i] for stage, curve in curves.items()}
+        for i in range(options.iterations)
     ]
-    figures.save_figure(run_figures.reward_curves(rows, list(curves), list(every.values()), options.smoothing_window), folder / "curves")
-    say(f"thresholds {', '.join(f'{stage} {t:.3f}' for stage, t in every.items())}: {path}")
+    figures.save_figure(
+        run_figures.reward_curves(
+            rows, list(curves), list(every.values()), options.smoothing_window
+        ),
+        folder / "curves",
+    )
+    logger.info(f"thresholds {', '.join(f'{stage} {t:.3f}' for stage, t in every.items())}: {path}")
     return path

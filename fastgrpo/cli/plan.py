@@ -8,13 +8,18 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from fastgrpo import memory
-from fastgrpo.config import TrainConfig, parse_config, refuse
+from fastgrpo.config import TrainConfig, parse_config
+from fastgrpo.errors import fail
+from fastgrpo.planning import memory
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the plan. Exit code 0, also where nothing fits; 2 with one message for whatever cannot be used."""
-    own = argparse.ArgumentParser(prog="python -m fastgrpo plan", add_help=False, allow_abbrev=False)
+    """Print the plan. Exit code 0, also where nothing fits; 2 with one message for whatever cannot
+    be used.
+    """
+    own = argparse.ArgumentParser(
+        prog="python -m fastgrpo plan", add_help=False, allow_abbrev=False
+    )
     own.add_argument("--gpu-memory", "--gpu_memory", type=float, default=80.0)
     own.add_argument("--world-size", "--world_size", type=int, default=8)
     own.add_argument("--gpus-per-node", "--gpus_per_node", type=int, default=8)
@@ -23,15 +28,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         for key in ("gpu_memory", "world_size", "gpus_per_node"):
             if not getattr(options, key) > 0:
-                raise ValueError(f"--{key.replace('_', '-')}: expected a number above 0, got {getattr(options, key)}")
-        print("\n".join(plan(config, options.gpu_memory * 1e9, options.world_size, options.gpus_per_node)))
+                raise ValueError(
+                    f"--{key.replace('_', '-')}: expected a number above 0, got {getattr(options, key)}"
+                )
+        print(
+            "\n".join(
+                plan(config, options.gpu_memory * 1e9, options.world_size, options.gpus_per_node)
+            )
+        )
     except (ValueError, FileNotFoundError) as error:
-        refuse(error)
+        fail(error)
     return 0
 
 
 def plan(config: TrainConfig, gpu_memory: float, world_size: int, gpus_per_node: int) -> list[str]:
-    """The lines of the plan. gpu_memory: bytes. ValueError, FileNotFoundError: as `memory.count` and `memory.resolve`."""
+    """The lines of the plan. gpu_memory: bytes. ValueError, FileNotFoundError: as `memory.count`
+    and `memory.resolve`.
+    """
     counts, cfg = memory.count(config), memory.resolve(config.parallel, world_size)
     room = gpu_memory - memory.RESERVE
     return [
@@ -64,7 +77,10 @@ def network_lines(config: TrainConfig, counts: memory.Counts, world_size: int) -
 
 def activation_lines(counts: memory.Counts, sharded: bool) -> list[str]:
     """What backward keeps and computes, by policy."""
-    lines = ["one branch, forward and backward of a micro-batch", f"  {'activations':<16}{'kept GB':>9}{'+ work GB':>11}{'TFLOP':>11}"]
+    lines = [
+        "one branch, forward and backward of a micro-batch",
+        f"  {'activations':<16}{'kept GB':>9}{'+ work GB':>11}{'TFLOP':>11}",
+    ]
     for name in memory.ACTIVATIONS:
         cost = counts.velocity(name, sharded)
         lines.append(f"  {name:<16}{giga(cost.kept):>9}{giga(cost.work):>11}{tera(cost.flop):>11}")
@@ -76,45 +92,73 @@ def memory_lines(config: TrainConfig, counts: memory.Counts, world_size: int) ->
     cfg = memory.resolve(config.parallel, world_size)
     phases = memory.memory(config, counts, cfg, world_size)
     names = dict.fromkeys(name for parts in phases.values() for name in parts)
-    rows = [f"  {name:<28}" + "".join(f"{giga(parts.get(name, 0.0)):>9}" for parts in phases.values()) for name in names]
-    total = f"  {'peak':<28}" + "".join(f"{giga(sum(parts.values())):>9}" for parts in phases.values())
-    lines = [f"GB on each GPU as configured ({memory.describe(cfg)})", f"  {'':<28}" + "".join(f"{p:>9}" for p in phases), *rows, total]
+    rows = [
+        f"  {name:<28}" + "".join(f"{giga(parts.get(name, 0.0)):>9}" for parts in phases.values())
+        for name in names
+    ]
+    total = f"  {'peak':<28}" + "".join(
+        f"{giga(sum(parts.values())):>9}" for parts in phases.values()
+    )
+    lines = [
+        f"GB on each GPU as configured ({memory.describe(cfg)})",
+        f"  {'':<28}" + "".join(f"{p:>9}" for p in phases),
+        *rows,
+        total,
+    ]
     if cfg.cpu_offload:
-        lines.append(f"  and {giga(memory.host_bytes(config, counts, cfg, world_size))} GB of the host's memory for each GPU")
+        lines.append(
+            f"  and {giga(memory.host_bytes(config, counts, cfg, world_size))} GB of the host's memory for each GPU"
+        )
     return lines
 
 
 def work_lines(config: TrainConfig, counts: memory.Counts, world_size: int) -> list[str]:
     """TFLOP and seconds of an iteration, under the recipe's own settings."""
     phases = memory.work(config, counts, config.parallel.activations, world_size)
-    lines = ["one iteration, each GPU", f"  {'':<16}{'TFLOP':>12}{'bound s':>10}{'attention at its rates s':>26}"]
+    lines = [
+        "one iteration, each GPU",
+        f"  {'':<16}{'TFLOP':>12}{'bound s':>10}{'attention at its rates s':>26}",
+    ]
     for name, w in phases.items():
         lines.append(f"  {name:<16}{tera(w.flop):>12}{w.bound:>10,.1f}{w.expected:>26,.1f}")
-    flop, bound, expected = (sum(getattr(w, key) for w in phases.values()) for key in ("flop", "bound", "expected"))
+    flop, bound, expected = (
+        sum(getattr(w, key) for w in phases.values()) for key in ("flop", "bound", "expected")
+    )
     return [*lines, f"  {'all':<16}{tera(flop):>12}{bound:>10,.1f}{expected:>26,.1f}"]
 
 
-def settings_lines(config: TrainConfig, counts: memory.Counts, room: float, world_size: int, gpus_per_node: int) -> list[str]:
+def settings_lines(
+    config: TrainConfig, counts: memory.Counts, room: float, world_size: int, gpus_per_node: int
+) -> list[str]:
     """Which settings fit, best first, and the first of them."""
-    columns = (
-        f"{'activations':<16}{'shard':<7}{'replicas':>9}{'keep_gathered':>15}{'cpu_offload':>13}{'peak GB':>10}{'in':>9}{'bound s':>10}"
-    )
+    columns = f"{'activations':<16}{'shard':<7}{'replicas':>9}{'keep_gathered':>15}{'cpu_offload':>13}{'peak GB':>10}{'in':>9}{'bound s':>10}"
     lines, best = [f"settings, against {giga(room)} GB", f"  {columns}"], None
     for cfg in memory.candidates(config, world_size, gpus_per_node):
         phase, needed = memory.peak(memory.memory(config, counts, cfg, world_size))
-        seconds = sum(w.bound for w in memory.work(config, counts, cfg.activations, world_size).values())
+        seconds = sum(
+            w.bound for w in memory.work(config, counts, cfg.activations, world_size).values()
+        )
         fits = needed <= room
         best = best or (cfg if fits else None)
         lines.append(
             f"  {cfg.activations:<16}{cfg.shard:<7}{cfg.replicas:>9}{str(cfg.keep_gathered).lower():>15}{str(cfg.cpu_offload).lower():>13}"
             f"{giga(needed):>10}{phase:>9}{seconds:>10,.1f}  {'-' if not fits else 'fits' if needed <= 0.9 * room else 'fits, closely'}"
         )
-    phase, needed = memory.peak(memory.memory(config, counts, memory.resolve(config.parallel, world_size), world_size))
+    phase, needed = memory.peak(
+        memory.memory(config, counts, memory.resolve(config.parallel, world_size), world_size)
+    )
     advice = (
-        ["", f"as configured, the decode needs most: {memory.SMALLER_DECODE} would lower it"] if phase == "decode" and needed > room else []
+        ["", f"as configured, the decode needs most: {memory.SMALLER_DECODE} would lower it"]
+        if phase == "decode" and needed > room
+        else []
     )
     if best is None:
-        return [*lines, *advice, "", "nothing fits: more GPUs, a LoRA (policy.lora), or a smaller video"]
+        return [
+            *lines,
+            *advice,
+            "",
+            "nothing fits: more GPUs, a LoRA (policy.lora), or a smaller video",
+        ]
     return [*lines, *advice, "", f"recommended: {memory.describe(best)}"]
 
 
@@ -132,7 +176,8 @@ def assumptions(config: TrainConfig) -> list[str]:
         f"  bound: everything at {memory.MATMUL_RATE / 1e12:.0f} TFLOP/s, as measured on an H100 in bf16; an fp32 VAE is slower",
         f"  attention's own rates: {forward} forward, {backward} backward (torch's cuDNN attention, published), all else as in the bound",
         "  no time for pointwise work, communication, offloading, optimizer or a judge",
-        f"  judge: {judge / 1e9:.1f} GB on this GPU" + ("" if judge else " (its class names no memory_bytes)"),
+        f"  judge: {judge / 1e9:.1f} GB on this GPU"
+        + ("" if judge else " (its class names no memory_bytes)"),
     ]
 
 

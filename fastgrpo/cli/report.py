@@ -1,4 +1,6 @@
-"""`python -m fastgrpo report RUN [RUN ...]`: curves, scores and videos of runs on one self-contained page. Works on a run still going."""
+"""`python -m fastgrpo report RUN [RUN ...]`: curves, scores and videos of runs on one
+self-contained page. Works on a run still going.
+"""
 
 from __future__ import annotations
 
@@ -12,58 +14,91 @@ import jinja2
 import jsonargparse
 from markupsafe import Markup, escape
 
-from fastgrpo import figures
-from fastgrpo.analysis import panels, report_media, run_figures, run_record
-from fastgrpo.analysis.run_record import RunRecord
-from fastgrpo.config import refuse
+from fastgrpo.errors import fail
+from fastgrpo.evaluation.report import panels, report_media, run_figures, run_record
+from fastgrpo.evaluation.report.run_record import RunRecord
+from fastgrpo.training import figures
 
-WRITTEN = ("reward", "weights", "hoyer", "ratio_drift", "stability", "time", "memory", "judge", "contact_sheet")
-"""Names of the images that a report may write, and so removes where an earlier one wrote them and this one does not."""
+WRITTEN = (
+    "reward",
+    "weights",
+    "hoyer",
+    "ratio_drift",
+    "stability",
+    "time",
+    "memory",
+    "judge",
+    "contact_sheet",
+)
+"""Names of the images that a report may write, and so removes where an earlier one wrote them and
+this one does not.
+"""
 ATTACH = """folders of other commands (an ablation, a judge's bias) whose figures, tables and texts are shown on the page as well;
 <run>-calibrate, where it lies beside a run, is shown without being named"""
 GLYPHS = dict(zip(figures.MARKERS, "●■▲◆▼✚", strict=True))
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; exit code 2 with one message for a wrong argument or a run that cannot be read."""
+    """The command line; exit code 2 with one message for a wrong argument or a run that cannot be
+    read.
+    """
     parser = jsonargparse.ArgumentParser(
         prog="python -m fastgrpo report",
         description="Curves, scores and videos of one run, or of several side by side, on one HTML page that needs no network.",
         exit_on_error=False,
     )
     parser.add_argument(
-        "runs", nargs="+", type=Path, metavar="RUN", help="run folders, finished or going; several are compared to the first"
+        "runs",
+        nargs="+",
+        type=Path,
+        metavar="RUN",
+        help="run folders, finished or going; several are compared to the first",
     )
     parser.add_argument("--attach", nargs="+", type=Path, default=[], metavar="FOLDER", help=ATTACH)
     parser.add_function_arguments(write_report, skip={"runs", "attach"})
     try:
         arguments = parser.parse_args(argv)
-        print(write_report(*arguments.runs, smoothing_window=arguments.smoothing_window, out=arguments.out, attach=arguments.attach))
+        print(
+            write_report(
+                *arguments.runs,
+                smoothing_window=arguments.smoothing_window,
+                out=arguments.out,
+                attach=arguments.attach,
+            )
+        )
     except (jsonargparse.ArgumentError, ValueError, OSError) as error:
-        refuse(error)
+        fail(error)
     return 0
 
 
-def write_report(*runs: Path, smoothing_window: int = 10, out: Path | None = None, attach: Sequence[Path] = ()) -> Path:
-    """Write figures as PNG and SVG, contact_sheet.png, and report.html, which holds all of it and refers to nothing else.
+def write_report(
+    *runs: Path, smoothing_window: int = 10, out: Path | None = None, attach: Sequence[Path] = ()
+) -> Path:
+    """Write figures as PNG and SVG, contact_sheet.png, and report.html, which holds all of it and
+    refers to nothing else.
 
     Args:
-        runs: run folders; finished or still going.
-        smoothing_window: iterations over which curves are averaged.
-        out: folder to write to; by default <run>/report, and for several runs the folder `report` beside the first.
-        attach: folders of other commands whose figures and tables are shown as well, besides <run>-calibrate where there is one.
+        runs: run folders; finished or still going. smoothing_window: iterations over which
+            curves are averaged. out: folder to write to; by default <run>/report, and for
+            several runs the folder `report` beside the first. attach: folders of other commands
+            whose figures and tables are shown as well, besides <run>-calibrate where there is
+            one.
 
     Returns:
         The path of report.html.
 
     Raises:
-        ValueError: not a run folder (neither config.yaml nor metrics.jsonl), or one given twice; a broken file in it; a window below 1.
-        OSError: a file that cannot be read, or a report folder that cannot be written.
+        ValueError: not a run folder (neither config.yaml nor metrics.jsonl), or one given twice;
+            a broken file in it; a window below 1. OSError: a file that cannot be read, or a
+            report folder that cannot be written.
     """
     if smoothing_window < 1:
         raise ValueError(f"smoothing_window: expected at least 1, got {smoothing_window}")
     read = run_record.read_runs(runs)
-    beside = [folder.with_name(f"{folder.name}-calibrate") for folder in (run.folder.resolve() for run in read)]
+    beside = [
+        folder.with_name(f"{folder.name}-calibrate")
+        for folder in (run.folder.resolve() for run in read)
+    ]
     calibrations = [folder for folder in beside if (folder / "thresholds.yaml").is_file()]
     attached = report_media.attachments(list(dict.fromkeys([*calibrations, *attach])))
     folder = out or (runs[0] / "report" if len(runs) == 1 else runs[0].resolve().parent / "report")
@@ -77,7 +112,9 @@ def write_report(*runs: Path, smoothing_window: int = 10, out: Path | None = Non
         "name": " · ".join(run.label for run in read),
         "title": runs[0].resolve().name if len(runs) == 1 else f"{len(runs)} runs",
         "several": len(runs) > 1,
-        "facts": _facts(read[0]) if len(read) == 1 else [f"{len(read)} runs, compared to {read[0].label}"],
+        "facts": _facts(read[0])
+        if len(read) == 1
+        else [f"{len(read)} runs, compared to {read[0].label}"],
         "notices": _notices(read),
         "overview": [_overview(index, run) for index, run in enumerate(read)],
         "figures": _write_figures(folder, read, smoothing_window),
@@ -86,7 +123,11 @@ def write_report(*runs: Path, smoothing_window: int = 10, out: Path | None = Non
         "changes": list(_changes(read)),
         "configurations": {run.label: _configuration(run) for run in read},
         "attached": attached,
-        **(_cards(read[0], smoothing_window) if len(read) == 1 else _final_scores(read, smoothing_window)),
+        **(
+            _cards(read[0], smoothing_window)
+            if len(read) == 1
+            else _final_scores(read, smoothing_window)
+        ),
         **report_media.videos_section(read, folder),
     }
     page = folder / "report.html"
@@ -98,19 +139,33 @@ def write_report(*runs: Path, smoothing_window: int = 10, out: Path | None = Non
 
 def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
+        loader=jinja2.FileSystemLoader(Path(run_figures.__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
     )
-    environment.filters["code"] = lambda text: Markup(re.sub(r"`([^`]*)`", r"<code>\1</code>", str(escape(text))))
+    environment.filters["code"] = lambda text: Markup(
+        re.sub(r"`([^`]*)`", r"<code>\1</code>", str(escape(text)))
+    )
     return environment
 
 
 def _facts(run: RunRecord) -> list[str]:
     planned, trained = run.config.get("iterations"), run.trained
-    facts = [f"{_done(run)} of {planned} iterations" if planned is not None else f"{_done(run)} iterations"]
+    facts = [
+        f"{_done(run)} of {planned} iterations"
+        if planned is not None
+        else f"{_done(run)} iterations"
+    ]
     seconds = _seconds(run)
     if seconds:
-        facts.append(f"{_duration(seconds)} of training, {seconds / len(trained):.2g} s an iteration")
-    return [*facts, *(_class_of(run, part) for part in ("policy", "reward") if _class_of(run, part))]
+        facts.append(
+            f"{_duration(seconds)} of training, {seconds / len(trained):.2g} s an iteration"
+        )
+    return [
+        *facts,
+        *(_class_of(run, part) for part in ("policy", "reward") if _class_of(run, part)),
+    ]
 
 
 def _done(run: RunRecord) -> int:
@@ -123,7 +178,11 @@ def _seconds(run: RunRecord) -> float:
 
 def _class_of(run: RunRecord, part: str) -> str:
     described = run.config.get(part)
-    return str(described["class_path"]).rpartition(".")[2] if isinstance(described, Mapping) and described.get("class_path") else ""
+    return (
+        str(described["class_path"]).rpartition(".")[2]
+        if isinstance(described, Mapping) and described.get("class_path")
+        else ""
+    )
 
 
 def _overview(index: int, run: RunRecord) -> dict[str, str]:
@@ -146,10 +205,14 @@ def _overview(index: int, run: RunRecord) -> dict[str, str]:
 
 
 def _notices(runs: Sequence[RunRecord]) -> list[str]:
-    notices = [f"{run.label}: {notice}" if len(runs) > 1 else notice for run in runs for notice in _notices_of(run)]
+    notices = [
+        f"{run.label}: {notice}" if len(runs) > 1 else notice
+        for run in runs
+        for notice in _notices_of(run)
+    ]
     if len(runs) > 1 and not run_record.judged_alike(runs):
         notices.append(
-            "These runs were not evaluated alike: their judge, held-out captions or evaluation sampler differ (see what differs, below), "
+            "These runs were not evaluated alike: their judge, validation captions or evaluation sampler differ (see what differs, below), "
             "so differences between their scores are not differences between the models alone."
         )
     return notices
@@ -157,17 +220,29 @@ def _notices(runs: Sequence[RunRecord]) -> list[str]:
 
 def _notices_of(run: RunRecord) -> list[str]:
     if not run.rows:
-        return ["Nothing has been measured yet: metrics.jsonl has no line. Build the report again when the first iteration has ended."]
+        return [
+            "Nothing has been measured yet: metrics.jsonl has no line. Build the report again when the first iteration has ended."
+        ]
     notices = []
     planned, trained = run.config.get("iterations"), run.trained
     if not trained and planned != 0:
-        notices.append("Only the untrained model has been evaluated so far: no training iteration has ended yet.")
+        notices.append(
+            "Only the untrained model has been evaluated so far: no training iteration has ended yet."
+        )
     elif trained and planned is not None and trained[-1]["iteration"] < planned:
-        notices.append(f"This run is still going, or was stopped: its last iteration is to be {planned}. The page shows it so far.")
+        notices.append(
+            f"This run is still going, or was stopped: its last iteration is to be {planned}. The page shows it so far."
+        )
     for key, what in (
         ("num_invalid_videos", "videos could not be scored and were left out"),
-        ("num_skipped_groups", "groups gave no signal (all scores equal, or too few) and were not trained"),
-        ("num_skipped_updates", "updates were skipped because the loss or a gradient was not finite"),
+        (
+            "num_skipped_groups",
+            "groups gave no signal (all scores equal, or too few) and were not trained",
+        ),
+        (
+            "num_skipped_updates",
+            "updates were skipped because the loss or a gradient was not finite",
+        ),
     ):
         count = sum(row.get(key) or 0 for row in trained)
         if count:
@@ -175,8 +250,8 @@ def _notices_of(run: RunRecord) -> list[str]:
     return notices
 
 
-def _where(held_out: bool, window: int) -> str:
-    if held_out:
+def _where(validation: bool, window: int) -> str:
+    if validation:
         return "the captions of the evaluation, from the same noise every time"
     return f"the training captions (mean over {window} iterations)"
 
@@ -203,7 +278,7 @@ def _cards(run: RunRecord, window: int) -> dict[str, Any]:
             }
         )
     begin, last = scores.iterations
-    note = f"Mean score, 0 to 1, on {_where(scores.held_out, window)}: iteration {begin} → iteration {last}."
+    note = f"Mean score, 0 to 1, on {_where(scores.validation, window)}: iteration {begin} → iteration {last}."
     return {"scores": cards, "score_rows": [], "scores_note": note, "stages": []}
 
 
@@ -211,25 +286,50 @@ def _final_scores(runs: Sequence[RunRecord], window: int) -> dict[str, Any]:
     """The last score of each run and stage, with the difference to the first run's."""
     stages = run_figures.stages_of(runs)
     found = [run_record.scores_of(run, window) for run in runs]
-    held_out = any(scores is not None and scores.held_out for scores in found)
-    usable = [scores if scores is not None and scores.held_out == held_out else None for scores in found]
+    validation = any(scores is not None and scores.validation for scores in found)
+    usable = [
+        scores if scores is not None and scores.validation == validation else None
+        for scores in found
+    ]
     rows = []
     for run, scores in zip(runs, usable, strict=True):
         cells = []
         for stage in stages:
             value = scores.last.get(stage) if scores else None
             reference = usable[0].last.get(stage) if usable[0] else None
-            difference = None if run is runs[0] or value is None or reference is None else value - reference
-            cells.append({"value": "–" if value is None else f"{value:.3f}", "change": "" if difference is None else f"{difference:+.3f}"})
-        rows.append({"run": run.label, "iteration": str(scores.iterations[1]) if scores else "–", "cells": cells})
+            difference = (
+                None if run is runs[0] or value is None or reference is None else value - reference
+            )
+            cells.append(
+                {
+                    "value": "–" if value is None else f"{value:.3f}",
+                    "change": "" if difference is None else f"{difference:+.3f}",
+                }
+            )
+        rows.append(
+            {
+                "run": run.label,
+                "iteration": str(scores.iterations[1]) if scores else "–",
+                "cells": cells,
+            }
+        )
     ends = {scores.iterations[1] for scores in usable if scores}
-    note = f"Mean score, 0 to 1, on {_where(held_out, window)}, with the difference to {runs[0].label}."
+    note = f"Mean score, 0 to 1, on {_where(validation, window)}, with the difference to {runs[0].label}."
     note += " The runs were not evaluated at the same iteration." if len(ends) > 1 else ""
-    note += " Their seeds differ, and so does that noise." if held_out and len({run.config.get("seed") for run in runs}) > 1 else ""
+    note += (
+        " Their seeds differ, and so does that noise."
+        if validation and len({run.config.get("seed") for run in runs}) > 1
+        else ""
+    )
     note += " One number a run says nothing of how far seeds scatter: `ablate` measures that."
     has_rows = any(usable)
     names = [stage.replace("_", " ") for stage in stages]
-    return {"scores": [], "score_rows": rows if has_rows else [], "scores_note": note if has_rows else "", "stages": names}
+    return {
+        "scores": [],
+        "score_rows": rows if has_rows else [],
+        "scores_note": note if has_rows else "",
+        "stages": names,
+    }
 
 
 def _write_figures(folder: Path, runs: Sequence[RunRecord], window: int) -> list[dict[str, str]]:
@@ -253,7 +353,9 @@ def _write_figures(folder: Path, runs: Sequence[RunRecord], window: int) -> list
 
 
 def _judge_totals(runs: Sequence[RunRecord]) -> list[list[str]]:
-    """What the judges counted over whole runs: a row for each counter that any run has; none where all they could say is 0."""
+    """What the judges counted over whole runs: a row for each counter that any run has; none where
+    all they could say is 0.
+    """
     totals = [run_record.judge_totals(run) for run in runs]
     keys = list(dict.fromkeys(key for total in totals for key in total))
     if not any(value for total in totals for value in total.values()):
@@ -270,7 +372,9 @@ def _differences(runs: Sequence[RunRecord]) -> list[list[str]]:
     if len(runs) == 1:
         return []
     merged = [run.config | ({"judge.json": run.judge} if run.judge else {}) for run in runs]
-    return [[key, *map(_plain, values)] for key, values in run_record.config_differences(merged).items()]
+    return [
+        [key, *map(_plain, values)] for key, values in run_record.config_differences(merged).items()
+    ]
 
 
 def _changes(runs: Sequence[RunRecord]) -> Iterator[list[str]]:
@@ -278,20 +382,28 @@ def _changes(runs: Sequence[RunRecord]) -> Iterator[list[str]]:
     for run in runs:
         versions = sorted(run.earlier.items())
         since = [config for _, config in versions[1:]] + [run.config]
-        for (iteration, before), later in zip(versions, since, strict=False):  # without a resume, no version was before this one
+        for (iteration, before), later in zip(
+            versions, since, strict=False
+        ):  # without a resume, no version was before this one
             for key, (old, new) in run_record.config_differences([before, later]).items():
                 yield [run.label, str(iteration), key, _plain(old), _plain(new)]
 
 
 def _configuration(run: RunRecord) -> dict[str, dict[str, str]]:
-    """Sections of the page: the top level's plain values first, then each nested section with dotted keys; judge.json last."""
+    """Sections of the page: the top level's plain values first, then each nested section with
+    dotted keys; judge.json last.
+    """
     sections: dict[str, dict[str, str]] = {"run": {}}
     for key, value in run.config.items():
         if isinstance(value, Mapping):
-            sections[key] = {name: _plain(entry) for name, entry in run_record.flatten(value).items()}
+            sections[key] = {
+                name: _plain(entry) for name, entry in run_record.flatten(value).items()
+            }
         else:
             sections["run"][key] = _plain(value)
-    sections["judge.json"] = {name: _plain(entry) for name, entry in run_record.flatten(run.judge).items()}
+    sections["judge.json"] = {
+        name: _plain(entry) for name, entry in run_record.flatten(run.judge).items()
+    }
     return {name: entries for name, entries in sections.items() if entries}
 
 

@@ -1,5 +1,31 @@
-"""Train a policy, in one process; `torchrun fastgrpo/train.py` takes the same options and any number of processes."""
+"""Train: the same as `torchrun fastgrpo/train.py`, in one process."""
 
-from fastgrpo.train import main
+from __future__ import annotations
 
-__all__ = ["main"]
+from collections.abc import Sequence
+
+from torch.distributed.elastic.multiprocessing.errors import record
+
+from fastgrpo.cli.report import write_report
+from fastgrpo.config import parse_config
+from fastgrpo.distributed.collectives import rank
+from fastgrpo.distributed.console import log_to_console
+from fastgrpo.training.loop import run
+
+
+@record
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, run, and draw the report; the exit code."""
+    log_to_console()
+    config, config_yaml, _ = parse_config(
+        argv,
+        prog="fastgrpo/train.py",
+        description=(
+            "Align a video diffusion model with Self-Paced GRPO. "
+            "Metrics, checkpoints and videos go to <output_dir>/<name>/."
+        ),
+    )
+    code = run(config, config_yaml)
+    if rank() == 0:
+        print(f"report: {write_report(config.run_folder)}")
+    return code

@@ -1,4 +1,6 @@
-"""Processes: one a device, started by torchrun, or one alone. Everything that crosses ranks goes through this file."""
+"""Processes: one a device, started by torchrun, or one alone. Everything that crosses ranks goes
+through this file.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from fastgrpo.config import RuntimeConfig
 
-_PACKAGES = (Path(__file__).resolve().parent, Path(fastgrpo_kernels.__file__).resolve().parent)
+_PACKAGES = (Path(__file__).resolve().parents[1], Path(fastgrpo_kernels.__file__).resolve().parent)
 
 
 def world_size() -> int:
@@ -36,38 +38,52 @@ def rank() -> int:
 def start(runtime: RuntimeConfig) -> torch.device:
     """Join the other ranks, all with the same code, and choose this rank's device.
 
-    gloo serves CPU tensors and objects, NCCL the GPU's; a process started without torchrun is a world of one.
+    gloo serves CPU tensors and objects, NCCL the GPU's; a process started without torchrun is a
+    world of one.
 
     Raises:
-        ValueError: a GPU is asked for and there is none.
-        RuntimeError: a rank did not come within `timeout_minutes`, or has other sources, another Python, torch or diffusers; it is named.
+        ValueError: a GPU is asked for and there is none. RuntimeError: a rank did not come
+            within `timeout_minutes`, or has other sources, another Python, torch or diffusers;
+            it is named.
     """
     if runtime.num_threads:
         torch.set_num_threads(runtime.num_threads)
     use_cuda = torch.cuda.is_available() if runtime.device == "auto" else runtime.device == "cuda"
     if use_cuda and not torch.cuda.is_available():
-        raise ValueError("runtime.device: expected a CUDA GPU for 'cuda', found none; use cpu or auto")
+        raise ValueError(
+            "runtime.device: expected a CUDA GPU for 'cuda', found none; use cpu or auto"
+        )
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
     if use_cuda:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        _join("cpu:gloo,cuda:nccl" if use_cuda else "gloo", datetime.timedelta(minutes=runtime.timeout_minutes))
+        _join(
+            "cpu:gloo,cuda:nccl" if use_cuda else "gloo",
+            datetime.timedelta(minutes=runtime.timeout_minutes),
+        )
         require_agreement("the code", code_version())
     return device
 
 
 def _join(backend: str, timeout: datetime.timedelta) -> None:
-    """Make the process group and see that all have come: what is awaited in vain here has a name, in NCCL's first collective it has not."""
+    """Make the process group and see that all have come: what is awaited in vain here has a name,
+    in NCCL's first collective it has not.
+    """
     if world_size() == 1 and "WORLD_SIZE" not in os.environ:
-        dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(
+            backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1
+        )
         return
-    # Of a collective on the GPU that waits too long, NCCL's watchdog ends the process; with this it also says which ranks were not in it.
+    # Of a collective on the GPU that waits too long, NCCL's watchdog ends the process; with this it
+    # also says which ranks were not in it.
     os.environ.setdefault("TORCH_NCCL_DESYNC_DEBUG", "1")
     with _waiting_for_ranks("the start of all processes"):
         dist.init_process_group(backend, timeout=timeout)
         gloo = None if backend == "gloo" else dist.new_group(backend="gloo", timeout=timeout)
-        dist.monitored_barrier(gloo, timeout, wait_all_ranks=True)  # rank 0 names those that are missing
+        dist.monitored_barrier(
+            gloo, timeout, wait_all_ranks=True
+        )  # rank 0 names those that are missing
         if gloo is not None:
             dist.destroy_process_group(gloo)
 
@@ -86,7 +102,9 @@ def _waiting_for_ranks(what: str) -> Iterator[None]:
 
 
 def code_version() -> str:
-    """What must be the same on every rank: a hash of this package's and the kernels' sources, and the versions of what they stand on."""
+    """What must be the same on every rank: a hash of this package's and the kernels' sources, and
+    the versions of what they stand on.
+    """
     digest = hashlib.sha256()
     for package in _PACKAGES:
         for source in sorted(package.rglob("*.py")):
@@ -107,7 +125,9 @@ def stop() -> None:
 
 
 def gather(value: Any, what: str = "values of all ranks") -> list[Any]:
-    """The value of every rank, in rank order, on every rank. RuntimeError names this rank and `what` it waited for in vain."""
+    """The value of every rank, in rank order, on every rank. RuntimeError names this rank and
+    `what` it waited for in vain.
+    """
     values: list[Any] = [None] * world_size()
     with _waiting_for_ranks(what):
         dist.all_gather_object(values, value)
@@ -124,7 +144,9 @@ def average_gradients(parameters: Iterable[Tensor]) -> None:
 
     Of sharded parameters (FSDP2) each backward has averaged them already: there is nothing to do.
     """
-    gradients = [p.grad for p in parameters if p.grad is not None and not isinstance(p.grad, DTensor)]
+    gradients = [
+        p.grad for p in parameters if p.grad is not None and not isinstance(p.grad, DTensor)
+    ]
     if world_size() == 1 or not gradients:
         return
     flat = torch.cat([g.reshape(-1).float() for g in gradients])
@@ -136,7 +158,8 @@ def average_gradients(parameters: Iterable[Tensor]) -> None:
 
 
 def clip_gradients(parameters: Sequence[Tensor], max_norm: float) -> float:
-    """Scale all gradients down so that their joint 2-norm is at most `max_norm`; the norm before that, of the whole gradient on every rank.
+    """Scale all gradients down so that their joint 2-norm is at most `max_norm`; the norm before
+    that, of the whole gradient on every rank.
 
     All gradients are sharded over the same ranks, or none is.
     """

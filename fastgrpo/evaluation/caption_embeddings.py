@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from fastgrpo.config import find_file
 from fastgrpo.hub import fetch_files, require_weights
-from fastgrpo.text_cache import fingerprint
+from fastgrpo.policies.text_cache import fingerprint
 
 MAX_TOKENS = 512
 """Of a caption; the rest is cut off, with a warning."""
@@ -40,7 +40,9 @@ class Embeddings:
 
 
 def read_embeddings(path: Path) -> Embeddings:
-    """A matrix [n, D] of .npy, or of .safetensors with one tensor. FileNotFoundError, ValueError: no such file, or another content."""
+    """A matrix [n, D] of .npy, or of .safetensors with one tensor. FileNotFoundError, ValueError:
+    no such file, or another content.
+    """
     file = find_file(str(path), "embeddings")
     header: dict[str, str] = {}
     try:
@@ -55,9 +57,13 @@ def read_embeddings(path: Path) -> Embeddings:
         else:
             raise ValueError("expected .npy or .safetensors")
         if vectors.ndim != 2 or vectors.dtype.kind not in "fiu":
-            raise ValueError(f"expected a matrix of numbers, a row for each caption, got {vectors.dtype} {list(vectors.shape)}")
+            raise ValueError(
+                f"expected a matrix of numbers, a row for each caption, got {vectors.dtype} {list(vectors.shape)}"
+            )
         captions = json.loads(header["captions"]) if "captions" in header else None
-        return Embeddings(vectors.astype(np.float32), captions, json.loads(header.get("encoder", "{}")))
+        return Embeddings(
+            vectors.astype(np.float32), captions, json.loads(header.get("encoder", "{}"))
+        )
     except (OSError, ValueError, EOFError, SafetensorError) as error:
         raise ValueError(f"embeddings: cannot read {file}: {error}") from error
 
@@ -66,29 +72,46 @@ def write_embeddings(path: Path, embeddings: Embeddings) -> None:
     """A .safetensors file, at once or not at all, that `read_embeddings` reads."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    header = {"captions": json.dumps(embeddings.captions), "encoder": json.dumps(embeddings.encoder)}
+    header = {
+        "captions": json.dumps(embeddings.captions),
+        "encoder": json.dumps(embeddings.encoder),
+    }
     save_file({"embeddings": np.ascontiguousarray(embeddings.vectors)}, temporary, header)
     os.replace(temporary, path)
 
 
 def embed_captions(
-    captions: Sequence[str], path: Path, text_encoder: str, revision: str | None, device: torch.device, batch_size: int
+    captions: Sequence[str],
+    path: Path,
+    text_encoder: str,
+    revision: str | None,
+    device: torch.device,
+    batch_size: int,
 ) -> dict[str, Vectors]:
-    """A vector [D] for each caption: those in the file `path` if the same encoder made them, the others made now and added to it.
+    """A vector [D] for each caption: those in the file `path` if the same encoder made them, the
+    others made now and added to it.
 
     Args:
-        text_encoder: a folder or hub id: a UMT5 model of transformers, or a pipeline of diffusers with one, such as Wan's.
-        revision: of the hub id.
-        device: where the encoder runs, in bf16 on a GPU and in fp32 on the CPU.
+        text_encoder: a folder or hub id: a UMT5 model of transformers, or a pipeline of
+            diffusers with one, such as Wan's. revision: of the hub id. device: where the encoder
+            runs, in bf16 on a GPU and in fp32 on the CPU.
 
     Raises:
-        ValueError, FileNotFoundError: an encoder that cannot be had, an empty caption, or a damaged file.
+        ValueError, FileNotFoundError: an encoder that cannot be had, an empty caption, or a
+            damaged file.
     """
     if not all(caption.strip() for caption in captions):
         raise ValueError("captions: expected words in each, got an empty one")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    identity = {"text_encoder": text_encoder, "revision": str(revision), "dtype": str(dtype), "max_tokens": str(MAX_TOKENS)}
-    if Path(text_encoder).expanduser().is_dir():  # of a hub id the revision has to do: the file serves where there is no network
+    identity = {
+        "text_encoder": text_encoder,
+        "revision": str(revision),
+        "dtype": str(dtype),
+        "max_tokens": str(MAX_TOKENS),
+    }
+    if (
+        Path(text_encoder).expanduser().is_dir()
+    ):  # of a hub id the revision has to do: the file serves where there is no network
         model, tokenizer = encoder_folders(text_encoder, revision)
         identity |= {"text_encoder": fingerprint(model), "tokenizer": fingerprint(tokenizer)}
     known = read_embeddings(path) if path.is_file() else Embeddings(np.empty((0, 0), np.float32))
@@ -96,16 +119,24 @@ def embed_captions(
     missing = [caption for caption in dict.fromkeys(captions) if caption not in table]
     if missing:
         encoder, tokenizer_of_it = load_encoder(text_encoder, revision, device, dtype)
-        table |= dict(zip(missing, mean_embeddings(encoder, tokenizer_of_it, missing, batch_size), strict=True))
+        table |= dict(
+            zip(
+                missing, mean_embeddings(encoder, tokenizer_of_it, missing, batch_size), strict=True
+            )
+        )
         write_embeddings(path, Embeddings(np.stack(list(table.values())), list(table), identity))
     return table
 
 
 def encoder_folders(text_encoder: str, revision: str | None) -> tuple[Path, Path]:
-    """Where the encoder and its tokenizer are, fetched if need be. FileNotFoundError, ValueError: as `hub.fetch_files`."""
+    """Where the encoder and its tokenizer are, fetched if need be. FileNotFoundError, ValueError:
+    as `hub.fetch_files`.
+    """
 
     def fetch(*patterns: str) -> Path:
-        return fetch_files(text_encoder, revision, patterns, "text_encoder", "transformers' or diffusers")
+        return fetch_files(
+            text_encoder, revision, patterns, "text_encoder", "transformers' or diffusers"
+        )
 
     root = fetch("config.json", "model_index.json")
     if (root / "model_index.json").is_file():
@@ -115,8 +146,12 @@ def encoder_folders(text_encoder: str, revision: str | None) -> tuple[Path, Path
     return root, root
 
 
-def load_encoder(text_encoder: str, revision: str | None, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
-    """The encoder (UMT5EncoderModel) on `device` and its tokenizer. FileNotFoundError, ValueError: none there, or another model."""
+def load_encoder(
+    text_encoder: str, revision: str | None, device: torch.device, dtype: torch.dtype
+) -> tuple[Any, Any]:
+    """The encoder (UMT5EncoderModel) on `device` and its tokenizer. FileNotFoundError, ValueError:
+    none there, or another model.
+    """
     from transformers import UMT5EncoderModel
 
     from fastgrpo.policies.pretrained import load_tokenizer
@@ -128,38 +163,63 @@ def load_encoder(text_encoder: str, revision: str | None, device: torch.device, 
         if kind != "umt5":
             raise ValueError(f"model_type {kind}")
         # Only tensors of a decoder may be beside those of the encoder.
-        encoder, info = UMT5EncoderModel.from_pretrained(folder, dtype=dtype, output_loading_info=True, local_files_only=True)
+        encoder, info = UMT5EncoderModel.from_pretrained(
+            folder, dtype=dtype, output_loading_info=True, local_files_only=True
+        )
         if info["missing_keys"] or info["mismatched_keys"]:
-            raise ValueError(f"one without {list(info['missing_keys'])[:3]}, of other sizes {list(info['mismatched_keys'])[:3]}")
+            raise ValueError(
+                f"one without {list(info['missing_keys'])[:3]}, of other sizes {list(info['mismatched_keys'])[:3]}"
+            )
         return encoder.eval().to(device), load_tokenizer(words)
     except (OSError, RuntimeError, ValueError, AttributeError, SafetensorError) as error:
-        raise ValueError(f"text_encoder: expected a readable UMT5 encoder with its tokenizer in {folder}, got {error}") from error
+        raise ValueError(
+            f"text_encoder: expected a readable UMT5 encoder with its tokenizer in {folder}, got {error}"
+        ) from error
 
 
 @torch.no_grad()
-def mean_embeddings(encoder: Any, tokenizer: Any, captions: Sequence[str], batch_size: int) -> Vectors:
-    """[n, D] float32: the mean of the encoder's last hidden state over the tokens that are not padding, the end token among them.
+def mean_embeddings(
+    encoder: Any, tokenizer: Any, captions: Sequence[str], batch_size: int
+) -> Vectors:
+    """[n, D] float32: the mean of the encoder's last hidden state over the tokens that are not
+    padding, the end token among them.
 
     Warns where captions are cut to MAX_TOKENS.
     """
-    order = sorted(range(len(captions)), key=lambda i: len(captions[i]))  # alike in length, so that little is padding
+    order = sorted(
+        range(len(captions)), key=lambda i: len(captions[i])
+    )  # alike in length, so that little is padding
     vectors = np.empty((len(captions), encoder.config.d_model), np.float32)
     at_limit = 0
     for start in tqdm(range(0, len(order), batch_size), desc="embed", unit="batch", disable=None):
         chosen = order[start : start + batch_size]
-        batch = tokenizer([captions[i] for i in chosen], padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
+        batch = tokenizer(
+            [captions[i] for i in chosen],
+            padding=True,
+            truncation=True,
+            max_length=MAX_TOKENS,
+            return_tensors="pt",
+        )
         mask = batch.attention_mask.to(encoder.device)
-        hidden = encoder(input_ids=batch.input_ids.to(encoder.device), attention_mask=mask).last_hidden_state.float()
+        hidden = encoder(
+            input_ids=batch.input_ids.to(encoder.device), attention_mask=mask
+        ).last_hidden_state.float()
         weights = mask.unsqueeze(-1).float()
         vectors[chosen] = ((hidden * weights).sum(1) / weights.sum(1)).cpu().numpy()
         at_limit += int((mask.sum(1) >= MAX_TOKENS).sum())
     if at_limit:
-        warnings.warn(f"{at_limit} of {len(captions)} captions have {MAX_TOKENS} tokens or more; the rest of them is cut off", stacklevel=2)
+        warnings.warn(
+            f"{at_limit} of {len(captions)} captions have {MAX_TOKENS} tokens or more; the rest of them is cut off",
+            stacklevel=2,
+        )
     return vectors
 
 
-def embeddings_in_order(embeddings: Embeddings, places: Sequence[int], captions: Sequence[str], num_rows: int) -> Vectors:
-    """The vectors of captions: by their texts where the file tells captions, else by `places` in a file of `num_rows` rows.
+def embeddings_in_order(
+    embeddings: Embeddings, places: Sequence[int], captions: Sequence[str], num_rows: int
+) -> Vectors:
+    """The vectors of captions: by their texts where the file tells captions, else by `places` in a
+    file of `num_rows` rows.
 
     ValueError: a caption, or a row, that is not there.
     """
@@ -172,5 +232,7 @@ def embeddings_in_order(embeddings: Embeddings, places: Sequence[int], captions:
         return embeddings.vectors[list(places)]
     missing = [caption for caption in captions if caption not in table]
     if missing:
-        raise ValueError(f"embeddings: expected one for each of {len(captions)} captions, got none for {len(missing)}: {missing[0][:80]!r}")
+        raise ValueError(
+            f"embeddings: expected one for each of {len(captions)} captions, got none for {len(missing)}: {missing[0][:80]!r}"
+        )
     return np.stack([table[caption] for caption in captions])

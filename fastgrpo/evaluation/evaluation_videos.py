@@ -1,9 +1,10 @@
-"""Videos for an evaluation: which, with which seeds, by which rank; each written whole, and those that are there already kept.
+"""Videos for an evaluation: which, with which seeds, by which rank; each written whole, and those
+that are there already kept.
 
-OUT/videos/*.mp4      nothing else: VBench takes the ending of whichever file the folder lists first for that of all
-OUT/seeds.jsonl       {"video", "prompt", "seed"}, a row a video, made or yet to be made
-OUT/sampling.json     with what they were made
-OUT/prompts.json      captions by file name, for VBench's --prompt_file where the captions are not its own
+OUT/videos/*.mp4      nothing else: VBench takes the ending of whichever file the folder lists
+first for that of all OUT/seeds.jsonl       {"video", "prompt", "seed"}, a row a video, made or
+yet to be made OUT/sampling.json     with what they were made OUT/prompts.json      captions by
+file name, for VBench's --prompt_file where the captions are not its own
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,15 +23,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fastgrpo import parallel
-from fastgrpo.analysis.vbench_scores import EvaluationPrompt, video_name
 from fastgrpo.config import RolloutConfig
-from fastgrpo.decode import decode
-from fastgrpo.figures import write_video
+from fastgrpo.distributed import collectives
+from fastgrpo.evaluation.vbench_scores import EvaluationPrompt, video_name
 from fastgrpo.interfaces import Policy
-from fastgrpo.rollout import sample_groups, start_rollout
-from fastgrpo.run import differences, say, write
-from fastgrpo.trajectory import derive_seed
+from fastgrpo.training.decode import decode
+from fastgrpo.training.figures import write_video
+from fastgrpo.training.loop import differences, write
+from fastgrpo.training.rollout import sample_groups, start_rollout
+from fastgrpo.training.trajectory import derive_seed
+
+logger = logging.getLogger("fastgrpo")
 
 BASE = "base"
 """In place of a checkpoint: the weights that training starts from."""
@@ -45,7 +49,9 @@ class Video:
 
 
 def list_videos(prompts: Sequence[EvaluationPrompt], seed: int) -> list[Video]:
-    """All videos in order. A video's seed depends on `seed`, its caption and its index alone, not on the other captions."""
+    """All videos in order. A video's seed depends on `seed`, its caption and its index alone, not
+    on the other captions.
+    """
     return [
         Video(video_name(p.text, index), p.text, derive_seed(seed, "evaluation", p.text, index))
         for p in prompts
@@ -53,12 +59,35 @@ def list_videos(prompts: Sequence[EvaluationPrompt], seed: int) -> list[Video]:
     ]
 
 
-def settings(policy: Mapping[str, Any], rollout: RolloutConfig, weights: Path | None, dtype: torch.dtype, seed: int) -> dict[str, Any]:
-    """What decides a video beside its caption and index, as JSON. policy: as it stands in the recipe. weights: a checkpoint, or None."""
-    keys = ("sde", "num_inference_steps", "height", "width", "num_frames", "shift", "eta", "guidance_scale", "timestep_rounding", "decode")
-    manifest = b"" if weights is None else (weights / "manifest.json").read_bytes()  # it has the hash of every other file
+def settings(
+    policy: Mapping[str, Any],
+    rollout: RolloutConfig,
+    weights: Path | None,
+    dtype: torch.dtype,
+    seed: int,
+) -> dict[str, Any]:
+    """What decides a video beside its caption and index, as JSON. policy: as it stands in the
+    recipe. weights: a checkpoint, or None.
+    """
+    keys = (
+        "sde",
+        "num_inference_steps",
+        "height",
+        "width",
+        "num_frames",
+        "shift",
+        "eta",
+        "guidance_scale",
+        "timestep_rounding",
+        "decode",
+    )
+    manifest = (
+        b"" if weights is None else (weights / "manifest.json").read_bytes()
+    )  # it has the hash of every other file
     return {
-        "weights": BASE if weights is None else f"{weights.name} {hashlib.sha256(manifest).hexdigest()[:16]}",
+        "weights": BASE
+        if weights is None
+        else f"{weights.name} {hashlib.sha256(manifest).hexdigest()[:16]}",
         "policy": dict(policy),
         "sampler": {key: getattr(rollout, key) for key in keys},
         "micro_batch_size": rollout.micro_batch_size,
@@ -68,9 +97,11 @@ def settings(policy: Mapping[str, Any], rollout: RolloutConfig, weights: Path | 
 
 
 def claim(output: Path) -> TextIO | None:
-    """Make the folder and lock it; rank 0 gets the open lock file, which a process that dies lets go of. FileExistsError: in use."""
+    """Make the folder and lock it; rank 0 gets the open lock file, which a process that dies lets
+    go of. FileExistsError: in use.
+    """
     lock, busy = None, False
-    if parallel.rank() == 0:
+    if collectives.rank() == 0:
         (output / "videos").mkdir(parents=True, exist_ok=True)
         lock = open(output / ".lock", "w")  # noqa: SIM115  (held open while videos are written)
         try:
@@ -79,76 +110,118 @@ def claim(output: Path) -> TextIO | None:
                 begun.unlink()
         except BlockingIOError:
             busy = True
-    if parallel.any_rank(busy):
+    if collectives.any_rank(busy):
         raise FileExistsError(f"{output} is in use by another process that is still running")
     return lock
 
 
 def keep_settings(output: Path, made_with: dict[str, Any]) -> None:
-    """Write sampling.json; ValueError on every rank where the folder holds videos that were made otherwise."""
+    """Write sampling.json; ValueError on every rank where the folder holds videos that were made
+    otherwise.
+    """
     path, lines = output / "sampling.json", []
-    if parallel.rank() == 0:
+    if collectives.rank() == 0:
         made_with = json.loads(json.dumps(made_with))
-        lines = differences(json.loads(path.read_text(encoding="utf-8")), made_with) if path.exists() else []
+        lines = (
+            differences(json.loads(path.read_text(encoding="utf-8")), made_with)
+            if path.exists()
+            else []
+        )
         if not lines:
             write(path, json.dumps(made_with, indent=1) + "\n")
-    lines = parallel.gather(lines)[0]
+    lines = collectives.gather(lines)[0]
     if lines:
-        raise ValueError(f"{output} holds videos that were made otherwise ({'; '.join(lines)}): give another --out")
+        raise ValueError(
+            f"{output} holds videos that were made otherwise ({'; '.join(lines)}): give another --out"
+        )
 
 
 def write_lists(output: Path, videos: Sequence[Video]) -> None:
     """seeds.jsonl and prompts.json."""
     rows = [{"video": video.name, "prompt": video.prompt, "seed": video.seed} for video in videos]
-    write(output / "seeds.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    write(output / "prompts.json", json.dumps({video.name: video.prompt for video in videos}, indent=1, ensure_ascii=False) + "\n")
+    write(
+        output / "seeds.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    )
+    write(
+        output / "prompts.json",
+        json.dumps({video.name: video.prompt for video in videos}, indent=1, ensure_ascii=False)
+        + "\n",
+    )
 
 
 def unmade_batches(videos: Sequence[Video], size: int, output: Path) -> list[list[Video]]:
-    """The micro-batches with a video in them that is not there yet, as rank 0 sees the folder. All ranks call this.
+    """The micro-batches with a video in them that is not there yet, as rank 0 sees the folder. All
+    ranks call this.
 
-    A video always shares a forward with the same others, at the same place, so that neither the number of ranks nor what was there before
-    changes a bit of it.
+    A video always shares a forward with the same others, at the same place, so that neither the
+    number of ranks nor what was there before changes a bit of it.
     """
-    there: set[str] = parallel.gather({path.name for path in (output / "videos").iterdir()} if parallel.rank() == 0 else None)[0]
+    there: set[str] = collectives.gather(
+        {path.name for path in (output / "videos").iterdir()} if collectives.rank() == 0 else None
+    )[0]
     batches = [list(videos[first : first + size]) for first in range(0, len(videos), size)]
     return [batch for batch in batches if any(video.name not in there for video in batch)]
 
 
 def make_videos(
-    policy: Policy, batches: Sequence[Sequence[Video]], cfg: RolloutConfig, output: Path, device: torch.device, dtype: torch.dtype
+    policy: Policy,
+    batches: Sequence[Sequence[Video]],
+    cfg: RolloutConfig,
+    output: Path,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> None:
-    """Sample these micro-batches, dealt over ranks, and write those of their videos that are not there. All ranks call this.
+    """Sample these micro-batches, dealt over ranks, and write those of their videos that are not
+    there. All ranks call this.
 
-    Every rank makes the same number of passes, since sharded ranks wait for each other: the last ones may have nothing to write.
+    Every rank makes the same number of passes, since sharded ranks wait for each other: the last
+    ones may have nothing to write.
     """
-    ranks, broken = parallel.world_size(), 0
-    for first in tqdm(range(0, len(batches), ranks), unit="batch", disable=None if parallel.rank() == 0 else True):
-        mine = first + parallel.rank()
+    ranks, broken = collectives.world_size(), 0
+    for first in tqdm(
+        range(0, len(batches), ranks),
+        unit="batch",
+        disable=None if collectives.rank() == 0 else True,
+    ):
+        mine = first + collectives.rank()
         batch = batches[min(mine, len(batches) - 1)]
         for video, frames in zip(batch, make_batch(policy, batch, cfg, device, dtype), strict=True):
             if mine < len(batches) and not (output / "videos" / video.name).exists():
                 broken += not bool(torch.isfinite(frames).all())
                 save_video(frames, output, video.name, policy.fps)
-    broken = sum(parallel.gather(broken))
+    broken = sum(collectives.gather(broken))
     if broken:
-        say(f"note: {broken} videos were not finite, and are black")
+        logger.info(f"note: {broken} videos were not finite, and are black")
 
 
 @torch.no_grad()
-def make_batch(policy: Policy, batch: Sequence[Video], cfg: RolloutConfig, device: torch.device, dtype: torch.dtype) -> Tensor:
+def make_batch(
+    policy: Policy,
+    batch: Sequence[Video],
+    cfg: RolloutConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Tensor:
     """Frames [n, T, 3, H, W], float, of n videos, at most one micro-batch."""
     prompts = [video.prompt for video in batch]
-    rollout = start_rollout(policy, prompts, cfg, seed=0, iteration=0, first_slot=0, device=device, compute_dtype=dtype)
-    rollout.first_seeds = torch.tensor([video.seed for video in batch], dtype=torch.int64, device=device)
-    rollout.noise_seeds = torch.tensor([derive_seed(video.seed, "sde") for video in batch], dtype=torch.int64, device=device)
+    rollout = start_rollout(
+        policy, prompts, cfg, seed=0, iteration=0, first_slot=0, device=device, compute_dtype=dtype
+    )
+    rollout.first_seeds = torch.tensor(
+        [video.seed for video in batch], dtype=torch.int64, device=device
+    )
+    rollout.noise_seeds = torch.tensor(
+        [derive_seed(video.seed, "sde") for video in batch], dtype=torch.int64, device=device
+    )
     (done,) = sample_groups(policy, rollout, share_first_step=False)
     return decode(policy, done.latents)
 
 
 def save_video(frames: Tensor, output: Path, name: str, fps: float) -> None:
-    """Write one video [T, 3, H, W] whole or not at all, whenever the process is killed. Not begun among the videos, where VBench looks."""
-    begun = output / f".rank_{parallel.rank()}.mp4"
+    """Write one video [T, 3, H, W] whole or not at all, whenever the process is killed. Not begun
+    among the videos, where VBench looks.
+    """
+    begun = output / f".rank_{collectives.rank()}.mp4"
     pixels = (frames.float().nan_to_num().clamp(0, 1) * 255).round().to(torch.uint8)
     write_video(begun, pixels.movedim(1, -1).contiguous().cpu().numpy(), fps)
     os.replace(begun, output / "videos" / name)

@@ -1,4 +1,6 @@
-"""The file of scores that `python -m fastgrpo score` writes: a JSON object a line, one line a video, all by one judge."""
+"""The file of scores that `python -m fastgrpo score` writes: a JSON object a line, one line a
+video, all by one judge.
+"""
 
 from __future__ import annotations
 
@@ -19,13 +21,20 @@ Key = tuple[str, str]
 def judge_hash(judge: Mapping[str, Any]) -> str:
     """12 hexadecimal digits that stand for all that decides a judge's scores.
 
-    Where its servers are, and how many of them answered at the start, does not; what they say of themselves does.
+    Where its servers are, and how many of them answered at the start, does not; what they say of
+    themselves does.
     """
     engine = judge.get("engine")
     if isinstance(engine, Mapping) and isinstance(engine.get("servers"), Mapping):
         said = sorted({json.dumps(one, sort_keys=True) for one in engine["servers"].values()})
-        judge = {**judge, "engine": {key: value for key, value in engine.items() if key != "endpoints"} | {"servers": said}}
-    return hashlib.sha256(json.dumps(judge, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:12]
+        judge = {
+            **judge,
+            "engine": {key: value for key, value in engine.items() if key != "endpoints"}
+            | {"servers": said},
+        }
+    return hashlib.sha256(
+        json.dumps(judge, sort_keys=True, ensure_ascii=False).encode()
+    ).hexdigest()[:12]
 
 
 def describe_beside(path: Path) -> Path:
@@ -34,16 +43,21 @@ def describe_beside(path: Path) -> Path:
 
 
 @contextmanager
-def open_scores(path: Path, judge: Mapping[str, Any], retry_failed: bool = False) -> Iterator[tuple[dict[Key, Row], Callable[[Row], None]]]:
-    """The rows that are there, by video and prompt, and a function that adds one, with this judge's hash, and flushes it.
+def open_scores(
+    path: Path, judge: Mapping[str, Any], retry_failed: bool = False
+) -> Iterator[tuple[dict[Key, Row], Callable[[Row], None]]]:
+    """The rows that are there, by video and prompt, and a function that adds one, with this judge's
+    hash, and flushes it.
 
-    A last line that was written by half is dropped. The judge is described in the file `describe_beside`. One process at a time.
+    A last line that was written by half is dropped. The judge is described in the file
+    `describe_beside`. One process at a time.
 
     Args:
         judge: all that decides its scores, as JSON. retry_failed: drop the rows with an error.
 
     Raises:
-        ValueError: rows of another judge, a line that is no row, a video and prompt twice, or another process that writes the file.
+        ValueError: rows of another judge, a line that is no row, a video and prompt twice, or
+            another process that writes the file.
     """
     name = judge_hash(judge)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -55,7 +69,9 @@ def open_scores(path: Path, judge: Mapping[str, Any], retry_failed: bool = False
             rows = {key: row for key, row in rows.items() if "error" not in row}
             file = _replace(file, path, rows)
         beside = describe_beside(path)
-        _write_whole(beside, json.dumps({"judge": name, **judge}, indent=1, ensure_ascii=False) + "\n")
+        _write_whole(
+            beside, json.dumps({"judge": name, **judge}, indent=1, ensure_ascii=False) + "\n"
+        )
 
         def add(row: Row) -> None:
             file.write(_line({**row, "judge": name}))
@@ -88,7 +104,9 @@ def _read(file: BinaryIO, path: Path, judge: str) -> dict[Key, Row]:
     for number, line in enumerate(data.split(b"\n")[:-1], start=1):
         row = _parse(line)
         if row is None:
-            raise ValueError(f"out: {path}, line {number}: expected a row of scores, got {line[:80].decode(errors='replace')!r}")
+            raise ValueError(
+                f"out: {path}, line {number}: expected a row of scores, got {line[:80].decode(errors='replace')!r}"
+            )
         if row["judge"] != judge:
             raise ValueError(
                 f"out: {path}, line {number} is by another judge, {row['judge']}, described in {describe_beside(path)}; this one is "
@@ -96,7 +114,9 @@ def _read(file: BinaryIO, path: Path, judge: str) -> dict[Key, Row]:
             )
         key = row["video"], row["prompt"]
         if key in rows:
-            raise ValueError(f"out: {path}, line {number}: expected one row a video and prompt, got a second one of {key[0]}")
+            raise ValueError(
+                f"out: {path}, line {number}: expected one row a video and prompt, got a second one of {key[0]}"
+            )
         rows[key] = row
     return rows
 
@@ -106,16 +126,26 @@ def _parse(line: bytes) -> Row | None:
         row = json.loads(line)
     except ValueError:
         return None
-    return row if isinstance(row, dict) and all(isinstance(row.get(key), str) for key in ("video", "prompt", "judge")) else None
+    return (
+        row
+        if isinstance(row, dict)
+        and all(isinstance(row.get(key), str) for key in ("video", "prompt", "judge"))
+        else None
+    )
 
 
 def _line(row: Row) -> bytes:
-    # The name of a file that is not UTF-8 holds lone surrogates, which become escapes, as JSON has them too.
-    return (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8", "backslashreplace")
+    # The name of a file that is not UTF-8 holds lone surrogates, which become escapes, as JSON has
+    # them too.
+    return (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n").encode(
+        "utf-8", "backslashreplace"
+    )
 
 
 def _replace(file: BinaryIO, path: Path, rows: dict[Key, Row]) -> BinaryIO:
-    """The file with these rows alone, at once or not at all; both the old and the new one are locked until it has happened."""
+    """The file with these rows alone, at once or not at all; both the old and the new one are
+    locked until it has happened.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
     fresh = temporary.open("wb")
     _lock(fresh, path)

@@ -1,4 +1,6 @@
-"""VBench scores of several runs side by side: tables as text, Markdown and LaTeX, a JSON object, and a figure."""
+"""VBench scores of several runs side by side: tables as text, Markdown and LaTeX, a JSON object,
+and a figure.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +11,13 @@ from typing import Any, Literal
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from fastgrpo.analysis.vbench_scores import DIMENSIONS, Scores
-from fastgrpo.figures import COLORS, FAINT, GRID, INK
+from fastgrpo.evaluation.vbench_scores import DIMENSIONS, Scores
+from fastgrpo.training.figures import COLORS, FAINT, GRID, INK
 
 Values = Literal["normalized", "raw"]
-"""Of the dimensions: normalised as they enter the totals, or raw, as papers print them. The three totals are the same either way."""
+"""Of the dimensions: normalised as they enter the totals, or raw, as papers print them. The three
+totals are the same either way.
+"""
 Format = Literal["text", "markdown", "latex"]
 HATCHES = ("", "///", "...", "xx", "\\\\\\", "+++")
 _TOTALS = ("quality", "semantic", "total")
@@ -35,27 +39,43 @@ class ScoreRow:
 
 
 def score_rows(runs: Sequence[Scores], values: Values) -> list[ScoreRow]:
-    """The seven dimensions of quality and the quality score, the nine of semantics and theirs, the total."""
+    """The seven dimensions of quality and the quality score, the nine of semantics and theirs, the
+    total.
+    """
     rows = []
     for total in _TOTALS:
         for dimension in DIMENSIONS:
             if dimension.group == total:
-                rows.append(ScoreRow(dimension.title, [getattr(run, values).get(dimension.name) for run in runs], False))
+                rows.append(
+                    ScoreRow(
+                        dimension.title,
+                        [getattr(run, values).get(dimension.name) for run in runs],
+                        False,
+                    )
+                )
         rows.append(ScoreRow(f"{total} score", [getattr(run, total) for run in runs], True))
     return rows
 
 
 def scores_json(scores: Scores, values: Values) -> dict[str, Any]:
-    """{"quality", "semantic", "total", "dimensions": {name: points}}; null for what is missing, or withheld since it needs what is."""
+    """{"quality", "semantic", "total", "dimensions": {name: points}}; null for what is missing, or
+    withheld since it needs what is.
+    """
     points = getattr(scores, values)
-    return {total: getattr(scores, total) for total in _TOTALS} | {"dimensions": {d.name: points.get(d.name) for d in DIMENSIONS}}
+    return {total: getattr(scores, total) for total in _TOTALS} | {
+        "dimensions": {d.name: points.get(d.name) for d in DIMENSIONS}
+    }
 
 
 def score_table(runs: Mapping[str, Scores], values: Values, style: Format) -> str:
-    """All runs as one table, in points; behind each but the first the difference to it, in brackets. runs: by name."""
+    """All runs as one table, in points; behind each but the first the difference to it, in
+    brackets. runs: by name.
+    """
     head = ["normalized, points" if values == "normalized" else "points", *runs]
     rows = score_rows(list(runs.values()), values)
-    return {"text": _text_table, "markdown": _markdown_table, "latex": _latex_table}[style](head, rows)
+    return {"text": _text_table, "markdown": _markdown_table, "latex": _latex_table}[style](
+        head, rows
+    )
 
 
 def _cells(row: ScoreRow, missing: str, minus: str = "-") -> list[str]:
@@ -70,10 +90,20 @@ def _text_table(head: Sequence[str], rows: Sequence[ScoreRow]) -> str:
     lines = [list(head), *([row.title, *_cells(row, "-")] for row in rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
     texts = [
-        "  ".join([line[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(line[1:], widths[1:], strict=True))]) for line in lines
+        "  ".join(
+            [
+                line[0].ljust(widths[0]),
+                *(cell.rjust(w) for cell, w in zip(line[1:], widths[1:], strict=True)),
+            ]
+        )
+        for line in lines
     ]
     rule = "-" * len(texts[0])
-    body = [part for row, text in zip(rows, texts[1:], strict=True) for part in ([text, rule] if row.is_total else [text])]
+    body = [
+        part
+        for row, text in zip(rows, texts[1:], strict=True)
+        for part in ([text, rule] if row.is_total else [text])
+    ]
     return "\n".join([texts[0], rule, *body[:-1]])
 
 
@@ -83,7 +113,10 @@ def _markdown_table(head: Sequence[str], rows: Sequence[ScoreRow]) -> str:
 
     names = [name.replace("|", "\\|") for name in head]
     body = [[row.title, *_cells(row, "–", "−")] for row in rows]
-    bold = [[f"**{cell}**" for cell in cells] if row.is_total else cells for row, cells in zip(rows, body, strict=True)]
+    bold = [
+        [f"**{cell}**" for cell in cells] if row.is_total else cells
+        for row, cells in zip(rows, body, strict=True)
+    ]
     return "\n".join([line(names), "|---|" + "---:|" * (len(head) - 1), *map(line, bold)])
 
 
@@ -105,19 +138,36 @@ def _latex_table(head: Sequence[str], rows: Sequence[ScoreRow]) -> str:
 
 def _escaped(text: str) -> str:
     """Text in which no character means anything to LaTeX."""
-    names = {"\\": "textbackslash", "~": "textasciitilde", "^": "textasciicircum", "|": "textbar", "<": "textless", ">": "textgreater"}
-    special = {character: f"\\{name}{{}}" for character, name in names.items()} | {character: f"\\{character}" for character in "&%$#_{}"}
+    names = {
+        "\\": "textbackslash",
+        "~": "textasciitilde",
+        "^": "textasciicircum",
+        "|": "textbar",
+        "<": "textless",
+        ">": "textgreater",
+    }
+    special = {character: f"\\{name}{{}}" for character, name in names.items()} | {
+        character: f"\\{character}" for character in "&%$#_{}"
+    }
     return "".join(special.get(character, character) for character in text)
 
 
 def score_figure(runs: Mapping[str, Scores], values: Values) -> Figure:
-    """Bars of every dimension and total, a colour and hatching a run; with several runs beside them the differences to the first."""
+    """Bars of every dimension and total, a colour and hatching a run; with several runs beside them
+    the differences to the first.
+    """
     rows = score_rows(list(runs.values()), values)
     several = len(runs) > 1
     figure = Figure(
-        figsize=(10.5 if several else 6.5, 2.0 + len(rows) * max(0.26, 0.13 * len(runs))), layout="constrained", facecolor="white"
+        figsize=(10.5 if several else 6.5, 2.0 + len(rows) * max(0.26, 0.13 * len(runs))),
+        layout="constrained",
+        facecolor="white",
     )
-    axes = list(figure.subplots(1, 2, sharey=True, squeeze=False, width_ratios=(3, 2)).flat) if several else [figure.subplots()]
+    axes = (
+        list(figure.subplots(1, 2, sharey=True, squeeze=False, width_ratios=(3, 2)).flat)
+        if several
+        else [figure.subplots()]
+    )
     _bars(axes[0], rows, list(runs), lambda row: row.values, first=0)
     unit = "normalized score, points" if values == "normalized" else "score, points"
     _dress(axes[0], unit)
@@ -130,16 +180,39 @@ def score_figure(runs: Mapping[str, Scores], values: Values) -> Figure:
         axes[1].axvline(0, color=FAINT, linewidth=1)
         _dress(axes[1], f"difference to {next(iter(runs))}, points")
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper left", frameon=False, fontsize=9, labelcolor=INK, ncols=3)
+    figure.legend(
+        handles,
+        labels,
+        loc="outside upper left",
+        frameon=False,
+        fontsize=9,
+        labelcolor=INK,
+        ncols=3,
+    )
     return figure
 
 
-def _bars(axes: Axes, rows: Sequence[ScoreRow], names: Sequence[str], points: Callable[[ScoreRow], list[float | None]], first: int) -> None:
+def _bars(
+    axes: Axes,
+    rows: Sequence[ScoreRow],
+    names: Sequence[str],
+    points: Callable[[ScoreRow], list[float | None]],
+    first: int,
+) -> None:
     height = 0.8 / len(names)
     for run in range(first, len(names)):
-        heights = [place + (run - (len(names) - 1) / 2) * height for place, row in enumerate(rows) if points(row)[run] is not None]
+        heights = [
+            place + (run - (len(names) - 1) / 2) * height
+            for place, row in enumerate(rows)
+            if points(row)[run] is not None
+        ]
         lengths = [value for row in rows if (value := points(row)[run]) is not None]
-        look = {"color": COLORS[run % len(COLORS)], "hatch": HATCHES[run % len(HATCHES)], "edgecolor": "white", "linewidth": 0}
+        look = {
+            "color": COLORS[run % len(COLORS)],
+            "hatch": HATCHES[run % len(HATCHES)],
+            "edgecolor": "white",
+            "linewidth": 0,
+        }
         axes.barh(heights, lengths, height=height, label=names[run], gid=f"run_{run}", **look)  # type: ignore[arg-type]
 
 

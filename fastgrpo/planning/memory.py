@@ -1,6 +1,8 @@
-"""What a recipe needs of a GPU's memory and arithmetic, phase by phase: estimated from `dry_run`'s counts, before anything is allocated.
+"""What a recipe needs of a GPU's memory and arithmetic, phase by phase: estimated from `dry_run`'s
+counts, before anything is allocated.
 
-Bytes are of one rank, and of tensors: what CUDA, NCCL, cuDNN and the allocator take besides is `RESERVE`. GB and TFLOP are 1e9 and 1e12.
+Bytes are of one rank, and of tensors: what CUDA, NCCL, cuDNN and the allocator take besides is
+`RESERVE`. GB and TFLOP are 1e9 and 1e12.
 """
 
 from __future__ import annotations
@@ -14,26 +16,34 @@ from typing import Literal
 
 import torch
 
-from fastgrpo import dry_run
 from fastgrpo.config import ParallelConfig, TrainConfig
-from fastgrpo.dry_run import META, Cost, Network
+from fastgrpo.planning import meta_model
+from fastgrpo.planning.meta_model import META, Cost, Network
 
-ACTIVATIONS: tuple[Literal["none", "keep_attention", "full"], ...] = ("none", "keep_attention", "full")
+ACTIVATIONS: tuple[Literal["none", "keep_attention", "full"], ...] = (
+    "none",
+    "keep_attention",
+    "full",
+)
 SMALLER_DECODE = "policy.vae_tiling true or policy.vae_dtype bf16"
 RESERVE = 4e9
 """Bytes for the CUDA context, the libraries' workspaces, NCCL's buffers and the allocator's gaps."""
 MATMUL_RATE = 798e12
 """FLOP/s, bf16 dense: matrix products of 8192 measured on one H100."""
 ATTENTION_RATES = 600e12, 515e12
-"""FLOP/s of attention on an H100, forward and backward, as published for torch's cuDNN attention at head dimension 128."""
+"""FLOP/s of attention on an H100, forward and backward, as published for torch's cuDNN attention at
+head dimension 128.
+"""
 
 
 @dataclass(frozen=True)
 class Counts:
-    """A recipe's network and sizes in numbers; costs are of one micro-batch (a decode: of one video) and run when first asked for.
+    """A recipe's network and sizes in numbers; costs are of one micro-batch (a decode: of one
+    video) and run when first asked for.
 
-    velocity(activations, gathered): one branch, see `dry_run.velocity_cost`. latent: bytes of one latent. fixed: bytes of what besides the
-    network stays on the device: the VAE, and the judge where it says its `memory_bytes`.
+    velocity(activations, gathered): one branch, see `meta_model.velocity_cost`. latent: bytes of
+    one latent. fixed: bytes of what besides the network stays on the device: the VAE, and the
+    judge where it says its `memory_bytes`.
     """
 
     network: Network
@@ -46,7 +56,9 @@ class Counts:
 
 @dataclass(frozen=True)
 class Work:
-    """FLOP of one rank in one iteration: products and convolutions, attention forward, attention backward."""
+    """FLOP of one rank in one iteration: products and convolutions, attention forward, attention
+    backward.
+    """
 
     linear: float
     attention_forward: float
@@ -63,32 +75,41 @@ class Work:
 
     @property
     def expected(self) -> float:
-        """Seconds with attention at its own rates, and nothing else but products: what good kernels come near to."""
-        return self.linear / MATMUL_RATE + self.attention_forward / ATTENTION_RATES[0] + self.attention_backward / ATTENTION_RATES[1]
+        """Seconds with attention at its own rates, and nothing else but products: what good kernels
+        come near to.
+        """
+        return (
+            self.linear / MATMUL_RATE
+            + self.attention_forward / ATTENTION_RATES[0]
+            + self.attention_backward / ATTENTION_RATES[1]
+        )
 
 
 def count(config: TrainConfig) -> Counts:
     """Run the recipe's networks on the meta device, as on a GPU with Triton.
 
     Raises:
-        ValueError, FileNotFoundError: the policy cannot be planned, or not had, or cannot make this size.
+        ValueError, FileNotFoundError: the policy cannot be planned, or not had, or cannot make
+            this size.
     """
     cfg, policy = config.rollout, config.policy
     shape = policy.latent_shape(cfg.height, cfg.width, cfg.num_frames)
-    twin, conditioning = dry_run.load_meta(policy)
+    twin, conditioning = meta_model.load_meta(policy)
     latents = torch.empty(cfg.micro_batch_size, *shape, device=META)
     dtype = torch.float32 if config.runtime.compute_dtype == "fp32" else torch.bfloat16
 
     @functools.cache
     def velocity(activations: str | None, gathered: bool) -> Cost:
-        return dry_run.velocity_cost(twin, conditioning, latents, dtype, activations=activations, gathered=gathered)
+        return meta_model.velocity_cost(
+            twin, conditioning, latents, dtype, activations=activations, gathered=gathered
+        )
 
     vae = getattr(twin, "vae", None)
     vae_bytes = 0 if vae is None else sum(p.numel() * p.element_size() for p in vae.parameters())
     return Counts(
-        network=dry_run.network_of(twin.transformer),
+        network=meta_model.network_of(twin.transformer),
         velocity=velocity,
-        decode=dry_run.decode_cost(twin, shape),
+        decode=meta_model.decode_cost(twin, shape),
         latent=4 * math.prod(shape),
         conditioning=sum(t.numel() * t.element_size() for t in conditioning.values()),
         fixed=vae_bytes + int(getattr(config.reward, "memory_bytes", 0)),
@@ -96,14 +117,24 @@ def count(config: TrainConfig) -> Counts:
 
 
 def resolve(cfg: ParallelConfig, world_size: int) -> ParallelConfig:
-    """`shard: auto` as it comes out on GPUs. ValueError: settings that do not go together, as `sharding.shards` says them."""
-    shard: Literal["full", "none"] = "full" if cfg.shard == "full" or (cfg.shard == "auto" and world_size > 1) else "none"
+    """`shard: auto` as it comes out on GPUs. ValueError: settings that do not go together, as
+    `sharding.shards` says them.
+    """
+    shard: Literal["full", "none"] = (
+        "full" if cfg.shard == "full" or (cfg.shard == "auto" and world_size > 1) else "none"
+    )
     if world_size % cfg.replicas:
-        raise ValueError(f"parallel.replicas: expected a divisor of the world size {world_size}, got {cfg.replicas}")
-    return dataclasses.replace(cfg, shard=shard)  # which refuses replicas or cpu_offload without sharding
+        raise ValueError(
+            f"parallel.replicas: expected a divisor of the world size {world_size}, got {cfg.replicas}"
+        )
+    return dataclasses.replace(
+        cfg, shard=shard
+    )  # which refuses replicas or cpu_offload without sharding
 
 
-def memory(config: TrainConfig, counts: Counts, cfg: ParallelConfig, world_size: int) -> dict[str, dict[str, float]]:
+def memory(
+    config: TrainConfig, counts: Counts, cfg: ParallelConfig, world_size: int
+) -> dict[str, dict[str, float]]:
     """Bytes on one GPU, by phase (rollout, decode, update, step) and by what they are.
 
     cfg: the parallel settings, instead of the recipe's; `shard` must be resolved.
@@ -120,24 +151,39 @@ def memory(config: TrainConfig, counts: Counts, cfg: ParallelConfig, world_size:
         "Adam": on_gpu * 8 * network.trained / ranks,
         "copies (EMA, KL reference)": on_gpu * 4 * copies * network.trained / ranks,
         "VAE, judge": counts.fixed,
-        "trajectories": videos * ((roll.num_inference_steps + 1) * counts.latent + 4 * roll.num_inference_steps)
+        "trajectories": videos
+        * ((roll.num_inference_steps + 1) * counts.latent + 4 * roll.num_inference_steps)
         + (math.ceil(roll.num_prompts / world_size) + 1) * counts.conditioning,
     }
-    # A block, the next one on its way, and the buffer it arrives in; what is in no block stays from the forward's begin to its end.
-    passing = element * (network.root + min(3 * network.block, network.parameters)) if sharded else 0
+    # A block, the next one on its way, and the buffer it arrives in; what is in no block stays from
+    # the forward's begin to its end.
+    passing = (
+        element * (network.root + min(3 * network.block, network.parameters)) if sharded else 0
+    )
     everything = element * network.parameters if sharded and cfg.keep_gathered else 0
     gradients = {"gradients": on_gpu * 4 * network.trained / ranks}
-    forward, train, decode = counts.velocity(None, sharded), counts.velocity(cfg.activations, sharded), counts.decode
+    forward, train, decode = (
+        counts.velocity(None, sharded),
+        counts.velocity(cfg.activations, sharded),
+        counts.decode,
+    )
     branches = 2 if roll.guidance_scale != 1 else 1
     graphs = branches if not update.branchwise else 1
     share = network.trained / network.parameters
-    pending = roll.micro_batch_size * max(config.scoring.max_pending, int(getattr(config.reward, "concurrency", 1)))
+    pending = roll.micro_batch_size * max(
+        config.scoring.max_pending, int(getattr(config.reward, "concurrency", 1))
+    )
     waiting = {"frames that wait for the judge": min(pending, videos) * decode.kept}
     return {
         "rollout": state
-        | {"gathered weights": max(passing, everything), "forward": forward.kept + forward.work + (branches + 2) * counts.latent}
+        | {
+            "gathered weights": max(passing, everything),
+            "forward": forward.kept + forward.work + (branches + 2) * counts.latent,
+        }
         | waiting,
-        "decode": state | {"gathered weights": everything, "decode": decode.kept + decode.work} | waiting,
+        "decode": state
+        | {"gathered weights": everything, "decode": decode.kept + decode.work}
+        | waiting,
         "update": state
         | gradients
         | {
@@ -146,7 +192,9 @@ def memory(config: TrainConfig, counts: Counts, cfg: ParallelConfig, world_size:
             "gradients of a block": (element + 4) * share * network.block if sharded else 0,
             "activations": graphs * train.kept + train.work,
         },
-        "step": state | gradients | {"gradients' reduction": 4 * network.trained if not sharded and world_size > 1 else 0},
+        "step": state
+        | gradients
+        | {"gradients' reduction": 4 * network.trained if not sharded and world_size > 1 else 0},
     }
 
 
@@ -160,7 +208,12 @@ def host_bytes(config: TrainConfig, counts: Counts, cfg: ParallelConfig, world_s
     """Bytes in the host's memory of one rank under `cpu_offload`: weights, gradients, Adam, copies."""
     whole = ParallelConfig(shard="full", replicas=cfg.replicas)
     offloaded = memory(config, counts, dataclasses.replace(whole, cpu_offload=True), world_size)
-    return sum(memory(config, counts, whole, world_size)["step"].values()) - sum(offloaded["step"].values()) if cfg.cpu_offload else 0.0
+    return (
+        sum(memory(config, counts, whole, world_size)["step"].values())
+        - sum(offloaded["step"].values())
+        if cfg.cpu_offload
+        else 0.0
+    )
 
 
 def work(config: TrainConfig, counts: Counts, activations: str, world_size: int) -> dict[str, Work]:
@@ -170,11 +223,17 @@ def work(config: TrainConfig, counts: Counts, activations: str, world_size: int)
     videos, kept = prompts * roll.num_generations, prompts * (update.num_best + update.num_worst)
     branches = 2 if roll.guidance_scale != 1 else 1
     forward, train = counts.velocity(None, True), counts.velocity(activations, True)
-    shared = prompts * (math.ceil(roll.num_generations / size) - 1) * size if roll.share_first_step and roll.same_noise else 0
+    shared = (
+        prompts * (math.ceil(roll.num_generations / size) - 1) * size
+        if roll.share_first_step and roll.same_noise
+        else 0
+    )
     forwards = branches * (videos * roll.num_inference_steps - shared) / size
     passes = kept * trained_steps(config) / size
     trained = branches if update.cfg_grad == "both" else 1
-    again: float = branches - trained + (branches if update.kl_coef else 0)  # forwards without a backward
+    again: float = (
+        branches - trained + (branches if update.kl_coef else 0)
+    )  # forwards without a backward
     if update.branchwise and branches == 2 and trained == 2:
         # Only the first optimizer step, and none with a KL, knows its gradient before any forward.
         again += 1.0 if update.kl_coef else max(0, kept - update.gradient_accumulation) / kept
@@ -198,16 +257,31 @@ def trained_steps(config: TrainConfig) -> int:
     return 1 if roll.sde_window == "single" else roll.window_size
 
 
-def candidates(config: TrainConfig, world_size: int, gpus_per_node: int = 8) -> list[ParallelConfig]:
-    """Settings to choose from, best first: the least that is computed twice, then the least communication, offloading last."""
+def candidates(
+    config: TrainConfig, world_size: int, gpus_per_node: int = 8
+) -> list[ParallelConfig]:
+    """Settings to choose from, best first: the least that is computed twice, then the least
+    communication, offloading last.
+    """
     nodes = max(1, world_size // gpus_per_node)
-    replicas = [r for r in dict.fromkeys((config.parallel.replicas, nodes, 1)) if world_size % r == 0]
+    replicas = [
+        r for r in dict.fromkeys((config.parallel.replicas, nodes, 1)) if world_size % r == 0
+    ]
     compiled = config.parallel.compile
-    spread = [ParallelConfig(shard="full", replicas=r, keep_gathered=keep, compile=compiled) for keep in (True, False) for r in replicas]
+    spread = [
+        ParallelConfig(shard="full", replicas=r, keep_gathered=keep, compile=compiled)
+        for keep in (True, False)
+        for r in replicas
+    ]
     alone = ParallelConfig(shard="none", compile=compiled)
     layouts = [*spread, alone] if world_size > 1 else [alone]
     offload = ParallelConfig(shard="full", cpu_offload=True, compile=compiled)
-    return [dataclasses.replace(cfg, activations=a) for group in (layouts, [offload]) for a in ACTIVATIONS for cfg in group]
+    return [
+        dataclasses.replace(cfg, activations=a)
+        for group in (layouts, [offload])
+        for a in ACTIVATIONS
+        for cfg in group
+    ]
 
 
 def describe(cfg: ParallelConfig) -> str:
@@ -217,22 +291,31 @@ def describe(cfg: ParallelConfig) -> str:
 
 
 def check_fits(config: TrainConfig, gpu_memory_bytes: float, world_size: int) -> None:
-    """Refuse, before anything is allocated, what cannot fit into a GPU; the tensors alone are held against its memory, without RESERVE.
+    """Refuse, before anything is allocated, what cannot fit into a GPU; the tensors alone are held
+    against its memory, without RESERVE.
 
     A policy that cannot be planned is not checked.
 
     Raises:
         ValueError: names the phase, what it needs, and the settings to change.
     """
-    if not dry_run.can_load_meta(config.policy):
+    if not meta_model.can_load_meta(config.policy):
         return
     counts, cfg = count(config), resolve(config.parallel, world_size)
     phase, needed = peak(memory(config, counts, cfg, world_size))
     if needed <= gpu_memory_bytes:
         return
-    fitting = (c for c in candidates(config, world_size) if peak(memory(config, counts, c, world_size))[1] + RESERVE <= gpu_memory_bytes)
+    fitting = (
+        c
+        for c in candidates(config, world_size)
+        if peak(memory(config, counts, c, world_size))[1] + RESERVE <= gpu_memory_bytes
+    )
     best = next(fitting, None)
-    advice = "more GPUs, a LoRA (policy.lora), or a smaller video: no settings of `parallel` are enough" if best is None else describe(best)
+    advice = (
+        "more GPUs, a LoRA (policy.lora), or a smaller video: no settings of `parallel` are enough"
+        if best is None
+        else describe(best)
+    )
     if phase == "decode":
         advice = f"{SMALLER_DECODE}, or {advice}"
     raise ValueError(

@@ -16,10 +16,11 @@ Scores = list[list[float]]
 
 
 class ScoringQueue:
-    """Hands videos to a judge on threads of its own (as many as its `concurrency`, or one), so that the next ones are sampled meanwhile.
+    """Hands videos to a judge on threads of its own (as many as its `concurrency`, or one), so that
+    the next ones are sampled meanwhile.
 
-    max_pending: batches that may be unscored, or as many as the judge takes at a time where that is more; `submit` blocks beyond it, which
-    bounds memory. Results do not depend on timing.
+    max_pending: batches that may be unscored, or as many as the judge takes at a time where that
+    is more; `submit` blocks beyond it, which bounds memory. Results do not depend on timing.
     """
 
     def __init__(self, reward: RewardModel, max_pending: int = 4) -> None:
@@ -40,29 +41,37 @@ class ScoringQueue:
                 scored.result()
             self._blocked += time.perf_counter() - began
         made = None
-        if videos.is_cuda:  # a judge on the trainer's stream would stand in line with the sampling it is to overlap with
+        # a judge on the trainer's stream would stand in line with the sampling it is to overlap
+        # with
+        if videos.is_cuda:
             self._stream = self._stream or torch.cuda.Stream(videos.device)
             made = torch.cuda.Event()
             made.record()
         self._batches.append(self._workers.submit(self._score, videos, list(prompts), fps, made))
 
     def collect(self, num_generations: int) -> tuple[list[Scores], list[list[bool]]]:
-        """Scores [P][G][K] and validity [P][G] of all that was submitted since the last call, in that order, G = num_generations at a time.
+        """Scores [P][G][K] and validity [P][G] of all that was submitted since the last call, in
+        that order, G = num_generations at a time.
 
         Raises:
-            Exception: whatever the judge raised; a score outside [0, 1] or of the wrong shape is its error too.
+            Exception: whatever the judge raised; a score outside [0, 1] or of the wrong shape is
+                its error too.
         """
         batches, self._batches = self._batches, []
         results = [batch.result() for batch in batches]
         scores = [row for scores, _ in results for row in scores.tolist()]
         valid = [ok for _, flags in results for ok in flags.tolist()]
         groups = range(0, len(scores), num_generations)
-        return [scores[i : i + num_generations] for i in groups], [valid[i : i + num_generations] for i in groups]
+        return [scores[i : i + num_generations] for i in groups], [
+            valid[i : i + num_generations] for i in groups
+        ]
 
     def close(self) -> None:
-        """End the threads when their present batches are done, without waiting for them; and the judge, where it has a `close`.
+        """End the threads when their present batches are done, without waiting for them; and the
+        judge, where it has a `close`.
 
-        Python waits for such threads when it exits: a judge that waits for its server has to be told that nobody waits for it.
+        Python waits for such threads when it exits: a judge that waits for its server has to be
+        told that nobody waits for it.
         """
         self._workers.shutdown(wait=False, cancel_futures=True)
         getattr(self.reward, "close", lambda: None)()
@@ -83,7 +92,9 @@ class ScoringQueue:
         return errors
 
     @torch.no_grad()
-    def _score(self, videos: Tensor, prompts: list[str], fps: float, made: torch.cuda.Event | None) -> tuple[Tensor, Tensor]:
+    def _score(
+        self, videos: Tensor, prompts: list[str], fps: float, made: torch.cuda.Event | None
+    ) -> tuple[Tensor, Tensor]:
         with torch.cuda.stream(self._stream) if made else nullcontext():
             if made and self._stream:
                 self._stream.wait_event(made)
@@ -99,5 +110,7 @@ class ScoringQueue:
         valid = valid.bool() & torch.isfinite(scores).all(dim=1)
         outside = valid & ((scores < 0) | (scores > 1)).any(dim=1)
         if outside.any():
-            raise ValueError(f"reward: expected scores in [0, 1] from {type(self.reward).__name__}, got {scores[outside][0].tolist()}")
+            raise ValueError(
+                f"reward: expected scores in [0, 1] from {type(self.reward).__name__}, got {scores[outside][0].tolist()}"
+            )
         return scores, valid

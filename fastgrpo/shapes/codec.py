@@ -1,6 +1,7 @@
 """The codec of the embedded world: whole frames as 96 principal components and one global scale.
 
-It takes the place of Wan's VAE. A clip [B, T, 3, 16, 16] becomes latents [B, 96, T, 1, 1]: channels first, then frames, as Wan's are.
+It takes the place of Wan's VAE. A clip [B, T, 3, 16, 16] becomes latents [B, 96, T, 1, 1]:
+channels first, then frames, as Wan's are.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ class Codec:
     """Principal components of frames whose pixels run over [-1, 1].
 
     Attributes:
-        mean: [768] fp32, the mean frame (channel, row, column flattened).
-        components: [96, 768] fp32 with orthonormal rows, largest variance first.
-        scale: [1] fp32; latents are divided by it, so that their mean square over all channels is 1.
+        mean: [768] fp32, the mean frame (channel, row, column flattened). components: [96, 768]
+            fp32 with orthonormal rows, largest variance first. scale: [1] fp32; latents are
+            divided by it, so that their mean square over all channels is 1.
     """
 
     mean: Tensor
@@ -42,10 +43,17 @@ class Codec:
         return latents.transpose(1, 2)[..., None, None].contiguous()
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Clips [B, T, 3, 16, 16] in [0, 1] of latents [B, 96, T, 1, 1]. One matrix product a clip: its bits do not depend on the batch."""
-        # With each clip its own product, a clip has the same bits alone and in any batch; one big product has not.
+        """Clips [B, T, 3, 16, 16] in [0, 1] of latents [B, 96, T, 1, 1]. One matrix product a clip:
+        its bits do not depend on the batch.
+        """
+        # With each clip its own product, a clip has the same bits alone and in any batch; one big
+        # product has not.
         rows = latents.float().flatten(2).transpose(1, 2).contiguous() * self.scale
-        frames = torch.stack([row @ self.components for row in rows]) if len(rows) else rows.new_zeros(0, rows.shape[1], FRAME_DIM)
+        frames = (
+            torch.stack([row @ self.components for row in rows])
+            if len(rows)
+            else rows.new_zeros(0, rows.shape[1], FRAME_DIM)
+        )
         pixels = (frames + self.mean + 1.0) / 2.0
         return pixels.reshape(*rows.shape[:2], 3, SIZE, SIZE).clamp(0.0, 1.0)
 
@@ -71,9 +79,13 @@ def fit_codec(clips: Tensor) -> Codec:
 
 
 def load_codec(path: Path) -> Codec:
-    """The codec in a safetensors file. FileNotFoundError when it is missing, ValueError when a tensor is missing or misshapen."""
+    """The codec in a safetensors file. FileNotFoundError when it is missing, ValueError when a
+    tensor is missing or misshapen.
+    """
     if not path.is_file():
-        raise FileNotFoundError(f"expected the codec of the embedded world at {path}, found no such file")
+        raise FileNotFoundError(
+            f"expected the codec of the embedded world at {path}, found no such file"
+        )
     try:
         tensors = load_file(path)
     except SafetensorError as error:

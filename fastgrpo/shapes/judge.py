@@ -1,9 +1,12 @@
-"""The analytic judge of the embedded world: visual quality, motion quality and text alignment in [0, 1], from pixels alone.
+"""The analytic judge of the embedded world: visual quality, motion quality and text alignment in
+[0, 1], from pixels alone.
 
-The stages are nested as the paper's prompts are (its section on stage rewards): R1 = VQ, R2 = VQ*MQ, R3 = VQ*MQ*TA. All sums are
-float64 and run over one clip's own contiguous rows, so a clip's scores have the same bits alone and in any batch.
+The stages are nested as the paper's prompts are (its section on stage rewards): R1 = VQ, R2 =
+VQ*MQ, R3 = VQ*MQ*TA. All sums are float64 and run over one clip's own contiguous rows, so a
+clip's scores have the same bits alone and in any batch.
 
-Legend: B clips, T = 8 frames, N = 256 pixels of a frame (row, column flattened), positions (x, y) in pixels with y downwards.
+Legend: B clips, T = 8 frames, N = 256 pixels of a frame (row, column flattened), positions (x,
+y) in pixels with y downwards.
 """
 
 from __future__ import annotations
@@ -30,18 +33,17 @@ class Measurements:
     """What is seen in B clips, all float64.
 
     Attributes:
-        centre: [B, T, 2] centre of brightness squared.
-        colour: [B, T, 3] mean colour of the object, weighted by brightness squared.
-        area: [B, T] pixels that the object covers.
-        spread: [B, T] root mean square distance in pixels of the picture's energy from its centre: about 2 for one object.
-        clean: [B, T] share of the picture's energy that lies in the object.
-        sharp: [B, T] mean over the object of brightness / peak brightness, 1 without any soft edge.
-        peak: [B, T] brightness of the object's core.
-        purity: [B, T] share of the object's energy that one palette colour explains.
-        palette_match: [B, T, 4] cosine of the object's colour and each palette colour.
-        template_match: [B, T, 3] cosine of the brightness and each shape's template at the same centre.
-        velocity: [B, 2] pixels a frame, least squares over all frames.
-        unsteadiness: [B] root mean square distance in pixels from uniform motion.
+        centre: [B, T, 2] centre of brightness squared. colour: [B, T, 3] mean colour of the
+            object, weighted by brightness squared. area: [B, T] pixels that the object covers.
+            spread: [B, T] root mean square distance in pixels of the picture's energy from its
+            centre: about 2 for one object. clean: [B, T] share of the picture's energy that lies
+            in the object. sharp: [B, T] mean over the object of brightness / peak brightness, 1
+            without any soft edge. peak: [B, T] brightness of the object's core. purity: [B, T]
+            share of the object's energy that one palette colour explains. palette_match: [B, T,
+            4] cosine of the object's colour and each palette colour. template_match: [B, T, 3]
+            cosine of the brightness and each shape's template at the same centre. velocity: [B,
+            2] pixels a frame, least squares over all frames. unsteadiness: [B] root mean square
+            distance in pixels from uniform motion.
     """
 
     centre: Tensor
@@ -64,7 +66,9 @@ def _ramp(x: Tensor, low: float, high: float) -> Tensor:
 
 
 def _template_offsets() -> Tensor:
-    """[3, 2]: where the centre of brightness squared of each shape lies relative to the centre it is drawn at."""
+    """[3, 2]: where the centre of brightness squared of each shape lies relative to the centre it
+    is drawn at.
+    """
     middle = torch.full((SHAPE_COUNT, 2), (SIZE - 1) / 2, dtype=torch.float64)
     energy = shape_coverage(torch.arange(SHAPE_COUNT), middle).flatten(1) ** 2
     return _centroid(energy) - middle
@@ -79,7 +83,9 @@ def _centroid(weight: Tensor) -> Tensor:
 
 
 def _uniform_motion(centre: Tensor) -> tuple[Tensor, Tensor]:
-    """Least-squares velocity [B, 2] of centres [B, T, 2], and the root mean square distance [B] of the centres from that motion."""
+    """Least-squares velocity [B, 2] of centres [B, T, 2], and the root mean square distance [B] of
+    the centres from that motion.
+    """
     time = torch.arange(NUM_FRAMES, dtype=centre.dtype, device=centre.device) - (NUM_FRAMES - 1) / 2
     velocity = (centre * time[None, :, None]).sum(1) / (time**2).sum()
     residual = centre - centre.mean(1, keepdim=True) - velocity[:, None] * time[None, :, None]
@@ -107,7 +113,9 @@ def measure(videos: Tensor) -> Measurements:
     colour = (pixels * energy_in[:, :, None]).sum(-1) / total_in[..., None]  # [B, T, 3]
     length = (colour**2).sum(-1).sqrt() + _TINY
     palette_match = (colour[:, :, None] * palette).sum(-1) / length[..., None]
-    nearest = palette[palette_match.mean(1).argmax(-1)][:, None, :, None]  # one palette colour a clip
+    nearest = palette[palette_match.mean(1).argmax(-1)][
+        :, None, :, None
+    ]  # one palette colour a clip
     along = (pixels * nearest).sum(2)
     whole = (pixels**2).sum(2)
     purity = (energy_in * along**2).sum(-1) / ((energy_in * whole).sum(-1) + _TINY)
@@ -134,7 +142,9 @@ def measure(videos: Tensor) -> Measurements:
 
 
 def visual_quality(seen: Measurements) -> Tensor:
-    """VQ [B]: one object of a pure palette colour, bright, sharp, on a clean background, of plausible area; mean over the frames."""
+    """VQ [B]: one object of a pure palette colour, bright, sharp, on a clean background, of
+    plausible area; mean over the frames.
+    """
     pure = _ramp(seen.purity, 0.80, 1.0)
     bright = _ramp(seen.peak, 0.35, 0.88)
     sharp = _ramp(seen.sharp, 0.72, 0.90)
@@ -150,11 +160,18 @@ def motion_quality(seen: Measurements) -> Tensor:
     even = torch.exp(-((seen.unsteadiness / 0.6) ** 2))
     flicker = seen.colour.std(1, correction=0).square().sum(-1).sqrt()
     breathing = seen.area.std(1, correction=0) / (seen.area.mean(1) + _TINY)
-    return even * _ramp(speed, 0.1, 0.7) * torch.exp(-((flicker / 0.2) ** 2)) * torch.exp(-((breathing / 0.35) ** 2))
+    return (
+        even
+        * _ramp(speed, 0.1, 0.7)
+        * torch.exp(-((flicker / 0.2) ** 2))
+        * torch.exp(-((breathing / 0.35) ** 2))
+    )
 
 
 def attribute_posteriors(seen: Measurements) -> tuple[Tensor, Tensor, Tensor]:
-    """How far each colour [B, 4], shape [B, 3] and direction [B, 4] is the one that is seen; each row sums to one."""
+    """How far each colour [B, 4], shape [B, 3] and direction [B, 4] is the one that is seen; each
+    row sums to one.
+    """
     colours = torch.softmax(seen.palette_match.mean(1) / 0.05, dim=-1)
     shapes = torch.softmax(seen.template_match.mean(1) / 0.02, dim=-1)
     steps = torch.tensor(STEPS, dtype=seen.velocity.dtype, device=seen.velocity.device)
@@ -163,7 +180,9 @@ def attribute_posteriors(seen: Measurements) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def text_alignment(seen: Measurements, indices: Tensor) -> Tensor:
-    """TA [B] of captions [B, 3]: each attribute that is not the caption's divides the score by three."""
+    """TA [B] of captions [B, 3]: each attribute that is not the caption's divides the score by
+    three.
+    """
     score = torch.ones(len(indices), dtype=torch.float64, device=seen.velocity.device)
     for column, posterior in enumerate(attribute_posteriors(seen)):
         score = score * (1.0 + 2.0 * posterior.gather(1, indices[:, column, None]).squeeze(1)) / 3.0
@@ -174,17 +193,21 @@ def _content_seeds(videos: Tensor) -> Tensor:
     """[B] int64: a hash of each clip's pixels, rounded to 8 bits."""
     rounded = (videos * 255.0).round().to(torch.uint8).cpu().contiguous().numpy()
     digests = [hashlib.blake2b(clip.tobytes(), digest_size=8).digest() for clip in rounded]
-    return torch.tensor([int.from_bytes(digest, "little", signed=True) for digest in digests], dtype=torch.int64)
+    return torch.tensor(
+        [int.from_bytes(digest, "little", signed=True) for digest in digests], dtype=torch.int64
+    )
 
 
 class ShapesJudge:
     """The stage judge of the embedded world (interfaces.RewardModel).
 
     Args:
-        rounding: stage scores are rounded to multiples of this, as a VLM that answers in halves or quarters does; 0 leaves them alone.
-        noise: standard deviation of the error added to each stage score of a clip with VQ = 0; it falls in proportion to 1 - VQ.
-            The error depends on nothing but the clip's pixels (rounded to 8 bits), its VQ and the stage. Scores are clamped to
-            [0, 1], then rounded; under noise they need not be nested.
+        rounding: stage scores are rounded to multiples of this, as a VLM that answers in halves
+            or quarters does; 0 leaves them alone. noise: standard deviation of the error added
+            to each stage score of a clip with VQ = 0; it falls in proportion to 1 - VQ. The
+            error depends on nothing but the clip's pixels (rounded to 8 bits), its VQ and the
+            stage. Scores are clamped to [0, 1], then rounded; under noise they need not be
+            nested.
     """
 
     stages: tuple[str, ...] = ("visual_quality", "temporal_smoothness", "text_alignment")
@@ -203,17 +226,22 @@ class ShapesJudge:
         self._device = device
 
     def score(self, videos: Tensor, prompts: Sequence[str], fps: float) -> tuple[Tensor, Tensor]:
-        """Stage scores [B, 3] float64 in [0, 1] and validity [B] bool of videos [B, 8, 3, 16, 16], uint8 or float in [0, 1].
+        """Stage scores [B, 3] float64 in [0, 1] and validity [B] bool of videos [B, 8, 3, 16, 16],
+        uint8 or float in [0, 1].
 
-        Videos whose height and width are the same multiple of 16 count as enlarged, and are brought back by the mean of each square.
+        Videos whose height and width are the same multiple of 16 count as enlarged, and are
+        brought back by the mean of each square.
 
-        A video with a non-finite pixel is invalid and its row is 0. ValueError for another shape or a prompt outside the grammar.
+        A video with a non-finite pixel is invalid and its row is 0. ValueError for another shape
+        or a prompt outside the grammar.
         """
         clips, valid = self._prepare(videos)
         quality, motion, alignment = self._components(clips, prompts).unbind(1)
         scores = torch.stack([quality, quality * motion, quality * motion * alignment], dim=1)
         if self.noise > 0.0:
-            errors = gaussian_noise(_content_seeds(clips), 0, (len(self.stages),), torch.device("cpu"))
+            errors = gaussian_noise(
+                _content_seeds(clips), 0, (len(self.stages),), torch.device("cpu")
+            )
             scores = scores + self.noise * (1.0 - quality)[:, None] * errors.to(scores)
         scores = scores.clamp(0.0, 1.0)
         if self.rounding > 0.0:
@@ -221,32 +249,53 @@ class ShapesJudge:
         return torch.where(valid[:, None], scores, 0.0), valid
 
     def components(self, videos: Tensor, prompts: Sequence[str]) -> Tensor:
-        """VQ, MQ and TA [B, 3] float64 in [0, 1], neither rounded nor noisy, for evaluation; NaN for a video with a non-finite pixel."""
+        """VQ, MQ and TA [B, 3] float64 in [0, 1], neither rounded nor noisy, for evaluation; NaN
+        for a video with a non-finite pixel.
+        """
         clips, valid = self._prepare(videos)
         return torch.where(valid[:, None], self._components(clips, prompts), torch.nan)
 
     def classify(self, videos: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Colour, shape and direction, each [B] int64, most like what is seen (indices of captions.py); -1 for an invalid video."""
+        """Colour, shape and direction, each [B] int64, most like what is seen (indices of
+        captions.py); -1 for an invalid video.
+        """
         clips, valid = self._prepare(videos)
-        colour, shape, direction = (torch.where(valid, p.argmax(-1), -1) for p in attribute_posteriors(measure(clips)))
+        colour, shape, direction = (
+            torch.where(valid, p.argmax(-1), -1) for p in attribute_posteriors(measure(clips))
+        )
         return colour, shape, direction
 
     def _components(self, clips: Tensor, prompts: Sequence[str]) -> Tensor:
         if len(prompts) != len(clips):
-            raise ValueError(f"expected one prompt a video, got {len(prompts)} prompts for {len(clips)} videos")
+            raise ValueError(
+                f"expected one prompt a video, got {len(prompts)} prompts for {len(clips)} videos"
+            )
         indices = caption_indices(parse_caption(prompt) for prompt in prompts).to(clips.device)
         seen = measure(clips)
-        return torch.stack([visual_quality(seen), motion_quality(seen), text_alignment(seen, indices)], dim=1)
+        return torch.stack(
+            [visual_quality(seen), motion_quality(seen), text_alignment(seen, indices)], dim=1
+        )
 
     def _prepare(self, videos: Tensor) -> tuple[Tensor, Tensor]:
         """Clips float64 in [0, 1] with every invalid one made black, and validity [B]."""
         enlarged = videos.shape[-1] // SIZE if videos.ndim == 5 else 0
-        if not enlarged or tuple(videos.shape[1:]) != (NUM_FRAMES, 3, SIZE * enlarged, SIZE * enlarged):
-            raise ValueError(f"expected videos of shape [B, {NUM_FRAMES}, 3, {SIZE}, {SIZE}], or enlarged, got {list(videos.shape)}")
+        if not enlarged or tuple(videos.shape[1:]) != (
+            NUM_FRAMES,
+            3,
+            SIZE * enlarged,
+            SIZE * enlarged,
+        ):
+            raise ValueError(
+                f"expected videos of shape [B, {NUM_FRAMES}, 3, {SIZE}, {SIZE}], or enlarged, got {list(videos.shape)}"
+            )
         clips = videos.to(self._device, torch.float64)
         if enlarged > 1:  # as samples are saved
-            clips = clips.unflatten(-1, (SIZE, enlarged)).unflatten(-3, (SIZE, enlarged)).mean((-3, -1))
+            clips = (
+                clips.unflatten(-1, (SIZE, enlarged)).unflatten(-3, (SIZE, enlarged)).mean((-3, -1))
+            )
         if videos.dtype == torch.uint8:
             clips = clips / 255.0
         valid = clips.flatten(1).isfinite().all(1)
-        return torch.where(valid[:, None, None, None, None], clips, 0.0).clamp(0.0, 1.0).contiguous(), valid
+        return torch.where(valid[:, None, None, None, None], clips, 0.0).clamp(
+            0.0, 1.0
+        ).contiguous(), valid

@@ -1,8 +1,9 @@
-"""Makes the shipped checkpoint: `python -m fastgrpo.shapes.pretrain --output DIR --seed 0`, about two minutes on one thread.
+"""Makes the shipped checkpoint: `python -m fastgrpo.shapes.pretrain --output DIR --seed 0`, about
+two minutes on one thread.
 
-Fits the codec, then trains the transformer by flow matching (x = (1 - s) x0 + s eps, v = eps - x0) on clips that are spoilt on
-purpose and whose captions are partly wrong, so that every stage of the judge leaves room for RL. Writes DIR/codec.safetensors
-and DIR/transformer/.
+Fits the codec, then trains the transformer by flow matching (x = (1 - s) x0 + s eps, v = eps -
+x0) on clips that are spoilt on purpose and whose captions are partly wrong, so that every stage
+of the judge leaves room for RL. Writes DIR/codec.safetensors and DIR/transformer/.
 """
 
 from __future__ import annotations
@@ -19,12 +20,19 @@ from fastgrpo_kernels import gaussian_noise, sde_step
 from torch import Tensor
 from tqdm import tqdm
 
-from fastgrpo.policies.shapes import ShapesPolicy, new_transformer
-from fastgrpo.sde import sde_coefficients, sigma_schedule, timesteps, x0_prediction
+from fastgrpo.algorithm.sde import sde_coefficients, sigma_schedule, timesteps, x0_prediction
 from fastgrpo.shapes.captions import all_captions, caption_indices, indices_to_tokens
 from fastgrpo.shapes.codec import CODEC_FILE, Codec, fit_codec
 from fastgrpo.shapes.judge import ShapesJudge
-from fastgrpo.shapes.render import NUM_FRAMES, SIZE, render_clips, render_corrupted, replace_attributes, start_positions
+from fastgrpo.shapes.policy import ShapesPolicy, new_transformer
+from fastgrpo.shapes.render import (
+    NUM_FRAMES,
+    SIZE,
+    render_clips,
+    render_corrupted,
+    replace_attributes,
+    start_positions,
+)
 
 STEPS = 2400
 BATCH = 64
@@ -38,7 +46,9 @@ _CHUNK = 128
 
 
 def make_codec(seed: int) -> Codec:
-    """The codec, fitted on 160 clean clips of each caption and as many spoilt ones, so that it can show the faults too."""
+    """The codec, fitted on 160 clean clips of each caption and as many spoilt ones, so that it can
+    show the faults too.
+    """
     generator = torch.Generator().manual_seed(seed)
     chunks = caption_indices(all_captions()).repeat(160, 1).split(_CHUNK)
     clean = [render_clips(chunk, start_positions(chunk[:, 2], generator)) for chunk in chunks]
@@ -47,11 +57,15 @@ def make_codec(seed: int) -> Codec:
 
 
 def make_pool(codec: Codec, generator: torch.Generator, size: int = POOL) -> tuple[Tensor, Tensor]:
-    """Latents [size, 96, 8, 1, 1] of spoilt clips and the tokens [size, 3, 32] of their partly wrong captions."""
+    """Latents [size, 96, 8, 1, 1] of spoilt clips and the tokens [size, 3, 32] of their partly
+    wrong captions.
+    """
     indices = caption_indices(all_captions())[torch.arange(size) % len(all_captions())]
     shown = replace_attributes(indices, REPLACED, generator)
     # In chunks that stay in the cache: several times as fast as all at once.
-    latents = torch.cat([codec.encode(render_corrupted(chunk, generator)) for chunk in shown.split(_CHUNK)])
+    latents = torch.cat(
+        [codec.encode(render_corrupted(chunk, generator)) for chunk in shown.split(_CHUNK)]
+    )
     return latents, indices_to_tokens(indices)
 
 
@@ -69,7 +83,10 @@ def _train_transformer(codec: Codec, seed: int, steps: int = STEPS) -> ShapesPol
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=1e-2)
     warm_up = 50
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda i: min(1.0, (i + 1) / warm_up) * 0.5 * (1.0 + math.cos(math.pi * min(i / steps, 1.0)))
+        optimizer,
+        lambda i: (
+            min(1.0, (i + 1) / warm_up) * 0.5 * (1.0 + math.cos(math.pi * min(i / steps, 1.0)))
+        ),
     )
     for step in tqdm(range(steps), desc="pretraining", disable=not sys.stderr.isatty()):
         chosen = torch.randint(len(latents), (BATCH,), generator=generator)
@@ -94,13 +111,23 @@ def _train_transformer(codec: Codec, seed: int, steps: int = STEPS) -> ShapesPol
 
 
 @torch.no_grad()
-def sample(policy: ShapesPolicy, prompts: Sequence[str], seed: int, num_steps: int = 16, shift: float = 5.0, eta: float = 0.5) -> Tensor:
-    """Clips [B, 8, 3, 16, 16] of B prompts by the stochastic sampler that RL starts from (method.md section 1, `dance`).
+def sample(
+    policy: ShapesPolicy,
+    prompts: Sequence[str],
+    seed: int,
+    num_steps: int = 16,
+    shift: float = 5.0,
+    eta: float = 0.5,
+) -> Tensor:
+    """Clips [B, 8, 3, 16, 16] of B prompts by the stochastic sampler that RL starts from (method.md
+    section 1, `dance`).
 
     As in training the last step's estimate of the clean latent is decoded.
     """
     seeds = torch.arange(len(prompts)) + 1_000_003 * seed
-    latents = gaussian_noise(seeds, num_steps, policy.latent_shape(SIZE, SIZE, NUM_FRAMES), torch.device("cpu"))
+    latents = gaussian_noise(
+        seeds, num_steps, policy.latent_shape(SIZE, SIZE, NUM_FRAMES), torch.device("cpu")
+    )
     conditioning = policy.encode(prompts)
     sigmas = sigma_schedule(num_steps, shift)
     table = sde_coefficients(sigmas, "dance", eta)
@@ -117,15 +144,26 @@ def start_scores(policy: ShapesPolicy, seed: int, repeats: int = 8) -> Tensor:
     """Mean VQ, MQ and TA [3] of `repeats` samples of each of the 48 captions."""
     prompts = [str(caption) for caption in all_captions()]
     judge = ShapesJudge()
-    return torch.cat([judge.components(sample(policy, prompts, seed + i), prompts) for i in range(repeats)]).mean(0)
+    return torch.cat(
+        [judge.components(sample(policy, prompts, seed + i), prompts) for i in range(repeats)]
+    ).mean(0)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Fit, train, write and print the start scores."""
-    parser = argparse.ArgumentParser(prog="python -m fastgrpo.shapes.pretrain", description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, required=True, help="folder to write codec.safetensors and transformer/ into")
+    parser = argparse.ArgumentParser(
+        prog="python -m fastgrpo.shapes.pretrain", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        required=True,
+        help="folder to write codec.safetensors and transformer/ into",
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of weights, clips and noise")
-    parser.add_argument("--steps", type=int, default=STEPS, help=f"optimizer steps of batch {BATCH}")
+    parser.add_argument(
+        "--steps", type=int, default=STEPS, help=f"optimizer steps of batch {BATCH}"
+    )
     options = parser.parse_args(arguments)
     if options.steps < 1:
         parser.error(f"--steps: expected at least 1, got {options.steps}")
@@ -137,7 +175,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     policy.save_pretrained(options.output / "transformer", policy.transformer.state_dict())
     elapsed = time.perf_counter() - begin
     quality, motion, alignment = start_scores(policy, options.seed).tolist()
-    print(f"wrote {options.output} in {elapsed:.0f} s; start scores VQ {quality:.2f}, MQ {motion:.2f}, TA {alignment:.2f}")
+    print(
+        f"wrote {options.output} in {elapsed:.0f} s; start scores VQ {quality:.2f}, MQ {motion:.2f}, TA {alignment:.2f}"
+    )
 
 
 if __name__ == "__main__":

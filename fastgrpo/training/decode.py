@@ -12,7 +12,8 @@ from fastgrpo.interfaces import Policy
 def decode(policy: Policy, latents: Tensor) -> Tensor:
     """Frames [n, T, 3, H, W], float in [0, 1], of clean latents [n, *latent_shape].
 
-    A video whose latent is not finite comes out as NaN throughout, which no judge can take for a picture.
+    A video whose latent is not finite comes out as NaN throughout, which no judge can take for a
+    picture.
     """
     frames = policy.decode(latents)
     broken = ~torch.isfinite(latents).flatten(1).all(dim=1)

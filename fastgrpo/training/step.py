@@ -1,8 +1,10 @@
 """One training step of Self-Paced GRPO, in the paper's terms.
 
-Departures from textbook GRPO, all of them the method's (method.md, sections 2 and 3): the reward is a mixture of stages whose weights move
-with competence (Eqs. 4-9); only the best and the worst videos of a group are trained; advantages are normalised over the whole group
-before that choice; the log-probability is a mean over elements, with a clip range to match (1e-4); no KL unless `kl_coef` asks for it.
+Departures from textbook GRPO, all of them the method's (method.md, sections 2 and 3): the reward
+is a mixture of stages whose weights move with competence (Eqs. 4-9); only the best and the worst
+videos of a group are trained; advantages are normalised over the whole group before that choice;
+the log-probability is a mean over elements, with a clip range to match (1e-4); no KL unless
+`kl_coef` asks for it.
 """
 
 from __future__ import annotations
@@ -17,24 +19,31 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
 
-from fastgrpo.advantages import best_of_n, group_advantages
+from fastgrpo.algorithm.advantages import best_of_n, group_advantages
+from fastgrpo.algorithm.self_paced import GroupStatistics, Pacer, group_statistics, hoyer, mix
 from fastgrpo.config import TrainConfig
-from fastgrpo.decode import decode
+from fastgrpo.distributed.collectives import any_rank, gather, rank, world_size
+from fastgrpo.distributed.sharding import gathered
 from fastgrpo.interfaces import Policy
-from fastgrpo.parallel import any_rank, gather, rank, world_size
-from fastgrpo.prompts import draw_prompts
-from fastgrpo.rewards.scoring import ScoringQueue
-from fastgrpo.rollout import sample_groups, start_rollout
-from fastgrpo.self_paced import GroupStatistics, Pacer, group_statistics, hoyer, mix
-from fastgrpo.sharding import gathered
-from fastgrpo.timing import Stopwatch
-from fastgrpo.trajectory import WITHOUT_ADAPTERS, derive_seed, local_part
-from fastgrpo.update import UpdateStatistics, make_optimizer, update
+from fastgrpo.rewards.queue import ScoringQueue
+from fastgrpo.training.decode import decode
+from fastgrpo.training.prompts import draw_prompts
+from fastgrpo.training.rollout import sample_groups, start_rollout
+from fastgrpo.training.timing import Stopwatch
+from fastgrpo.training.trajectory import WITHOUT_ADAPTERS, derive_seed, local_part
+from fastgrpo.training.update import UpdateStatistics, make_optimizer, update
 
 TRAINED = StateDictOptions(ignore_frozen_params=True)
-"""What a checkpoint keeps of a network: with LoRA its adapters alone, since the rest is the model's own."""
+"""What a checkpoint keeps of a network: with LoRA its adapters alone, since the rest is the model's
+own.
+"""
 
 
 class Abandoned(Exception):
@@ -58,7 +67,13 @@ class Trainer:
     """What lives through a run, and the step that uses it."""
 
     def __init__(
-        self, config: TrainConfig, policy: Policy, judge: ScoringQueue, prompts: list[str], device: torch.device, compute_dtype: torch.dtype
+        self,
+        config: TrainConfig,
+        policy: Policy,
+        judge: ScoringQueue,
+        prompts: list[str],
+        device: torch.device,
+        compute_dtype: torch.dtype,
     ) -> None:
         from diffusers.optimization import get_scheduler
 
@@ -69,12 +84,24 @@ class Trainer:
         self.trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
         self.optimizer = make_optimizer([*self.trained.values()], cfg)
         scheduler = get_scheduler(
-            cfg.lr_scheduler, self.optimizer, num_warmup_steps=cfg.warmup_iterations, num_training_steps=max(1, config.iterations)
+            cfg.lr_scheduler,
+            self.optimizer,
+            num_warmup_steps=cfg.warmup_iterations,
+            num_training_steps=max(1, config.iterations),
         )
-        self.learning_rate_factor = scheduler.lr_lambdas[0]  # a function of the iteration: no state of a schedule has to be kept
-        # Tensors, sharded like the parameters, for using_weights: a network under FSDP2 cannot be copied.
+        self.learning_rate_factor = scheduler.lr_lambdas[
+            0
+        ]  # a function of the iteration: no state of a schedule has to be kept
+        # Tensors, sharded like the parameters, for using_weights: a network under FSDP2 cannot be
+        # copied.
         has_adapters = bool(getattr(network, "_hf_peft_config_loaded", False))
-        self.reference = None if not cfg.kl_coef else WITHOUT_ADAPTERS if has_adapters else self.copy_of_weights()
+        self.reference = (
+            None
+            if not cfg.kl_coef
+            else WITHOUT_ADAPTERS
+            if has_adapters
+            else self.copy_of_weights()
+        )
         self.ema = self.copy_of_weights() if cfg.ema_decay else None
         self.prompts_drawn = 0
         self.skipped_in_a_row = 0
@@ -82,28 +109,45 @@ class Trainer:
         self.make_optimizer_state()
 
     def step(self, iteration: int, leave: Callable[[], bool] = lambda: False) -> dict[str, Any]:
-        """Sample, score, mix, normalise, choose, update; `iteration` counts from 1. Returns the metrics over all ranks.
+        """Sample, score, mix, normalise, choose, update; `iteration` counts from 1. Returns the
+        metrics over all ranks.
 
-        leave: asked after every micro-batch of videos; where it is true on a rank, Abandoned is raised on all.
+        leave: asked after every micro-batch of videos; where it is true on a rank, Abandoned is
+        raised on all.
         """
         cfg, G, clock = self.config, self.config.rollout.num_generations, Stopwatch()
         self.set_learning_rate(iteration)
         slots, prompts = self.next_prompts()
         rollout = start_rollout(  # seeds, schedule, shared first noise
-            self.policy, prompts, cfg.rollout, seed=cfg.seed, iteration=iteration, first_slot=slots[0], device=self.device,
+            self.policy,
+            prompts,
+            cfg.rollout,
+            seed=cfg.seed,
+            iteration=iteration,
+            first_slot=slots[0],
+            device=self.device,
             compute_dtype=self.compute_dtype,
-        )  # fmt: skip
+        )
         with clock.phase("rollout"), gathered(self.policy.transformer, cfg.parallel.keep_gathered):
             # Eq. 2, one micro-batch after the other
-            for sample in sample_groups(self.policy, rollout, share_first_step=cfg.rollout.share_first_step):
+            for sample in sample_groups(
+                self.policy, rollout, share_first_step=cfg.rollout.share_first_step
+            ):
                 # scored while the next one is sampled
-                self.judge.submit(decode(self.policy, sample.latents), sample.prompts, self.policy.fps)
+                self.judge.submit(
+                    decode(self.policy, sample.latents), sample.prompts, self.policy.fps
+                )
                 if any_rank(leave()):
                     raise Abandoned
         with clock.phase("reward"):
             scores_PGK, valid_PG = self.judge.collect(G)
-        groups = [Group(s, v, group_statistics(s, v, cfg.pacing.saturation)) for s, v in zip(scores_PGK, valid_PG, strict=True)]  # Eqs. 7-8
-        self.pacer.observe(concatenate(gather([group.statistics for group in groups])))  # competence, over all ranks
+        groups = [
+            Group(s, v, group_statistics(s, v, cfg.pacing.saturation))
+            for s, v in zip(scores_PGK, valid_PG, strict=True)
+        ]  # Eqs. 7-8
+        self.pacer.observe(
+            concatenate(gather([group.statistics for group in groups]))
+        )  # competence, over all ranks
         for slot, group in zip(slots, groups, strict=True):
             if group.statistics is None:
                 continue  # fewer than two videos with a score
@@ -111,32 +155,52 @@ class Trainer:
             group.rewards_G = mix(group.scores_GK, group.weights_K)  # Eq. 5
             group.advantages = group_advantages(group.rewards_G, group.valid_G)  # Eq. 10
             order = derive_seed(cfg.seed, "order", iteration, slot)
-            group.chosen = best_of_n(group.advantages, cfg.update.num_best, cfg.update.num_worst, order)
+            group.chosen = best_of_n(
+                group.advantages, cfg.update.num_best, cfg.update.num_worst, order
+            )
         chosen = [p * G + g for p, group in enumerate(groups) for g in group.chosen]
-        advantages = {p * G + g: a for p, group in enumerate(groups) for g, a in group.advantages.items()}
+        advantages = {
+            p * G + g: a for p, group in enumerate(groups) for g, a in group.advantages.items()
+        }
         with clock.phase("update"):
             stats = update(  # Eq. 11
-                self.policy, self.optimizer, rollout, chosen, advantages, cfg.update,
-                reference=self.reference, after_step=self.average_weights,
-            )  # fmt: skip
+                self.policy,
+                self.optimizer,
+                rollout,
+                chosen,
+                advantages,
+                cfg.update,
+                reference=self.reference,
+                after_step=self.average_weights,
+            )
         return self.finish(iteration, groups, stats) | clock.metrics()
 
     def next_prompts(self) -> tuple[range, list[str]]:
-        """This rank's slots among the iteration's prompts (they are dealt in blocks), and the captions there."""
+        """This rank's slots among the iteration's prompts (they are dealt in blocks), and the
+        captions there.
+        """
         cfg, share = self.config, self.config.rollout.num_prompts // world_size()
         slots = range(rank() * share, (rank() + 1) * share)
-        return slots, draw_prompts(self.prompts, self.prompts_drawn + slots[0], share, cfg.seed, cfg.prompts.shuffle)
+        return slots, draw_prompts(
+            self.prompts, self.prompts_drawn + slots[0], share, cfg.seed, cfg.prompts.shuffle
+        )
 
     def make_optimizer_state(self) -> None:
-        """Make the optimizer's state now, at step 0. Left to torch, the first checkpoint would make it, by a step that counts as one."""
+        """Make the optimizer's state now, at step 0. Left to torch, the first checkpoint would make
+        it, by a step that counts as one.
+        """
         get_optimizer_state_dict(self.policy.transformer, self.optimizer)
-        for counted in (*self.optimizer.state.values(), *self.optimizer.param_groups):  # AdamW counts for each weight, apex for each group
+        for counted in (
+            *self.optimizer.state.values(),
+            *self.optimizer.param_groups,
+        ):  # AdamW counts for each weight, apex for each group
             if "step" in counted:
                 counted["step"] *= 0
 
     def set_learning_rate(self, iteration: int) -> None:
         for group in self.optimizer.param_groups:
-            # The schedules count from 0. During warm-up that would make the first iteration one without any effect.
+            # The schedules count from 0. During warm-up that would make the first iteration one
+            # without any effect.
             done = iteration if iteration <= self.config.update.warmup_iterations else iteration - 1
             group["lr"] = self.config.update.learning_rate * self.learning_rate_factor(done)
 
@@ -149,13 +213,23 @@ class Trainer:
         """Take one optimizer step's weights into the EMA, where there is one."""
         if self.ema is not None:
             own = [local_part(p.detach()) for p in self.trained.values()]
-            torch._foreach_lerp_([local_part(e) for e in self.ema.values()], own, 1 - self.config.update.ema_decay)
+            torch._foreach_lerp_(
+                [local_part(e) for e in self.ema.values()], own, 1 - self.config.update.ema_decay
+            )
 
-    def finish(self, iteration: int, groups: list[Group], stats: UpdateStatistics) -> dict[str, Any]:
+    def finish(
+        self, iteration: int, groups: list[Group], stats: UpdateStatistics
+    ) -> dict[str, Any]:
         """Move the counters on; the metrics of the iteration over all ranks."""
         self.prompts_drawn += self.config.rollout.num_prompts
-        every_group, stages, pacing = concatenate(gather(groups)), self.judge.reward.stages, self.config.pacing
-        nothing_scored = all(group.statistics is None for group in every_group)  # counts as an update that could not be made
+        every_group, stages, pacing = (
+            concatenate(gather(groups)),
+            self.judge.reward.stages,
+            self.config.pacing,
+        )
+        nothing_scored = all(
+            group.statistics is None for group in every_group
+        )  # counts as an update that could not be made
         for skipped in [True] if nothing_scored else stats.skipped:
             self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
         validity = concatenate(group.valid_G for group in every_group)
@@ -164,9 +238,18 @@ class Trainer:
             "iteration": iteration,
             **reward_metrics(every_group, stages),
             **judge_metrics(gather((self.judge.counters(), self.judge.blocked_seconds()))),
-            **{f"competence/{s}": c for s, c in zip(stages, self.pacer.competence or (), strict=False)},
-            **{f"saturation/{s}": c for s, c in zip(stages, self.pacer.saturations or (), strict=False)},
-            **{f"pacing/{key}": getattr(pacing, key) for key in ("sharpness", "sparsity_weight", "gate_temperature")},
+            **{
+                f"competence/{s}": c
+                for s, c in zip(stages, self.pacer.competence or (), strict=False)
+            },
+            **{
+                f"saturation/{s}": c
+                for s, c in zip(stages, self.pacer.saturations or (), strict=False)
+            },
+            **{
+                f"pacing/{key}": getattr(pacing, key)
+                for key in ("sharpness", "sparsity_weight", "gate_temperature")
+            },
             **update_metrics(gather(stats)),
             **memory_metrics(self.device),
             "learning_rate": self.optimizer.param_groups[0]["lr"],
@@ -174,24 +257,35 @@ class Trainer:
 
     @property
     def sampling_weights(self) -> Mapping[str, Tensor] | None:
-        """What to sample with and to export, for `using_weights`: the EMA where there is one, else None, the weights themselves."""
+        """What to sample with and to export, for `using_weights`: the EMA where there is one, else
+        None, the weights themselves.
+        """
         return self.ema
 
     def tensors(self) -> dict[str, Any]:
-        """The state that torch.distributed.checkpoint keeps, which it also loads into; it can be loaded by another number of ranks."""
+        """The state that torch.distributed.checkpoint keeps, which it also loads into; it can be
+        loaded by another number of ranks.
+        """
         model, optimizer = get_state_dict(self.policy.transformer, self.optimizer, options=TRAINED)
-        return {"model": model, "optimizer": optimizer} | ({} if self.ema is None else {"ema": self.ema})
+        return {"model": model, "optimizer": optimizer} | (
+            {} if self.ema is None else {"ema": self.ema}
+        )
 
     def load_tensors(self, tensors: dict[str, Any]) -> None:
         """Take over what was loaded into `tensors()`."""
         # These are the configuration's, which a resume may change, not the checkpoint's.
-        for loaded, own in zip(tensors["optimizer"]["param_groups"], self.optimizer.param_groups, strict=True):
+        for loaded, own in zip(
+            tensors["optimizer"]["param_groups"], self.optimizer.param_groups, strict=True
+        ):
             loaded.update({key: own[key] for key in ("lr", "betas", "weight_decay")})
         model, optimizer = tensors["model"], tensors["optimizer"]
         set_state_dict(
-            self.policy.transformer, self.optimizer, model_state_dict=model, optim_state_dict=optimizer,
+            self.policy.transformer,
+            self.optimizer,
+            model_state_dict=model,
+            optim_state_dict=optimizer,
             options=StateDictOptions(ignore_frozen_params=True, strict=False),
-        )  # fmt: skip
+        )
         if self.ema is not None:  # switched on by this resume, the average starts at these weights
             self.ema = tensors["ema"] if "ema" in tensors else self.copy_of_weights()
 
@@ -204,7 +298,10 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.prompts_drawn, self.skipped_in_a_row = state["prompts_drawn"], state["skipped_in_a_row"]
+        self.prompts_drawn, self.skipped_in_a_row = (
+            state["prompts_drawn"],
+            state["skipped_in_a_row"],
+        )
         self.pacer.load_state_dict(state["pacer"])
 
 
@@ -221,7 +318,11 @@ def mean(values: Sequence[float]) -> float:
 def reward_metrics(groups: Sequence[Group], stages: Sequence[str]) -> dict[str, Any]:
     """Metrics of all ranks' groups; the README's glossary says what each is."""
     scored = [[row for row, ok in zip(g.scores_GK, g.valid_G, strict=True) if ok] for g in groups]
-    rewards = [[r for r, ok in zip(g.rewards_G, g.valid_G, strict=False) if ok] for g in groups if g.rewards_G]
+    rewards = [
+        [r for r, ok in zip(g.rewards_G, g.valid_G, strict=False) if ok]
+        for g in groups
+        if g.rewards_G
+    ]
     metrics: dict[str, Any] = {
         "reward": mean(concatenate(rewards)),
         "reward_std": mean([statistics.stdev(r) for r in rewards]),
@@ -231,24 +332,33 @@ def reward_metrics(groups: Sequence[Group], stages: Sequence[str]) -> dict[str, 
         metrics[f"rewards/{stage}/mean"] = mean(values)
         metrics[f"rewards/{stage}/std"] = statistics.stdev(values) if len(values) > 1 else math.nan
         metrics[f"weights/{stage}"] = mean([g.weights_K[k] for g in groups if g.weights_K])
-        metrics[f"hoyer/{stage}"] = mean([hoyer([row[k] for row in rows]) for rows in scored if len(rows) > 1])
+        metrics[f"hoyer/{stage}"] = mean(
+            [hoyer([row[k] for row in rows]) for rows in scored if len(rows) > 1]
+        )
     return metrics | {
-        "frac_reward_zero_std": sum(bool(g.rewards_G) and not g.advantages for g in groups) / len(groups),
+        "frac_reward_zero_std": sum(bool(g.rewards_G) and not g.advantages for g in groups)
+        / len(groups),
         "num_skipped_groups": sum(not g.advantages for g in groups),
         "num_invalid_videos": sum(not ok for g in groups for ok in g.valid_G),
     }
 
 
 def judge_metrics(ranks: Sequence[tuple[dict[str, int], float]]) -> dict[str, Any]:
-    """Metrics of all ranks' judges: what they count, and the longest time that a rank's sampling stood still for its judge."""
+    """Metrics of all ranks' judges: what they count, and the longest time that a rank's sampling
+    stood still for its judge.
+    """
     counts: Counter[str] = Counter()
     for of_rank, _ in ranks:
         counts.update(of_rank)
-    return {f"judge/{name}": count for name, count in counts.items()} | {"time/backpressure": max(s for _, s in ranks)}
+    return {f"judge/{name}": count for name, count in counts.items()} | {
+        "time/backpressure": max(s for _, s in ranks)
+    }
 
 
 def memory_metrics(device: torch.device) -> dict[str, float]:
-    """`memory/peak_gb`: the most that torch held on any rank's GPU since the last call, in 1e9 bytes as in `plan`; none on a CPU."""
+    """`memory/peak_gb`: the most that torch held on any rank's GPU since the last call, in 1e9
+    bytes as in `plan`; none on a CPU.
+    """
     if device.type != "cuda":
         return {}
     peak = max(gather(torch.cuda.max_memory_allocated(device)))
@@ -262,7 +372,9 @@ def worst(drift: float) -> tuple[bool, float]:
 
 
 def update_metrics(ranks: Sequence[UpdateStatistics]) -> dict[str, Any]:
-    """Metrics of one iteration's optimizer steps over all ranks. The drift is that of the first step, before any weight has moved."""
+    """Metrics of one iteration's optimizer steps over all ranks. The drift is that of the first
+    step, before any weight has moved.
+    """
     drift: dict[int, float] = {}
     for stats in ranks:
         for step, ratio in list(zip(stats.steps, stats.ratios, strict=True))[: stats.num_first]:

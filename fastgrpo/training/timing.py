@@ -11,7 +11,9 @@ import torch
 
 
 class Stopwatch:
-    """Adds up the seconds spent in named phases; a GPU's queued work is waited for, so that it counts where it was asked for."""
+    """Adds up the seconds spent in named phases; a GPU's queued work is waited for, so that it
+    counts where it was asked for.
+    """
 
     def __init__(self) -> None:
         self.started = time.perf_counter()
@@ -27,4 +29,6 @@ class Stopwatch:
 
     def metrics(self) -> dict[str, float]:
         """`time/<phase>` for each phase and `step_time` since the start, in seconds."""
-        return {f"time/{name}": s for name, s in self.seconds.items()} | {"step_time": time.perf_counter() - self.started}
+        return {f"time/{name}": s for name, s in self.seconds.items()} | {
+            "step_time": time.perf_counter() - self.started
+        }

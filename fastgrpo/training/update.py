@@ -1,4 +1,6 @@
-"""Stage 7: the clipped policy-gradient update over the chosen videos (Eq. 11; method.md, section 2)."""
+"""Stage 7: the clipped policy-gradient update over the chosen videos (Eq. 11; method.md, section
+2).
+"""
 
 from __future__ import annotations
 
@@ -13,9 +15,15 @@ from fastgrpo_kernels import branch_gradient, gaussian_kl, grpo_loss, guided_vel
 from torch import Tensor, nn
 
 from fastgrpo.config import UpdateConfig
+from fastgrpo.distributed.collectives import average_gradients, clip_gradients, gather
 from fastgrpo.interfaces import Policy
-from fastgrpo.parallel import average_gradients, clip_gradients, gather
-from fastgrpo.trajectory import Rollout, branch_velocities, branch_velocity, derive_seed, using_weights
+from fastgrpo.training.trajectory import (
+    Rollout,
+    branch_velocities,
+    branch_velocity,
+    derive_seed,
+    using_weights,
+)
 
 
 @dataclass(frozen=True)
@@ -28,14 +36,18 @@ class Pair:
 
 
 Seen = tuple[Tensor, Tensor, Tensor, Tensor]
-"""Of each transition, [micro_batch_size]: ratio, log ratio, whether the clip removed the gradient, KL (0 without a reference)."""
+"""Of each transition, [micro_batch_size]: ratio, log ratio, whether the clip removed the gradient,
+KL (0 without a reference).
+"""
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """The stored transitions of at most B = micro_batch_size pairs, filled up to B with zeros of weight (advantage) zero.
+    """The stored transitions of at most B = micro_batch_size pairs, filled up to B with zeros of
+    weight (advantage) zero.
 
-    latents, next_latents [B, *latent_shape]; the rest [B]: videos and steps on the CPU, a, b and std float64, real bool.
+    latents, next_latents [B, *latent_shape]; the rest [B]: videos and steps on the CPU, a, b and
+    std float64, real bool.
     """
 
     videos: Tensor
@@ -52,7 +64,9 @@ class MicroBatch:
 
 @dataclass
 class UpdateStatistics:
-    """What the optimizer steps of one iteration on this rank saw. One entry a trained transition, unless said otherwise."""
+    """What the optimizer steps of one iteration on this rank saw. One entry a trained transition,
+    unless said otherwise.
+    """
 
     steps: list[int] = field(default_factory=list)
     ratios: list[float] = field(default_factory=list)
@@ -70,7 +84,8 @@ class UpdateStatistics:
 
 
 def make_optimizer(parameters: list[nn.Parameter], cfg: UpdateConfig) -> torch.optim.Optimizer:
-    """torch's fused AdamW, or NVIDIA apex's FusedAdam where `optimizer: apex_fused_adam` asks for it.
+    """torch's fused AdamW, or NVIDIA apex's FusedAdam where `optimizer: apex_fused_adam` asks for
+    it.
 
     Raises:
         ValueError: there is no NVIDIA apex.
@@ -83,7 +98,9 @@ def make_optimizer(parameters: list[nn.Parameter], cfg: UpdateConfig) -> torch.o
 
 
 def import_fused_adam() -> Any:
-    """NVIDIA apex's FusedAdam. ValueError where there is none (PyPI's package of that name is something else)."""
+    """NVIDIA apex's FusedAdam. ValueError where there is none (PyPI's package of that name is
+    something else).
+    """
     try:
         from apex.optimizers import FusedAdam
     except ImportError as error:
@@ -95,9 +112,11 @@ def import_fused_adam() -> Any:
 
 
 def trained_steps(rollout: Rollout, video: int, fraction: float, seed: int) -> list[int]:
-    """The steps of a video that are trained: of the `all` window a random share, of a narrower one the whole window.
+    """The steps of a video that are trained: of the `all` window a random share, of a narrower one
+    the whole window.
 
-    With N = 16 and fraction 0.6 these are int(0.6 * 15) = 9 of the first 15 steps, drawn independently for each video.
+    With N = 16 and fraction 0.6 these are int(0.6 * 15) = 9 of the first 15 steps, drawn
+    independently for each video.
     """
     candidates = rollout.trainable_steps[video // rollout.num_generations]
     if rollout.sde_window != "all":
@@ -118,15 +137,17 @@ def update(
 ) -> UpdateStatistics:
     """Train on the chosen videos: an optimizer step for every `gradient_accumulation` of them.
 
-    Every rank makes the same number of passes of the same size: where it has fewer videos than another, and to fill the last
-    micro-batch, it runs passes of weight zero. The loss of one transition is divided by (gradient_accumulation x steps trained).
+    Every rank makes the same number of passes of the same size: where it has fewer videos than
+    another, and to fill the last micro-batch, it runs passes of weight zero. The loss of one
+    transition is divided by (gradient_accumulation x steps trained).
 
-    The weights must be those that sampled the rollout: until the first optimizer step is made, every ratio is taken for 1 (`branchwise`).
+    The weights must be those that sampled the rollout: until the first optimizer step is made,
+    every ratio is taken for 1 (`branchwise`).
 
     Args:
-        chosen: numbers of this rank's videos, in the order of training. advantages: by video number.
-        reference: the weights that `kl_coef` pulls to, for `using_weights`.
-        after_step: called after each optimizer step that was made (the EMA).
+        chosen: numbers of this rank's videos, in the order of training. advantages: by video
+            number. reference: the weights that `kl_coef` pulls to, for `using_weights`.
+            after_step: called after each optimizer step that was made (the EMA).
     """
     stats = UpdateStatistics()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -136,14 +157,26 @@ def update(
         pairs = [
             Pair(video, step, advantages[video])
             for video in videos
-            for step in trained_steps(rollout, video, cfg.timestep_fraction, derive_seed("trained steps", int(rollout.noise_seeds[video])))
+            for step in trained_steps(
+                rollout,
+                video,
+                cfg.timestep_fraction,
+                derive_seed("trained steps", int(rollout.noise_seeds[video])),
+            )
         ]
         num_pairs = max(gather(len(pairs)))
         steps_per_video = num_pairs / min(cfg.gradient_accumulation, most_videos - begin)
         loss = accumulate_gradients(
-            policy, rollout, pairs, num_pairs, cfg.gradient_accumulation * steps_per_video, cfg, reference, stats,
+            policy,
+            rollout,
+            pairs,
+            num_pairs,
+            cfg.gradient_accumulation * steps_per_video,
+            cfg,
+            reference,
+            stats,
             on_policy=all(stats.skipped),  # no weight has moved yet, on any rank
-        )  # fmt: skip
+        )
         if begin == 0:
             stats.num_first = len(pairs)
         average_gradients(parameters)
@@ -172,19 +205,24 @@ def accumulate_gradients(
     *,
     on_policy: bool = False,
 ) -> float:
-    """Forward and backward over `pairs` in micro-batches of the rollout's size, filled up with weight zero to `num_pairs`.
+    """Forward and backward over `pairs` in micro-batches of the rollout's size, filled up with
+    weight zero to `num_pairs`.
 
-    The gradient is that of (sum of the transitions' losses) / divisor. Adds to `stats`; returns the loss.
+    The gradient is that of (sum of the transitions' losses) / divisor. Adds to `stats`; returns
+    the loss.
 
-    on_policy: the weights are those of the rollout, so that every ratio is 1, and `branchwise` may rely on it (a ratio that is not, which
-    ratio_drift shows, is neither weighted nor clipped then). False is always right. The same on every rank.
+    on_policy: the weights are those of the rollout, so that every ratio is 1, and `branchwise`
+    may rely on it (a ratio that is not, which ratio_drift shows, is neither weighted nor clipped
+    then). False is always right. The same on every rank.
     """
     size = rollout.micro_batch_size
     total = torch.zeros((), device=rollout.latents.device)
     passes = []
     for begin in range(0, num_pairs, size):
         batch = list(pairs[begin : begin + size])
-        loss, seen = backpropagate(policy, rollout, batch, cfg, reference, scale=size / divisor, on_policy=on_policy)
+        loss, seen = backpropagate(
+            policy, rollout, batch, cfg, reference, scale=size / divisor, on_policy=on_policy
+        )
         total += loss * (size / divisor)
         passes.append((batch, [values[: len(batch)] for values in seen]))
     # Read back after the last pass, so that the host never waits in between.
@@ -207,20 +245,26 @@ def backpropagate(
     scale: float,
     on_policy: bool,
 ) -> tuple[Tensor, Seen]:
-    """Add the gradient of scale x (loss of one micro-batch) to the parameters'; returns what `transition_loss` does, without a graph.
+    """Add the gradient of scale x (loss of one micro-batch) to the parameters'; returns what
+    `transition_loss` does, without a graph.
 
-    `branchwise` runs one branch of the guidance forward and backward before the other, so that one branch's activations live at a time.
-    What it sends back into the second one must be known without it: from the noise, where the ratio is 1, and else from a forward more.
+    `branchwise` runs one branch of the guidance forward and backward before the other, so that
+    one branch's activations live at a time. What it sends back into the second one must be known
+    without it: from the noise, where the ratio is 1, and else from a forward more.
     """
     batch = micro_batch(rollout, pairs)
     at = batch.latents, batch.videos, batch.steps
     fixed = None
-    if reference is not None:  # before the policy's own forward, whose graph must not see other weights pass through
+    if (
+        reference is not None
+    ):  # before the policy's own forward, whose graph must not see other weights pass through
         with torch.no_grad(), using_weights(policy, reference):
             fixed = branch_velocities(policy, rollout, *at)
 
     if rollout.unconditional is None or not cfg.branchwise:  # all at once
-        loss, seen = transition_loss(rollout, batch, *branch_velocities(policy, rollout, *at), fixed, cfg)
+        loss, seen = transition_loss(
+            rollout, batch, *branch_velocities(policy, rollout, *at), fixed, cfg
+        )
         (loss * scale).backward()
         return loss.detach(), seen
 
@@ -247,7 +291,9 @@ def backpropagate(
 
 
 def micro_batch(rollout: Rollout, pairs: Sequence[Pair]) -> MicroBatch:
-    """What the rollout has stored of at most `micro_batch_size` pairs; what fills it up is never NaN."""
+    """What the rollout has stored of at most `micro_batch_size` pairs; what fills it up is never
+    NaN.
+    """
     device, size = rollout.latents.device, rollout.micro_batch_size
     filled = [*pairs, *[Pair(0, 0, 0.0)] * (size - len(pairs))]
     videos, steps = torch.tensor([p.video for p in filled]), torch.tensor([p.step for p in filled])
@@ -272,16 +318,27 @@ def micro_batch(rollout: Rollout, pairs: Sequence[Pair]) -> MicroBatch:
 def known_gradients(
     rollout: Rollout, batch: MicroBatch, cfg: UpdateConfig, scale: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor | None]:
-    """d(scale x loss) / d velocity of both branches where every ratio is 1: it follows from the noise that the seeds give back.
+    """d(scale x loss) / d velocity of both branches where every ratio is 1: it follows from the
+    noise that the seeds give back.
 
-    It is that of `transition_loss` but for the rounding of the stored x', which the noise alone does not know.
+    It is that of `transition_loss` but for the rounding of the stored x', which the noise alone
+    does not know.
     """
     seeds = rollout.noise_seeds[batch.videos.to(rollout.noise_seeds.device)]
     return branch_gradient(
-        seeds, batch.steps.to(seeds.device), batch.advantages, batch.b, batch.std, rollout.latent_shape,
-        guidance_scale=rollout.guidance_scale, scale=scale / rollout.micro_batch_size, adv_clip=cfg.adv_clip,
-        cfg_grad=cfg.cfg_grad, normalized=rollout.normalized, dtype=dtype,
-    )  # fmt: skip
+        seeds,
+        batch.steps.to(seeds.device),
+        batch.advantages,
+        batch.b,
+        batch.std,
+        rollout.latent_shape,
+        guidance_scale=rollout.guidance_scale,
+        scale=scale / rollout.micro_batch_size,
+        adv_clip=cfg.adv_clip,
+        cfg_grad=cfg.cfg_grad,
+        normalized=rollout.normalized,
+        dtype=dtype,
+    )
 
 
 def transition_loss(
@@ -292,20 +349,37 @@ def transition_loss(
     fixed: tuple[Tensor, Tensor | None] | None,
     cfg: UpdateConfig,
 ) -> tuple[Tensor, Seen]:
-    """The loss of one micro-batch as a function of both branches' velocities. fixed: those of the reference.
+    """The loss of one micro-batch as a function of both branches' velocities. fixed: those of the
+    reference.
 
     The loss is the sum over the batch divided by micro_batch_size.
     """
     loss, stats = grpo_loss(
-        batch.latents, batch.next_latents, velocity, batch.old_log_probs, batch.advantages, batch.a, batch.b, batch.std,
-        clip_range=cfg.clip_range, adv_clip=cfg.adv_clip, velocity_uncond=uncond,
-        guidance_scale=rollout.guidance_scale, cfg_grad=cfg.cfg_grad, normalized=rollout.normalized,
-    )  # fmt: skip
+        batch.latents,
+        batch.next_latents,
+        velocity,
+        batch.old_log_probs,
+        batch.advantages,
+        batch.a,
+        batch.b,
+        batch.std,
+        clip_range=cfg.clip_range,
+        adv_clip=cfg.adv_clip,
+        velocity_uncond=uncond,
+        guidance_scale=rollout.guidance_scale,
+        cfg_grad=cfg.cfg_grad,
+        normalized=rollout.normalized,
+    )
     kl = torch.zeros_like(stats.ratio)
     if fixed is not None:
-        kl = gaussian_kl(
-            guided_velocity(velocity, uncond, rollout.guidance_scale, cfg_grad=cfg.cfg_grad),
-            guided_velocity(*fixed, rollout.guidance_scale), batch.b, batch.std,
-        ) * batch.real  # fmt: skip
+        kl = (
+            gaussian_kl(
+                guided_velocity(velocity, uncond, rollout.guidance_scale, cfg_grad=cfg.cfg_grad),
+                guided_velocity(*fixed, rollout.guidance_scale),
+                batch.b,
+                batch.std,
+            )
+            * batch.real
+        )
         loss = loss + cfg.kl_coef * kl.mean()
     return loss, (stats.ratio, stats.log_probs - batch.old_log_probs, stats.clipped, kl.detach())

@@ -1,21 +1,23 @@
-"""The operations of GRPO on flow-matching models, and the pointwise work of their transformers; needs torch, and triton on a GPU.
+"""The operations of GRPO on flow-matching models, and the pointwise work of their transformers;
+needs torch, and triton on a GPU.
 
-`reference.py` is the specification of every operation; `dispatch.py` chooses what serves a call: CUDA C++, its CPU path,
-Triton or the reference; `philox.py` is the noise. How to use them in another trainer: kernels/README.md.
-Method: Self-Paced GRPO (method.md sections 1 and 2), DanceGRPO's and Flow-GRPO's transition as one affine step.
+`reference.py` is the specification of every operation; `dispatch.py` chooses what serves a call:
+CUDA C++, its CPU path, Triton or the reference; `philox.py` is the noise. How to use them in
+another trainer: kernels/README.md. Method: Self-Paced GRPO (method.md sections 1 and 2),
+DanceGRPO's and Flow-GRPO's transition as one affine step.
 """
 
 from __future__ import annotations
 
-from fastgrpo_kernels.branch_gradient import branch_gradient
-from fastgrpo_kernels.gate_residual import gate_residual, gate_residual_ln_modulate
-from fastgrpo_kernels.grpo_loss import clipped_ratio_loss, grpo_loss
-from fastgrpo_kernels.ln_modulate import ln_modulate
-from fastgrpo_kernels.philox import gaussian_noise
-from fastgrpo_kernels.qk_norm_rope import qk_norm_rope
+from fastgrpo_kernels.norm.gate_residual import gate_residual, gate_residual_ln_modulate
+from fastgrpo_kernels.norm.ln_modulate import ln_modulate
+from fastgrpo_kernels.norm.qk_norm_rope import qk_norm_rope
+from fastgrpo_kernels.random.philox import gaussian_noise
 from fastgrpo_kernels.reference import GRPOStats, gaussian_kl, guided_velocity
-from fastgrpo_kernels.sde_log_prob import sde_log_prob
-from fastgrpo_kernels.sde_step import sde_step
+from fastgrpo_kernels.sde.branch_gradient import branch_gradient
+from fastgrpo_kernels.sde.log_prob import sde_log_prob
+from fastgrpo_kernels.sde.loss import clipped_ratio_loss, grpo_loss
+from fastgrpo_kernels.sde.step import sde_step
 
 __all__ = [
     "GRPOStats",

@@ -1,14 +1,16 @@
-"""Which implementation serves a call, and the switch that forces one.
+"""Which backend serves a call, and the switch that forces one.
 
     cuda       csrc/ on a GPU              cpp    csrc/'s vectorised path on the CPU
     triton     the kernels of this folder  reference    plain PyTorch, everywhere, and always for float64
 
-Of its own accord a call takes, on a GPU, triton, then cuda, then the reference; on a CPU cpp, then the reference; the
-reference on any other device. The choice depends on device, dtype and what is installed, never on sizes, so `sde_step`,
-`sde_log_prob` and `grpo_loss` are always served by one family.
+Of its own accord a call takes, on a GPU, triton, then cuda, then the reference; on a CPU cpp,
+then the reference; the reference on any other device. The choice depends on device, dtype and
+what is installed, never on sizes, so `sde_step`, `sde_log_prob` and `grpo_loss` are always
+served by one backend.
 
-`implementation="..."` in a call forces a family for it, and FASTGRPO_KERNELS=... in the environment (read at import)
-for every operation that the family has. A forced family that cannot serve is a ValueError that says why.
+`backend="..."` in a call forces a backend for it, and FASTGRPO_KERNELS=... in the
+environment (read at import) for every operation that the backend has. A forced backend that cannot
+serve is a ValueError that says why.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-FAMILIES = ("cuda", "cpp", "triton", "reference")
+BACKENDS = ("cuda", "cpp", "triton", "reference")
 COMPILED = ("sde_step", "sde_log_prob", "clipped_ratio_loss", "grpo_loss")
 """The operations that csrc/ has."""
 FORCED: str | None = os.environ.get("FASTGRPO_KERNELS") or None
@@ -39,7 +41,9 @@ INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def jit(function: Any) -> Any:
-    """triton.jit, or nothing where there is no triton: the files of the kernels can be imported without it."""
+    """triton.jit, or nothing where there is no triton: the files of the kernels can be imported
+    without it.
+    """
     return function if triton is None else triton.jit(function)
 
 
@@ -70,40 +74,40 @@ _registered = (
 )
 
 
-def choose(op: str, tensor: object, implementation: str | None = None) -> str:
-    """The family that serves this call, one of FAMILIES.
+def select_backend(op: str, tensor: object, backend: str | None = None) -> str:
+    """The backend that serves this call, one of BACKENDS.
 
-    op: name of the operation. tensor: the argument whose device and dtype decide (anything else goes to the reference, whose
-    checks have the words). implementation: a forced family, or None.
-    ValueError: the family is unknown, or cannot serve.
+    op: name of the operation. tensor: the argument whose device and dtype decide (anything else
+    goes to the reference, whose checks have the words). backend: a forced backend, or
+    None. ValueError: the backend is unknown, or cannot serve.
     """
-    family = implementation or FORCED
-    if family is None:
-        return next(family for family in _order(tensor) if not why_not(family, op, tensor))
-    if family not in FAMILIES:
-        source = "implementation" if implementation else "FASTGRPO_KERNELS"
-        raise ValueError(f"{source}: expected one of {', '.join(FAMILIES)}, came {family!r}")
-    if implementation is None and family in ("cuda", "cpp") and op not in COMPILED:
-        return next(other for other in _order(tensor) if not why_not(other, op, tensor))
-    if reason := why_not(family, op, tensor):
-        raise ValueError(f"{op}: the implementation {family!r} cannot serve this call: {reason}")
-    return family
+    forced = backend or FORCED
+    if forced is None:
+        return next(name for name in _order(tensor) if not unsupported_reason(name, op, tensor))
+    if forced not in BACKENDS:
+        source = "backend" if backend else "FASTGRPO_KERNELS"
+        raise ValueError(f"{source}: expected one of {', '.join(BACKENDS)}, got {forced!r}")
+    if backend is None and forced in ("cuda", "cpp") and op not in COMPILED:
+        return next(name for name in _order(tensor) if not unsupported_reason(name, op, tensor))
+    if reason := unsupported_reason(forced, op, tensor):
+        raise ValueError(f"{op}: the backend {forced!r} cannot serve this call: {reason}")
+    return forced
 
 
-def why_not(family: str, op: str, tensor: object) -> str:
-    """Why a family cannot serve an operation on this tensor; nothing if it can."""
-    if family == "reference" or not isinstance(tensor, Tensor):
+def unsupported_reason(backend: str, op: str, tensor: object) -> str:
+    """Why a backend cannot serve an operation on this tensor; nothing if it can."""
+    if backend == "reference" or not isinstance(tensor, Tensor):
         return ""
     if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"it takes float32, bfloat16 and float16, this is {tensor.dtype}; the reference takes float64"
     device = tensor.device.type
-    if family == "triton":
+    if backend == "triton":
         if triton is None:
             return _triton_error
         if device != "cuda" and not INTERPRETED:
             return f"Triton runs on a GPU (or under TRITON_INTERPRET=1, for tests), this tensor is on {tensor.device}"
         return ""
-    wanted = "cuda" if family == "cuda" else "cpu"
+    wanted = "cuda" if backend == "cuda" else "cpu"
     if op not in COMPILED:
         return f"csrc/ has {', '.join(COMPILED)} alone"
     if device != wanted:
@@ -122,4 +126,6 @@ def has_library() -> bool:
 
 def _order(tensor: object) -> tuple[str, ...]:
     device = tensor.device.type if isinstance(tensor, Tensor) else "none"
-    return {"cuda": ("triton", "cuda", "reference"), "cpu": ("cpp", "reference")}.get(device, ("reference",))
+    return {"cuda": ("triton", "cuda", "reference"), "cpu": ("cpp", "reference")}.get(
+        device, ("reference",)
+    )

@@ -1,18 +1,21 @@
-"""Every operation in plain PyTorch: the specification that faster kernels must meet, and the path of float64.
+"""Every operation in plain PyTorch: the specification that faster kernels must meet, and the path
+of float64.
 
-One stochastic step of every sampler of the family (method.md section 1; Eqs. 1 and 2 of the paper) is affine:
+One stochastic step of every sampler of the backend (method.md section 1; Eqs. 1 and 2 of the
+paper) is affine:
 
     v    = v_uncond + w (v_cond - v_uncond)          classifier-free guidance
     mean = a x + b v            x' = mean + s eps    eps ~ N(0, I)
     logp = mean over a sample's elements of [ -(x' - mean)^2 / (2 s^2) - ln s - ln(2 pi) / 2 ]
 
-Shapes: B samples of P elements each, [B, ...]; a, b, s are one number or one per sample. Arithmetic is fp32, whatever
-the inputs' dtype, and float64 for float64 latents. Signatures are those of the public functions, which have the full
-docstrings (`sde_step.py`, `grpo_loss.py`, ...), less `implementation`.
+Shapes: B samples of P elements each, [B, ...]; a, b, s are one number or one per sample.
+Arithmetic is fp32, whatever the inputs' dtype, and float64 for float64 latents. Signatures are
+those of the public functions, which have the full docstrings (`sde_step.py`, `grpo_loss.py`,
+...), less `backend`.
 
-A sample's bits do not depend on the rest of the batch, on threads, on strides, nor on which family computed them:
-everything between samples is elementwise and correctly rounded (products and sums, no fused multiply-add), and the one
-sum is exact, see `_exact_row_sum`.
+A sample's bits do not depend on the rest of the batch, on threads, on strides, nor on which
+backend computed them: everything between samples is elementwise and correctly rounded (products
+and sums, no fused multiply-add), and the one sum is exact, see `_exact_row_sum`.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ from torch.nn import functional as F
 
 from fastgrpo_kernels import checks
 from fastgrpo_kernels.checks import Coefficient, compute_dtype
-from fastgrpo_kernels.philox import gaussian_noise
+from fastgrpo_kernels.random.philox import gaussian_noise
 
 _HALF_LOG_TWO_PI = 0.5 * math.log(2.0 * math.pi)
 
@@ -40,24 +43,34 @@ class GRPOStats(NamedTuple):
     ratio: Tensor
     """[B] exp(log_probs - old_log_probs)."""
     clipped: Tensor
-    """[B] bool: samples whose gradient the clip has removed (ratio beyond the edge that their advantage pushes to)."""
+    """[B] bool: samples whose gradient the clip has removed (ratio beyond the edge that their
+    advantage pushes to).
+    """
     clip_fraction: Tensor
     """Scalar: share of clipped samples."""
     approx_kl: Tensor
-    """Scalar: mean of (log_probs - old_log_probs)^2 / 2; unlike ratio - 1 - ln ratio it does not cancel in fp32."""
+    """Scalar: mean of (log_probs - old_log_probs)^2 / 2; unlike ratio - 1 - ln ratio it does not
+    cancel in fp32.
+    """
 
 
-# ------------------------------------------------------------------------------------------------- the transition
+# -------- the transition
 
 
 def guided_velocity(
-    velocity: Tensor, velocity_uncond: Tensor | None = None, guidance_scale: float = 1.0, *, cfg_grad: str = "both"
+    velocity: Tensor,
+    velocity_uncond: Tensor | None = None,
+    guidance_scale: float = 1.0,
+    *,
+    cfg_grad: str = "both",
 ) -> Tensor:
-    """v_uncond + w (v_cond - v_uncond), or v_cond where there is no unconditional branch. Differentiable.
+    """v_uncond + w (v_cond - v_uncond), or v_cond where there is no unconditional branch.
+    Differentiable.
 
-    velocity, velocity_uncond: [B, ...] of one shape, any float dtype. guidance_scale: w, a number; other than 1 it
-    needs velocity_uncond. cfg_grad: "both" (w to the conditional branch, 1 - w to the other) or "cond_only" (nothing to
-    the other; Flow-GRPO). Returns fp32 (float64 for float64 velocity). ValueError otherwise.
+    velocity, velocity_uncond: [B, ...] of one shape, any float dtype. guidance_scale: w, a
+    number; other than 1 it needs velocity_uncond. cfg_grad: "both" (w to the conditional branch,
+    1 - w to the other) or "cond_only" (nothing to the other; Flow-GRPO). Returns fp32 (float64
+    for float64 velocity). ValueError otherwise.
     """
     checks.check_samples("velocity", velocity)
     checks.check_guidance(velocity, velocity_uncond, guidance_scale, cfg_grad)
@@ -78,7 +91,7 @@ def sde_step(
     guidance_scale: float = 1.0,
     normalized: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """The specification of `fastgrpo_kernels.sde_step`."""
+    """The specification of `fastgrpo_kernels.sde.step`."""
     mean, std_B = _transition(latents, velocity, a, b, std, velocity_uncond, guidance_scale, "both")
     seeds = checks.seed_vector(seeds, latents.shape[0], latents.device)
     noise = gaussian_noise(seeds, step, latents.shape[1:], latents.device)
@@ -100,8 +113,10 @@ def sde_log_prob(
     cfg_grad: str = "both",
     normalized: bool = True,
 ) -> Tensor:
-    """The specification of `fastgrpo_kernels.sde_log_prob`."""
-    mean, std_B = _transition(latents, velocity, a, b, std, velocity_uncond, guidance_scale, cfg_grad)
+    """The specification of `fastgrpo_kernels.sde.log_prob`."""
+    mean, std_B = _transition(
+        latents, velocity, a, b, std, velocity_uncond, guidance_scale, cfg_grad
+    )
     checks.check_stored(next_latents, latents)
     return _log_prob(_rows(next_latents.detach(), mean.dtype), mean, std_B, normalized)
 
@@ -118,11 +133,15 @@ def clipped_ratio_loss(
     checks.check_loss(log_probs, old_log_probs, advantages, clip_range, adv_clip)
     dtype, device = compute_dtype(log_probs), log_probs.device
     log_ratio = log_probs.to(dtype) - old_log_probs.detach().to(device, dtype)
-    # exp in float64, then rounded: the same bits whether the element meets the vectorised or the scalar exponential.
+    # exp in float64, then rounded: the same bits whether the element meets the vectorised or the
+    # scalar exponential.
     ratio = torch.exp(log_ratio.double()).to(dtype)
     advantages = advantages.detach().to(device, dtype).clamp(-adv_clip, adv_clip)
-    # Where the minimum picks the clipped term, written out: minimum() would split the gradient of a tie in two.
-    clipped = ((advantages > 0) & (ratio > 1.0 + clip_range)) | ((advantages < 0) & (ratio < 1.0 - clip_range))
+    # Where the minimum picks the clipped term, written out: minimum() would split the gradient of a
+    # tie in two.
+    clipped = ((advantages > 0) & (ratio > 1.0 + clip_range)) | (
+        (advantages < 0) & (ratio < 1.0 - clip_range)
+    )
     bounded = ratio.detach().clamp(1.0 - clip_range, 1.0 + clip_range)
     objective = torch.where(clipped, bounded, ratio) * advantages
     batch = max(log_probs.shape[0], 1)
@@ -153,7 +172,7 @@ def grpo_loss(
     cfg_grad: str = "both",
     normalized: bool = True,
 ) -> tuple[Tensor, GRPOStats]:
-    """The specification of `fastgrpo_kernels.grpo_loss`."""
+    """The specification of `fastgrpo_kernels.sde.loss`."""
     log_probs = sde_log_prob(
         latents,
         next_latents,
@@ -166,7 +185,9 @@ def grpo_loss(
         cfg_grad=cfg_grad,
         normalized=normalized,
     )
-    return clipped_ratio_loss(log_probs, old_log_probs, advantages, clip_range=clip_range, adv_clip=adv_clip)
+    return clipped_ratio_loss(
+        log_probs, old_log_probs, advantages, clip_range=clip_range, adv_clip=adv_clip
+    )
 
 
 @torch.no_grad()
@@ -186,8 +207,20 @@ def branch_gradient(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """The specification of `fastgrpo_kernels.branch_gradient`."""
-    factor, target = checks.branch_factor(seeds, advantages, b, std, shape, guidance_scale, scale, adv_clip, cfg_grad, normalized, device)
+    """The specification of `fastgrpo_kernels.sde.branch_gradient`."""
+    factor, target = checks.branch_factor(
+        seeds,
+        advantages,
+        b,
+        std,
+        shape,
+        guidance_scale,
+        scale,
+        adv_clip,
+        cfg_grad,
+        normalized,
+        device,
+    )
     guided = _rows(gaussian_noise(seeds, step, shape, target), torch.float32) * factor[:, None]
     cond = guided * guidance_scale
     uncond = guided - cond
@@ -197,16 +230,21 @@ def branch_gradient(
 
 
 def gaussian_kl(velocity: Tensor, velocity_ref: Tensor, b: Coefficient, std: Coefficient) -> Tensor:
-    """Exact KL [B] of one transition to the reference policy's, per element: mean of (b (v - v_ref))^2 / (2 s^2).
+    """Exact KL [B] of one transition to the reference policy's, per element: mean of (b (v -
+    v_ref))^2 / (2 s^2).
 
-    Both transitions start at the same x, so a x cancels. velocity, velocity_ref: [B, ...], any float dtype, guidance
-    already applied (`guided_velocity`); no gradient reaches the reference. fp32 (float64 for float64 velocity). NaN,
-    and no gradient, where std == 0. ValueError as in `sde_step`.
+    Both transitions start at the same x, so a x cancels. velocity, velocity_ref: [B, ...], any
+    float dtype, guidance already applied (`guided_velocity`); no gradient reaches the reference.
+    fp32 (float64 for float64 velocity). NaN, and no gradient, where std == 0. ValueError as in
+    `sde_step`.
     """
     checks.check_samples("velocity", velocity)
     checks.check_like("velocity_ref", velocity_ref, velocity)
     dtype = compute_dtype(velocity)
-    b_B, std_B = (checks.coefficient(name, value, velocity.shape[0], velocity.device, dtype) for name, value in (("b", b), ("std", std)))
+    b_B, std_B = (
+        checks.coefficient(name, value, velocity.shape[0], velocity.device, dtype)
+        for name, value in (("b", b), ("std", std))
+    )
     shift = b_B[:, None] * (_rows(velocity, dtype) - _rows(velocity_ref.detach(), dtype))
     stochastic = std_B > 0
     safe = torch.where(stochastic, std_B, 1.0).double()
@@ -214,11 +252,11 @@ def gaussian_kl(velocity: Tensor, velocity_ref: Tensor, b: Coefficient, std: Coe
     return torch.where(stochastic, kl.to(dtype), math.nan)
 
 
-# ------------------------------------------------------------------------------------ the transformer's pointwise work
+# -------- the transformer's pointwise work
 
 
 def ln_modulate(x: Tensor, scale: Tensor, shift: Tensor, *, eps: float = 1e-6) -> Tensor:
-    """The specification of `fastgrpo_kernels.ln_modulate`."""
+    """The specification of `fastgrpo_kernels.norm.ln_modulate`."""
     checks.check_sequence("x", x)
     scale, shift = checks.modulation("scale", scale, x), checks.modulation("shift", shift, x)
     dtype = compute_dtype(x)
@@ -227,7 +265,7 @@ def ln_modulate(x: Tensor, scale: Tensor, shift: Tensor, *, eps: float = 1e-6) -
 
 
 def gate_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
-    """The specification of `fastgrpo_kernels.gate_residual`."""
+    """The specification of `fastgrpo_kernels.norm.gate_residual`."""
     checks.check_sequence("x", x)
     checks.check_like("y", y, x)
     return _gate_residual(x, y, checks.modulation("gate", gate, x))
@@ -253,16 +291,18 @@ def qk_norm_rope(
     *,
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor]:
-    """The specification of `fastgrpo_kernels.qk_norm_rope`."""
+    """The specification of `fastgrpo_kernels.norm.qk_norm_rope`."""
     checks.check_qk(q, k, q_weight, k_weight)
     checks.check_rotation(cos, sin, q, k)
     return _norm_rope(q, q_weight, cos, sin, eps), _norm_rope(k, k_weight, cos, sin, eps)
 
 
-# -------------------------------------------------------------------------------------------------------- formulas
+# -------- formulas
 
 
-def _guide(cond: Tensor, uncond: Tensor | None, scale: float, cfg_grad: str, dtype: torch.dtype) -> Tensor:
+def _guide(
+    cond: Tensor, uncond: Tensor | None, scale: float, cfg_grad: str, dtype: torch.dtype
+) -> Tensor:
     cond = cond.to(dtype)
     if uncond is None:
         return cond
@@ -292,24 +332,29 @@ def _log_prob(next_latents: Tensor, mean: Tensor, std_B: Tensor, normalized: boo
     error = _exact_row_sum((next_latents - mean).square(), std_B) / mean.shape[1]
     stochastic = std_B > 0
     if normalized:
-        # 1 in place of 0: an ODE row of a mixed batch must not send 0 * inf = NaN back into the weights.
+        # 1 in place of 0: an ODE row of a mixed batch must not send 0 * inf = NaN back into the
+        # weights.
         safe = torch.where(stochastic, std_B, 1.0).double()
         error = error / (2.0 * safe * safe) + torch.log(safe) + _HALF_LOG_TWO_PI
     return torch.where(stochastic, (-error).to(mean.dtype), math.nan)
 
 
 def _exact_row_sum(rows: Tensor, unit_B: Tensor) -> Tensor:
-    """Sum of each fp32 row, [B, P] -> [B] float64, whose bits do not depend on the order of the terms.
+    """Sum of each fp32 row, [B, P] -> [B] float64, whose bits do not depend on the order of the
+    terms.
 
-    Terms are rounded to a multiple of q = 2^(2k - 24), 2^k <= unit < 2^(k+1) (here 2^-24 to 2^-26 of the variance), by adding and
-    taking away a number whose last float64 bit is worth q. A float64 sum of such multiples is exact below 2^53 q, that is
-    while the sum of term / unit^2 stays under 2^29: no order, split, thread or device can change it. Beyond, and
-    for float64 rows, which are not rounded, it is an ordinary float64 sum.
+    Terms are rounded to a multiple of q = 2^(2k - 24), 2^k <= unit < 2^(k+1) (here 2^-24 to
+    2^-26 of the variance), by adding and taking away a number whose last float64 bit is worth q.
+    A float64 sum of such multiples is exact below 2^53 q, that is while the sum of term / unit^2
+    stays under 2^29: no order, split, thread or device can change it. Beyond, and for float64
+    rows, which are not rounded, it is an ordinary float64 sum.
     """
     if rows.dtype == torch.float64:
         return rows.sum(1)
     k = torch.frexp(unit_B).exponent - 1
-    magic = torch.ldexp(torch.full_like(k, 3, dtype=torch.float64), 2 * k + 27)[:, None]  # 1.5 * 2^(2k + 28)
+    magic = torch.ldexp(torch.full_like(k, 3, dtype=torch.float64), 2 * k + 27)[
+        :, None
+    ]  # 1.5 * 2^(2k + 28)
     return ((rows.double() + magic) - magic).sum(1)
 
 
@@ -324,10 +369,16 @@ def _gate_residual(x: Tensor, y: Tensor, gate: Tensor | None) -> Tensor:
     return (x.to(dtype) + gated).to(x.dtype)
 
 
-def _norm_rope(x: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | None, eps: float) -> Tensor:
-    """x [B, L, H, D] -> the same: RMSNorm over as many channels as there are weights, then the rotation of the first tokens."""
+def _norm_rope(
+    x: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | None, eps: float
+) -> Tensor:
+    """x [B, L, H, D] -> the same: RMSNorm over as many channels as there are weights, then the
+    rotation of the first tokens.
+    """
     dtype = compute_dtype(x)
-    grouped = x.to(dtype).reshape(*x.shape[:2], x.shape[2] * x.shape[3] // weight.shape[0], weight.shape[0])
+    grouped = x.to(dtype).reshape(
+        *x.shape[:2], x.shape[2] * x.shape[3] // weight.shape[0], weight.shape[0]
+    )
     normed = F.rms_norm(grouped, weight.shape, weight.to(dtype), eps).reshape(x.shape)
     if cos is None or sin is None:
         return normed.to(x.dtype)

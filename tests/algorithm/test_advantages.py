@@ -1,4 +1,4 @@
-"""fastgrpo.advantages: by hand, against numpy float64, and by properties."""
+"""fastgrpo.algorithm.advantages: by hand, against numpy float64, and by properties."""
 
 from __future__ import annotations
 
@@ -10,32 +10,47 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastgrpo.advantages import MIN_REWARD_RANGE, best_of_n, group_advantages
-from fastgrpo.self_paced import mix, stage_weights
+from fastgrpo.algorithm.advantages import MIN_REWARD_RANGE, best_of_n, group_advantages
+from fastgrpo.algorithm.self_paced import mix, stage_weights
 
 unit = st.floats(0.0, 1.0)
 
 
 @st.composite
 def groups(draw: st.DrawFn) -> tuple[list[float], list[bool]]:
-    """Rewards and validity with 2 to 16 valid videos of a range above 1e-3; invalid ones hold NaN or Inf."""
-    rewards = draw(st.lists(unit, min_size=2, max_size=16).filter(lambda values: max(values) - min(values) > 1e-3))
+    """Rewards and validity with 2 to 16 valid videos of a range above 1e-3; invalid ones hold NaN
+    or Inf.
+    """
+    rewards = draw(
+        st.lists(unit, min_size=2, max_size=16).filter(
+            lambda values: max(values) - min(values) > 1e-3
+        )
+    )
     num_invalid = draw(st.integers(0, 4))
     valid = draw(st.permutations([True] * len(rewards) + [False] * num_invalid))
     source = iter(rewards)
-    return [next(source) if ok else draw(st.sampled_from([math.nan, math.inf, -math.inf])) for ok in valid], valid
+    return [
+        next(source) if ok else draw(st.sampled_from([math.nan, math.inf, -math.inf]))
+        for ok in valid
+    ], valid
 
 
 def test_group_advantages_by_hand() -> None:
-    # mean 0.5; deviations -0.1, 0, 0.1; sample variance 0.02 / 2 = 0.01, std 0.1 (the population std would be 0.0816)
-    assert group_advantages([0.4, 0.5, 0.6], [True] * 3) == pytest.approx({0: -1.0, 1: 0.0, 2: 1.0}, abs=1e-6)
-    # 1e-8 is added to the std: two videos 2e-6 apart have std sqrt(2)e-6, so 1e-6 / (1.41421e-6 + 1e-8) = 0.702142
+    # mean 0.5; deviations -0.1, 0, 0.1; sample variance 0.02 / 2 = 0.01, std 0.1 (the population
+    # std would be 0.0816)
+    assert group_advantages([0.4, 0.5, 0.6], [True] * 3) == pytest.approx(
+        {0: -1.0, 1: 0.0, 2: 1.0}, abs=1e-6
+    )
+    # 1e-8 is added to the std: two videos 2e-6 apart have std sqrt(2)e-6, so 1e-6 / (1.41421e-6 +
+    # 1e-8) = 0.702142
     small = group_advantages([0.0, 2e-6], [True, True])
     assert small == pytest.approx({0: -0.702142, 1: 0.702142}, abs=1e-6)
 
 
 @given(groups())
-def test_group_advantages_are_equation_10_over_valid_videos_only(case: tuple[list[float], list[bool]]) -> None:
+def test_group_advantages_are_equation_10_over_valid_videos_only(
+    case: tuple[list[float], list[bool]],
+) -> None:
     rewards, valid = case
     advantages = group_advantages(rewards, valid)
     assert list(advantages) == [video for video, ok in enumerate(valid) if ok]
@@ -48,11 +63,17 @@ def test_group_advantages_are_equation_10_over_valid_videos_only(case: tuple[lis
 
 
 @given(groups(), st.randoms(use_true_random=False))
-def test_group_advantages_do_not_depend_on_the_order_of_videos(case: tuple[list[float], list[bool]], rng: random.Random) -> None:
+def test_group_advantages_do_not_depend_on_the_order_of_videos(
+    case: tuple[list[float], list[bool]], rng: random.Random
+) -> None:
     rewards, valid = case
     order = rng.sample(range(len(rewards)), len(rewards))
-    shuffled = group_advantages([rewards[video] for video in order], [valid[video] for video in order])
-    assert {order[place]: value for place, value in shuffled.items()} == group_advantages(rewards, valid)
+    shuffled = group_advantages(
+        [rewards[video] for video in order], [valid[video] for video in order]
+    )
+    assert {order[place]: value for place, value in shuffled.items()} == group_advantages(
+        rewards, valid
+    )
 
 
 @given(st.integers(2, 7))
@@ -69,7 +90,9 @@ def test_fifteen_equal_scores_in_fp32_are_no_signal() -> None:
     for value in in_fp32:
         mean += value / np.float32(15)
     std = np.sqrt(np.sum((in_fp32 - mean) ** 2) / np.float32(14))
-    assert abs((score - mean) / (std + np.float32(1e-8))) > 0.5  # what fp32 makes of them: an advantage for every video
+    assert (
+        abs((score - mean) / (std + np.float32(1e-8))) > 0.5
+    )  # what fp32 makes of them: an advantage for every video
     scores = [[float(score)] * 3 for _ in range(15)]
     mixed = mix(scores, stage_weights((0.25, 0.5625, 0.1875), 5.0))
     assert group_advantages(mixed, [True] * 15) == {}
@@ -113,7 +136,8 @@ def test_best_of_n_by_hand() -> None:
     assert sorted(best_of_n(advantages, 0, 2, seed=0)) == [1, 5]
     assert sorted(best_of_n(advantages, 4, 4, seed=0)) == [0, 1, 3, 4, 5, 7]
     assert best_of_n({}, 4, 4, seed=0) == []
-    # Equal advantages: the lower index ranks higher, so of the equal 0, 1, 2, 3 the best is 0 and the worst is 3.
+    # Equal advantages: the lower index ranks higher, so of the equal 0, 1, 2, 3 the best is 0 and
+    # the worst is 3.
     assert sorted(best_of_n({3: 0.0, 1: 0.0, 2: 0.0, 0: 0.0}, 1, 1, seed=0)) == [0, 3]
     assert sorted(best_of_n({0: 1.0, 1: 1.0, 2: -1.0, 3: -1.0}, 1, 1, seed=0)) == [0, 3]
 
@@ -124,7 +148,9 @@ def test_best_of_n_by_hand() -> None:
     st.integers(1, 5),
     st.integers(0, 2**63),
 )
-def test_best_of_n_keeps_both_ends(advantages: dict[int, float], num_best: int, num_worst: int, seed: int) -> None:
+def test_best_of_n_keeps_both_ends(
+    advantages: dict[int, float], num_best: int, num_worst: int, seed: int
+) -> None:
     chosen = best_of_n(advantages, num_best, num_worst, seed)
     assert len(set(chosen)) == len(chosen) == min(len(advantages), num_best + num_worst)
     values = np.sort(list(advantages.values()))
@@ -143,7 +169,8 @@ def test_best_of_n_shuffles_by_seed() -> None:
     places = np.bincount([order.index(15) for order in orders], minlength=8)
     assert places.min() > 55
     assert places.max() < 145
-    # Resumed runs and other Pythons must draw the same order: best_of_n(..., seed=0) on CPython 3.11.
+    # Resumed runs and other Pythons must draw the same order: best_of_n(..., seed=0) on CPython
+    # 3.11.
     assert orders[0] == (3, 14, 2, 13, 15, 12, 0, 1)
 
 

@@ -1,4 +1,6 @@
-"""fastgrpo.self_paced.Pacer and check_pacing: what the gates see over a run, the modes, the state, the refusals."""
+"""fastgrpo.algorithm.self_paced.Pacer and check_pacing: what the gates see over a run, the modes,
+the state, the refusals.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +13,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fastgrpo.algorithm.self_paced import (
+    GroupStatistics,
+    Pacer,
+    check_pacing,
+    gate_difference,
+    gate_literal,
+    stage_weights,
+)
 from fastgrpo.config import PacingConfig
-from fastgrpo.self_paced import GroupStatistics, Pacer, check_pacing, gate_difference, gate_literal, stage_weights
 
 SHAPES_THRESHOLDS = (0.54, 0.35)  # calibrated on the embedded world
 
@@ -23,7 +32,9 @@ def pacing(**changes: Any) -> PacingConfig:
     return PacingConfig(**{"thresholds": SHAPES_THRESHOLDS, **changes})
 
 
-def group(means: tuple[float, ...], saturations: tuple[float, ...] | None = None) -> GroupStatistics:
+def group(
+    means: tuple[float, ...], saturations: tuple[float, ...] | None = None
+) -> GroupStatistics:
     return GroupStatistics(means, saturations or (0.95,) * len(means))
 
 
@@ -36,14 +47,18 @@ def test_weights_follow_the_curriculum_of_the_embedded_world() -> None:
     stage_means = ((0.36, 0.20, 0.12), (0.65, 0.50, 0.36))  # untrained, and after 150 iterations
     path = []
     for step in range(51):
-        means = tuple(start + (end - start) * step / 50 for start, end in zip(*stage_means, strict=True))
+        means = tuple(
+            start + (end - start) * step / 50 for start, end in zip(*stage_means, strict=True)
+        )
         pacer.observe([group(means)])
         path.append(pacer.weights(group(means)))
     assert path[0] == pytest.approx((0.98, 0.01, 0.01), abs=0.01)
     assert path[-1] == pytest.approx((0.03, 0.02, 0.95), abs=0.015)
     centres = [centre_of_mass(weights) for weights in path]
     assert centres == sorted(centres)
-    assert max(abs(b - a) for x, y in pairwise(path) for a, b in zip(x, y, strict=True)) < 0.15  # no jump
+    assert (
+        max(abs(b - a) for x, y in pairwise(path) for a, b in zip(x, y, strict=True)) < 0.15
+    )  # no jump
 
 
 def test_ema_starts_at_the_first_value_and_includes_the_present_iteration() -> None:
@@ -51,7 +66,8 @@ def test_ema_starts_at_the_first_value_and_includes_the_present_iteration() -> N
     assert pacer.competence is None
     assert pacer.saturations is None
     observed = [((0.4,), (0.9,)), ((0.6,), (0.1,)), ((1.0,), (0.2,))]
-    # 0.9 * 0.40 + 0.1 * 0.6 = 0.42, 0.9 * 0.42 + 0.1 * 1.0 = 0.478; 0.9 * 0.9 + 0.1 * 0.1 = 0.82, 0.738 + 0.02 = 0.758
+    # 0.9 * 0.40 + 0.1 * 0.6 = 0.42, 0.9 * 0.42 + 0.1 * 1.0 = 0.478; 0.9 * 0.9 + 0.1 * 0.1 = 0.82,
+    # 0.738 + 0.02 = 0.758
     expected = [(0.4, 0.9), (0.42, 0.82), (0.478, 0.758)]
     for (mean, saturated), (means, saturations) in zip(expected, observed, strict=True):
         pacer.observe([GroupStatistics(means, saturations)])
@@ -63,7 +79,9 @@ def test_competence_kinds_give_the_gates_what_they_name() -> None:
     first = [group((0.2, 0.4, 0.1), (0.1, 0.2, 0.3)), None, group((0.4, 0.6, 0.3), (0.3, 0.4, 0.7))]
     second = [group((0.7, 0.3, 0.5), (0.9, 0.8, 0.6))]
     seen_by = {
-        "ema": group((0.75 * 0.3 + 0.25 * 0.7, 0.75 * 0.5 + 0.25 * 0.3, 0.275), (0.375, 0.425, 0.525)),
+        "ema": group(
+            (0.75 * 0.3 + 0.25 * 0.7, 0.75 * 0.5 + 0.25 * 0.3, 0.275), (0.375, 0.425, 0.525)
+        ),
         "batch": second[0],
         "group": group((0.5, 0.2, 0.2), (0.6, 0.9, 0.2)),
     }
@@ -94,9 +112,14 @@ def test_an_iteration_without_a_usable_group_changes_nothing(competence: str) ->
         lambda groups: st.tuples(st.just(groups), st.permutations(groups))
     )
 )
-def test_order_of_groups_changes_no_bit(orders: tuple[list[GroupStatistics], list[GroupStatistics]]) -> None:
+def test_order_of_groups_changes_no_bit(
+    orders: tuple[list[GroupStatistics], list[GroupStatistics]],
+) -> None:
     for competence in ("ema", "batch"):
-        one, other = Pacer(pacing(competence=competence), 3), Pacer(pacing(competence=competence), 3)
+        one, other = (
+            Pacer(pacing(competence=competence), 3),
+            Pacer(pacing(competence=competence), 3),
+        )
         for _ in range(2):
             one.observe([*orders[0], None])
             other.observe([None, *orders[1]])
@@ -105,10 +128,14 @@ def test_order_of_groups_changes_no_bit(orders: tuple[list[GroupStatistics], lis
 
 
 @given(st.lists(st.tuples(unit, unit, unit), min_size=1, max_size=6), unit)
-def test_state_survives_json_to_the_bit(observed: list[tuple[float, float, float]], momentum: float) -> None:
+def test_state_survives_json_to_the_bit(
+    observed: list[tuple[float, float, float]], momentum: float
+) -> None:
     config = pacing(momentum=min(momentum, 0.999))
     pacer, resumed = Pacer(config, 3), Pacer(config, 3)
-    resumed.load_state_dict(json.loads(json.dumps(pacer.state_dict())))  # before the first iteration
+    resumed.load_state_dict(
+        json.loads(json.dumps(pacer.state_dict()))
+    )  # before the first iteration
     assert resumed.competence is None
     for means in observed:
         pacer.observe([group(means)])
@@ -127,7 +154,10 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing() -> None:
     two.observe([group((0.5, 0.3))])
     for bad, message in (
         (two.state_dict(), "expected num_stages 3, got 2"),
-        ({"num_stages": 3}, r"expected num_stages, competence and saturations, got \['num_stages'\]"),
+        (
+            {"num_stages": 3},
+            r"expected num_stages, competence and saturations, got \['num_stages'\]",
+        ),
         ({**good, "competence": [0.1, 0.2]}, "expected 3 finite numbers as competence"),
         ({**good, "saturations": None}, "expected 3 finite numbers as saturations, got None"),
         ({**good, "competence": [0.1, 0.2, math.nan]}, "expected 3 finite numbers as competence"),
@@ -175,7 +205,9 @@ def test_two_stage_paces_the_first_two_alone(gate: str, full: Any, own: Any, fun
 
 @pytest.mark.parametrize("mode", ["self_paced", "one_stage", "joint", "static"])
 @pytest.mark.parametrize(("gate", "thresholds"), [("difference", ()), ("literal", (0.5,))])
-def test_one_stage_alone_has_all_the_weight(mode: str, gate: str, thresholds: tuple[float, ...]) -> None:
+def test_one_stage_alone_has_all_the_weight(
+    mode: str, gate: str, thresholds: tuple[float, ...]
+) -> None:
     pacer = Pacer(pacing(mode=mode, gate=gate, thresholds=thresholds), 1)
     pacer.observe([group((0.4,))])
     assert pacer.weights(group((0.4,))) == (1.0,)
@@ -196,13 +228,19 @@ def test_pacer_refuses_other_stage_counts_and_weights_before_the_first_group() -
     [
         ({"thresholds": (0.5, 0.4, 0.3)}, r"pacing\.thresholds: expected 2 of them .* got 3"),
         ({"thresholds": (0.5,)}, r"pacing\.thresholds: expected 2 of them .* got 1"),
-        ({"gate": "literal"}, r"expected 3 of them \(mode self_paced, gate literal, 3 stages\), got 2"),
+        (
+            {"gate": "literal"},
+            r"expected 3 of them \(mode self_paced, gate literal, 3 stages\), got 2",
+        ),
         ({"mode": "two_stage", "thresholds": (0.5, 0.4, 0.3)}, "expected 1 or 2 of them"),
         ({"mode": "two_stage", "gate": "literal", "thresholds": (0.5,)}, "expected 2 or 3 of them"),
         ({"thresholds": (0.5, math.nan)}, r"pacing\.thresholds: expected finite numbers"),
         ({"static_stage": 4}, r"pacing\.static_stage: expected 1 to 3, or 0 for the last, got 4"),
         ({"static_stage": -1}, r"pacing\.static_stage"),
-        ({"gate_temperature": 0.0}, r"pacing\.gate_temperature: expected a finite number above 0, got 0"),
+        (
+            {"gate_temperature": 0.0},
+            r"pacing\.gate_temperature: expected a finite number above 0, got 0",
+        ),
         ({"gate_temperature": math.nan}, r"pacing\.gate_temperature"),
         ({"gate_temperature": math.inf}, r"pacing\.gate_temperature"),
         ({"momentum": 1.0}, r"pacing\.momentum: expected at least 0 and below 1, got 1"),
@@ -227,7 +265,9 @@ def test_check_pacing_by_number_of_stages() -> None:
     check_pacing(PacingConfig(), 3)  # the defaults fit the paper's three stages
     for mode in ("one_stage", "joint", "static"):
         check_pacing(pacing(mode=mode), 5)  # no gate, no threshold read
-    with pytest.raises(ValueError, match="two_stage needs a judge of at least two stages, this one has 1"):
+    with pytest.raises(
+        ValueError, match="two_stage needs a judge of at least two stages, this one has 1"
+    ):
         check_pacing(pacing(mode="two_stage", thresholds=()), 1)
     with pytest.raises(ValueError, match="at least one stage, got 0"):
         check_pacing(pacing(), 0)

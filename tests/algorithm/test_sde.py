@@ -1,4 +1,6 @@
-"""Schedules and coefficient tables against float64 statements of the published samplers, written with no affine form."""
+"""Schedules and coefficient tables against float64 statements of the published samplers, written
+with no affine form.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastgrpo.sde import SDECoefficients, sde_coefficients, sigma_schedule, timesteps, x0_prediction
+from fastgrpo.algorithm.sde import (
+    SDECoefficients,
+    sde_coefficients,
+    sigma_schedule,
+    timesteps,
+    x0_prediction,
+)
 
 SHAPE = (3, 2, 5)
 # method.md section 1: 16 steps, shift 5; i, sigma, D, then a, b, s of dance at eta 0.5.
@@ -25,13 +33,25 @@ VECTORS = [
     (12, 0.62500, 0.08929, 0.98214, -0.09598, 0.14940),
     (15, 0.25000, 0.25000, 0.87500, -0.34375, 0.25000),
 ]
-PUBLISHED = [("dance", 0.5), ("dance", 0.3), ("flow", 0.7), ("linear", 0.5), ("cps", 0.7), ("cps", 1.0), ("ode", 0.5)]
+PUBLISHED = [
+    ("dance", 0.5),
+    ("dance", 0.3),
+    ("flow", 0.7),
+    ("linear", 0.5),
+    ("cps", 0.7),
+    ("cps", 1.0),
+    ("ode", 0.5),
+]
 
 
-def euler_maruyama(x: Tensor, v: Tensor, sigma: float, sigma_next: float, noise_level: float) -> tuple[Tensor, float]:
-    """Eq. 2 over one step: dx = (v - sigma_t^2 / 2 * score) dsigma + sigma_t dw, the score of x_sigma from Tweedie's formula.
+def euler_maruyama(
+    x: Tensor, v: Tensor, sigma: float, sigma_next: float, noise_level: float
+) -> tuple[Tensor, float]:
+    """Eq. 2 over one step: dx = (v - sigma_t^2 / 2 * score) dsigma + sigma_t dw, the score of
+    x_sigma from Tweedie's formula.
 
-    x_sigma = (1 - sigma) x0 + sigma eps gives score = -(x - (1 - sigma) x0) / sigma^2 with x0 = x - sigma v.
+    x_sigma = (1 - sigma) x0 + sigma eps gives score = -(x - (1 - sigma) x0) / sigma^2 with x0 =
+    x - sigma v.
     """
     dsigma = sigma_next - sigma  # negative: the step goes from noise to data
     x0 = x - sigma * v
@@ -40,14 +60,20 @@ def euler_maruyama(x: Tensor, v: Tensor, sigma: float, sigma_next: float, noise_
     return x + drift * dsigma, noise_level * math.sqrt(-dsigma)
 
 
-def coefficient_preserving(x: Tensor, v: Tensor, sigma: float, sigma_next: float, eta: float) -> tuple[Tensor, float]:
-    """Coefficient-preserving sampling: as much noise is left out of the predicted x1 as is added fresh."""
+def coefficient_preserving(
+    x: Tensor, v: Tensor, sigma: float, sigma_next: float, eta: float
+) -> tuple[Tensor, float]:
+    """Coefficient-preserving sampling: as much noise is left out of the predicted x1 as is added
+    fresh.
+    """
     x0, x1 = x - sigma * v, x + (1 - sigma) * v
     std = sigma_next * math.sin(eta * math.pi / 2)
     return (1 - sigma_next) * x0 + math.sqrt(max(sigma_next**2 - std**2, 0.0)) * x1, std
 
 
-def statement(kind: str, eta: float, sigmas: list[float], i: int, x: Tensor, v: Tensor) -> tuple[Tensor, float]:
+def statement(
+    kind: str, eta: float, sigmas: list[float], i: int, x: Tensor, v: Tensor
+) -> tuple[Tensor, float]:
     """Mean and std of step i, one published sampler after the other."""
     sigma, sigma_next = sigmas[i], sigmas[i + 1]
     if kind == "cps":
@@ -66,7 +92,9 @@ def statement(kind: str, eta: float, sigmas: list[float], i: int, x: Tensor, v: 
 
 @pytest.mark.parametrize(("kind", "eta"), PUBLISHED)
 @pytest.mark.parametrize(("num_steps", "shift"), [(16, 5.0), (1, 1.0), (10, 3.0)])
-def test_every_step_is_the_published_sampler(kind: str, eta: float, num_steps: int, shift: float) -> None:
+def test_every_step_is_the_published_sampler(
+    kind: str, eta: float, num_steps: int, shift: float
+) -> None:
     """Through sde_step in float64, all N steps mixed in one batch."""
     sigmas = sigma_schedule(num_steps, shift)
     table = sde_coefficients(sigmas, kind, eta)
@@ -74,7 +102,9 @@ def test_every_step_is_the_published_sampler(kind: str, eta: float, num_steps: i
     x = torch.randn(num_steps, *SHAPE, dtype=torch.float64, generator=generator)
     v = torch.randn(num_steps, *SHAPE, dtype=torch.float64, generator=generator)
     seeds, steps = torch.arange(num_steps) + 77, torch.arange(num_steps)
-    got, log_probs = sde_step(x, v, table.a, table.b, table.std, seeds=seeds, step=steps, normalized=table.normalized)
+    got, log_probs = sde_step(
+        x, v, table.a, table.b, table.std, seeds=seeds, step=steps, normalized=table.normalized
+    )
     noise = gaussian_noise(seeds, steps, SHAPE).double()
     for i in range(num_steps):
         mean, std = statement(kind, eta, sigmas.tolist(), i, x[i], v[i])
@@ -83,7 +113,9 @@ def test_every_step_is_the_published_sampler(kind: str, eta: float, num_steps: i
         if table.std[i] == 0:
             assert math.isnan(log_probs[i])
         elif kind == "cps":
-            assert log_probs[i].item() == pytest.approx(-(got[i] - mean).square().mean().item(), rel=1e-9)
+            assert log_probs[i].item() == pytest.approx(
+                -(got[i] - mean).square().mean().item(), rel=1e-9
+            )
         else:
             expected = torch.distributions.Normal(mean, std).log_prob(got[i]).mean()
             assert log_probs[i].item() == pytest.approx(expected.item(), rel=1e-10)
@@ -107,19 +139,25 @@ def test_table_layout() -> None:
 
 
 @pytest.mark.parametrize(("i", "sigma", "difference", "a", "b", "std"), VECTORS)
-def test_vectors_of_the_method(i: int, sigma: float, difference: float, a: float, b: float, std: float) -> None:
+def test_vectors_of_the_method(
+    i: int, sigma: float, difference: float, a: float, b: float, std: float
+) -> None:
     sigmas = sigma_schedule(16, 5.0)
     table = sde_coefficients(sigmas, "dance", 0.5)
-    came = (sigmas[i], sigmas[i] - sigmas[i + 1], table.a[i], table.b[i], table.std[i])
-    assert [round(value.item(), 5) for value in came] == [sigma, difference, a, b, std]
+    got = (sigmas[i], sigmas[i] - sigmas[i + 1], table.a[i], table.b[i], table.std[i])
+    assert [round(value.item(), 5) for value in got] == [sigma, difference, a, b, std]
 
 
 def test_noise_levels_of_flow_and_linear_at_the_ends() -> None:
     sigmas = sigma_schedule(16, 5.0)
     second, last = sigmas[1].item(), sigmas[15].item()
     flow = sde_coefficients(sigmas, "flow", 0.7)
-    assert flow.std[0].item() == pytest.approx(0.7 / math.sqrt(1 - second) * math.sqrt(1 - second), rel=1e-12)
-    assert flow.std[15].item() == pytest.approx(0.7 * math.sqrt(0.25 / 0.75) * math.sqrt(last), rel=1e-12)
+    assert flow.std[0].item() == pytest.approx(
+        0.7 / math.sqrt(1 - second) * math.sqrt(1 - second), rel=1e-12
+    )
+    assert flow.std[15].item() == pytest.approx(
+        0.7 * math.sqrt(0.25 / 0.75) * math.sqrt(last), rel=1e-12
+    )
     linear = sde_coefficients(sigmas, "linear")
     assert linear.std[0].item() == pytest.approx(second * math.sqrt(1 - second), rel=1e-12)
     assert linear.std[15].item() == pytest.approx(second * 0.25 * 0.5, rel=1e-12)
@@ -128,14 +166,18 @@ def test_noise_levels_of_flow_and_linear_at_the_ends() -> None:
 @given(eta=st.floats(0.0, 1.0), num_steps=st.integers(1, 30), shift=st.floats(0.5, 12.0))
 @settings(deadline=None, max_examples=60)
 def test_cps_keeps_the_noise_level_of_every_step(eta: float, num_steps: int, shift: float) -> None:
-    """On x = (1 - sigma) x0 + sigma eps, v = eps - x0: x' has (1 - sigma') of x0 and noise of total variance sigma'^2."""
+    """On x = (1 - sigma) x0 + sigma eps, v = eps - x0: x' has (1 - sigma') of x0 and noise of total
+    variance sigma'^2.
+    """
     sigmas = sigma_schedule(num_steps, shift)
     table = sde_coefficients(sigmas, "cps", eta)
     sigma, sigma_next = sigmas[:-1], sigmas[1:]
     of_x0 = table.a * (1 - sigma) - table.b
     of_eps = table.a * sigma + table.b
     torch.testing.assert_close(of_x0, 1 - sigma_next, rtol=0, atol=1e-12)
-    torch.testing.assert_close(of_eps.square() + table.std.square(), sigma_next.square(), rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        of_eps.square() + table.std.square(), sigma_next.square(), rtol=0, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("kind", ["dance", "flow", "cps"])
@@ -153,14 +195,18 @@ def test_ode_is_diffusers_flow_match_euler(num_steps: int, shift: float) -> None
     scheduler.set_timesteps(sigmas=np.linspace(1, 0, num_steps + 1)[:-1])
     sigmas = sigma_schedule(num_steps, shift)
     torch.testing.assert_close(scheduler.sigmas.double(), sigmas, rtol=1e-6, atol=1e-7)
-    torch.testing.assert_close(scheduler.timesteps.double(), timesteps(sigmas, "none"), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        scheduler.timesteps.double(), timesteps(sigmas, "none"), rtol=1e-6, atol=0
+    )
     table = sde_coefficients(sigmas, "ode")
     generator = torch.Generator().manual_seed(2)
     theirs = ours = torch.randn(2, *SHAPE, generator=generator)
     for i, timestep in enumerate(scheduler.timesteps):
         velocity = torch.randn(2, *SHAPE, generator=generator)
         theirs = scheduler.step(velocity, timestep, theirs, return_dict=False)[0]
-        ours, _ = sde_step(ours, velocity, table.a[i], table.b[i], table.std[i], seeds=torch.arange(2), step=i)
+        ours, _ = sde_step(
+            ours, velocity, table.a[i], table.b[i], table.std[i], seeds=torch.arange(2), step=i
+        )
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
@@ -176,7 +222,9 @@ def test_schedule_and_timesteps_equal_exact_fractions(num_steps: int, shift: int
     exact = [shift * value / (1 + (shift - 1) * value) for value in t]
     assert sigmas.tolist() == pytest.approx([float(value) for value in exact], rel=1e-14)
     assert timesteps(sigmas).tolist() == [int(1000 * value) for value in exact[:-1]]
-    assert timesteps(sigmas, "none").tolist() == pytest.approx([1000 * float(value) for value in exact[:-1]], rel=1e-14)
+    assert timesteps(sigmas, "none").tolist() == pytest.approx(
+        [1000 * float(value) for value in exact[:-1]], rel=1e-14
+    )
 
 
 def test_timesteps_by_hand() -> None:
@@ -199,10 +247,16 @@ def test_x0_prediction_recovers_the_data(dtype: torch.dtype) -> None:
     assert got.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     exact = latents.double() - column * velocity.double()
     torch.testing.assert_close(got.double(), exact, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(got.double(), x0, rtol=0, atol={torch.bfloat16: 0.05}.get(dtype, 1e-6))
+    torch.testing.assert_close(
+        got.double(), x0, rtol=0, atol={torch.bfloat16: 0.05}.get(dtype, 1e-6)
+    )
     for i, value in enumerate(sigma.tolist()):
-        assert torch.equal(x0_prediction(latents[i : i + 1], velocity[i : i + 1], value), got[i : i + 1])
-        assert torch.equal(x0_prediction(latents[i : i + 1], velocity[i : i + 1], sigma[i]), got[i : i + 1])
+        assert torch.equal(
+            x0_prediction(latents[i : i + 1], velocity[i : i + 1], value), got[i : i + 1]
+        )
+        assert torch.equal(
+            x0_prediction(latents[i : i + 1], velocity[i : i + 1], sigma[i]), got[i : i + 1]
+        )
 
 
 def test_x0_prediction_of_an_empty_batch() -> None:
@@ -213,32 +267,71 @@ def test_x0_prediction_of_an_empty_batch() -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: sigma_schedule(0, 5.0), "num_steps: expected an int of at least 1, came 0"),
-        (lambda: sigma_schedule(1.5, 5.0), "num_steps: .* came 1.5"),  # type: ignore[arg-type]
-        (lambda: sigma_schedule(True, 5.0), "num_steps: .* came True"),
-        (lambda: sigma_schedule(16, 0.0), "shift: expected a finite number above 0, came 0.0"),
-        (lambda: sigma_schedule(16, math.inf), "shift: .* came inf"),
-        (lambda: sde_coefficients(sigma_schedule(4, 1.0), "ddim"), "kind: expected one of dance, flow, .* came 'ddim'"),
-        (lambda: sde_coefficients(sigma_schedule(4, 1.0), "dance", -0.1), r"eta: expected .* for dance, came -0.1"),
-        (lambda: sde_coefficients(sigma_schedule(4, 1.0), "dance", math.nan), "eta: .* came nan"),
-        (lambda: sde_coefficients(sigma_schedule(4, 1.0), "cps", 1.1), r"eta: .* in \[0, 1.0\] for cps, came 1.1"),
-        (lambda: sde_coefficients(torch.tensor([1.0])), r"sigmas: .* at least 2 entries, came torch.float32 \[1\]"),
-        (lambda: sde_coefficients(torch.tensor([2, 1])), r"sigmas: expected a float tensor .* came torch.int64 \[2\]"),
-        (lambda: sde_coefficients([1.0, 0.0]), r"sigmas: .* came \[1.0, 0.0\]"),  # type: ignore[arg-type]
-        (lambda: sde_coefficients(torch.tensor([0.5, 0.5, 0.0])), r"sigmas: .* falling .* came \[0.5, 0.5, 0.0\]"),
-        (lambda: sde_coefficients(torch.tensor([1.5, 0.5])), r"sigmas: .* inside \[0, 1\], came \[1.5, 0.5\]"),
-        (lambda: sde_coefficients(torch.tensor([0.5, -0.5])), r"sigmas: .* inside \[0, 1\], came \[0.5, -0.5\]"),
-        (lambda: sde_coefficients(torch.tensor([math.nan, 0.0])), r"sigmas: .* came \[nan, 0.0\]"),
-        (lambda: timesteps(sigma_schedule(4, 1.0), "round"), "rounding: expected one of trunc, none, came 'round'"),
-        (lambda: timesteps(torch.tensor([0.0, 1.0])), r"sigmas: .* came \[0.0, 1.0\]"),
-        (lambda: x0_prediction(torch.zeros(2, 3), torch.zeros(2, 4), 0.5), r"velocity: .* \[2, 3\], came .* \[2, 4\]"),
-        (lambda: x0_prediction(torch.zeros(2, 3), torch.zeros(2, 3).int(), 0.5), "velocity: .* came torch.int32"),
+        (lambda: sigma_schedule(0, 5.0), "num_steps: expected an int of at least 1, got 0"),
+        (lambda: sigma_schedule(1.5, 5.0), "num_steps: .* got 1.5"),  # type: ignore[arg-type]
+        (lambda: sigma_schedule(True, 5.0), "num_steps: .* got True"),
+        (lambda: sigma_schedule(16, 0.0), "shift: expected a finite number above 0, got 0.0"),
+        (lambda: sigma_schedule(16, math.inf), "shift: .* got inf"),
+        (
+            lambda: sde_coefficients(sigma_schedule(4, 1.0), "ddim"),
+            "kind: expected one of dance, flow, .* got 'ddim'",
+        ),
+        (
+            lambda: sde_coefficients(sigma_schedule(4, 1.0), "dance", -0.1),
+            r"eta: expected .* for dance, got -0.1",
+        ),
+        (lambda: sde_coefficients(sigma_schedule(4, 1.0), "dance", math.nan), "eta: .* got nan"),
+        (
+            lambda: sde_coefficients(sigma_schedule(4, 1.0), "cps", 1.1),
+            r"eta: .* in \[0, 1.0\] for cps, got 1.1",
+        ),
+        (
+            lambda: sde_coefficients(torch.tensor([1.0])),
+            r"sigmas: .* at least 2 entries, got torch.float32 \[1\]",
+        ),
+        (
+            lambda: sde_coefficients(torch.tensor([2, 1])),
+            r"sigmas: expected a float tensor .* got torch.int64 \[2\]",
+        ),
+        (lambda: sde_coefficients([1.0, 0.0]), r"sigmas: .* got \[1.0, 0.0\]"),  # type: ignore[arg-type]
+        (
+            lambda: sde_coefficients(torch.tensor([0.5, 0.5, 0.0])),
+            r"sigmas: .* falling .* got \[0.5, 0.5, 0.0\]",
+        ),
+        (
+            lambda: sde_coefficients(torch.tensor([1.5, 0.5])),
+            r"sigmas: .* inside \[0, 1\], got \[1.5, 0.5\]",
+        ),
+        (
+            lambda: sde_coefficients(torch.tensor([0.5, -0.5])),
+            r"sigmas: .* inside \[0, 1\], got \[0.5, -0.5\]",
+        ),
+        (lambda: sde_coefficients(torch.tensor([math.nan, 0.0])), r"sigmas: .* got \[nan, 0.0\]"),
+        (
+            lambda: timesteps(sigma_schedule(4, 1.0), "round"),
+            "rounding: expected one of trunc, none, got 'round'",
+        ),
+        (lambda: timesteps(torch.tensor([0.0, 1.0])), r"sigmas: .* got \[0.0, 1.0\]"),
+        (
+            lambda: x0_prediction(torch.zeros(2, 3), torch.zeros(2, 4), 0.5),
+            r"velocity: .* \[2, 3\], got .* \[2, 4\]",
+        ),
+        (
+            lambda: x0_prediction(torch.zeros(2, 3), torch.zeros(2, 3).int(), 0.5),
+            "velocity: .* got torch.int32",
+        ),
         (
             lambda: x0_prediction(torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(3)),
-            r"sigma: .* \[2\], came .* \[3\]",
+            r"sigma: .* \[2\], got .* \[3\]",
         ),
-        (lambda: x0_prediction(torch.zeros(2, 3), torch.zeros(2, 3), 1.2), r"sigma: .* in \[0, 1\], came \[1.2\]"),
-        (lambda: x0_prediction(torch.zeros(1, 3), torch.zeros(1, 3), torch.tensor([-1.0])), r"sigma: .* came \[-1.0\]"),
+        (
+            lambda: x0_prediction(torch.zeros(2, 3), torch.zeros(2, 3), 1.2),
+            r"sigma: .* in \[0, 1\], got \[1.2\]",
+        ),
+        (
+            lambda: x0_prediction(torch.zeros(1, 3), torch.zeros(1, 3), torch.tensor([-1.0])),
+            r"sigma: .* got \[-1.0\]",
+        ),
     ],
 )
 def test_bad_arguments(call: object, message: str) -> None:

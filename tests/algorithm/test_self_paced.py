@@ -1,4 +1,6 @@
-"""fastgrpo.self_paced: by hand, against float64 numpy statements of Eqs. 4-9, and by properties."""
+"""fastgrpo.algorithm.self_paced: by hand, against float64 numpy statements of Eqs. 4-9, and by
+properties.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastgrpo.self_paced import (
+from fastgrpo.algorithm.self_paced import (
     calibrated_threshold,
     gate_difference,
     gate_literal,
@@ -33,7 +35,9 @@ scores_of_a_stage = st.lists(unit, min_size=2, max_size=16)
 
 
 @st.composite
-def stages(draw: st.DrawFn, min_stages: int = 1) -> tuple[list[float], list[float], list[float], float]:
+def stages(
+    draw: st.DrawFn, min_stages: int = 1
+) -> tuple[list[float], list[float], list[float], float]:
     """(means, saturations, K thresholds, temperature) of 1 to 5 stages."""
     num_stages = draw(st.integers(min_stages, 5))
     columns = [draw(st.lists(unit, min_size=num_stages, max_size=num_stages)) for _ in range(3)]
@@ -42,18 +46,28 @@ def stages(draw: st.DrawFn, min_stages: int = 1) -> tuple[list[float], list[floa
 
 @st.composite
 def score_tables(draw: st.DrawFn) -> tuple[list[list[float]], list[bool]]:
-    """Scores [G][K] and validity [G] with 2 to 7 valid videos among up to 10; invalid rows hold NaN and Inf."""
-    num_stages, num_valid, num_invalid = draw(st.integers(1, 4)), draw(st.integers(2, 7)), draw(st.integers(0, 3))
+    """Scores [G][K] and validity [G] with 2 to 7 valid videos among up to 10; invalid rows hold NaN
+    and Inf.
+    """
+    num_stages, num_valid, num_invalid = (
+        draw(st.integers(1, 4)),
+        draw(st.integers(2, 7)),
+        draw(st.integers(0, 3)),
+    )
     valid = draw(st.permutations([True] * num_valid + [False] * num_invalid))
     row = st.lists(unit, min_size=num_stages, max_size=num_stages)
-    return [draw(row) if ok else draw(st.sampled_from([[math.nan], [math.inf]])) * num_stages for ok in valid], valid
+    return [
+        draw(row) if ok else draw(st.sampled_from([[math.nan], [math.inf]])) * num_stages
+        for ok in valid
+    ], valid
 
 
 def centre_of_mass(weights: tuple[float, ...]) -> float:
     return sum(stage * weight for stage, weight in enumerate(weights, start=1))
 
 
-# --- Eq. 8 -----------------------------------------------------------------------------------------------------------
+# --- Eq. 8
+# -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -91,18 +105,25 @@ def test_hoyer_of_equal_scores_is_exactly_zero(score: float, count: int) -> None
 
 
 def test_hoyer_of_one_video_above_zero_is_one_and_never_more() -> None:
-    indices = [hoyer([0.7] + [0.0] * others) for others in range(1, 59)]  # unclamped, six others round to more than one
+    indices = [
+        hoyer([0.7] + [0.0] * others) for others in range(1, 59)
+    ]  # unclamped, six others round to more than one
     assert indices == pytest.approx([1.0] * 58, abs=1e-15)
     assert max(indices) == 1.0
 
 
 def test_hoyer_of_nearly_equal_scores_does_not_cancel() -> None:
-    # For a small CV the index is sqrt(G)/(sqrt(G)-1) * CV^2/2. Here CV = 1e-9: 2 * 5e-19. Eq. 8 as written: 0 or 4e-16.
-    assert hoyer([1.0 - 1e-9, 1.0 - 1e-9, 1.0 + 1e-9, 1.0 + 1e-9]) == pytest.approx(1e-18, rel=1e-6, abs=0.0)
+    # For a small CV the index is sqrt(G)/(sqrt(G)-1) * CV^2/2. Here CV = 1e-9: 2 * 5e-19. Eq. 8 as
+    # written: 0 or 4e-16.
+    assert hoyer([1.0 - 1e-9, 1.0 - 1e-9, 1.0 + 1e-9, 1.0 + 1e-9]) == pytest.approx(
+        1e-18, rel=1e-6, abs=0.0
+    )
 
 
 @given(scores_of_a_stage, st.randoms(use_true_random=False))
-def test_hoyer_does_not_depend_on_the_order_of_videos(scores: list[float], rng: random.Random) -> None:
+def test_hoyer_does_not_depend_on_the_order_of_videos(
+    scores: list[float], rng: random.Random
+) -> None:
     shuffled = rng.sample(scores, len(scores))
     assert hoyer(shuffled) == hoyer(scores)
 
@@ -112,13 +133,16 @@ def test_saturation_kinds() -> None:
     assert saturation(scores, "hoyer") == pytest.approx(2.0 - math.sqrt(2.0), abs=1e-15)
     assert saturation(scores, "one_minus_hoyer") == pytest.approx(math.sqrt(2.0) - 1.0, abs=1e-15)
     assert saturation(scores, "off") == 0.0
-    assert saturation([0.4] * 15, "one_minus_hoyer") == 1.0  # all alike: saturated, as the paper's words have it
+    assert (
+        saturation([0.4] * 15, "one_minus_hoyer") == 1.0
+    )  # all alike: saturated, as the paper's words have it
     assert saturation([0.0] * 4, "one_minus_hoyer") == 1.0
     with pytest.raises(ValueError, match="one_minus_hoyer, hoyer, off, got 'gini'"):
         saturation(scores, "gini")  # type: ignore[arg-type]
 
 
-# --- Eq. 7 -----------------------------------------------------------------------------------------------------------
+# --- Eq. 7
+# -----------------------------------------------------------------------------------------------------------
 
 
 def test_group_statistics_by_hand() -> None:
@@ -126,11 +150,15 @@ def test_group_statistics_by_hand() -> None:
     statistics = group_statistics(scores, [True, False, True], "hoyer")
     assert statistics is not None
     assert statistics.means == pytest.approx((0.6, 3.5), abs=1e-15)
-    assert statistics.saturations[1] == pytest.approx((math.sqrt(2.0) - 1.4) / (math.sqrt(2.0) - 1.0), abs=1e-15)
+    assert statistics.saturations[1] == pytest.approx(
+        (math.sqrt(2.0) - 1.4) / (math.sqrt(2.0) - 1.0), abs=1e-15
+    )
 
 
 @given(score_tables())
-def test_group_statistics_read_valid_videos_only(table: tuple[list[list[float]], list[bool]]) -> None:
+def test_group_statistics_read_valid_videos_only(
+    table: tuple[list[list[float]], list[bool]],
+) -> None:
     scores, valid = table
     kept = np.array([row for row, ok in zip(scores, valid, strict=True) if ok], dtype=np.float64)
     statistics = group_statistics(scores, valid, "one_minus_hoyer")
@@ -156,30 +184,41 @@ def test_a_group_with_fewer_than_two_valid_videos_has_no_statistics(num_valid: i
         ([[math.inf], [0.5]], [True, False], r"finite scores for the valid video 0, got \[inf\]"),
     ],
 )
-def test_group_statistics_refuse(scores: list[list[float]], valid: list[bool], message: str) -> None:
+def test_group_statistics_refuse(
+    scores: list[list[float]], valid: list[bool], message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         group_statistics(scores, valid, "hoyer")
 
 
-# --- Eq. 9 -----------------------------------------------------------------------------------------------------------
+# --- Eq. 9
+# -----------------------------------------------------------------------------------------------------------
 
 
 def test_gates_by_hand() -> None:
     # H = 3/4, 1/4: P = 1, 3/4, 3/16, 0, so P_{j-1} - P_j = 4/16, 9/16, 3/16.
     means, thresholds = (0.5 + LN3, 0.5 - LN3, 0.5), (0.5, 0.5)
-    assert gate_difference(means, (0.3, 0.2, 0.9), thresholds, 1.0, 0.0) == pytest.approx((4 / 16, 9 / 16, 3 / 16))
+    assert gate_difference(means, (0.3, 0.2, 0.9), thresholds, 1.0, 0.0) == pytest.approx(
+        (4 / 16, 9 / 16, 3 / 16)
+    )
     # plus 0.5 * (0, 0.3 - 0.2, 0.2 - 0.9)
     expected = (0.25, 0.5625 + 0.05, 0.1875 - 0.35)
     assert gate_difference(means, (0.3, 0.2, 0.9), thresholds, 1.0, 0.5) == pytest.approx(expected)
     # Eq. 9 as printed: h = 3/4, 1/4, 1/2 and the same second term.
-    assert gate_literal(means, (0.3, 0.2, 0.9), (0.5,) * 3, 1.0, 0.5) == pytest.approx((0.75, 0.30, 0.15))
+    assert gate_literal(means, (0.3, 0.2, 0.9), (0.5,) * 3, 1.0, 0.5) == pytest.approx(
+        (0.75, 0.30, 0.15)
+    )
     # A temperature of 1/2 doubles the distance: sigmoid(2 ln 3) = 9/10.
     assert gate_literal((0.5 + LN3,), (0.3,), (0.5,), 0.5, 0.5) == pytest.approx((0.9,))
-    assert gate_difference((0.5 + LN3, 0.0), (0.3, 0.3), (0.5,), 0.5, 0.5) == pytest.approx((0.1, 0.9))
+    assert gate_difference((0.5 + LN3, 0.0), (0.3, 0.3), (0.5,), 0.5, 0.5) == pytest.approx(
+        (0.1, 0.9)
+    )
 
 
 @given(stages(), st.floats(0.0, 10.0))
-def test_gates_are_equation_9(case: tuple[list[float], list[float], list[float], float], sparsity: float) -> None:
+def test_gates_are_equation_9(
+    case: tuple[list[float], list[float], list[float], float], sparsity: float
+) -> None:
     means, saturations, thresholds, temperature = case
     opened = 1.0 / (1.0 + np.exp(-(np.array(means) - np.array(thresholds)) / temperature))
     second_term = sparsity * np.append(0.0, -np.diff(saturations))
@@ -207,7 +246,8 @@ def test_difference_gates_sum_to_one_and_wait_for_all_stages_before(
 def test_difference_gates_only_move_on_when_any_competence_rises(
     case: tuple[list[float], list[float], list[float], float], data: st.DataObject
 ) -> None:
-    # The first m gates sum to 1 - P_m, which no rise of any mean can raise: the mass of the gates moves to later ones.
+    # The first m gates sum to 1 - P_m, which no rise of any mean can raise: the mass of the gates
+    # moves to later ones.
     means, saturations, thresholds, temperature = case
     risen = [mean + data.draw(unit) for mean in means]
     before = np.cumsum(gate_difference(means, saturations, thresholds[:-1], temperature, 0.0))
@@ -215,12 +255,23 @@ def test_difference_gates_only_move_on_when_any_competence_rises(
     assert (after <= before + 1e-12).all()
 
 
-@given(st.lists(unit, min_size=3, max_size=3), st.tuples(unit, unit), st.floats(0.01, 1.0), unit, st.floats(0.0, 100.0))
+@given(
+    st.lists(unit, min_size=3, max_size=3),
+    st.tuples(unit, unit),
+    st.floats(0.01, 1.0),
+    unit,
+    st.floats(0.0, 100.0),
+)
 def test_centre_of_mass_of_the_weights_never_moves_back_as_competence_rises(
-    means: list[float], thresholds: tuple[float, float], temperature: float, rise: float, sharpness: float
+    means: list[float],
+    thresholds: tuple[float, float],
+    temperature: float,
+    rise: float,
+    sharpness: float,
 ) -> None:
-    # A theorem for two and three stages whose means rise together. It does not hold where stage II rises alone under a
-    # half-open stage I: what stage II loses goes to all the others in the softmax, to stage I too.
+    # A theorem for two and three stages whose means rise together. It does not hold where stage II
+    # rises alone under a half-open stage I: what stage II loses goes to all the others in the
+    # softmax, to stage I too.
     for num_stages in (2, 3):
         flat, kept = [0.0] * num_stages, thresholds[: num_stages - 1]
         low, high = means[:num_stages], [mean + rise for mean in means[:num_stages]]
@@ -230,11 +281,17 @@ def test_centre_of_mass_of_the_weights_never_moves_back_as_competence_rises(
 
 
 @given(stages(min_stages=2), unit)
-def test_the_first_stage_loses_weight_as_its_own_mean_rises(case: tuple[list[float], list[float], list[float], float], rise: float) -> None:
+def test_the_first_stage_loses_weight_as_its_own_mean_rises(
+    case: tuple[list[float], list[float], list[float], float], rise: float
+) -> None:
     means, saturations, thresholds, temperature = case
-    before = stage_weights(gate_difference(means, saturations, thresholds[:-1], temperature, 0.5), 5.0)
+    before = stage_weights(
+        gate_difference(means, saturations, thresholds[:-1], temperature, 0.5), 5.0
+    )
     means = [means[0] + rise, *means[1:]]
-    after = stage_weights(gate_difference(means, saturations, thresholds[:-1], temperature, 0.5), 5.0)
+    after = stage_weights(
+        gate_difference(means, saturations, thresholds[:-1], temperature, 0.5), 5.0
+    )
     assert after[0] <= before[0] + 1e-12
 
 
@@ -254,19 +311,27 @@ def test_gates_of_extreme_competences_do_not_overflow(gate: Any) -> None:
         (gate_literal, (), (), ()),
     ],
 )
-def test_gates_refuse_wrong_lengths(gate: Any, means: Any, saturations: Any, thresholds: Any) -> None:
-    counts = f"got {len(means)} means, {len(saturations)} saturations and {len(thresholds)} thresholds"
+def test_gates_refuse_wrong_lengths(
+    gate: Any, means: Any, saturations: Any, thresholds: Any
+) -> None:
+    counts = (
+        f"got {len(means)} means, {len(saturations)} saturations and {len(thresholds)} thresholds"
+    )
     with pytest.raises(ValueError, match=counts):
         gate(means, saturations, thresholds, 0.05, 0.5)
 
 
 def test_the_literal_gate_never_brings_the_hardest_stage_on() -> None:
-    # Why `difference` is the default: with a third threshold, the two easier stages pass first and keep the weight.
-    weights = stage_weights(gate_literal((0.69, 0.57, 0.45), (0.95,) * 3, (0.54, 0.35, 0.7), 0.05, 0.5), 5.0)
+    # Why `difference` is the default: with a third threshold, the two easier stages pass first and
+    # keep the weight.
+    weights = stage_weights(
+        gate_literal((0.69, 0.57, 0.45), (0.95,) * 3, (0.54, 0.35, 0.7), 0.05, 0.5), 5.0
+    )
     assert weights[2] < 0.01 < 0.4 < weights[0]
 
 
-# --- Eqs. 6 and 5 ----------------------------------------------------------------------------------------------------
+# --- Eqs. 6 and 5
+# ----------------------------------------------------------------------------------------------------
 
 
 def test_stage_weights_by_hand() -> None:
@@ -289,7 +354,10 @@ def test_stage_weights_are_a_softmax(gates: list[float], sharpness: float) -> No
 
 def test_mix_by_hand() -> None:
     # 0.5 * 0.8 + 0.25 * 0.4 + 0.25 * 0.2 = 0.55
-    mixed = mix([[0.8, 0.4, 0.2], [math.nan, 0.4, 0.2], [math.inf, -math.inf, 0.0], [1.0, 1.0, 1.0]], (0.5, 0.25, 0.25))
+    mixed = mix(
+        [[0.8, 0.4, 0.2], [math.nan, 0.4, 0.2], [math.inf, -math.inf, 0.0], [1.0, 1.0, 1.0]],
+        (0.5, 0.25, 0.25),
+    )
     assert mixed[0] == pytest.approx(0.55)
     assert math.isnan(mixed[1])
     assert math.isnan(mixed[2])
@@ -306,11 +374,14 @@ def test_mix_is_equation_5(table: tuple[list[list[float]], list[bool]], sharpnes
     weights = stage_weights([0.1 * stage for stage in range(len(scores[0]))], sharpness)
     mixed = mix(scores, weights)
     kept = np.array([row for row, ok in zip(scores, valid, strict=True) if ok])
-    assert [reward for reward, ok in zip(mixed, valid, strict=True) if ok] == pytest.approx(kept @ np.array(weights))
+    assert [reward for reward, ok in zip(mixed, valid, strict=True) if ok] == pytest.approx(
+        kept @ np.array(weights)
+    )
     assert all(math.isnan(reward) for reward, ok in zip(mixed, valid, strict=True) if not ok)
 
 
-# --- supplement A ----------------------------------------------------------------------------------------------------
+# --- supplement A
+# ----------------------------------------------------------------------------------------------------
 
 
 def test_smooth_by_hand() -> None:
@@ -329,7 +400,9 @@ def test_smooth_by_hand() -> None:
 @given(st.lists(unit, min_size=9, max_size=40), st.sampled_from([1, 3, 5, 7, 9]))
 def test_smooth_is_a_centred_convolution(curve: list[float], window: int) -> None:
     ones = np.ones(window)
-    expected = np.convolve(curve, ones, mode="same") / np.convolve(np.ones(len(curve)), ones, mode="same")
+    expected = np.convolve(curve, ones, mode="same") / np.convolve(
+        np.ones(len(curve)), ones, mode="same"
+    )
     assert smooth(curve, window) == pytest.approx(expected.tolist(), abs=1e-12)
 
 
@@ -338,21 +411,26 @@ def test_calibrated_threshold_by_hand() -> None:
     assert calibrated_threshold([1.0, 2.0, 4.0, 7.0], 3) == pytest.approx(1.5 + 0.7 * 4.0)
     assert calibrated_threshold([1.0, 2.0, 4.0, 7.0], 3, fraction=0.25) == pytest.approx(2.5)
     assert calibrated_threshold([0.3], 5) == pytest.approx(0.3)
-    assert calibrated_threshold([0.5, 0.4], 1) == pytest.approx(0.43)  # a stage that got worse: below its start
+    assert calibrated_threshold([0.5, 0.4], 1) == pytest.approx(
+        0.43
+    )  # a stage that got worse: below its start
     with pytest.raises(ValueError, match="at least one iteration"):
         calibrated_threshold([], 5)
     with pytest.raises(ValueError, match="finite rewards at both ends, got nan"):
         calibrated_threshold([math.nan, 0.5], 1)
 
 
-# --- imports ---------------------------------------------------------------------------------------------------------
+# --- imports
+# ---------------------------------------------------------------------------------------------------------
 
 
 def test_self_paced_and_advantages_need_neither_torch_nor_numpy_nor_the_config() -> None:
     code = (
-        "import sys, fastgrpo.self_paced, fastgrpo.advantages\n"
+        "import sys, fastgrpo.algorithm.self_paced, fastgrpo.algorithm.advantages\n"
         "print(sorted({'torch', 'numpy', 'fastgrpo.config', 'fastgrpo.interfaces'} & set(sys.modules)))"
     )
     root = Path(__file__).parents[2]
-    result = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True
+    )
     assert result.stdout.strip() == "[]"

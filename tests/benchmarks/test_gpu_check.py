@@ -1,4 +1,6 @@
-"""The plan for a GPU machine: its parts, their limits, what the exit code tells, and every operation called once."""
+"""The plan for a GPU machine: its parts, their limits, what the exit code tells, and every
+operation called once.
+"""
 
 from __future__ import annotations
 
@@ -25,16 +27,33 @@ def test_the_plan_builds_tests_watches_and_measures(
 ) -> None:
     parts = gpu_check.plan(tmp_path, "kernels")
     order = [p.name for p in parts]
-    assert order == ["build", "what serves", "every op once", "tests", "memcheck", "racecheck", "figures", "figures, others"]
+    assert order == [
+        "build",
+        "what serves",
+        "every op once",
+        "tests",
+        "memcheck",
+        "racecheck",
+        "figures",
+        "figures, others",
+    ]
     memcheck = parts[order.index("memcheck")]
     assert memcheck.command[-2:] == ("--touch", "cuda")
     assert dict(memcheck.variables) == {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     assert all(str(tmp_path) in p.command for p in parts if p.name.startswith("figures"))
     monkeypatch.setattr(gpu_check.shutil, "which", lambda name, path=None: None)
-    monkeypatch.setattr(gpu_check.importlib.util, "find_spec", lambda name: None if name in ("hypothesis", "av") else object())
+    monkeypatch.setattr(
+        gpu_check.importlib.util,
+        "find_spec",
+        lambda name: None if name in ("hypothesis", "av") else object(),
+    )
     missing = {p.name: p.missing for p in gpu_check.plan(tmp_path)}
     assert missing["memcheck"] == missing["racecheck"] == "compute-sanitizer is not on this machine"
-    assert missing["tests"] == missing["figures"] == "hypothesis missing: carry the wheels (see the top of gpu_check.py)"
+    assert (
+        missing["tests"]
+        == missing["figures"]
+        == "hypothesis missing: carry the wheels (see the top of gpu_check.py)"
+    )
     assert missing["14B"] == "av missing: carry the wheels (see the top of gpu_check.py)"
     assert not missing["build"]
     assert gpu_check.main(["--dry-run"]) == 0
@@ -43,15 +62,24 @@ def test_the_plan_builds_tests_watches_and_measures(
     assert "racecheck (at most 90 s): left out" in out
 
 
-def test_the_generators_are_a_command_of_their_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Each part is a command line that throughput.py takes, which checks G0 of what it measures and ends before its limit."""
+def test_the_generators_are_a_command_of_their_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each part is a command line that throughput.py takes, which checks G0 of what it measures and
+    ends before its limit.
+    """
     build, *parts = gpu_check.plan(tmp_path, "throughput")
     assert build.name == "build"
     order = ["1.3B, forward", "1.3B, units", "1.3B, iteration", "14B", "HunyuanVideo"]
     assert [p.name for p in parts] == order
     (_, judging), every = gpu_check.plan(tmp_path, "judge"), gpu_check.plan(tmp_path)
-    assert [p.name for p in every] == [p.name for p in [*gpu_check.plan(tmp_path, "kernels"), *parts, judging]]
-    assert (judge._parse(judging.command[2:]).model, judge._parse(judging.command[2:]).csv) == ("qwen2.5-vl-7b", tmp_path)
+    assert [p.name for p in every] == [
+        p.name for p in [*gpu_check.plan(tmp_path, "kernels"), *parts, judging]
+    ]
+    assert (judge._parse(judging.command[2:]).model, judge._parse(judging.command[2:]).csv) == (
+        "qwen2.5-vl-7b",
+        tmp_path,
+    )
     measured = []
     for p in parts:
         options, overrides = throughput._parse(p.command[2:])
@@ -67,10 +95,20 @@ def test_the_generators_are_a_command_of_their_own(tmp_path: Path, capsys: pytes
     assert "1.3B, iteration (at most 220 s)" in out
 
 
-def test_parts_run_in_order_and_the_exit_code_tells(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    parts = [part("good", "print('said')"), part("bad", "import sys; print('why'); sys.exit(4)"), part("after", "pass")]
+def test_parts_run_in_order_and_the_exit_code_tells(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parts = [
+        part("good", "print('said')"),
+        part("bad", "import sys; print('why'); sys.exit(4)"),
+        part("after", "pass"),
+    ]
     outcomes = gpu_check.run_plan(parts, tmp_path / "out")
-    assert [(o.name, o.state) for o in outcomes] == [("good", "right"), ("bad", "FAILED"), ("after", "right")]
+    assert [(o.name, o.state) for o in outcomes] == [
+        ("good", "right"),
+        ("bad", "FAILED"),
+        ("after", "right"),
+    ]
     assert outcomes[1].words == "exit code 4, see gpu_check.log"
     assert gpu_check.exit_code(outcomes) == 1
     assert gpu_check.exit_code(outcomes[:1]) == 0
@@ -80,20 +118,32 @@ def test_parts_run_in_order_and_the_exit_code_tells(tmp_path: Path, capsys: pyte
 
 
 def test_a_part_that_cannot_run_or_has_no_time_is_named(tmp_path: Path) -> None:
-    outcomes = gpu_check.run_plan([part("absent", "", missing="no tool"), part("here", "pass")], tmp_path)
+    outcomes = gpu_check.run_plan(
+        [part("absent", "", missing="no tool"), part("here", "pass")], tmp_path
+    )
     assert [(o.state, o.words) for o in outcomes] == [("left out", "no tool"), ("right", "")]
     assert gpu_check.exit_code(outcomes) == 3
-    assert [o.words for o in gpu_check.run_plan([part("late", "pass")], tmp_path, budget=4.0)] == ["the budget of 4 s is spent"]
+    assert [o.words for o in gpu_check.run_plan([part("late", "pass")], tmp_path, budget=4.0)] == [
+        "the budget of 4 s is spent"
+    ]
     unknown = gpu_check.Part("unknown", (str(tmp_path / "nothing"),), 5.0)
     assert gpu_check.run_plan([unknown], tmp_path)[0].state == "FAILED"
 
 
-def test_a_part_has_its_own_limit_and_what_is_left_of_the_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_part_has_its_own_limit_and_what_is_left_of_the_budget(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     limits: list[float] = []
     monkeypatch.setattr(
-        gpu_check, "_run", lambda part, out, seconds: limits.append(seconds) or gpu_check.Outcome(part.name, "right", 0.0, "")
+        gpu_check,
+        "_run",
+        lambda part, out, seconds: (
+            limits.append(seconds) or gpu_check.Outcome(part.name, "right", 0.0, "")
+        ),
     )
-    gpu_check.run_plan([part("short", "", seconds=20.0), part("long", "", seconds=100.0)], tmp_path, budget=50.0)
+    gpu_check.run_plan(
+        [part("short", "", seconds=20.0), part("long", "", seconds=100.0)], tmp_path, budget=50.0
+    )
     assert limits[0] == 20.0
     assert 40.0 < limits[1] <= 50.0
 
@@ -101,7 +151,9 @@ def test_a_part_has_its_own_limit_and_what_is_left_of_the_budget(tmp_path: Path,
 def test_a_part_beyond_its_limit_is_ended_with_its_children(tmp_path: Path) -> None:
     child = tmp_path / "child"
     grandchild = f"import time, pathlib; time.sleep(4); pathlib.Path({str(child)!r}).touch()"
-    begin = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {grandchild!r}])"
+    begin = (
+        f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {grandchild!r}])"
+    )
     script = f"{begin}; print('begun', flush=True); time.sleep(60)"
     (outcome,) = gpu_check.run_plan([part("endless", script, seconds=1.5)], tmp_path)
     assert (outcome.state, outcome.words) == ("FAILED", "not done after 2 s")
@@ -110,12 +162,17 @@ def test_a_part_beyond_its_limit_is_ended_with_its_children(tmp_path: Path) -> N
     assert not child.exists()
 
 
-def test_every_operation_can_be_called_once(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the families of this machine: the C++ path and, interpreted, Triton. A result that is not finite is a failure; so is no call."""
+def test_every_operation_can_be_called_once(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the backends of this machine: the C++ path and, interpreted, Triton. A result that is not
+    finite is a failure; so is no call.
+    """
     assert gpu_check.touch("cpu") == 0
     assert " calls forward and backward, 0 failed" in capsys.readouterr().out
     broken = [
-        dataclasses.replace(case, fused=lambda inputs, family: (torch.tensor([float("nan")]),)) for case in registry.cases("tiny")[:1]
+        dataclasses.replace(case, fused=lambda inputs, backend: (torch.tensor([float("nan")]),))
+        for case in registry.cases("tiny")[:1]
     ]
     monkeypatch.setattr(registry, "cases", lambda name: broken)
     assert gpu_check.touch("cpu") == 1

@@ -10,9 +10,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from fastgrpo import parallel
 from fastgrpo.config import RuntimeConfig
-from fastgrpo.parallel import (
+from fastgrpo.distributed import collectives
+from fastgrpo.distributed.collectives import (
     any_rank,
     average_gradients,
     clip_gradients,
@@ -24,7 +24,7 @@ from fastgrpo.parallel import (
     started,
     stop,
     world_size,
-)  # fmt: skip
+)
 
 
 def test_rank_and_world_size_are_torchruns(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,7 +41,9 @@ def test_a_world_of_one_needs_no_launcher(monkeypatch: pytest.MonkeyPatch) -> No
         monkeypatch.delenv(name, raising=False)
     assert start(RuntimeConfig(device="cpu")) == torch.device("cpu")
     try:
-        assert start(RuntimeConfig(device="cpu")) == torch.device("cpu")  # a second start joins the first
+        assert start(RuntimeConfig(device="cpu")) == torch.device(
+            "cpu"
+        )  # a second start joins the first
         assert (dist.get_world_size(), dist.get_backend()) == (1, "gloo")
         assert gather({"a": 1}) == [{"a": 1}]
         assert any_rank(True) is True
@@ -79,10 +81,18 @@ def test_a_gpu_that_is_not_there_is_refused() -> None:
 @pytest.mark.parametrize("max_norm", [1.0, 5.0, 100.0])
 def test_gradients_are_clipped_as_torch_does(max_norm: float) -> None:
     theirs, ours = (
-        [torch.nn.Parameter(torch.zeros(3)), torch.nn.Parameter(torch.zeros(2, 2)), torch.nn.Parameter(torch.zeros(1))] for _ in "ab"
+        [
+            torch.nn.Parameter(torch.zeros(3)),
+            torch.nn.Parameter(torch.zeros(2, 2)),
+            torch.nn.Parameter(torch.zeros(1)),
+        ]
+        for _ in "ab"
     )
     for parameters in (theirs, ours):
-        parameters[0].grad, parameters[1].grad = torch.tensor([3.0, 4.0, 0.0]), torch.full((2, 2), 6.0)
+        parameters[0].grad, parameters[1].grad = (
+            torch.tensor([3.0, 4.0, 0.0]),
+            torch.full((2, 2), 6.0),
+        )
     norm = clip_gradients(ours, max_norm)
     assert norm == float(torch.nn.utils.clip_grad_norm_(theirs, max_norm)) == 13.0
     assert all(torch.equal(p.grad, q.grad) for p, q in zip(ours[:2], theirs[:2], strict=True))  # type: ignore[arg-type]
@@ -90,7 +100,9 @@ def test_gradients_are_clipped_as_torch_does(max_norm: float) -> None:
     assert clip_gradients(ours, max_norm) != clip_gradients(ours, max_norm)
 
 
-def test_the_code_version_follows_the_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_code_version_follows_the_sources(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = code_version()
     assert code_version() == before
     assert f"torch {torch.__version__}" in before
@@ -100,7 +112,7 @@ def test_the_code_version_follows_the_sources(tmp_path: Path, monkeypatch: pytes
     versions = set()
     for text in ("x = 1", "x = 2", "x = 1\n"):
         (copy / "a.py").write_text(text)
-        monkeypatch.setattr(parallel, "_PACKAGES", (copy,))
+        monkeypatch.setattr(collectives, "_PACKAGES", (copy,))
         versions.add(code_version())
     (copy / "a.py").rename(copy / "b.py")
     assert len(versions | {code_version(), before}) == 5
@@ -109,7 +121,7 @@ def test_the_code_version_follows_the_sources(tmp_path: Path, monkeypatch: pytes
 SCRIPT = """
 import json, torch
 from fastgrpo.config import RuntimeConfig
-from fastgrpo.parallel import any_rank, average_gradients, gather, rank, require_agreement, start, stop, world_size
+from fastgrpo.distributed.collectives import any_rank, average_gradients, gather, rank, require_agreement, start, stop, world_size
 start(RuntimeConfig(device="cpu", timeout_minutes=1))
 r = rank()
 answer = {"rank": r, "world": world_size()}
@@ -156,13 +168,15 @@ def test_two_processes(run_ranks: Callable[..., list[Any]]) -> None:
     assert first["mean"] == second["mean"]
     assert first["own"] != second["own"]
     for mean, one, other in zip(first["mean"], first["own"], second["own"], strict=True):
-        assert mean == pytest.approx([(a + b) / 2 for a, b in zip(one, other, strict=True)], rel=1e-6)
+        assert mean == pytest.approx(
+            [(a + b) / 2 for a, b in zip(one, other, strict=True)], rel=1e-6
+        )
 
 
 WAITING = """
 import json, time
 import torch.distributed as dist
-from fastgrpo import parallel
+from fastgrpo.distributed import collectives
 from fastgrpo.config import RuntimeConfig
 
 answer, runtime = {}, RuntimeConfig(device="cpu", timeout_minutes=0.03)
@@ -174,24 +188,24 @@ def refused(action):
         return str(error)
 
 # Rank 1 joins, but stays away from the meeting at the start.
-if parallel.rank() == 0:
-    answer["start"] = refused(lambda: parallel.start(runtime))
-    parallel.stop()
+if collectives.rank() == 0:
+    answer["start"] = refused(lambda: collectives.start(runtime))
+    collectives.stop()
 else:
     dist.init_process_group("gloo")
     time.sleep(3)
-    parallel.stop()
+    collectives.stop()
 
 # All meet, with other code.
-own = parallel.code_version
-parallel.code_version = lambda: f"sources of rank {parallel.rank()}"
-answer["code"] = refused(lambda: parallel.start(runtime))
-parallel.code_version = own
-parallel.gather(None)
+own = collectives.code_version
+collectives.code_version = lambda: f"sources of rank {collectives.rank()}"
+answer["code"] = refused(lambda: collectives.start(runtime))
+collectives.code_version = own
+collectives.gather(None)
 
 # And then rank 1 is late.
-if parallel.rank() == 0:
-    answer["gather"] = refused(lambda: parallel.gather(1, "the scores"))
+if collectives.rank() == 0:
+    answer["gather"] = refused(lambda: collectives.gather(1, "the scores"))
 else:
     time.sleep(3)
 print(json.dumps(answer))

@@ -1,4 +1,6 @@
-"""Tiny runs of the embedded world through the real command line: in this process, forked off it to be killed, or under torchrun."""
+"""Tiny runs of the embedded world through the real command line: in this process, forked off it to
+be killed, or under torchrun.
+"""
 
 from __future__ import annotations
 
@@ -25,29 +27,39 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 import fastgrpo.train
-from fastgrpo import parallel
-from fastgrpo.grpo import Trainer
-from fastgrpo.shapes.captions import heldout_captions, train_captions
+from fastgrpo.distributed import collectives
+from fastgrpo.shapes.captions import train_captions, validation_captions
+from fastgrpo.training.step import Trainer
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "fastgrpo" / "recipes" / "shapes.yaml"
 TORCHRUN = Path(sys.executable).with_name("torchrun")
 MAIN_SCRIPT = ROOT / "fastgrpo" / "train.py"
 MODULES = Path(__file__).resolve().parent / "modules"
-sys.path.insert(0, str(MODULES))  # tiny_parts, for the runs in this process and for those forked off it
+sys.path.insert(
+    0, str(MODULES)
+)  # tiny_parts, for the runs in this process and for those forked off it
 
-# The recipe at the least size that still has several prompts, a choice of videos and of steps, and padding nowhere. About half a second.
+# The recipe at the least size that still has several prompts, a choice of videos and of steps, and
+# padding nowhere. About half a second.
 TINY: dict[str, Any] = {
     "iterations": 3,
     "reward": {"class_path": "tiny_parts.SmoothJudge"},
-    "rollout": {"num_prompts": 2, "num_generations": 4, "num_inference_steps": 5, "micro_batch_size": 4},
+    "rollout": {
+        "num_prompts": 2,
+        "num_generations": 4,
+        "num_inference_steps": 5,
+        "micro_batch_size": 4,
+    },
     "update": {"num_best": 1, "num_worst": 1, "gradient_accumulation": 4},
     "evaluation": {"num_generations": 1, "num_videos": 0},
     "tracking": {"trackers": []},
 }
 
 
-logging.getLogger("c10d-NullHandler-dcp_logger").setLevel(logging.WARNING)  # fifteen lines a checkpoint in the report of a failed test
+logging.getLogger("c10d-NullHandler-dcp_logger").setLevel(
+    logging.WARNING
+)  # fifteen lines a checkpoint in the report of a failed test
 
 
 @dataclass(frozen=True)
@@ -61,7 +73,9 @@ class Outcome:
 
     @property
     def rows(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+        return [
+            json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()
+        ]
 
     @property
     def trained_rows(self) -> list[dict[str, Any]]:
@@ -73,8 +87,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[str]]:
     """tiny(folder, *overrides): the arguments of a tiny run in that folder."""
     common = tmp_path_factory.mktemp("tiny")
     (common / "train.txt").write_text("\n".join(map(str, train_captions())) + "\n")
-    (common / "heldout.txt").write_text("\n".join(map(str, heldout_captions()[:3])) + "\n")
-    prompts = {"train": str(common / "train.txt"), "heldout": str(common / "heldout.txt")}
+    (common / "validation.txt").write_text("\n".join(map(str, validation_captions()[:3])) + "\n")
+    prompts = {"train": str(common / "train.txt"), "validation": str(common / "validation.txt")}
     (common / "tiny.yaml").write_text(yaml.safe_dump(TINY | {"prompts": prompts}))
 
     def arguments(folder: Path, *overrides: str) -> list[str]:
@@ -86,22 +100,35 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[str]]:
 
 @pytest.fixture(scope="session")
 def start() -> Callable[..., Outcome]:
-    """start(folder, argv, main=..., report=False): a command in this process, its output taken down."""
+    """start(folder, argv, main=..., report=False): a command in this process, its output taken
+    down.
+    """
 
-    def call(folder: Path, argv: Sequence[str], main: Callable[..., int] = fastgrpo.train.main, report: bool = False) -> Outcome:
+    def call(
+        folder: Path,
+        argv: Sequence[str],
+        main: Callable[..., int] = fastgrpo.train.main,
+        report: bool = False,
+    ) -> Outcome:
         out, err = io.StringIO(), io.StringIO()
         write_report = fastgrpo.train.write_report
         if not report:  # four figures, three times the cost of the run
             fastgrpo.train.write_report = lambda run, smoothing_window=10: run
         try:
-            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="Unable to enable fault handler")  # it wants a stderr with a file number
+            with (
+                contextlib.redirect_stdout(out),
+                contextlib.redirect_stderr(err),
+                warnings.catch_warnings(),
+            ):
+                warnings.filterwarnings(
+                    "ignore", message="Unable to enable fault handler"
+                )  # it wants a stderr with a file number
                 code = main(list(argv)) or 0
         except SystemExit as stop:
             code = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
         finally:
             fastgrpo.train.write_report = write_report
-            parallel.stop()
+            collectives.stop()
         return Outcome(code, folder, out.getvalue(), err.getvalue())
 
     return call
@@ -110,18 +137,34 @@ def start() -> Callable[..., Outcome]:
 @pytest.fixture(scope="session")
 def train(tiny: Callable[..., list[str]], start: Callable[..., Outcome]) -> Callable[..., Outcome]:
     """train(folder, *overrides): a tiny run in this process."""
-    return lambda folder, *overrides, report=False: start(folder, tiny(folder, *overrides), report=report)
+    return lambda folder, *overrides, report=False: start(
+        folder, tiny(folder, *overrides), report=report
+    )
 
 
 @pytest.fixture(scope="session")
 def torchrun() -> Callable[..., subprocess.Popen[str]]:
-    """torchrun(argv, ranks, cwd, ...): the trainer as a job of its own, in a process group of its own; stdout and stderr in one pipe."""
+    """torchrun(argv, ranks, cwd, ...): the trainer as a job of its own, in a process group of its
+    own; stdout and stderr in one pipe.
+    """
 
     def popen(argv: Sequence[str], ranks: int, cwd: Path) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            [str(TORCHRUN), "--standalone", "--nproc-per-node", str(ranks), str(MAIN_SCRIPT), *argv],
-            cwd=cwd, env=job_environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
+            [
+                str(TORCHRUN),
+                "--standalone",
+                "--nproc-per-node",
+                str(ranks),
+                str(MAIN_SCRIPT),
+                *argv,
+            ],
+            cwd=cwd,
+            env=job_environment(),
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
 
     return popen
 
@@ -139,9 +182,18 @@ def environment() -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def background() -> Callable[[Sequence[str]], Any]:
-    """background(argv): the trainer in a process of its own that has all imports done, to be killed; a multiprocessing.Process."""
+    """background(argv): the trainer in a process of its own that has all imports done, to be
+    killed; a multiprocessing.Process.
+    """
     server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["fastgrpo.train", "fastgrpo.policies.shapes", "fastgrpo.shapes.judge", "diffusers.optimization"])
+    server.set_forkserver_preload(
+        [
+            "fastgrpo.train",
+            "fastgrpo.shapes.policy",
+            "fastgrpo.shapes.judge",
+            "diffusers.optimization",
+        ]
+    )
 
     def begin(argv: Sequence[str]) -> Any:
         process = server.Process(target=fastgrpo.train.main, args=(list(argv),))
@@ -170,14 +222,20 @@ def each_step() -> Callable[[Callable[[int], object]], contextlib.AbstractContex
 
 
 @pytest.fixture(scope="session")
-def interrupt(each_step: Callable[..., Any]) -> Callable[[int], contextlib.AbstractContextManager[None]]:
+def interrupt(
+    each_step: Callable[..., Any],
+) -> Callable[[int], contextlib.AbstractContextManager[None]]:
     """with interrupt(k): the process gets SIGTERM at the beginning of iteration k."""
-    return lambda number: each_step(lambda iteration: iteration == number and os.kill(os.getpid(), signal.SIGTERM))
+    return lambda number: each_step(
+        lambda iteration: iteration == number and os.kill(os.getpid(), signal.SIGTERM)
+    )
 
 
 @pytest.fixture(scope="session")
 def tensors() -> Callable[[Path], dict[str, torch.Tensor]]:
-    """tensors(checkpoint folder): everything in it by its flattened name, read with torch's own converter."""
+    """tensors(checkpoint folder): everything in it by its flattened name, read with torch's own
+    converter.
+    """
 
     def read(checkpoint: Path) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as scratch:
@@ -204,7 +262,12 @@ def rows_without_times() -> Callable[[Path], list[str]]:
 
     def read(folder: Path) -> list[str]:
         rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        return [json.dumps({k: v for k, v in row.items() if not k.startswith("time/") and k != "step_time"}) for row in rows]
+        return [
+            json.dumps(
+                {k: v for k, v in row.items() if not k.startswith("time/") and k != "step_time"}
+            )
+            for row in rows
+        ]
 
     return read
 
@@ -213,7 +276,9 @@ def rows_without_times() -> Callable[[Path], list[str]]:
 def assert_same_end(
     tensors: Callable[[Path], dict[str, Any]], rows_without_times: Callable[[Path], list[str]]
 ) -> Callable[[Path, Path], None]:
-    """assert_same_end(a, b): two runs ended in the same state, bit for bit: last checkpoint, its counters, metrics, exported weights."""
+    """assert_same_end(a, b): two runs ended in the same state, bit for bit: last checkpoint, its
+    counters, metrics, exported weights.
+    """
 
     def check(one: Path, other: Path) -> None:
         assert rows_without_times(one) == rows_without_times(other)
@@ -221,7 +286,12 @@ def assert_same_end(
         assert last_one.resolve().name == last_other.resolve().name
         assert (last_one / "state.json").read_text() == (last_other / "state.json").read_text()
         assert_same_tensors(tensors(last_one), tensors(last_other))
-        assert_same_tensors(*(load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors") for folder in (one, other)))
+        assert_same_tensors(
+            *(
+                load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
+                for folder in (one, other)
+            )
+        )
 
     return check
 

@@ -1,4 +1,6 @@
-"""`python -m fastgrpo ablate` on tiny runs: the matrix, its table, resumes, failures, signals, and commands for a cluster."""
+"""`python -m fastgrpo ablate` on tiny runs: the matrix, its table, resumes, failures, signals, and
+commands for a cluster.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,7 @@ import numpy as np
 import pytest
 
 from fastgrpo import __main__ as command_line
-from fastgrpo.commands import ablate
+from fastgrpo.cli import ablate
 
 STAGES = ("visual_quality", "temporal_smoothness", "text_alignment")
 MODES, SEEDS = ("one_stage", "self_paced"), (0, 1)
@@ -30,7 +32,9 @@ Ablate = Callable[..., Any]
 
 
 class Forked:
-    """A cell's process that has its imports done, with the part of Popen that is used; `watch()` is called whenever it is asked after."""
+    """A cell's process that has its imports done, with the part of Popen that is used; `watch()` is
+    called whenever it is asked after.
+    """
 
     def __init__(self, process: Any, watch: Callable[[], object]) -> None:
         self.process, self.watch = process, watch
@@ -48,14 +52,22 @@ class Forked:
 
 
 @pytest.fixture(scope="module")
-def run_ablate(tiny: Callable[..., list[str]], start: Callable[..., Any], background: Callable[..., Any]) -> Ablate:
-    """run_ablate(folder, *options, watch=..., forked=True): its outcome, and the cells it started, forked unless it shall do that itself.
+def run_ablate(
+    tiny: Callable[..., list[str]], start: Callable[..., Any], background: Callable[..., Any]
+) -> Ablate:
+    """run_ablate(folder, *options, watch=..., forked=True): its outcome, and the cells it started,
+    forked unless it shall do that itself.
 
     watch(cell, process) is called now and then while a cell runs.
     """
     server = multiprocessing.get_context("forkserver")  # `background` has told it what to import
 
-    def call(folder: Path, *options: str, watch: Callable[[Any, Any], object] = lambda *_: None, forked: bool = True) -> Any:
+    def call(
+        folder: Path,
+        *options: str,
+        watch: Callable[[Any, Any], object] = lambda *_: None,
+        forked: bool = True,
+    ) -> Any:
         started: list[str] = []
 
         def fork(cell: Any, launcher: Sequence[str]) -> Forked:
@@ -76,7 +88,9 @@ def run_ablate(tiny: Callable[..., list[str]], start: Callable[..., Any], backgr
 
 
 def words(**lists: Sequence[Any]) -> list[str]:
-    return [word for key, values in lists.items() for word in (f"--{key}", ",".join(map(str, values)))]
+    return [
+        word for key, values in lists.items() for word in (f"--{key}", ",".join(map(str, values)))
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -98,21 +112,30 @@ def read_csv(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-# --- the matrix and its table -----------------------------------------------------------------------------------------
+# --- the matrix and its table
+# -----------------------------------------------------------------------------------------
 
 
 def test_cells_are_ordinary_runs(
-    matrix: tuple[Any, Path], train: Callable[..., Any], assert_same_end: Any, start: Any, tmp_path: Path
+    matrix: tuple[Any, Path],
+    train: Callable[..., Any],
+    assert_same_end: Any,
+    start: Any,
+    tmp_path: Path,
 ) -> None:
     """Bit for bit what `train` makes of the same settings; `report` and a resume take them."""
     _, folder = matrix
-    assert sorted(path.name for path in folder.iterdir() if path.is_dir()) == sorted([*CELLS, "logs"])
+    assert sorted(path.name for path in folder.iterdir() if path.is_dir()) == sorted(
+        [*CELLS, "logs"]
+    )
     for cell, mode in (("one_stage_seed1", "one_stage"), ("self_paced_seed1", "self_paced")):
         alone = train(tmp_path / cell, *SMALL, "--seed", "1", "--pacing.mode", mode)
         assert_same_end(folder / cell, alone.folder)
     shutil.copytree(folder, tmp_path / "copy", symlinks=True)
     runs = [str(tmp_path / "copy" / cell) for cell in CELLS[:2]]
-    report = start(tmp_path, ["report", *runs, "--attach", str(tmp_path / "copy")], main=command_line.main)
+    report = start(
+        tmp_path, ["report", *runs, "--attach", str(tmp_path / "copy")], main=command_line.main
+    )
     assert report.code == 0, report.err
     assert "one_stage_seed0" in (tmp_path / "copy" / "report" / "report.html").read_text()
 
@@ -123,27 +146,47 @@ def test_table_is_what_the_metrics_say(matrix: tuple[Any, Path]) -> None:
     assert list(by_mode) == ["untrained", *MODES]
     markdown = (folder / "table.md").read_text()
     for mode in by_mode:
-        runs = [rows_of(folder / f"{'one_stage' if mode == 'untrained' else mode}_seed{seed}") for seed in SEEDS]
+        runs = [
+            rows_of(folder / f"{'one_stage' if mode == 'untrained' else mode}_seed{seed}")
+            for seed in SEEDS
+        ]
         last = [run[0 if mode == "untrained" else -1] for run in runs]
-        assert {row["iteration"] for row in last} == {int(by_mode[mode]["iteration"])} == ({0} if mode == "untrained" else {4})
+        assert (
+            {row["iteration"] for row in last}
+            == {int(by_mode[mode]["iteration"])}
+            == ({0} if mode == "untrained" else {4})
+        )
         columns = {stage: [row[f"eval/rewards/{stage}/mean"] for row in last] for stage in STAGES}
         if mode != "untrained":
-            columns["training_reward"] = [np.mean([row["reward"] for row in run[1:]]) for run in runs]
+            columns["training_reward"] = [
+                np.mean([row["reward"] for row in run[1:]]) for run in runs
+            ]
         for column, values in columns.items():
             assert float(by_mode[mode][column]) == pytest.approx(np.mean(values), rel=1e-5)
-            assert float(by_mode[mode][f"{column}_std"]) == pytest.approx(np.std(values, ddof=1), rel=1e-5)
+            assert float(by_mode[mode][f"{column}_std"]) == pytest.approx(
+                np.std(values, ddof=1), rel=1e-5
+            )
             shown = f"{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f}"
-            assert any(line.startswith(f"| {mode} | 2 |") and shown in line for line in markdown.splitlines())
+            assert any(
+                line.startswith(f"| {mode} | 2 |") and shown in line
+                for line in markdown.splitlines()
+            )
             assert any(line.startswith(mode) and shown in line for line in outcome.out.splitlines())
     cells = read_csv(folder / "cells.csv")
-    assert [(line["mode"], line["seed"]) for line in cells] == [(mode, str(seed)) for seed in SEEDS for mode in MODES]
+    assert [(line["mode"], line["seed"]) for line in cells] == [
+        (mode, str(seed)) for seed in SEEDS for mode in MODES
+    ]
     assert (folder / "curves.png").stat().st_size > 10_000
     svg = (folder / "curves.svg").read_text()
     assert all(f'id="{mode}/{stage}"' in svg for mode in MODES for stage in STAGES)
 
 
-def test_finished_cells_are_left_alone(matrix: tuple[Any, Path], run_ablate: Ablate, tmp_path: Path) -> None:
-    """A second call starts nothing and gives the same table; with one seed more, that one's cells alone."""
+def test_finished_cells_are_left_alone(
+    matrix: tuple[Any, Path], run_ablate: Ablate, tmp_path: Path
+) -> None:
+    """A second call starts nothing and gives the same table; with one seed more, that one's cells
+    alone.
+    """
     shutil.copytree(matrix[1], tmp_path / "ab", symlinks=True)
     table = (tmp_path / "ab" / "table.csv").read_text()
     outcome, started = run_ablate(tmp_path / "ab", *SMALL, *words(modes=MODES, seeds=SEEDS))
@@ -151,19 +194,35 @@ def test_finished_cells_are_left_alone(matrix: tuple[Any, Path], run_ablate: Abl
     assert (tmp_path / "ab" / "table.csv").read_text() == table
     assert "4 cells in" in outcome.out
     assert "4 of them finished" in outcome.out
-    outcome, started = run_ablate(tmp_path / "ab", *SMALL, *words(modes=["one_stage"], seeds=[0, 2]))
+    outcome, started = run_ablate(
+        tmp_path / "ab", *SMALL, *words(modes=["one_stage"], seeds=[0, 2])
+    )
     assert (outcome.code, started) == (0, ["one_stage_seed2"])
 
 
-def test_more_iterations_go_on_and_another_setting_is_refused(matrix: tuple[Any, Path], run_ablate: Ablate, tmp_path: Path) -> None:
+def test_more_iterations_go_on_and_another_setting_is_refused(
+    matrix: tuple[Any, Path], run_ablate: Ablate, tmp_path: Path
+) -> None:
     shutil.copytree(matrix[1], tmp_path / "ab", symlinks=True)
     for extra in ([], ["--collect", "true"], ["--list", "true"]):
-        refused, started = run_ablate(tmp_path / "ab", *SMALL, *words(modes=MODES, seeds=[0]), "--update.learning_rate", "3e-4", *extra)
+        refused, started = run_ablate(
+            tmp_path / "ab",
+            *SMALL,
+            *words(modes=MODES, seeds=[0]),
+            "--update.learning_rate",
+            "3e-4",
+            *extra,
+        )
         assert (refused.code, started) == (2, [])
         (line,) = refused.err.splitlines()
-        assert "one_stage_seed0 was made with another configuration: update.learning_rate: 0.0002 -> 0.0003. " in line
+        assert (
+            "one_stage_seed0 was made with another configuration: update.learning_rate: 0.0002 -> 0.0003. "
+            in line
+        )
     before = rows_of(tmp_path / "ab" / "one_stage_seed0")
-    outcome, started = run_ablate(tmp_path / "ab", *SMALL, "--iterations", "6", *words(modes=["one_stage"], seeds=[0]))
+    outcome, started = run_ablate(
+        tmp_path / "ab", *SMALL, "--iterations", "6", *words(modes=["one_stage"], seeds=[0])
+    )
     assert (outcome.code, started) == (0, ["one_stage_seed0"])
     after = rows_of(tmp_path / "ab" / "one_stage_seed0")
     assert after[:5] == before
@@ -171,8 +230,12 @@ def test_more_iterations_go_on_and_another_setting_is_refused(matrix: tuple[Any,
     assert read_csv(tmp_path / "ab" / "table.csv")[1]["iteration"] == "6"
 
 
-def test_collect_says_what_is_missing(matrix: tuple[Any, Path], run_ablate: Ablate, tmp_path: Path) -> None:
-    """One cell is not there, one was stopped after iteration 2: means over the others; at iteration 2 over all three that have begun."""
+def test_collect_says_what_is_missing(
+    matrix: tuple[Any, Path], run_ablate: Ablate, tmp_path: Path
+) -> None:
+    """One cell is not there, one was stopped after iteration 2: means over the others; at iteration
+    2 over all three that have begun.
+    """
     folder = tmp_path / "ab"
     shutil.copytree(matrix[1], folder, symlinks=True)
     shutil.rmtree(folder / "self_paced_seed1")
@@ -181,7 +244,10 @@ def test_collect_says_what_is_missing(matrix: tuple[Any, Path], run_ablate: Abla
     asked = [*SMALL, *words(modes=MODES, seeds=SEEDS), "--collect", "true"]
     outcome, started = run_ablate(folder, *asked)
     assert (outcome.code, started) == (0, [])
-    for line in ("one_stage_seed1: at iteration 2 of 4, not in the table", "self_paced_seed1: missing"):
+    for line in (
+        "one_stage_seed1: at iteration 2 of 4, not in the table",
+        "self_paced_seed1: missing",
+    ):
         assert line in outcome.out.splitlines()
         assert f"- {line}" in (folder / "table.md").read_text().splitlines()
     table = {line["mode"]: line for line in read_csv(folder / "table.csv")}
@@ -193,38 +259,72 @@ def test_collect_says_what_is_missing(matrix: tuple[Any, Path], run_ablate: Abla
     outcome, _ = run_ablate(folder, *asked, "--iterations", "2")
     table = {line["mode"]: line for line in read_csv(folder / "table.csv")}
     assert (table["one_stage"]["seeds"], table["self_paced"]["seeds"]) == ("2", "1")
-    middle = [rows_of(folder / f"one_stage_seed{seed}")[2]["eval/rewards/text_alignment/mean"] for seed in SEEDS]
+    middle = [
+        rows_of(folder / f"one_stage_seed{seed}")[2]["eval/rewards/text_alignment/mean"]
+        for seed in SEEDS
+    ]
     assert float(table["one_stage"]["text_alignment"]) == pytest.approx(np.mean(middle), rel=1e-5)
 
 
-# --- kills, failures, signals -----------------------------------------------------------------------------------------
+# --- kills, failures, signals
+# -----------------------------------------------------------------------------------------
 
 
-def test_a_killed_cell_is_named_and_gone_on_with(run_ablate: Ablate, train: Any, assert_same_end: Any, tmp_path: Path) -> None:
-    """SIGKILL to one cell, once it has a checkpoint: the next one runs to its end, exit code 1; called again, the same end as ever."""
+def test_a_killed_cell_is_named_and_gone_on_with(
+    run_ablate: Ablate, train: Any, assert_same_end: Any, tmp_path: Path
+) -> None:
+    """SIGKILL to one cell, once it has a checkpoint: the next one runs to its end, exit code 1;
+    called again, the same end as ever.
+    """
     killed: list[int] = []
 
     def kill(cell: Any, process: Any) -> None:
-        if cell.mode == "joint" and not killed and any((cell.folder / "checkpoints").glob("iteration_*")):
+        if (
+            cell.mode == "joint"
+            and not killed
+            and any((cell.folder / "checkpoints").glob("iteration_*"))
+        ):
             killed.append(process.pid)
             os.kill(process.pid, signal.SIGKILL)
 
-    asked = ["--iterations", "15", "--checkpoint.interval", "1", *words(modes=["joint", "one_stage"], seeds=[3])]
+    asked = [
+        "--iterations",
+        "15",
+        "--checkpoint.interval",
+        "1",
+        *words(modes=["joint", "one_stage"], seeds=[3]),
+    ]
     outcome, started = run_ablate(tmp_path / "ab", *asked, watch=kill)
     assert outcome.code == 1
     assert started == ["joint_seed3", "one_stage_seed3"]
     (named,) = [line for line in outcome.out.splitlines() if line.startswith("failed: ")]
     assert named.startswith("failed: joint_seed3: ended by SIGKILL, see ")
     table = read_csv(tmp_path / "ab" / "table.csv")
-    assert {line["mode"]: line["seeds"] for line in table} == {"untrained": "1", "joint": "0", "one_stage": "1"}
+    assert {line["mode"]: line["seeds"] for line in table} == {
+        "untrained": "1",
+        "joint": "0",
+        "one_stage": "1",
+    }
     again, started = run_ablate(tmp_path / "ab", *asked)
     assert (again.code, started) == (0, ["joint_seed3"])
-    undisturbed = train(tmp_path / "joint", "--iterations", "15", "--checkpoint.interval", "1", "--seed", "3", "--pacing.mode", "joint")
+    undisturbed = train(
+        tmp_path / "joint",
+        "--iterations",
+        "15",
+        "--checkpoint.interval",
+        "1",
+        "--seed",
+        "3",
+        "--pacing.mode",
+        "joint",
+    )
     assert_same_end(tmp_path / "ab" / "joint_seed3", undisturbed.folder)
 
 
 def test_a_signal_stops_all_cells_after_a_checkpoint(run_ablate: Ablate, tmp_path: Path) -> None:
-    """SIGINT with two cells running and one waiting; the command that is printed goes on, here to the iteration after the stop."""
+    """SIGINT with two cells running and one waiting; the command that is printed goes on, here to
+    the iteration after the stop.
+    """
     sent: list[int] = []
     running = [tmp_path / "ab" / f"{mode}_seed0" for mode in ("joint", "one_stage")]
 
@@ -234,7 +334,9 @@ def test_a_signal_stops_all_cells_after_a_checkpoint(run_ablate: Ablate, tmp_pat
             os.kill(os.getpid(), signal.SIGINT)
 
     asked = words(modes=["joint", "one_stage", "static"], seeds=[0])
-    outcome, started = run_ablate(tmp_path / "ab", "--iterations", "4000", *asked, "--jobs", "2", watch=interrupt)
+    outcome, started = run_ablate(
+        tmp_path / "ab", "--iterations", "4000", *asked, "--jobs", "2", watch=interrupt
+    )
     assert outcome.code == 1
     assert started == ["joint_seed0", "one_stage_seed0"]
     ends = [rows_of(folder)[-1]["iteration"] for folder in running]
@@ -242,18 +344,28 @@ def test_a_signal_stops_all_cells_after_a_checkpoint(run_ablate: Ablate, tmp_pat
         assert (folder / "checkpoints" / "latest").resolve().name == f"iteration_{end:06d}"
     assert "failed" not in outcome.out
     assert "nothing to compare yet" in outcome.out
-    assert sorted(path.name for path in (tmp_path / "ab").iterdir() if path.is_file()) == ["cells.csv", "table.csv", "table.md"]
+    assert sorted(path.name for path in (tmp_path / "ab").iterdir() if path.is_file()) == [
+        "cells.csv",
+        "table.csv",
+        "table.md",
+    ]
     last = outcome.out.splitlines()[-1]
     assert last.startswith("stopped by a signal; go on with: python -m fastgrpo ablate ")
     command = shlex.split(last.partition("go on with: python -m fastgrpo ablate ")[2])
     assert command[-8:] == ["--iterations", "4000", *asked, "--jobs", "2"]
-    again, started = run_ablate(tmp_path / "ab", "--iterations", str(max(ends) + 1), *words(modes=["joint", "one_stage"], seeds=[0]))
+    again, started = run_ablate(
+        tmp_path / "ab",
+        "--iterations",
+        str(max(ends) + 1),
+        *words(modes=["joint", "one_stage"], seeds=[0]),
+    )
     assert (again.code, started) == (0, ["joint_seed0", "one_stage_seed0"])
     for folder in running:
         assert [row["iteration"] for row in rows_of(folder)] == list(range(max(ends) + 2))
 
 
-# --- commands for a cluster -------------------------------------------------------------------------------------------
+# --- commands for a cluster
+# -------------------------------------------------------------------------------------------
 
 
 def test_listed_commands_give_the_same_cells(
@@ -262,7 +374,9 @@ def test_listed_commands_give_the_same_cells(
     """Each line as a shell would split it, from a folder whose name a shell would split too."""
     folder = tmp_path / "two words" / "a'b"
     asked = [*SMALL, *words(modes=MODES, seeds=SEEDS)]
-    listed, started = run_ablate(folder, *asked, "--list", "true", "--launcher", "torchrun --nproc-per-node 8")
+    listed, started = run_ablate(
+        folder, *asked, "--list", "true", "--launcher", "torchrun --nproc-per-node 8"
+    )
     assert (listed.code, started) == (0, [])
     assert not folder.exists()
     assert len(listed.out.splitlines()) == 4
@@ -284,7 +398,9 @@ def test_processes_of_its_own(
     assert_same_end: Any,
     tmp_path: Path,
 ) -> None:
-    """Started as users start them, with a file in one cell's way: its error is shown; the rest is listed, and a shell runs it."""
+    """Started as users start them, with a file in one cell's way: its error is shown; the rest is
+    listed, and a shell runs it.
+    """
     monkeypatch.setenv("PYTHONPATH", environment["PYTHONPATH"])
     folder, asked = tmp_path / "two words", [*SMALL, *words(modes=MODES, seeds=[1])]
     folder.mkdir()
@@ -298,11 +414,17 @@ def test_processes_of_its_own(
     assert_same_end(folder / "one_stage_seed1", matrix[1] / "one_stage_seed1")
     assert "done: " in (folder / "logs" / "one_stage_seed1.log").read_text()
     (folder / "self_paced_seed1").unlink()
-    listed, _ = run_ablate(folder, *asked, "--list", "true", "--launcher", shlex.quote(sys.executable))
+    listed, _ = run_ablate(
+        folder, *asked, "--list", "true", "--launcher", shlex.quote(sys.executable)
+    )
     (line,) = listed.out.splitlines()
-    done = subprocess.run(line, shell=True, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        line, shell=True, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     assert_same_end(folder / "self_paced_seed1", matrix[1] / "self_paced_seed1")
-    missing, _ = run_ablate(folder, *asked, "--launcher", "nowhere/torchrun", "--iterations", "5", forked=False)
+    missing, _ = run_ablate(
+        folder, *asked, "--launcher", "nowhere/torchrun", "--iterations", "5", forked=False
+    )
     assert missing.code == 2
     assert "nowhere/torchrun" in missing.err

@@ -1,4 +1,6 @@
-"""`python -m fastgrpo` and its commands: what they say of themselves, and what calibrate, sample and report leave behind."""
+"""`python -m fastgrpo` and its commands: what they say of themselves, and what calibrate, sample
+and report leave behind.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +22,9 @@ import yaml
 from PIL import Image
 
 from fastgrpo import __main__ as command_line
-from fastgrpo import checkpoint
 from fastgrpo.config import parse_config
-from fastgrpo.run import resume_command
+from fastgrpo.training import checkpoint
+from fastgrpo.training.loop import resume_command
 
 STAGES = ("visual_quality", "temporal_smoothness", "text_alignment")
 SMOOTHING = 4
@@ -35,19 +37,28 @@ def fastgrpo(start: Start, tmp_path: Path) -> Callable[..., Any]:
     return lambda *argv: start(tmp_path, [str(word) for word in argv], main=command_line.main)
 
 
-# --- what it says of itself -------------------------------------------------------------------------------------------
+# --- what it says of itself
+# -------------------------------------------------------------------------------------------
 
 
 def test_python_m_fastgrpo(environment: dict[str, str], tmp_path: Path) -> None:
-    """Help lists every command with a line on it; an unknown one is refused, and the same list given. torch is not loaded for that."""
+    """Help lists every command with a line on it; an unknown one is refused, and the same list
+    given. torch is not loaded for that.
+    """
 
     def ask(*argv: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-X", "importtime", "-m", "fastgrpo", *argv]
-        return subprocess.run(command, cwd=tmp_path, env=environment, text=True, capture_output=True, timeout=60)
+        return subprocess.run(
+            command, cwd=tmp_path, env=environment, text=True, capture_output=True, timeout=60
+        )
 
     helped = ask("--help")
     assert helped.returncode == 0
-    lines = {line.split()[0]: line.split(maxsplit=1)[1] for line in helped.stdout.splitlines() if line.startswith("  ")}
+    lines = {
+        line.split()[0]: line.split(maxsplit=1)[1]
+        for line in helped.stdout.splitlines()
+        if line.startswith("  ")
+    }
     assert {"train", "calibrate", "sample", "report"} <= lines.keys()
     assert all(len(words) > 20 for words in lines.values())
     assert " torch" not in helped.stderr
@@ -77,7 +88,16 @@ def test_no_command_is_a_call_for_help(fastgrpo: Any) -> None:
                 "default: 5.0)",
             ],
         ),
-        ("calibrate", ["--options.iterations", "Iterations on each stage alone", "0.7", "--config", "thresholds"]),
+        (
+            "calibrate",
+            [
+                "--options.iterations",
+                "Iterations on each stage alone",
+                "0.7",
+                "--config",
+                "thresholds",
+            ],
+        ),
         ("sample", ["run", "--checkpoint_name", "--prompts", "same noise"]),
         ("report", ["run", "--smoothing_window"]),
     ],
@@ -99,7 +119,9 @@ def test_every_key_of_train_is_documented(fastgrpo: Any) -> None:
         assert words.endswith("."), name
 
 
-def test_print_config_gives_a_recipe(fastgrpo: Any, tiny: Callable[..., list[str]], tmp_path: Path) -> None:
+def test_print_config_gives_a_recipe(
+    fastgrpo: Any, tiny: Callable[..., list[str]], tmp_path: Path
+) -> None:
     printed = fastgrpo("train", *tiny(tmp_path / "run", "--rollout.eta", "0.25"), "--print_config")
     assert printed.code == 0
     (tmp_path / "printed.yaml").write_text(printed.out)
@@ -122,7 +144,14 @@ def test_print_config_gives_a_recipe(fastgrpo: Any, tiny: Callable[..., list[str
         (["calibrate", "--options.fraction", "2"], "options.fraction"),
     ],
 )
-def test_wrong_arguments(fastgrpo: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, argv: list[str], word: str, tiny: Any) -> None:
+def test_wrong_arguments(
+    fastgrpo: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    argv: list[str],
+    word: str,
+    tiny: Any,
+) -> None:
     monkeypatch.chdir(tmp_path)
     refused = fastgrpo(*argv, *(tiny(tmp_path / "run") if argv[0] == "calibrate" else []))
     assert refused.code == 2
@@ -132,26 +161,46 @@ def test_wrong_arguments(fastgrpo: Any, tmp_path: Path, monkeypatch: pytest.Monk
     assert list(tmp_path.iterdir()) == []
 
 
-# --- calibrate --------------------------------------------------------------------------------------------------------
+# --- calibrate
+# --------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def calibrated(tmp_path_factory: pytest.TempPathFactory, start: Start, tiny: Callable[..., list[str]]) -> tuple[Any, Path]:
+def calibrated(
+    tmp_path_factory: pytest.TempPathFactory, start: Start, tiny: Callable[..., list[str]]
+) -> tuple[Any, Path]:
     folder = tmp_path_factory.mktemp("calibrate")
-    return start(folder, ["calibrate", *tiny(folder / "world", *options())], main=command_line.main), folder
+    return start(
+        folder, ["calibrate", *tiny(folder / "world", *options())], main=command_line.main
+    ), folder
 
 
 def options() -> list[str]:
-    return ["--options.iterations", "3", "--options.smoothing_window", str(SMOOTHING), "--options.fraction", "0.6"]
+    return [
+        "--options.iterations",
+        "3",
+        "--options.smoothing_window",
+        str(SMOOTHING),
+        "--options.fraction",
+        "0.6",
+    ]
 
 
 def recomputed_thresholds(folder: Path) -> list[float]:
     """start + 0.6 (end - start) of a moving average, from the metrics of the stages' own runs."""
     thresholds = []
     for stage in STAGES:
-        rows = [json.loads(line) for line in (folder / f"world-calibrate-{stage}" / "metrics.jsonl").read_text().splitlines()]
+        rows = [
+            json.loads(line)
+            for line in (folder / f"world-calibrate-{stage}" / "metrics.jsonl")
+            .read_text()
+            .splitlines()
+        ]
         curve = np.array([row[f"rewards/{stage}/mean"] for row in rows if row["iteration"] > 0])
-        smooth = [curve[max(0, i - SMOOTHING // 2) : i + (SMOOTHING - 1) // 2 + 1].mean() for i in range(len(curve))]
+        smooth = [
+            curve[max(0, i - SMOOTHING // 2) : i + (SMOOTHING - 1) // 2 + 1].mean()
+            for i in range(len(curve))
+        ]
         thresholds.append(smooth[0] + 0.6 * (smooth[-1] - smooth[0]))
     return thresholds
 
@@ -159,9 +208,17 @@ def recomputed_thresholds(folder: Path) -> list[float]:
 def test_calibrate_trains_each_stage_alone(calibrated: tuple[Any, Path]) -> None:
     outcome, folder = calibrated
     assert outcome.code == 0
-    assert sorted(path.name for path in folder.iterdir()) == ["world-calibrate", *sorted(f"world-calibrate-{stage}" for stage in STAGES)]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "world-calibrate",
+        *sorted(f"world-calibrate-{stage}" for stage in STAGES),
+    ]
     for number, stage in enumerate(STAGES):
-        rows = [json.loads(line) for line in (folder / f"world-calibrate-{stage}" / "metrics.jsonl").read_text().splitlines()]
+        rows = [
+            json.loads(line)
+            for line in (folder / f"world-calibrate-{stage}" / "metrics.jsonl")
+            .read_text()
+            .splitlines()
+        ]
         assert [row["iteration"] for row in rows] == [0, 1, 2, 3]
         for row in rows[1:]:
             assert [row[f"weights/{s}"] for s in STAGES] == [float(i == number) for i in range(3)]
@@ -176,35 +233,60 @@ def test_thresholds_are_what_the_metrics_say(calibrated: tuple[Any, Path]) -> No
     assert len(set(np.round(expected, 4))) == 3
     text = (folder / "world-calibrate" / "thresholds.yaml").read_text()
     for stage, threshold in zip(STAGES, expected, strict=True):
-        assert f"{stage} (threshold {threshold:.4f})" in text, "the third one too, for the literal gate"
+        assert f"{stage} (threshold {threshold:.4f})" in text, (
+            "the third one too, for the literal gate"
+        )
         assert f"{stage} {threshold:.3f}" in outcome.out
     assert (folder / "world-calibrate" / "curves.png").is_file()
 
 
-def test_fragment_is_accepted_after_a_recipe(calibrated: tuple[Any, Path], tiny: Callable[..., list[str]], tmp_path: Path) -> None:
+def test_fragment_is_accepted_after_a_recipe(
+    calibrated: tuple[Any, Path], tiny: Callable[..., list[str]], tmp_path: Path
+) -> None:
     _, folder = calibrated
     fragment = folder / "world-calibrate" / "thresholds.yaml"
     config, _, _ = parse_config([*tiny(tmp_path / "run"), "--config", str(fragment)])
-    assert config.pacing.thresholds == tuple(yaml.safe_load(fragment.read_text())["pacing"]["thresholds"])
+    assert config.pacing.thresholds == tuple(
+        yaml.safe_load(fragment.read_text())["pacing"]["thresholds"]
+    )
     assert config.rollout.num_generations == 4
 
 
-def test_the_literal_gate_gets_three(calibrated: tuple[Any, Path], tiny: Callable[..., list[str]], start: Start, tmp_path: Path) -> None:
+def test_the_literal_gate_gets_three(
+    calibrated: tuple[Any, Path], tiny: Callable[..., list[str]], start: Start, tmp_path: Path
+) -> None:
     """From finished runs: calibrate again with another gate trains nothing anew."""
     _, folder = calibrated
     shutil.copytree(folder, tmp_path / "copy", symlinks=True)
-    argv = ["calibrate", *tiny(tmp_path / "copy" / "world", *options()), "--resume", "auto", "--pacing.gate", "literal"]
-    outcome = start(tmp_path, [*argv, "--pacing.thresholds", "[0.1, 0.1, 0.1]"], main=command_line.main)
+    argv = [
+        "calibrate",
+        *tiny(tmp_path / "copy" / "world", *options()),
+        "--resume",
+        "auto",
+        "--pacing.gate",
+        "literal",
+    ]
+    outcome = start(
+        tmp_path, [*argv, "--pacing.thresholds", "[0.1, 0.1, 0.1]"], main=command_line.main
+    )
     assert outcome.code == 0
     assert "iteration     1" not in outcome.out
     fragment = tmp_path / "copy" / "world-calibrate" / "thresholds.yaml"
-    assert yaml.safe_load(fragment.read_text())["pacing"]["thresholds"] == pytest.approx(recomputed_thresholds(folder), abs=5.1e-5)
+    assert yaml.safe_load(fragment.read_text())["pacing"]["thresholds"] == pytest.approx(
+        recomputed_thresholds(folder), abs=5.1e-5
+    )
 
 
 def test_interrupted_calibrate_goes_on(
-    calibrated: tuple[Any, Path], tiny: Callable[..., list[str]], start: Start, each_step: Any, tmp_path: Path
+    calibrated: tuple[Any, Path],
+    tiny: Callable[..., list[str]],
+    start: Start,
+    each_step: Any,
+    tmp_path: Path,
 ) -> None:
-    """A signal in the second stage's second iteration: no thresholds yet, exit code not 0; --resume auto ends with the same numbers."""
+    """A signal in the second stage's second iteration: no thresholds yet, exit code not 0; --resume
+    auto ends with the same numbers.
+    """
     steps: list[int] = []
 
     def stop_at_fifth(iteration: int) -> None:
@@ -223,32 +305,64 @@ def test_interrupted_calibrate_goes_on(
     assert again.code == 2, "without --resume the used folders are refused"
     resumed = start(tmp_path, [*argv, "--resume", "auto"], main=command_line.main)
     assert resumed.code == 0
-    ours, theirs = (yaml.safe_load((f / "world-calibrate" / "thresholds.yaml").read_text()) for f in (tmp_path, calibrated[1]))
+    ours, theirs = (
+        yaml.safe_load((f / "world-calibrate" / "thresholds.yaml").read_text())
+        for f in (tmp_path, calibrated[1])
+    )
     assert ours == theirs
 
 
 @pytest.mark.slow
-def test_calibrate_on_two_ranks(tiny: Callable[..., list[str]], environment: dict[str, str], tmp_path: Path) -> None:
-    """One process group for all the runs: made anew for each, it would now and then find the addresses of the one before."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "fastgrpo", "calibrate"]
+def test_calibrate_on_two_ranks(
+    tiny: Callable[..., list[str]], environment: dict[str, str], tmp_path: Path
+) -> None:
+    """One process group for all the runs: made anew for each, it would now and then find the
+    addresses of the one before.
+    """
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "fastgrpo",
+        "calibrate",
+    ]
     command += tiny(tmp_path / "world", "--options.iterations", "2")
     for _ in range(3):
-        job = subprocess.run(command, cwd=tmp_path, env=environment, text=True, capture_output=True, timeout=90)
+        job = subprocess.run(
+            command, cwd=tmp_path, env=environment, text=True, capture_output=True, timeout=90
+        )
         assert job.returncode == 0, job.stderr
-        thresholds = yaml.safe_load((tmp_path / "world-calibrate" / "thresholds.yaml").read_text())["pacing"]["thresholds"]
+        thresholds = yaml.safe_load((tmp_path / "world-calibrate" / "thresholds.yaml").read_text())[
+            "pacing"
+        ]["thresholds"]
         assert len(thresholds) == 2
         for folder in tmp_path.iterdir():
             shutil.rmtree(folder)
 
 
-# --- sample and report ------------------------------------------------------------------------------------------------
+# --- sample and report
+# ------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, train: Start) -> Path:
-    """A run whose evaluation videos show what base and trained model make of three captions; a large learning rate makes it plain."""
+    """A run whose evaluation videos show what base and trained model make of three captions; a
+    large learning rate makes it plain.
+    """
     folder = tmp_path_factory.mktemp("finished") / "run"
-    run = train(folder, "--evaluation.num_videos", "3", "--update.learning_rate", "1e-2", "--update.ema_decay", "0.5")
+    run = train(
+        folder,
+        "--evaluation.num_videos",
+        "3",
+        "--update.learning_rate",
+        "1e-2",
+        "--update.ema_decay",
+        "0.5",
+    )
     assert run.code == 0
     return folder
 
@@ -257,15 +371,22 @@ def stills(folder: Path) -> dict[str, Any]:
     return {path.stem: np.asarray(Image.open(path)) for path in sorted(folder.glob("*.png"))}
 
 
-def test_sample_shows_base_and_trained_from_the_same_noise(finished: Path, fastgrpo: Any, tmp_path: Path) -> None:
-    """The base videos are those of the untrained model in the run's own evaluation, the trained ones those of its last."""
+def test_sample_shows_base_and_trained_from_the_same_noise(
+    finished: Path, fastgrpo: Any, tmp_path: Path
+) -> None:
+    """The base videos are those of the untrained model in the run's own evaluation, the trained
+    ones those of its last.
+    """
     shutil.copytree(finished, tmp_path / "run", symlinks=True)
     outcome = fastgrpo("sample", tmp_path / "run")
     assert outcome.code == 0, outcome.err
     out = tmp_path / "run" / "samples" / "iteration_000003_ode"
     assert str(out) in outcome.out
     assert sorted(path.name for path in out.iterdir()) == ["base", "comparison.png", "trained"]
-    before, after = stills(finished / "samples" / "iteration_000000"), stills(finished / "samples" / "iteration_000003")
+    before, after = (
+        stills(finished / "samples" / "iteration_000000"),
+        stills(finished / "samples" / "iteration_000003"),
+    )
     base, trained = stills(out / "base"), stills(out / "trained")
     assert len(base) == 3
     assert base.keys() == before.keys() == trained.keys() == after.keys()
@@ -282,7 +403,9 @@ def test_sample_shows_base_and_trained_from_the_same_noise(finished: Path, fastg
 
 
 def test_sample_with_options_of_its_own(finished: Path, fastgrpo: Any, tmp_path: Path) -> None:
-    (tmp_path / "mine.txt").write_text("a red cross moving up\na blue square moving left\na green square moving left\n")
+    (tmp_path / "mine.txt").write_text(
+        "a red cross moving up\na blue square moving left\na green square moving left\n"
+    )
     arguments = [
         "--prompts",
         tmp_path / "mine.txt",
@@ -298,15 +421,26 @@ def test_sample_with_options_of_its_own(finished: Path, fastgrpo: Any, tmp_path:
     outcome = fastgrpo("sample", finished, *arguments)
     assert outcome.code == 0, outcome.err
     first = stills(tmp_path / "out" / "base")
-    assert [name.partition("_")[2] for name in first] == ["a-red-cross-moving-up", "a-blue-square-moving-left"]
+    assert [name.partition("_")[2] for name in first] == [
+        "a-red-cross-moving-up",
+        "a-blue-square-moving-left",
+    ]
     assert fastgrpo("sample", finished, *arguments, "--seed", "77").code == 0
-    assert all(not np.array_equal(first[name], other) for name, other in stills(tmp_path / "out" / "base").items())
-    (tmp_path / "out" / "base" / "mine.png").write_bytes((tmp_path / "out" / "comparison.png").read_bytes())
+    assert all(
+        not np.array_equal(first[name], other)
+        for name, other in stills(tmp_path / "out" / "base").items()
+    )
+    (tmp_path / "out" / "base" / "mine.png").write_bytes(
+        (tmp_path / "out" / "comparison.png").read_bytes()
+    )
     (tmp_path / "mine.txt").write_text("a green square moving left\n")
     assert fastgrpo("sample", finished, *arguments).code == 0
     assert sorted(path.name for path in (tmp_path / "out" / "base").iterdir()) == [
-        "00_a-green-square-moving-left.mp4", "00_a-green-square-moving-left.png", "mine.png", "samples.json",
-    ], "an evaluation of the folder would take what is left of an earlier call for this one's"  # fmt: skip
+        "00_a-green-square-moving-left.mp4",
+        "00_a-green-square-moving-left.png",
+        "mine.png",
+        "samples.json",
+    ], "an evaluation of the folder would take what is left of an earlier call for this one's"
 
 
 def test_sample_refuses(finished: Path, fastgrpo: Any, tmp_path: Path) -> None:
@@ -333,7 +467,10 @@ def test_sample_refuses(finished: Path, fastgrpo: Any, tmp_path: Path) -> None:
         (line,) = refused.err.splitlines()
         assert line.startswith("error: ")
         assert word in line
-    assert sorted(path.name for path in (tmp_path / "run" / "samples").iterdir()) == ["iteration_000000", "iteration_000003"]
+    assert sorted(path.name for path in (tmp_path / "run" / "samples").iterdir()) == [
+        "iteration_000000",
+        "iteration_000003",
+    ]
 
 
 def test_report_of_a_run(finished: Path, fastgrpo: Any, tmp_path: Path) -> None:
@@ -347,11 +484,16 @@ def test_report_of_a_run(finished: Path, fastgrpo: Any, tmp_path: Path) -> None:
 
 
 def test_the_command_that_resumes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Started by torchrun or alone, by path or by name: the same way again, with every file that the shell has to find."""
+    """Started by torchrun or alone, by path or by name: the same way again, with every file that
+    the shell has to find.
+    """
     folder = tmp_path / "my run"
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     monkeypatch.setattr(sys, "argv", ["/somewhere/fastgrpo/__main__.py", "train"])
-    assert resume_command(folder) == f"{sys.executable} -m fastgrpo train --config '{folder}/config.yaml' --resume auto"
+    assert (
+        resume_command(folder)
+        == f"{sys.executable} -m fastgrpo train --config '{folder}/config.yaml' --resume auto"
+    )
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
@@ -366,11 +508,14 @@ def test_checkpoint_of_an_average_loads_the_average(
     finished: Path, tensors: Callable[[Path], dict[str, Any]], one_rank: torch.device
 ) -> None:
     """What `sample` calls trained is the EMA where there is one."""
-    from fastgrpo.policies.shapes import new_transformer
+    from fastgrpo.shapes.policy import new_transformer
 
     network = new_transformer()
     checkpoint.load_weights((finished / "checkpoints" / "latest").resolve(), network, ema=True)
     state = tensors(finished / "checkpoints" / "latest")
     for name, weights in network.state_dict().items():
         assert torch.equal(weights, state[f"ema/{name}"])
-    assert any(not torch.equal(weights, state[f"model/{name}"]) for name, weights in network.state_dict().items())
+    assert any(
+        not torch.equal(weights, state[f"model/{name}"])
+        for name, weights in network.state_dict().items()
+    )

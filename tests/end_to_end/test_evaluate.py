@@ -1,4 +1,6 @@
-"""`evaluate sample` on a tiny run of the embedded world: the folder that VBench wants, seeds, resumes, SIGKILL, two ranks, base weights."""
+"""`evaluate sample` on a tiny run of the embedded world: the folder that VBench wants, seeds,
+resumes, SIGKILL, two ranks, base weights.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,8 @@ import yaml
 from fastgrpo_kernels import gaussian_noise
 
 from fastgrpo import __main__ as command_line
-from fastgrpo.analysis.evaluation_videos import (
+from fastgrpo.config import RolloutConfig
+from fastgrpo.evaluation.evaluation_videos import (
     BASE,
     Video,
     claim,
@@ -33,22 +36,32 @@ from fastgrpo.analysis.evaluation_videos import (
     unmade_batches,
     write_lists,
 )
-from fastgrpo.analysis.vbench_scores import EvaluationPrompt
-from fastgrpo.config import RolloutConfig
+from fastgrpo.evaluation.vbench_scores import EvaluationPrompt
 
-STILL, MOVING, OTHER = "a red square moving up", "a blue square moving left", "a green cross moving down"
+STILL, MOVING, OTHER = (
+    "a red square moving up",
+    "a blue square moving left",
+    "a green cross moving down",
+)
 INFO = [
     {"prompt_en": STILL, "dimension": ["temporal_flickering"]},
-    {"prompt_en": MOVING, "dimension": ["subject_consistency", "dynamic_degree", "motion_smoothness"]},
+    {
+        "prompt_en": MOVING,
+        "dimension": ["subject_consistency", "dynamic_degree", "motion_smoothness"],
+    },
     {"prompt_en": OTHER, "dimension": ["color"], "auxiliary_info": {"color": "green"}},
     {"prompt_en": MOVING, "dimension": ["overall_consistency"]},
 ]
 """In the form of VBench_full_info.json, with a prompt that is there twice, as two of VBench's are."""
-NAMES = {f"{prompt}-{index}.mp4" for prompt, count in ((STILL, 25), (MOVING, 5), (OTHER, 5)) for index in range(count)}
+NAMES = {
+    f"{prompt}-{index}.mp4"
+    for prompt, count in ((STILL, 25), (MOVING, 5), (OTHER, 5))
+    for index in range(count)
+}
 HALF_WRITTEN = """
 import os, signal, sys
 from fastgrpo import __main__
-from fastgrpo.analysis import evaluation_videos
+from fastgrpo.evaluation import evaluation_videos
 own, calls = evaluation_videos.write_video, []
 def write_video(path, frames, fps):
     own(path, frames, fps)
@@ -66,7 +79,18 @@ Command = Callable[..., Any]
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, train: Any) -> Path:
     folder = tmp_path_factory.mktemp("evaluated") / "run"
-    assert train(folder, "--update.learning_rate", "1e-2", "--iterations", "2", "--checkpoint.interval", "1").code == 0
+    assert (
+        train(
+            folder,
+            "--update.learning_rate",
+            "1e-2",
+            "--iterations",
+            "2",
+            "--checkpoint.interval",
+            "1",
+        ).code
+        == 0
+    )
     return folder
 
 
@@ -80,11 +104,17 @@ def info(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def evaluate(tmp_path_factory: pytest.TempPathFactory, start: Any) -> Command:
     """evaluate(...): `python -m fastgrpo evaluate sample ...` in this process."""
-    return lambda *argv: start(tmp_path_factory.getbasetemp(), ["evaluate", "sample", *map(str, argv)], main=command_line.main)
+    return lambda *argv: start(
+        tmp_path_factory.getbasetemp(),
+        ["evaluate", "sample", *map(str, argv)],
+        main=command_line.main,
+    )
 
 
 @pytest.fixture(scope="module")
-def sampled(run: Path, info: Path, evaluate: Command, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def sampled(
+    run: Path, info: Path, evaluate: Command, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     out = tmp_path_factory.mktemp("sampled") / "out"
     outcome = evaluate(run, "--prompts", info, "--out", out)
     assert outcome.code == 0, outcome.err
@@ -97,14 +127,19 @@ def contents(out: Path) -> dict[str, bytes]:
 
 
 def seeds(out: Path) -> dict[str, dict[str, Any]]:
-    return {row["video"]: row for row in map(json.loads, (out / "seeds.jsonl").read_text().splitlines())}
+    return {
+        row["video"]: row for row in map(json.loads, (out / "seeds.jsonl").read_text().splitlines())
+    }
 
 
-# --- the folder ----------------------------------------------------------------------------------------------------------
+# --- the folder
+# ----------------------------------------------------------------------------------------------------------
 
 
 def test_the_folder_is_what_vbench_wants(sampled: Path) -> None:
-    """Five videos of each prompt and 25 of the still one, by VBench's names, and nothing else; each a whole video; no two alike."""
+    """Five videos of each prompt and 25 of the still one, by VBench's names, and nothing else; each
+    a whole video; no two alike.
+    """
     videos = contents(sampled)
     assert videos.keys() == NAMES
     assert len(set(videos.values())) == len(NAMES)
@@ -133,20 +168,37 @@ def test_seeds_are_recorded(sampled: Path, run: Path) -> None:
 
 
 def test_a_seed_alone_makes_the_video(tiny_policy: Any, one_rank: torch.device) -> None:
-    """The first noise is that of the seed, whatever else is in the batch; an SDE's own noise follows from it too."""
-    size: dict[str, Any] = {"height": 2, "width": 2, "num_frames": 2, "num_inference_steps": 4, "micro_batch_size": 2}
+    """The first noise is that of the seed, whatever else is in the batch; an SDE's own noise
+    follows from it too.
+    """
+    size: dict[str, Any] = {
+        "height": 2,
+        "width": 2,
+        "num_frames": 2,
+        "num_inference_steps": 4,
+        "micro_batch_size": 2,
+    }
     cfg = RolloutConfig(**size, num_generations=1, guidance_scale=1.0, sde="ode")
     policy = tiny_policy()
     a, b = Video("a-0.mp4", "a", 11), Video("b-0.mp4", "b", 12)
     both = make_batch(policy, [a, b], cfg, one_rank, torch.float32)
     assert both.shape == (2, 2, 3, 2, 2)
     assert torch.equal(make_batch(policy, [b, a], cfg, one_rank, torch.float32).flip(0), both)
-    assert not torch.equal(make_batch(policy, [Video("a-0.mp4", "a", 13)], cfg, one_rank, torch.float32)[0], both[0])
+    assert not torch.equal(
+        make_batch(policy, [Video("a-0.mp4", "a", 13)], cfg, one_rank, torch.float32)[0], both[0]
+    )
     seen: list[torch.Tensor] = []
     policy.velocity = lambda x, t, text: seen.append(x.clone()) or torch.zeros_like(x)
     make_batch(policy, [a], cfg, one_rank, torch.float32)
-    assert torch.equal(seen[0], gaussian_noise(torch.tensor([11, 11]), 0, (3, 2, 2, 2), one_rank))  # filled up with the last
-    noisy = [make_batch(tiny_policy(), [v], dataclasses.replace(cfg, sde="dance"), one_rank, torch.float32) for v in (a, a, b)]
+    assert torch.equal(
+        seen[0], gaussian_noise(torch.tensor([11, 11]), 0, (3, 2, 2, 2), one_rank)
+    )  # filled up with the last
+    noisy = [
+        make_batch(
+            tiny_policy(), [v], dataclasses.replace(cfg, sde="dance"), one_rank, torch.float32
+        )
+        for v in (a, a, b)
+    ]
     assert torch.equal(noisy[0], noisy[1])
     assert not torch.equal(noisy[0], noisy[2])
 
@@ -163,11 +215,16 @@ def test_lists(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "prompts.json").read_text())[videos[2].name] == "b/c"
 
 
-# --- going on ------------------------------------------------------------------------------------------------------------
+# --- going on
+# ------------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_there_is_kept(sampled: Path, run: Path, info: Path, evaluate: Command, tmp_path: Path) -> None:
-    """Two videos gone from the midst of two micro-batches come back as they were; the others are not touched."""
+def test_what_is_there_is_kept(
+    sampled: Path, run: Path, info: Path, evaluate: Command, tmp_path: Path
+) -> None:
+    """Two videos gone from the midst of two micro-batches come back as they were; the others are
+    not touched.
+    """
     out = tmp_path / "out"
     shutil.copytree(sampled, out)
     gone = {f"{STILL}-9.mp4", f"{OTHER}-4.mp4"}
@@ -183,11 +240,23 @@ def test_what_is_there_is_kept(sampled: Path, run: Path, info: Path, evaluate: C
 
 
 def test_killed_while_it_writes(
-    sampled: Path, run: Path, info: Path, evaluate: Command, environment: dict[str, str], tmp_path: Path
+    sampled: Path,
+    run: Path,
+    info: Path,
+    evaluate: Command,
+    environment: dict[str, str],
+    tmp_path: Path,
 ) -> None:
-    """SIGKILL with the seventh video half written: six whole ones; the next call ends as if nothing had happened."""
+    """SIGKILL with the seventh video half written: six whole ones; the next call ends as if nothing
+    had happened.
+    """
     out, argv = tmp_path / "out", ["evaluate", "sample", str(run), "--prompts", str(info), "--out"]
-    killed = subprocess.run([sys.executable, "-c", HALF_WRITTEN, *argv, str(out)], env=environment, capture_output=True, timeout=120)
+    killed = subprocess.run(
+        [sys.executable, "-c", HALF_WRITTEN, *argv, str(out)],
+        env=environment,
+        capture_output=True,
+        timeout=120,
+    )
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert len(contents(out)) == 6
     assert contents(out).items() <= contents(sampled).items()
@@ -198,7 +267,9 @@ def test_killed_while_it_writes(
     assert not list(out.glob(".rank*"))
 
 
-def test_two_ranks_make_the_same(sampled: Path, run: Path, info: Path, environment: dict[str, str], tmp_path: Path) -> None:
+def test_two_ranks_make_the_same(
+    sampled: Path, run: Path, info: Path, environment: dict[str, str], tmp_path: Path
+) -> None:
     command = [
         sys.executable,
         "-m",
@@ -212,58 +283,90 @@ def test_two_ranks_make_the_same(sampled: Path, run: Path, info: Path, environme
         "sample",
     ]
     command += [str(run), "--prompts", str(info), "--out", str(tmp_path / "out")]
-    job = subprocess.run(command, cwd=tmp_path, env=environment, text=True, capture_output=True, timeout=180)
+    job = subprocess.run(
+        command, cwd=tmp_path, env=environment, text=True, capture_output=True, timeout=180
+    )
     assert job.returncode == 0, job.stderr
     assert job.stdout.strip() == f"35 videos, 35 of them new: {tmp_path / 'out' / 'videos'}"
     assert contents(tmp_path / "out") == contents(sampled)
     assert (tmp_path / "out" / "seeds.jsonl").read_text() == (sampled / "seeds.jsonl").read_text()
 
 
-def test_batches_keep_their_company(one_rank: torch.device, tiny_policy: Any, tmp_path: Path) -> None:
-    """A batch with one video missing is made whole again, and only that video is written; a video that is not finite is black."""
+def test_batches_keep_their_company(
+    one_rank: torch.device, tiny_policy: Any, tmp_path: Path
+) -> None:
+    """A batch with one video missing is made whole again, and only that video is written; a video
+    that is not finite is black.
+    """
     videos = list_videos([EvaluationPrompt("a", 5)], 0)
     assert claim(tmp_path) is not None
     for video in videos[1:4]:
         (tmp_path / "videos" / video.name).write_bytes(b"kept")
     unmade = unmade_batches(videos, 2, tmp_path)
     assert unmade == [videos[:2], videos[4:]]
-    cfg = RolloutConfig(height=2, width=2, num_frames=2, num_inference_steps=2, num_generations=1, guidance_scale=1.0, micro_batch_size=2)
+    cfg = RolloutConfig(
+        height=2,
+        width=2,
+        num_frames=2,
+        num_inference_steps=2,
+        num_generations=1,
+        guidance_scale=1.0,
+        micro_batch_size=2,
+    )
     policy = tiny_policy()
     policy.decode = lambda latents: torch.full((len(latents), 2, 3, 2, 2), torch.nan)
     make_videos(policy, unmade, cfg, tmp_path, one_rank, torch.float32)
     assert contents(tmp_path)[videos[1].name] == b"kept"
     with av.open(tmp_path / "videos" / videos[0].name) as container:
-        assert all(frame.to_ndarray(format="rgb24").max() <= 2 for frame in container.decode(video=0))
+        assert all(
+            frame.to_ndarray(format="rgb24").max() <= 2 for frame in container.decode(video=0)
+        )
 
 
-def test_a_video_is_not_begun_in_its_place(one_rank: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_video_is_not_begun_in_its_place(
+    one_rank: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "videos").mkdir()
 
     def broken(path: Path, frames: Any, fps: float) -> None:
         path.write_bytes(b"half")
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("fastgrpo.analysis.evaluation_videos.write_video", broken)
+    monkeypatch.setattr("fastgrpo.evaluation.evaluation_videos.write_video", broken)
     with pytest.raises(OSError, match="no space"):
         save_video(torch.zeros(2, 3, 4, 4), tmp_path, "a-0.mp4", 4)
     assert contents(tmp_path) == {}
 
 
-# --- other weights, other prompts ----------------------------------------------------------------------------------------
+# --- other weights, other prompts
+# ----------------------------------------------------------------------------------------
 
 
-def test_base_and_checkpoints(sampled: Path, run: Path, info: Path, evaluate: Command, tmp_path: Path) -> None:
-    """base is the model before training; the recipe with it, or with a checkpoint's path, gives what the run folder gives."""
+def test_base_and_checkpoints(
+    sampled: Path, run: Path, info: Path, evaluate: Command, tmp_path: Path
+) -> None:
+    """base is the model before training; the recipe with it, or with a checkpoint's path, gives
+    what the run folder gives.
+    """
     few = ("--prompts", info, "--num_videos", 1)
     for argv in (
         (run, "--checkpoint", "base", "--out", tmp_path / "base"),
         ("--config", run / "config.yaml", "--checkpoint", "base", "--out", tmp_path / "again"),
         (run, "--checkpoint", "iteration_000001", "--out", tmp_path / "first"),
-        ("--config", run, "--checkpoint", run / "checkpoints" / "iteration_000002", "--out", tmp_path / "last"),
+        (
+            "--config",
+            run,
+            "--checkpoint",
+            run / "checkpoints" / "iteration_000002",
+            "--out",
+            tmp_path / "last",
+        ),
         (run, "--checkpoint", "base"),
     ):
         assert evaluate(*argv, *few).code == 0
-    base, again, first, last = (contents(tmp_path / name) for name in ("base", "again", "first", "last"))
+    base, again, first, last = (
+        contents(tmp_path / name) for name in ("base", "again", "first", "last")
+    )
     assert base == again
     assert base == contents(run / "evaluation" / "base_info")
     assert last.items() <= contents(sampled).items()
@@ -273,8 +376,12 @@ def test_base_and_checkpoints(sampled: Path, run: Path, info: Path, evaluate: Co
     assert json.loads((tmp_path / "base" / "sampling.json").read_text())["weights"] == BASE
 
 
-def test_a_recipe_without_a_run(evaluate: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The shipped recipe, whose judge is not loaded; captions of one's own, other steps; into the folder that its run would have."""
+def test_a_recipe_without_a_run(
+    evaluate: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The shipped recipe, whose judge is not loaded; captions of one's own, other steps; into the
+    folder that its run would have.
+    """
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.txt").write_text(f"{MOVING}\n")
     options = ("--prompts", "mine.txt", "--num_videos", 2, "--num_inference_steps", 3, "--seed", 7)
@@ -282,13 +389,20 @@ def test_a_recipe_without_a_run(evaluate: Command, tmp_path: Path, monkeypatch: 
     assert outcome.code == 0, outcome.err
     (folder,) = (tmp_path / "runs").glob("*/evaluation/base_mine")
     assert contents(folder).keys() == {f"{MOVING}-0.mp4", f"{MOVING}-1.mp4"}
-    assert json.loads((folder / "prompts.json").read_text()) == {f"{MOVING}-0.mp4": MOVING, f"{MOVING}-1.mp4": MOVING}
+    assert json.loads((folder / "prompts.json").read_text()) == {
+        f"{MOVING}-0.mp4": MOVING,
+        f"{MOVING}-1.mp4": MOVING,
+    }
     assert json.loads((folder / "sampling.json").read_text())["sampler"]["num_inference_steps"] == 3
 
 
 @pytest.mark.slow
-def test_a_model_sharded_over_ranks(wan_folder: Path, environment: dict[str, str], tmp_path: Path) -> None:
-    """A tiny Wan pipeline in parts on two ranks, guidance on, captions embedded first; a caption with a slash; the second call adds one."""
+def test_a_model_sharded_over_ranks(
+    wan_folder: Path, environment: dict[str, str], tmp_path: Path
+) -> None:
+    """A tiny Wan pipeline in parts on two ranks, guidance on, captions embedded first; a caption
+    with a slash; the second call adds one.
+    """
     (tmp_path / "mine.txt").write_text("a red square moving right\na cat sleeps\nan owl, 1/2\n")
     small = {
         "policy": {"init_args": {"model": str(wan_folder), "text_cache": str(tmp_path / "text")}},
@@ -299,7 +413,9 @@ def test_a_model_sharded_over_ranks(wan_folder: Path, environment: dict[str, str
     recipe = yaml.safe_load((RECIPES / "wan2.1_t2v_1.3b.yaml").read_text())
     for section, values in small.items():
         init_args = {**recipe.get(section, {}).get("init_args", {}), **values.get("init_args", {})}
-        recipe[section] = {**recipe.get(section, {}), **values} | ({"init_args": init_args} if init_args else {})
+        recipe[section] = {**recipe.get(section, {}), **values} | (
+            {"init_args": init_args} if init_args else {}
+        )
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     command = [
         sys.executable,
@@ -313,10 +429,27 @@ def test_a_model_sharded_over_ranks(wan_folder: Path, environment: dict[str, str
         "evaluate",
         "sample",
     ]
-    command += ["--config", "recipe.yaml", "--checkpoint", "base", "--prompts", "mine.txt", "--out", "out", "--num_videos"]
+    command += [
+        "--config",
+        "recipe.yaml",
+        "--checkpoint",
+        "base",
+        "--prompts",
+        "mine.txt",
+        "--out",
+        "out",
+        "--num_videos",
+    ]
     made = []
     for count in (1, 2):
-        job = subprocess.run([*command, str(count)], cwd=tmp_path, env=environment, text=True, capture_output=True, timeout=300)
+        job = subprocess.run(
+            [*command, str(count)],
+            cwd=tmp_path,
+            env=environment,
+            text=True,
+            capture_output=True,
+            timeout=300,
+        )
         assert job.returncode == 0, job.stderr
         assert f"{3 * count} videos, 3 of them new" in job.stdout
         made.append(contents(tmp_path / "out"))
@@ -327,10 +460,13 @@ def test_a_model_sharded_over_ranks(wan_folder: Path, environment: dict[str, str
     assert owl["video"] in made[1]
 
 
-# --- refusals ------------------------------------------------------------------------------------------------------------
+# --- refusals
+# ------------------------------------------------------------------------------------------------------------
 
 
-def test_refusals(run: Path, info: Path, evaluate: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refusals(
+    run: Path, info: Path, evaluate: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One line each, and nothing written."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.txt").write_text("\n")
@@ -369,8 +505,12 @@ def test_a_damaged_checkpoint(run: Path, info: Path, evaluate: Command, tmp_path
     assert refused.err.count("\n") == 1
 
 
-def test_a_folder_of_other_videos(sampled: Path, run: Path, info: Path, evaluate: Command, tmp_path: Path) -> None:
-    """Made with other weights, steps or seed: refused, and nothing in it changed. In use by another process: refused."""
+def test_a_folder_of_other_videos(
+    sampled: Path, run: Path, info: Path, evaluate: Command, tmp_path: Path
+) -> None:
+    """Made with other weights, steps or seed: refused, and nothing in it changed. In use by another
+    process: refused.
+    """
     out = tmp_path / "out"
     shutil.copytree(sampled, out)
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}

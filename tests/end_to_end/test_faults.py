@@ -1,4 +1,6 @@
-"""What goes wrong, and what the run makes of it: damaged checkpoints, numbers that are not finite, configurations that cannot be."""
+"""What goes wrong, and what the run makes of it: damaged checkpoints, numbers that are not finite,
+configurations that cannot be.
+"""
 
 from __future__ import annotations
 
@@ -13,17 +15,24 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastgrpo import checkpoint
-from fastgrpo.policies.shapes import ShapesPolicy
+from fastgrpo.shapes.policy import ShapesPolicy
+from fastgrpo.training import checkpoint
 
 Train = Callable[..., Any]
 
-# --- damaged checkpoints ----------------------------------------------------------------------------------------------
+# --- damaged checkpoints
+# ----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory, train: Train) -> Path:
-    return train(tmp_path_factory.mktemp("faults") / "whole", "--iterations", "4", "--checkpoint.interval", "1").folder
+    return train(
+        tmp_path_factory.mktemp("faults") / "whole",
+        "--iterations",
+        "4",
+        "--checkpoint.interval",
+        "1",
+    ).folder
 
 
 @pytest.fixture(scope="module")
@@ -55,26 +64,44 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], None]]] = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_checkpoint_is_refused_and_the_one_before_is_used(
-    tmp_path: Path, train: Train, stopped: Path, uninterrupted: Path, assert_same_end: Any, damage: str
+    tmp_path: Path,
+    train: Train,
+    stopped: Path,
+    uninterrupted: Path,
+    assert_same_end: Any,
+    damage: str,
 ) -> None:
     name, spoil = DAMAGES[damage]
     shutil.copytree(stopped, tmp_path / "run", symlinks=True)
     spoil(tmp_path / "run" / "checkpoints" / "iteration_000003" / name)
-    run = train(tmp_path / "run", "--iterations", "4", "--checkpoint.interval", "1", "--resume", "auto")
+    run = train(
+        tmp_path / "run", "--iterations", "4", "--checkpoint.interval", "1", "--resume", "auto"
+    )
     assert run.code == 0
     (refused,) = [line for line in run.out.splitlines() if "refused" in line]
     assert "iteration_000003" in refused
     assert name in refused
     assert "resume: going on after iteration 2" in run.out
-    assert (run.folder / "checkpoints" / "iteration_000003.refused").is_dir(), "kept, for whoever wants to know why"
+    assert (run.folder / "checkpoints" / "iteration_000003.refused").is_dir(), (
+        "kept, for whoever wants to know why"
+    )
     assert_same_end(run.folder, uninterrupted)
 
 
 def test_flipped_bytes_of_a_checkpoint_are_refused(tmp_path: Path, one_rank: torch.device) -> None:
-    """Bytes of every file of a small one, all of those that are text: ValueError names the file; but for a manifest that reads the same."""
-    whole = checkpoint.save(tmp_path / "checkpoints", 1, {"model": {"weight": torch.ones(2)}}, {"count": 1}, keep=1)
+    """Bytes of every file of a small one, all of those that are text: ValueError names the file;
+    but for a manifest that reads the same.
+    """
+    whole = checkpoint.save(
+        tmp_path / "checkpoints", 1, {"model": {"weight": torch.ones(2)}}, {"count": 1}, keep=1
+    )
     files = sorted(file for file in whole.rglob("*") if file.is_file())
-    assert [file.name for file in files] == [".metadata", "__0_0.distcp", "manifest.json", "state.json"]
+    assert [file.name for file in files] == [
+        ".metadata",
+        "__0_0.distcp",
+        "manifest.json",
+        "state.json",
+    ]
     for file in files:
         content = file.read_bytes()
         for position in range(0, len(content), 1 if file.suffix == ".json" else 61):
@@ -96,7 +123,11 @@ def parsed(text: bytes) -> Any:
 
 
 def contents(folder: Path) -> list[str]:
-    return sorted(hashlib.sha256(file.read_bytes()).hexdigest() for file in folder.rglob("*") if file.is_file())
+    return sorted(
+        hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in folder.rglob("*")
+        if file.is_file()
+    )
 
 
 def test_all_checkpoints_damaged(tmp_path: Path, train: Train, stopped: Path) -> None:
@@ -115,12 +146,15 @@ def test_all_checkpoints_damaged(tmp_path: Path, train: Train, stopped: Path) ->
         assert contents(tmp_path / "run") == before
 
 
-# --- numbers that are not finite --------------------------------------------------------------------------------------
+# --- numbers that are not finite
+# --------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def poison(monkeypatch: pytest.MonkeyPatch, each_step: Any) -> Any:
-    """poison(f): velocities pass through f(velocity, iteration, number of the call in it); torch knows whether with gradient or without."""
+    """poison(f): velocities pass through f(velocity, iteration, number of the call in it); torch
+    knows whether with gradient or without.
+    """
     patches = []
 
     def begin(change: Callable[[Tensor, int, int], Tensor]) -> None:
@@ -153,19 +187,41 @@ SPOILS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @pytest.mark.parametrize("kind", SPOILS)
-def test_an_update_that_is_not_finite_is_skipped(tmp_path: Path, train: Train, poison: Any, tensors: Any, kind: str) -> None:
-    """In iteration 2 of 3: weights, moments and averages stay, the step is counted, the run goes on."""
-    poison(lambda velocity, iteration, call: SPOILS[kind](velocity) if torch.is_grad_enabled() and iteration == 2 else velocity)
-    run = train(tmp_path / "run", "--checkpoint.interval", "1", "--checkpoint.keep", "9", "--update.ema_decay", "0.5")
+def test_an_update_that_is_not_finite_is_skipped(
+    tmp_path: Path, train: Train, poison: Any, tensors: Any, kind: str
+) -> None:
+    """In iteration 2 of 3: weights, moments and averages stay, the step is counted, the run goes
+    on.
+    """
+    poison(
+        lambda velocity, iteration, call: (
+            SPOILS[kind](velocity) if torch.is_grad_enabled() and iteration == 2 else velocity
+        )
+    )
+    run = train(
+        tmp_path / "run",
+        "--checkpoint.interval",
+        "1",
+        "--checkpoint.keep",
+        "9",
+        "--update.ema_decay",
+        "0.5",
+    )
     assert run.code == 0
     assert [row["num_skipped_updates"] for row in run.trained_rows] == [0, 1, 0]
     assert run.trained_rows[1]["grad_norm"] is None
     assert run.trained_rows[1]["reward"] is not None
-    first, second, third = (tensors(run.folder / "checkpoints" / f"iteration_{i:06d}") for i in (1, 2, 3))
+    first, second, third = (
+        tensors(run.folder / "checkpoints" / f"iteration_{i:06d}") for i in (1, 2, 3)
+    )
     for name, value in first.items():
         if isinstance(value, Tensor):
             assert torch.equal(value, second[name]), name
-    moved = [name for name, value in second.items() if isinstance(value, Tensor) and not torch.equal(value, third[name])]
+    moved = [
+        name
+        for name, value in second.items()
+        if isinstance(value, Tensor) and not torch.equal(value, third[name])
+    ]
     assert len(moved) > 100
     assert all(torch.isfinite(value).all() for value in third.values() if isinstance(value, Tensor))
 
@@ -183,68 +239,146 @@ def test_one_update_of_several_is_skipped(tmp_path: Path, train: Train, poison: 
     poison(change)
     run = train(tmp_path / "run", "--iterations", "2", "--update.gradient_accumulation", "2")
     assert [row["num_skipped_updates"] for row in run.trained_rows] == [1, 0]
-    assert [row["ratio_drift"] for row in run.trained_rows] == [None, 0.0], "a drift that is not a number is not 0"
+    assert [row["ratio_drift"] for row in run.trained_rows] == [None, 0.0], (
+        "a drift that is not a number is not 0"
+    )
 
 
-def test_too_many_in_a_row_stop_the_run_with_a_checkpoint(tmp_path: Path, train: Train, poison: Any, tensors: Any) -> None:
-    poison(lambda velocity, iteration, call: velocity * torch.nan if torch.is_grad_enabled() and iteration >= 2 else velocity)
-    run = train(tmp_path / "run", "--iterations", "9", "--update.max_skipped_updates", "3", "--checkpoint.interval", "3")
+def test_too_many_in_a_row_stop_the_run_with_a_checkpoint(
+    tmp_path: Path, train: Train, poison: Any, tensors: Any
+) -> None:
+    poison(
+        lambda velocity, iteration, call: (
+            velocity * torch.nan if torch.is_grad_enabled() and iteration >= 2 else velocity
+        )
+    )
+    run = train(
+        tmp_path / "run",
+        "--iterations",
+        "9",
+        "--update.max_skipped_updates",
+        "3",
+        "--checkpoint.interval",
+        "3",
+    )
     assert run.code == 1
     assert [row["iteration"] for row in run.rows] == [0, 1, 2, 3, 4]
-    (said,) = [line for line in run.out.splitlines() if line.startswith("stopped after iteration 4: 3 updates in a row")]
+    (said,) = [
+        line
+        for line in run.out.splitlines()
+        if line.startswith("stopped after iteration 4: 3 updates in a row")
+    ]
     assert "update.max_skipped_updates" in said
     assert "--resume auto" in said
     assert (run.folder / "checkpoints" / "latest").resolve().name == "iteration_000004"
     before, last = (tensors(run.folder / "checkpoints" / f"iteration_{i:06d}") for i in (3, 4))
     assert all(
-        torch.equal(value, last[name]) and torch.isfinite(value).all() for name, value in before.items() if isinstance(value, Tensor)
+        torch.equal(value, last[name]) and torch.isfinite(value).all()
+        for name, value in before.items()
+        if isinstance(value, Tensor)
     )
     assert not (run.folder / "transformer").exists()
 
 
 def test_a_run_in_which_nothing_can_be_scored_stops(tmp_path: Path, train: Train) -> None:
-    """Captions start with "a": the judge sees none of them. Every iteration counts as an update that could not be made."""
+    """Captions start with "a": the judge sees none of them. Every iteration counts as an update
+    that could not be made.
+    """
     run = train(
-        tmp_path / "run", "--reward.class_path", "tiny_parts.CaptionJudge", "--reward.blind", "a ", "--iterations", "9",
-        "--update.max_skipped_updates", "2", "--scoring.max_invalid_share", "1",
-    )  # fmt: skip
+        tmp_path / "run",
+        "--reward.class_path",
+        "tiny_parts.CaptionJudge",
+        "--reward.blind",
+        "a ",
+        "--iterations",
+        "9",
+        "--update.max_skipped_updates",
+        "2",
+        "--scoring.max_invalid_share",
+        "1",
+    )
     assert run.code == 1
     assert [row["iteration"] for row in run.rows] == [0, 1, 2]
     assert "no video had a score" in run.out
     assert (run.folder / "checkpoints" / "latest").resolve().name == "iteration_000002"
 
 
-def test_a_run_stops_where_more_than_the_set_share_has_no_score(tmp_path: Path, train: Train) -> None:
+def test_a_run_stops_where_more_than_the_set_share_has_no_score(
+    tmp_path: Path, train: Train
+) -> None:
     """Half the videos of every group go without a score, which the default allows and 0.4 does not."""
-    arguments = ["--reward.class_path", "tiny_parts.HalfJudge", "--reward.error", "gone", "--iterations", "3"]
+    arguments = [
+        "--reward.class_path",
+        "tiny_parts.HalfJudge",
+        "--reward.error",
+        "gone",
+        "--iterations",
+        "3",
+    ]
     whole = train(tmp_path / "allowed", *arguments)
     assert whole.code == 0
     assert [row["num_invalid_videos"] for row in whole.trained_rows] == [4, 4, 4]
-    assert [row.get("eval/num_invalid_videos") for row in whole.rows] == [1, None, None, 1]  # of three
+    assert [row.get("eval/num_invalid_videos") for row in whole.rows] == [
+        1,
+        None,
+        None,
+        1,
+    ]  # of three
     assert "1 videos without a score" in whole.out
     run = train(tmp_path / "run", *arguments, "--scoring.max_invalid_share", "0.4")
     assert run.code == 1
     assert [row["iteration"] for row in run.rows] == [0, 1]
-    assert "50% of its videos got no score, and scoring.max_invalid_share is 40%; the judge: gone" in run.out
-    on = train(tmp_path / "run", *arguments, "--scoring.max_invalid_share", "0.5", "--resume", "auto")
+    assert (
+        "50% of its videos got no score, and scoring.max_invalid_share is 40%; the judge: gone"
+        in run.out
+    )
+    on = train(
+        tmp_path / "run", *arguments, "--scoring.max_invalid_share", "0.5", "--resume", "auto"
+    )
     assert on.code == 0
     for row, expected in zip(on.trained_rows, whole.trained_rows, strict=True):
         assert row["reward"] == expected["reward"]
 
 
 def test_what_a_judge_counts_and_says_of_itself_is_kept(tmp_path: Path, train: Train) -> None:
-    arguments = ["--reward.class_path", "tiny_parts.HalfJudge", "--reward.error", "gone", "--iterations", "1"]
+    arguments = [
+        "--reward.class_path",
+        "tiny_parts.HalfJudge",
+        "--reward.error",
+        "gone",
+        "--iterations",
+        "1",
+    ]
     run = train(tmp_path / "run", *arguments)
-    assert [row["judge/asked"] for row in run.trained_rows] == [3 + 2 * 4]  # the evaluation, and the iteration
+    assert [row["judge/asked"] for row in run.trained_rows] == [
+        3 + 2 * 4
+    ]  # the evaluation, and the iteration
     assert run.trained_rows[0]["time/backpressure"] >= 0
     assert json.loads((run.folder / "judge.json").read_text()) == {"error": "gone"}
-    changed = train(tmp_path / "run", *arguments, "--reward.error", "lost", "--iterations", "2", "--resume", "auto")
-    assert "resume: the judge has changed since the run began: error: 'gone' -> 'lost'" in changed.out
+    changed = train(
+        tmp_path / "run",
+        *arguments,
+        "--reward.error",
+        "lost",
+        "--iterations",
+        "2",
+        "--resume",
+        "auto",
+    )
+    assert (
+        "resume: the judge has changed since the run began: error: 'gone' -> 'lost'" in changed.out
+    )
 
 
-def test_a_run_that_stopped_for_them_goes_on_when_they_are_gone(tmp_path: Path, train: Train, poison: Any) -> None:
+def test_a_run_that_stopped_for_them_goes_on_when_they_are_gone(
+    tmp_path: Path, train: Train, poison: Any
+) -> None:
     sick = {"now": True}
-    poison(lambda velocity, iteration, call: velocity * torch.nan if torch.is_grad_enabled() and sick["now"] else velocity)
+    poison(
+        lambda velocity, iteration, call: (
+            velocity * torch.nan if torch.is_grad_enabled() and sick["now"] else velocity
+        )
+    )
     arguments = ["--iterations", "3", "--update.max_skipped_updates", "2"]
     assert train(tmp_path / "run", *arguments).code == 1
     sick["now"] = False
@@ -254,14 +388,22 @@ def test_a_run_that_stopped_for_them_goes_on_when_they_are_gone(tmp_path: Path, 
 
 
 def test_only_those_in_a_row_count(tmp_path: Path, train: Train, poison: Any) -> None:
-    poison(lambda velocity, iteration, call: velocity * torch.nan if torch.is_grad_enabled() and iteration % 2 else velocity)
+    poison(
+        lambda velocity, iteration, call: (
+            velocity * torch.nan if torch.is_grad_enabled() and iteration % 2 else velocity
+        )
+    )
     run = train(tmp_path / "run", "--iterations", "5", "--update.max_skipped_updates", "2")
     assert run.code == 0
     assert [row["num_skipped_updates"] for row in run.trained_rows] == [1, 0, 1, 0, 1]
 
 
-def test_latents_that_are_not_finite_make_invalid_videos(tmp_path: Path, train: Train, poison: Any) -> None:
-    """A group is a micro-batch of 4, sampled in 5 calls. 3 of the first group (skipped), one of the second (trained), all (no update)."""
+def test_latents_that_are_not_finite_make_invalid_videos(
+    tmp_path: Path, train: Train, poison: Any
+) -> None:
+    """A group is a micro-batch of 4, sampled in 5 calls. 3 of the first group (skipped), one of the
+    second (trained), all (no update).
+    """
     videos = {2: (1, [0, 1, 3]), 3: (2, [2]), 4: (None, [0, 1, 2, 3])}
 
     def change(velocity: Tensor, iteration: int, call: int) -> Tensor:
@@ -279,10 +421,14 @@ def test_latents_that_are_not_finite_make_invalid_videos(tmp_path: Path, train: 
     assert [row["ratio_drift"] for row in run.trained_rows] == [0.0, 0.0, 0.0, None, 0.0]
     assert run.trained_rows[3]["reward"] is None
     assert run.trained_rows[3]["grad_norm"] is None
-    assert all(run.trained_rows[4][f"competence/{s}"] is not None for s in ("visual_quality", "text_alignment"))
+    assert all(
+        run.trained_rows[4][f"competence/{s}"] is not None
+        for s in ("visual_quality", "text_alignment")
+    )
 
 
-# --- configurations that cannot be ------------------------------------------------------------------------------------
+# --- configurations that cannot be
+# ------------------------------------------------------------------------------------
 
 BINARY, EMPTY, BLANK, STRANGE = "binary.txt", "empty.txt", "blank.txt", "strange.txt"
 TWICE, MISSPELT, NOT_YAML = "twice.yaml", "misspelt.yaml", "not.yaml"
@@ -298,15 +444,30 @@ FILES = {
 
 WITHOUT_WEIGHTS: dict[str, tuple[list[str], list[str]]] = {
     "binary prompt file": (["--prompts.train", BINARY], ["prompts.train", BINARY, "UTF-8"]),
-    "empty prompt file": (["--prompts.train", EMPTY], ["prompts.train", EMPTY, "at least one caption"]),
-    "blank prompt file": (["--prompts.heldout", BLANK], ["prompts.heldout", BLANK, "at least one caption"]),
+    "empty prompt file": (
+        ["--prompts.train", EMPTY],
+        ["prompts.train", EMPTY, "at least one caption"],
+    ),
+    "blank prompt file": (
+        ["--prompts.validation", BLANK],
+        ["prompts.validation", BLANK, "at least one caption"],
+    ),
     "missing prompt file": (["--prompts.train", "nowhere.txt"], ["prompts.train", "nowhere.txt"]),
     "prompt file is a folder": (["--prompts.train", "."], ["prompts.train"]),
-    "caption outside the grammar": (["--prompts.train", STRANGE], ["prompts.train", "mauve", STRANGE]),
-    "held-out caption outside the grammar": (["--prompts.heldout", STRANGE], ["prompts.heldout", "mauve"]),
+    "caption outside the grammar": (
+        ["--prompts.train", STRANGE],
+        ["prompts.train", "mauve", STRANGE],
+    ),
+    "validation caption outside the grammar": (
+        ["--prompts.validation", STRANGE],
+        ["prompts.validation", "mauve"],
+    ),
     "duplicate keys": (["--config", TWICE], ["rollout", "twice"]),
     "misspelt key in a file": (["--config", MISSPELT], ["rollout", "num_generation"]),
-    "misspelt key on the command line": (["--rollout.num_generation", "4"], ["--rollout.num_generation"]),
+    "misspelt key on the command line": (
+        ["--rollout.num_generation", "4"],
+        ["--rollout.num_generation"],
+    ),
     "misspelt section": (["--rolout.eta", "0.5"], ["--rolout.eta"]),
     "recipe that is not YAML": (["--config", NOT_YAML], ["config"]),
     "missing recipe": (["--config", "nowhere.yaml"], ["config", "nowhere.yaml"]),
@@ -319,27 +480,63 @@ WITHOUT_WEIGHTS: dict[str, tuple[list[str], list[str]]] = {
     "a sampler without log-probability": (["--rollout.sde", "ode"], ["rollout.sde", "ode"]),
     "height 17": (["--rollout.height", "17"], ["rollout.height", "17"]),
     "no frames": (["--rollout.num_frames", "0"], ["rollout.num_frames", "0"]),
-    "too few thresholds": (["--pacing.thresholds", "[0.5]"], ["pacing.thresholds", "expected 2", "got 1"]),
-    "too many thresholds": (["--pacing.thresholds", "[0.5,0.5,0.5]"], ["pacing.thresholds", "expected 2", "got 3"]),
-    "thresholds for the other gate": (["--pacing.gate", "literal"], ["pacing.thresholds", "expected 3", "literal"]),
-    "group smaller than best-of-n": (["--update.num_best", "4"], ["rollout.num_generations", "num_best", "5"]),
-    "window longer than the steps": (["--rollout.sde_window", "sliding", "--rollout.window_size", "5"], ["rollout.window_size", "5"]),
+    "too few thresholds": (
+        ["--pacing.thresholds", "[0.5]"],
+        ["pacing.thresholds", "expected 2", "got 1"],
+    ),
+    "too many thresholds": (
+        ["--pacing.thresholds", "[0.5,0.5,0.5]"],
+        ["pacing.thresholds", "expected 2", "got 3"],
+    ),
+    "thresholds for the other gate": (
+        ["--pacing.gate", "literal"],
+        ["pacing.thresholds", "expected 3", "literal"],
+    ),
+    "group smaller than best-of-n": (
+        ["--update.num_best", "4"],
+        ["rollout.num_generations", "num_best", "5"],
+    ),
+    "window longer than the steps": (
+        ["--rollout.sde_window", "sliding", "--rollout.window_size", "5"],
+        ["rollout.window_size", "5"],
+    ),
     "negative learning rate": (["--update.learning_rate", "-1"], ["update.learning_rate", "-1"]),
     "not a number": (["--rollout.shift", ".nan"], ["rollout.shift", "nan"]),
-    "unknown tracker": (["--tracking.trackers", "[tensorbord]"], ["tracking.trackers", "tensorbord", "tensorboard"]),
+    "unknown tracker": (
+        ["--tracking.trackers", "[tensorbord]"],
+        ["tracking.trackers", "tensorbord", "tensorboard"],
+    ),
     "apex without apex": (["--update.optimizer", "apex_fused_adam"], ["update.optimizer", "apex"]),
-    "unknown policy class": (["--policy.class_path", "fastgrpo.policies.shapes.Shape"], ["policy", "fastgrpo.policies.shapes.Shape"]),
-    "class that is no policy": (["--policy.class_path", "fastgrpo.shapes.judge.ShapesJudge"], ["policy", "ShapesJudge", "interfaces.py"]),
+    "unknown policy class": (
+        ["--policy.class_path", "fastgrpo.shapes.policy.Shape"],
+        ["policy", "fastgrpo.shapes.policy.Shape"],
+    ),
+    "class that is no policy": (
+        ["--policy.class_path", "fastgrpo.shapes.judge.ShapesJudge"],
+        ["policy", "ShapesJudge", "interfaces.py"],
+    ),
     "unknown argument of the policy": (["--policy.weights", "x"], ["policy", "weights"]),
-    "impossible argument of the judge": (["--reward", "fastgrpo.shapes.judge.ShapesJudge", "--reward.noise", "-1"], ["noise", "-1"]),
+    "impossible argument of the judge": (
+        ["--reward", "fastgrpo.shapes.judge.ShapesJudge", "--reward.noise", "-1"],
+        ["noise", "-1"],
+    ),
     "name with a slash": (["--name", "a/b"], ["name", "a/b"]),
-}  # fmt: skip
+}
 WITH_WEIGHTS: dict[str, tuple[list[str], list[str]]] = {
-    "no such checkpoint folder": (["--policy.checkpoint", "nowhere"], ["policy.checkpoint", "nowhere"]),
-    "a folder without a model": (["--policy.checkpoint", "."], ["policy.checkpoint", "config.json"]),
+    "no such checkpoint folder": (
+        ["--policy.checkpoint", "nowhere"],
+        ["policy.checkpoint", "nowhere"],
+    ),
+    "a folder without a model": (
+        ["--policy.checkpoint", "."],
+        ["policy.checkpoint", "config.json"],
+    ),
 }
 if not torch.cuda.is_available():
-    WITHOUT_WEIGHTS["cuda without a GPU"] = (["--runtime.device", "cuda"], ["runtime.device", "cuda", "GPU"])
+    WITHOUT_WEIGHTS["cuda without a GPU"] = (
+        ["--runtime.device", "cuda"],
+        ["runtime.device", "cuda", "GPU"],
+    )
 
 
 @pytest.fixture
@@ -373,13 +570,17 @@ def test_wrong_configuration_is_one_line_before_any_work(
 
 
 @pytest.mark.parametrize("fault", WITH_WEIGHTS)
-def test_wrong_checkpoint_is_one_line_and_leaves_the_name_free(fault_folder: Path, train: Train, fault: str) -> None:
+def test_wrong_checkpoint_is_one_line_and_leaves_the_name_free(
+    fault_folder: Path, train: Train, fault: str
+) -> None:
     arguments, words = WITH_WEIGHTS[fault]
     assert_one_clear_line(train(fault_folder / "runs" / "run", *arguments), words)
     assert train(fault_folder / "runs" / "run", "--iterations", "0").code == 0
 
 
-def test_the_rank_that_speaks(fault_folder: Path, train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_rank_that_speaks(
+    fault_folder: Path, train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Every rank finds the error; one says it."""
     monkeypatch.setenv("RANK", "1")
     silent = train(fault_folder / "runs" / "run", "--prompts.train", EMPTY)

@@ -1,4 +1,6 @@
-"""Training with the stage judge: behind a server that fails in every way, in process, and served by `serve-judge`."""
+"""Training with the stage judge: behind a server that fails in every way, in process, and served by
+`serve-judge`.
+"""
 
 from __future__ import annotations
 
@@ -32,14 +34,19 @@ def number(request: Any) -> str:
 
 @pytest.fixture
 def served(tmp_path: Path, train: Train) -> Train:
-    """served(name, urls, *overrides, engine=...): a tiny run of three iterations whose judge is behind these endpoints."""
+    """served(name, urls, *overrides, engine=...): a tiny run of three iterations whose judge is
+    behind these endpoints.
+    """
 
     def run(name: str, urls: list[str], *overrides: str, **engine: Any) -> Any:
         server = {
-            "class_path": "fastgrpo.rewards.served.ServerEngine",
+            "class_path": "fastgrpo.rewards.vlm.served.ServerEngine",
             "init_args": {"endpoints": urls, "model": "judge"} | SHORT | engine,
         }
-        judge = {"class_path": "fastgrpo.rewards.judge.StageJudge", "init_args": {"engine": server, "frames": {"min_pixels": 56 * 56}}}
+        judge = {
+            "class_path": "fastgrpo.rewards.vlm.judge.StageJudge",
+            "init_args": {"engine": server, "frames": {"min_pixels": 56 * 56}},
+        }
         overlay = tmp_path / f"{name}.yaml"
         overlay.write_text(yaml.safe_dump({"reward": judge}))
         return train(tmp_path / name, "--config", str(overlay), *overrides)
@@ -49,7 +56,10 @@ def served(tmp_path: Path, train: Train) -> Train:
 
 def learned(run: Any) -> list[str]:
     """The rows without what the clock says and without what counts the failures."""
-    return [json.dumps({k: v for k, v in row.items() if not CLOCKED_OR_COUNTED.match(k)}) for row in run.rows]
+    return [
+        json.dumps({k: v for k, v in row.items() if not CLOCKED_OR_COUNTED.match(k)})
+        for row in run.rows
+    ]
 
 
 def count(run: Any, name: str) -> int:
@@ -65,27 +75,43 @@ def test_the_rewards_are_what_the_endpoint_answered(served: Train, fake_endpoint
     for request in endpoint.requests:
         (stage,) = (s for s in STAGES if f"Grade the {s.replace('_', ' ').upper()}" in request.text)
         asked[stage].append(float(number(request)) / 10)
-    # The first evaluation's three videos, the iteration's eight, the last evaluation's three; each evaluation ends before the next begins.
+    # The first evaluation's three videos, the iteration's eight, the last evaluation's three; each
+    # evaluation ends before the next begins.
     assert {len(of_stage) for of_stage in asked.values()} == {3 + 8 + 3}
     for stage in STAGES:
         assert row[f"rewards/{stage}/mean"] == pytest.approx(fmean(asked[stage][3:11]), abs=1e-12)
-        assert run.rows[0][f"eval/rewards/{stage}/mean"] == pytest.approx(fmean(asked[stage][:3]), abs=1e-12)
-    assert row["num_invalid_videos"] == row["judge/failed_requests"] == row["judge/asked_again"] == 0
-    assert (row["judge/answers"], row["judge/requests"]) == (33, 33 + 1)  # and one for the list of models
+        assert run.rows[0][f"eval/rewards/{stage}/mean"] == pytest.approx(
+            fmean(asked[stage][:3]), abs=1e-12
+        )
+    assert (
+        row["num_invalid_videos"] == row["judge/failed_requests"] == row["judge/asked_again"] == 0
+    )
+    assert (row["judge/answers"], row["judge/requests"]) == (
+        33,
+        33 + 1,
+    )  # and one for the list of models
     told = json.loads((run.folder / "judge.json").read_text())
     assert told["engine"]["model"] == "judge"
     assert tuple(told["stages"]) == STAGES
 
 
 def test_faults_change_nothing_but_time(served: Train, fake_endpoint: Endpoint, fault: Any) -> None:
-    """Answers late, 429, 500, half a JSON, a closed connection, one of two endpoints dead: the same rows to the last digit."""
+    """Answers late, 429, 500, half a JSON, a closed connection, one of two endpoints dead: the same
+    rows to the last digit.
+    """
     calm = served("calm", [fake_endpoint(answer=number).url])
     assert calm.code == 0, calm.err
     endpoint, dead = fake_endpoint(answer=number), fake_endpoint(answer=number)
     faults = [
-        fault(delay=0.3), fault(429, b"{}", headers=(("Retry-After", "0"),)), fault(500, b"{}"), fault(cut=40), fault(cut=40, hang_up=True),
-        fault(close=True), fault(200, b'{"choices": []}'), fault(503, b"busy"),
-    ]  # fmt: skip
+        fault(delay=0.3),
+        fault(429, b"{}", headers=(("Retry-After", "0"),)),
+        fault(500, b"{}"),
+        fault(cut=40),
+        fault(cut=40, hang_up=True),
+        fault(close=True),
+        fault(200, b'{"choices": []}'),
+        fault(503, b"busy"),
+    ]
     dead.kill()
     for each in faults:  # one in three requests goes wrong
         endpoint.faults.extend([each, fault(), fault()])
@@ -96,7 +122,9 @@ def test_faults_change_nothing_but_time(served: Train, fake_endpoint: Endpoint, 
     assert count(run, "no_number") == count(run, "asked_again") == 0
 
 
-def test_a_server_that_is_killed_and_started_again(served: Train, fake_endpoint: Endpoint, each_step: Callable[..., Any]) -> None:
+def test_a_server_that_is_killed_and_started_again(
+    served: Train, fake_endpoint: Endpoint, each_step: Callable[..., Any]
+) -> None:
     calm = served("calm", [fake_endpoint(answer=number).url])
     endpoint = fake_endpoint(answer=number, delay=0.01)
 
@@ -113,7 +141,9 @@ def test_a_server_that_is_killed_and_started_again(served: Train, fake_endpoint:
 
 
 def test_prose_is_asked_again_and_then_left_out(served: Train, fake_endpoint: Endpoint) -> None:
-    """Some greedy answers are prose; of those some stay so. What is left out is counted, and the rest of its group is trained."""
+    """Some greedy answers are prose; of those some stay so. What is left out is counted, and the
+    rest of its group is trained.
+    """
 
     def prose(request: Any) -> str:
         drawn = int(number(request).replace(".", "")) % 8
@@ -121,15 +151,26 @@ def test_prose_is_asked_again_and_then_left_out(served: Train, fake_endpoint: En
         return "A fine video." if drawn == 0 or (drawn == 1 and greedy) else number(request)
 
     endpoint = fake_endpoint(answer=prose)
-    run = served("run", [endpoint.url], "--scoring.max_invalid_share", "1", "--evaluation.num_generations", "1")
+    run = served(
+        "run",
+        [endpoint.url],
+        "--scoring.max_invalid_share",
+        "1",
+        "--evaluation.num_generations",
+        "1",
+    )
     assert run.code == 0, run.err
     silent = {
-        json.dumps(request.media) for request in endpoint.requests if request.body.get("temperature") and prose(request) == "A fine video."
+        json.dumps(request.media)
+        for request in endpoint.requests
+        if request.body.get("temperature") and prose(request) == "A fine video."
     }
     assert silent
     evaluated = {json.dumps(request.media) for request in endpoint.requests[: 3 * 3]}
     assert 0 < sum(row["num_invalid_videos"] for row in run.trained_rows) <= len(silent)
-    assert len(silent - evaluated) <= sum(row["num_invalid_videos"] for row in run.trained_rows) + 3  # the last evaluation's three
+    assert (
+        len(silent - evaluated) <= sum(row["num_invalid_videos"] for row in run.trained_rows) + 3
+    )  # the last evaluation's three
     assert count(run, "asked_again") > count(run, "no_number") > 0
     assert all(row["reward"] is not None for row in run.trained_rows)
 
@@ -163,32 +204,72 @@ def test_no_judge_at_the_start_is_one_clear_line(served: Train, fake_endpoint: E
     assert endpoint.url in run.err
 
 
-# ---------------------------------------------------------------------------------------------- tiny Wan, tiny Qwen
+# -------- tiny Wan, tiny Qwen
 
 SMALL: dict[str, Any] = {
     "iterations": 1,
-    "rollout": {"num_prompts": 2, "num_generations": 4, "height": 64, "width": 64, "num_frames": 9, "num_inference_steps": 4},
+    "rollout": {
+        "num_prompts": 2,
+        "num_generations": 4,
+        "height": 64,
+        "width": 64,
+        "num_frames": 9,
+        "num_inference_steps": 4,
+    },
     "update": {"num_best": 1, "num_worst": 1, "gradient_accumulation": 1, "learning_rate": 1e-3},
     "evaluation": {"interval": 0, "num_videos": 1},
     "parallel": {"shard": "full"},
     "tracking": {"trackers": []},
 }
-CAPTIONS = ["a red square moving right", "a dog runs", "a cat sleeps in the sun", "a boat on a lake"]
+CAPTIONS = [
+    "a red square moving right",
+    "a dog runs",
+    "a cat sleeps in the sun",
+    "a boat on a lake",
+]
 
 
 @pytest.fixture(scope="module")
-def judged(wan_folder: Path, torchrun: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """judged(name, recipe, engine): an iteration of a recipe with the tiny Wan, and its judge with other arguments; the run folder."""
+def judged(
+    wan_folder: Path, torchrun: Any, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Path]:
+    """judged(name, recipe, engine): an iteration of a recipe with the tiny Wan, and its judge with
+    other arguments; the run folder.
+    """
     common = tmp_path_factory.mktemp("judged")
     (common / "train.txt").write_text("\n".join(CAPTIONS) + "\n")
 
     def run(name: str, recipe: str, engine: dict[str, Any]) -> Path:
         policy = {"init_args": {"model": str(wan_folder), "text_cache": str(common / "text")}}
         # A judge with random weights writes no numbers by itself: its expectation is read.
-        reward = {"init_args": {"engine": {"init_args": engine}, "answer": "expected", "frames": {"min_pixels": 56 * 56}}}
+        reward = {
+            "init_args": {
+                "engine": {"init_args": engine},
+                "answer": "expected",
+                "frames": {"min_pixels": 56 * 56},
+            }
+        }
         overlay = common / f"{name}.yaml"
-        overlay.write_text(yaml.safe_dump(SMALL | {"policy": policy, "prompts": {"train": str(common / "train.txt")}, "reward": reward}))
-        argv = ["--config", f"fastgrpo/recipes/{recipe}.yaml", "--config", str(overlay), "--output_dir", str(common), "--name", name]
+        overlay.write_text(
+            yaml.safe_dump(
+                SMALL
+                | {
+                    "policy": policy,
+                    "prompts": {"train": str(common / "train.txt")},
+                    "reward": reward,
+                }
+            )
+        )
+        argv = [
+            "--config",
+            f"fastgrpo/recipes/{recipe}.yaml",
+            "--config",
+            str(overlay),
+            "--output_dir",
+            str(common),
+            "--name",
+            name,
+        ]
         job = torchrun(argv, 2, common)
         try:
             out, _ = job.communicate(timeout=300)
@@ -204,14 +285,34 @@ def judged(wan_folder: Path, torchrun: Any, tmp_path_factory: pytest.TempPathFac
 def judge_server(qwen_folder: Path, environment: dict[str, str]) -> Iterator[str]:
     """`serve-judge` with the tiny Qwen in a process of its own; its base URL."""
     command = [
-        sys.executable, "-m", "fastgrpo", "serve-judge", "--engine", "transformers", "--model", str(qwen_folder), "--name", "tiny",
-        "--device", "cpu", "--dtype", "fp32", "--port", "0",
-    ]  # fmt: skip
-    with subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        sys.executable,
+        "-m",
+        "fastgrpo",
+        "serve-judge",
+        "--engine",
+        "transformers",
+        "--model",
+        str(qwen_folder),
+        "--name",
+        "tiny",
+        "--device",
+        "cpu",
+        "--dtype",
+        "fp32",
+        "--port",
+        "0",
+    ]
+    with subprocess.Popen(
+        command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    ) as process:
         try:
             assert process.stdout is not None
             lines = iter(process.stdout.readline, "")
-            yield next(match[0] for line in lines if (match := re.search(r"http://127\.0\.0\.1:\d+/v1", line)))
+            yield next(
+                match[0]
+                for line in lines
+                if (match := re.search(r"http://127\.0\.0\.1:\d+/v1", line))
+            )
         finally:
             process.terminate()
 
@@ -221,16 +322,26 @@ def rewards_of(folder: Path) -> dict[str, float]:
     assert rows[1]["ratio_drift"] == 0.0
     assert rows[1]["num_invalid_videos"] == rows[1]["num_skipped_groups"] == 0
     assert rows[1]["grad_norm"] > 0
-    # Not the evaluation after the update, whose weights have moved by rewards that differ in the last digits.
+    # Not the evaluation after the update, whose weights have moved by rewards that differ in the
+    # last digits.
     return {key: value for row in rows[1::-1] for key, value in row.items() if "rewards/" in key}
 
 
-def test_tiny_wan_and_tiny_qwen_in_process_and_served(judged: Callable[..., Path], qwen_folder: Path, judge_server: str) -> None:
-    """Two processes with FSDP2, the recipes' own judges: the same rewards of the same videos, whichever way the judge is had."""
+def test_tiny_wan_and_tiny_qwen_in_process_and_served(
+    judged: Callable[..., Path], qwen_folder: Path, judge_server: str
+) -> None:
+    """Two processes with FSDP2, the recipes' own judges: the same rewards of the same videos,
+    whichever way the judge is had.
+    """
     inside = judged("inside", "wan2.1_t2v_1.3b", {"model": str(qwen_folder), "dtype": "fp32"})
     expected = rewards_of(inside)
-    assert {f"{when}rewards/{stage}/mean" for stage in STAGES for when in ("", "eval/")} <= expected.keys()
+    assert {
+        f"{when}rewards/{stage}/mean" for stage in STAGES for when in ("", "eval/")
+    } <= expected.keys()
     assert all(0.1 <= value <= 1.0 for key, value in expected.items() if key.endswith("mean"))
     served = judged("served", "wan2.1_t2v_14b", {"model": "tiny", "endpoints": [judge_server]})
     assert rewards_of(served) == pytest.approx(expected, abs=1e-5)
-    assert json.loads((inside / "judge.json").read_text())["stages"] == json.loads((served / "judge.json").read_text())["stages"]
+    assert (
+        json.loads((inside / "judge.json").read_text())["stages"]
+        == json.loads((served / "judge.json").read_text())["stages"]
+    )

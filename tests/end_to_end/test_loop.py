@@ -1,4 +1,6 @@
-"""The loop through `fastgrpo.train.main`: the ratio before the first update, the files of a run, and what an update does to the weights."""
+"""The loop through `fastgrpo.train.main`: the ratio before the first update, the files of a run,
+and what an update does to the weights.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +18,11 @@ import yaml
 from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file
 
-import fastgrpo.grpo
-import fastgrpo.run
+import fastgrpo.training.loop
+import fastgrpo.training.step
 from fastgrpo.config import parse_config
-from fastgrpo.policies.shapes import SHIPPED_CHECKPOINT
 from fastgrpo.shapes.captions import train_captions
+from fastgrpo.shapes.policy import SHIPPED_CHECKPOINT
 
 PACKAGE = Path(fastgrpo.__file__).resolve().parent
 STAGES = ("visual_quality", "temporal_smoothness", "text_alignment")
@@ -28,27 +30,59 @@ NUM_STEPS = 5
 
 
 def of_model(state: dict[str, Any], part: str = "model/") -> dict[str, torch.Tensor]:
-    return {name.removeprefix(part): value for name, value in state.items() if name.startswith(part)}
+    return {
+        name.removeprefix(part): value for name, value in state.items() if name.startswith(part)
+    }
 
 
 def steps_trained(row: dict[str, Any]) -> list[int]:
     return sorted(int(key.rpartition("_")[2]) for key in row if key.startswith("ratio_drift/step_"))
 
 
-# --- the ratio before the first update is exactly 1 -------------------------------------------------------------------
+# --- the ratio before the first update is exactly 1
+# -------------------------------------------------------------------
 
-SAMPLERS = [["--rollout.sde", kind, "--rollout.guidance_scale", w] for kind in ("dance", "flow", "linear", "cps") for w in ("1", "3")]
+SAMPLERS = [
+    ["--rollout.sde", kind, "--rollout.guidance_scale", w]
+    for kind in ("dance", "flow", "linear", "cps")
+    for w in ("1", "3")
+]
 WINDOWS = [
-    ["--rollout.sde_window", window, "--rollout.window_size", "2", "--rollout.window_interval", "1", *more]
+    [
+        "--rollout.sde_window",
+        window,
+        "--rollout.window_size",
+        "2",
+        "--rollout.window_interval",
+        "1",
+        *more,
+    ]
     for window, more in (
         ("sliding", []),
-        ("sliding", ["--rollout.window_order", "random", "--rollout.sde", "cps", "--rollout.guidance_scale", "3"]),
+        (
+            "sliding",
+            [
+                "--rollout.window_order",
+                "random",
+                "--rollout.sde",
+                "cps",
+                "--rollout.guidance_scale",
+                "3",
+            ],
+        ),
         ("single", []),
         ("single", ["--rollout.sde", "flow", "--rollout.guidance_scale", "3"]),
     )
 ]
 UPDATES = [
-    ["--update.gradient_accumulation", "1", "--update.num_best", "2", "--update.num_worst", "2"],  # eight optimizer steps an iteration
+    [
+        "--update.gradient_accumulation",
+        "1",
+        "--update.num_best",
+        "2",
+        "--update.num_worst",
+        "2",
+    ],  # eight optimizer steps an iteration
     ["--update.gradient_accumulation", "3"],  # a last one that is not full
     ["--update.ema_decay", "0.5"],
     ["--update.kl_coef", "0.5", "--rollout.guidance_scale", "3"],
@@ -61,13 +95,32 @@ SIZES = [
     ["--rollout.micro_batch_size", "3"],  # 8 videos in threes, and transitions too
     ["--rollout.micro_batch_size", "1"],
     ["--rollout.micro_batch_size", "32", "--rollout.guidance_scale", "3"],  # more than there are
-    ["--rollout.num_prompts", "1", "--rollout.num_generations", "5", "--rollout.micro_batch_size", "2"],
+    [
+        "--rollout.num_prompts",
+        "1",
+        "--rollout.num_generations",
+        "5",
+        "--rollout.micro_batch_size",
+        "2",
+    ],
     ["--rollout.num_inference_steps", "2"],
-    ["--rollout.same_noise", "false", "--rollout.decode", "final", "--rollout.timestep_rounding", "none", "--rollout.shift", "1"],
+    [
+        "--rollout.same_noise",
+        "false",
+        "--rollout.decode",
+        "final",
+        "--rollout.timestep_rounding",
+        "none",
+        "--rollout.shift",
+        "1",
+    ],
     ["--runtime.compute_dtype", "bf16", "--rollout.guidance_scale", "3"],
 ]
 PACING = [
-    *[["--pacing.mode", mode] for mode in ("self_paced", "one_stage", "two_stage", "joint", "static")],
+    *[
+        ["--pacing.mode", mode]
+        for mode in ("self_paced", "one_stage", "two_stage", "joint", "static")
+    ],
     ["--pacing.mode", "static", "--pacing.static_stage", "2"],
     ["--pacing.gate", "literal", "--pacing.thresholds", "[0.5, 0.3, 0.2]"],
     ["--pacing.competence", "batch", "--pacing.saturation", "hoyer"],
@@ -75,9 +128,17 @@ PACING = [
 ]
 
 
-@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")  # bf16 on the CPU has no fused RMSNorm
-@pytest.mark.parametrize("overrides", [*SAMPLERS, *WINDOWS, *UPDATES, *SIZES, *PACING], ids=lambda o: " ".join(o).replace("--", ""))
-def test_ratio_is_exactly_one_before_the_first_update(tmp_path: Path, train: Callable[..., Any], overrides: list[str]) -> None:
+@pytest.mark.filterwarnings(
+    "ignore:Mismatch dtype between input and weight"
+)  # bf16 on the CPU has no fused RMSNorm
+@pytest.mark.parametrize(
+    "overrides",
+    [*SAMPLERS, *WINDOWS, *UPDATES, *SIZES, *PACING],
+    ids=lambda o: " ".join(o).replace("--", ""),
+)
+def test_ratio_is_exactly_one_before_the_first_update(
+    tmp_path: Path, train: Callable[..., Any], overrides: list[str]
+) -> None:
     run = train(tmp_path / "run", "--iterations", "2", *overrides)
     assert run.code == 0
     rows = run.trained_rows
@@ -89,7 +150,12 @@ def test_ratio_is_exactly_one_before_the_first_update(tmp_path: Path, train: Cal
         assert all(row[f"ratio_drift/step_{step:02d}"] == 0.0 for step in steps)
         assert max(steps) < NUM_STEPS - 1, "the last transition is never trained"
         assert row["grad_norm"] > 0
-        assert row["num_skipped_groups"] == row["num_invalid_videos"] == row["num_skipped_updates"] == 0
+        assert (
+            row["num_skipped_groups"]
+            == row["num_invalid_videos"]
+            == row["num_skipped_updates"]
+            == 0
+        )
         assert math.isclose(sum(row[f"weights/{stage}"] for stage in STAGES), 1.0, abs_tol=1e-12)
 
 
@@ -97,24 +163,34 @@ def test_ratio_drift_shows_weights_that_moved_between_rollout_and_update(
     tmp_path: Path, train: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The control of the test above: with weights moved by one part in 100,000, it would fail."""
-    update = fastgrpo.grpo.update
+    update = fastgrpo.training.step.update
 
     def late(policy: Any, *args: Any, **kwargs: Any) -> Any:
         with torch.no_grad():
             policy.transformer.proj_out.weight.mul_(1 + 1e-5)
         return update(policy, *args, **kwargs)
 
-    monkeypatch.setattr(fastgrpo.grpo, "update", late)
+    monkeypatch.setattr(fastgrpo.training.step, "update", late)
     run = train(tmp_path / "run", "--iterations", "2", "--rollout.guidance_scale", "3")
     assert all(0 < row["ratio_drift"] < 1e-3 for row in run.trained_rows)
 
 
-def test_later_optimizer_steps_of_an_iteration_are_off_policy(tmp_path: Path, train: Callable[..., Any]) -> None:
-    """Two steps: the second sees other weights, so its ratios leave 1, though the drift, taken from the first, stays 0."""
+def test_later_optimizer_steps_of_an_iteration_are_off_policy(
+    tmp_path: Path, train: Callable[..., Any]
+) -> None:
+    """Two steps: the second sees other weights, so its ratios leave 1, though the drift, taken from
+    the first, stays 0.
+    """
     on, off = (
-        train(tmp_path / name, "--iterations", "1", "--update.gradient_accumulation", samples, "--update.clip_range", "1e-7").trained_rows[
-            0
-        ]
+        train(
+            tmp_path / name,
+            "--iterations",
+            "1",
+            "--update.gradient_accumulation",
+            samples,
+            "--update.clip_range",
+            "1e-7",
+        ).trained_rows[0]
         for name, samples in (("on", "4"), ("off", "2"))
     )
     assert on["approx_kl"] == 0 == on["clip_ratio"]
@@ -125,10 +201,19 @@ def test_later_optimizer_steps_of_an_iteration_are_off_policy(tmp_path: Path, tr
 
 def test_which_steps_are_trained(tmp_path: Path, train: Callable[..., Any]) -> None:
     def trained(name: str, *overrides: str) -> list[list[int]]:
-        run = train(tmp_path / name, "--iterations", "4", "--rollout.num_inference_steps", "6", *overrides)
+        run = train(
+            tmp_path / name, "--iterations", "4", "--rollout.num_inference_steps", "6", *overrides
+        )
         return [steps_trained(row) for row in run.trained_rows]
 
-    window = ["--rollout.sde_window", "sliding", "--rollout.window_size", "2", "--rollout.window_interval", "2"]
+    window = [
+        "--rollout.sde_window",
+        "sliding",
+        "--rollout.window_size",
+        "2",
+        "--rollout.window_interval",
+        "2",
+    ]
     assert trained("sliding", *window) == [[0, 1], [0, 1], [1, 2], [1, 2]]
     assert trained("every", "--update.timestep_fraction", "1.0") == [[0, 1, 2, 3, 4]] * 4
     single = trained("single", "--rollout.sde_window", "single", "--rollout.num_prompts", "1")
@@ -136,15 +221,25 @@ def test_which_steps_are_trained(tmp_path: Path, train: Callable[..., Any]) -> N
     assert len({steps[0] for steps in single}) > 1
 
 
-def test_the_recipe_as_it_stands(tmp_path: Path, start: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two iterations of `make train`: the shipped recipe, captions, checkpoint and judge, with a window of four steps in the second run."""
+def test_the_recipe_as_it_stands(
+    tmp_path: Path, start: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two iterations of `make train`: the shipped recipe, captions, checkpoint and judge, with a
+    window of four steps in the second run.
+    """
     monkeypatch.chdir(tmp_path)
     argv = ["--config", str(PACKAGE / "recipes" / "shapes.yaml"), "--iterations", "2"]
     run = start(tmp_path / "runs" / "shapes", argv)
     assert run.code == 0
     assert [row["ratio_drift"] for row in run.trained_rows] == [0.0, 0.0]
-    assert steps_trained(run.trained_rows[0]) == list(range(15)), "of 32 videos each trains 9 of the first 15 steps"
-    assert all(0 < row[f"eval/rewards/{stage}/mean"] < 1 for row in (run.rows[0], run.rows[-1]) for stage in STAGES)
+    assert steps_trained(run.trained_rows[0]) == list(range(15)), (
+        "of 32 videos each trains 9 of the first 15 steps"
+    )
+    assert all(
+        0 < row[f"eval/rewards/{stage}/mean"] < 1
+        for row in (run.rows[0], run.rows[-1])
+        for stage in STAGES
+    )
     assert (
         run.rows[0][f"eval/rewards/{STAGES[0]}/mean"]
         > run.rows[0][f"eval/rewards/{STAGES[1]}/mean"]
@@ -153,23 +248,44 @@ def test_the_recipe_as_it_stands(tmp_path: Path, start: Callable[..., Any], monk
     assert len(list((run.folder / "samples" / "iteration_000000").glob("*.mp4"))) == 8
 
 
-# --- what a run leaves behind -----------------------------------------------------------------------------------------
+# --- what a run leaves behind
+# -----------------------------------------------------------------------------------------
 
 
 def listing(folder: Path) -> dict[str, tuple[int, str]]:
     """Every file of a tree by its name, size and content; compiled Python aside."""
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and "__pycache__" not in path.parts)
-    return {str(path.relative_to(folder)): (path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest()) for path in files}
+    files = (
+        path
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and "__pycache__" not in path.parts
+    )
+    return {
+        str(path.relative_to(folder)): (
+            path.stat().st_size,
+            hashlib.sha256(path.read_bytes()).hexdigest(),
+        )
+        for path in files
+    }
 
 
 @pytest.fixture(scope="module")
 def whole_run(
-    tmp_path_factory: pytest.TempPathFactory, start: Callable[..., Any], tiny: Callable[..., list[str]]
+    tmp_path_factory: pytest.TempPathFactory,
+    start: Callable[..., Any],
+    tiny: Callable[..., list[str]],
 ) -> tuple[Any, Path, dict[str, Any], dict[str, Any]]:
-    """A run with all that is on by default (tracker, videos, report), put where output_dir's default puts it: the working directory."""
+    """A run with all that is on by default (tracker, videos, report), put where output_dir's
+    default puts it: the working directory.
+    """
     here = tmp_path_factory.mktemp("cwd")
     argv = tiny(
-        Path("runs") / "whole", "--tracking.trackers", "[tensorboard]", "--evaluation.num_videos", "2", "--evaluation.interval", "2"
+        Path("runs") / "whole",
+        "--tracking.trackers",
+        "[tensorboard]",
+        "--evaluation.num_videos",
+        "2",
+        "--evaluation.interval",
+        "2",
     )
     before = listing(PACKAGE)
     with pytest.MonkeyPatch.context() as patch:
@@ -181,17 +297,32 @@ def whole_run(
 def test_nothing_is_written_outside_the_run_folder(whole_run: Any) -> None:
     run, here, package_before, package_after = whole_run
     assert run.code == 0
-    assert [path.relative_to(here).as_posix() for path in here.rglob("*") if not path.is_relative_to(run.folder)] == ["runs"]
+    assert [
+        path.relative_to(here).as_posix()
+        for path in here.rglob("*")
+        if not path.is_relative_to(run.folder)
+    ] == ["runs"]
     assert package_before == package_after
 
 
 def test_files_of_a_run(whole_run: Any) -> None:
     run, *_ = whole_run
     assert sorted(path.name for path in run.folder.iterdir()) == [
-        ".lock", "checkpoints", "config.yaml", "metrics.jsonl", "report", "samples", "tensorboard", "transformer",
-    ]  # fmt: skip
-    assert (run.folder / "checkpoints" / "latest").resolve() == (run.folder / "checkpoints" / "iteration_000003").resolve()
-    assert sorted(path.name for path in (run.folder / "samples").iterdir()) == [f"iteration_{i:06d}" for i in (0, 2, 3)]
+        ".lock",
+        "checkpoints",
+        "config.yaml",
+        "metrics.jsonl",
+        "report",
+        "samples",
+        "tensorboard",
+        "transformer",
+    ]
+    assert (run.folder / "checkpoints" / "latest").resolve() == (
+        run.folder / "checkpoints" / "iteration_000003"
+    ).resolve()
+    assert sorted(path.name for path in (run.folder / "samples").iterdir()) == [
+        f"iteration_{i:06d}" for i in (0, 2, 3)
+    ]
     for folder in (run.folder / "samples").iterdir():
         assert len(list(folder.glob("*.mp4"))) == 2
     assert (run.folder / "report" / "report.html").stat().st_size > 10_000
@@ -225,16 +356,22 @@ def test_metrics_and_console(whole_run: Any) -> None:
             } <= row.keys()
         assert all(row[f"time/{phase}"] >= 0 for phase in ("rollout", "reward", "update"))
     lines = run.out.splitlines()
-    trained = [line for line in lines if line.startswith("iteration ") and "held-out" not in line]
+    trained = [line for line in lines if line.startswith("iteration ") and "validation" not in line]
     assert [int(line.split()[1]) for line in trained] == [1, 2, 3], "one line an iteration"
     assert all("|ratio-1|     0" in line for line in trained)
-    assert [int(line.split()[1]) for line in lines if line.startswith("iteration ") and "held-out" in line] == [0, 2, 3]
+    assert [
+        int(line.split()[1])
+        for line in lines
+        if line.startswith("iteration ") and "validation" in line
+    ] == [0, 2, 3]
     assert any(line.startswith("done: ") and "runs/whole/" in line for line in lines)
     assert lines[-1].startswith("report: ")
     assert "it/s" not in run.err, "no progress bar where there is no terminal"
 
 
-def test_tensorboard_is_on_by_default_and_shows_every_iteration(whole_run: Any, tiny: Callable[..., list[str]]) -> None:
+def test_tensorboard_is_on_by_default_and_shows_every_iteration(
+    whole_run: Any, tiny: Callable[..., list[str]]
+) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     config, _, _ = parse_config(["--config", str(PACKAGE / "recipes" / "shapes.yaml")])
@@ -245,7 +382,9 @@ def test_tensorboard_is_on_by_default_and_shows_every_iteration(whole_run: Any, 
     for key in ("reward", f"weights/{STAGES[2]}", "ratio_drift"):
         shown = [(event.step, event.value) for event in events.Scalars(key)]
         assert [step for step, _ in shown] == [1, 2, 3]
-        assert [value for _, value in shown] == pytest.approx([row[key] for row in run.trained_rows], rel=1e-6)
+        assert [value for _, value in shown] == pytest.approx(
+            [row[key] for row in run.trained_rows], rel=1e-6
+        )
 
 
 def test_config_yaml_loads_again_and_gives_the_same(whole_run: Any) -> None:
@@ -255,24 +394,38 @@ def test_config_yaml_loads_again_and_gives_the_same(whole_run: Any) -> None:
     assert again == text
     assert config.iterations == 3
     assert config.rollout.num_generations == 4
-    assert config.pacing.thresholds == tuple(yaml.safe_load((PACKAGE / "recipes" / "shapes.yaml").read_text())["pacing"]["thresholds"])
+    assert config.pacing.thresholds == tuple(
+        yaml.safe_load((PACKAGE / "recipes" / "shapes.yaml").read_text())["pacing"]["thresholds"]
+    )
     assert config.name == "whole"
     assert type(config.policy).__name__ == "ShapesPolicy"
     assert yaml.safe_load(text)["resume"] == "never"
 
 
-def test_exported_transformer_loads_with_diffusers_and_is_the_checkpoint(whole_run: Any, tensors: Callable[..., dict[str, Any]]) -> None:
+def test_exported_transformer_loads_with_diffusers_and_is_the_checkpoint(
+    whole_run: Any, tensors: Callable[..., dict[str, Any]]
+) -> None:
     run, *_ = whole_run
-    exported = WanTransformer3DModel.from_pretrained(run.folder / "transformer", torch_dtype=torch.float32).state_dict()
+    exported = WanTransformer3DModel.from_pretrained(
+        run.folder / "transformer", torch_dtype=torch.float32
+    ).state_dict()
     trained = of_model(tensors(run.folder / "checkpoints" / "latest"))
     assert exported.keys() == trained.keys()
     assert all(torch.equal(exported[name], trained[name]) for name in exported)
 
 
-def test_exported_transformer_goes_on_as_a_policy(whole_run: Any, tmp_path: Path, train: Callable[..., Any]) -> None:
+def test_exported_transformer_goes_on_as_a_policy(
+    whole_run: Any, tmp_path: Path, train: Callable[..., Any]
+) -> None:
     """A run that starts from the export evaluates, untrained, to what the exporting run ended with."""
     run, *_ = whole_run
-    further = train(tmp_path / "further", "--iterations", "0", "--policy.checkpoint", str(run.folder / "transformer"))
+    further = train(
+        tmp_path / "further",
+        "--iterations",
+        "0",
+        "--policy.checkpoint",
+        str(run.folder / "transformer"),
+    )
     assert further.code == 0
     for stage in STAGES:
         assert (
@@ -282,7 +435,9 @@ def test_exported_transformer_goes_on_as_a_policy(whole_run: Any, tmp_path: Path
         )
 
 
-def test_second_start_in_a_used_folder_refuses(whole_run: Any, tiny: Callable[..., list[str]], start: Callable[..., Any]) -> None:
+def test_second_start_in_a_used_folder_refuses(
+    whole_run: Any, tiny: Callable[..., list[str]], start: Callable[..., Any]
+) -> None:
     run, *_ = whole_run
     before = listing(run.folder)
     again = start(run.folder, tiny(run.folder))
@@ -295,44 +450,78 @@ def test_second_start_in_a_used_folder_refuses(whole_run: Any, tiny: Callable[..
     assert listing(run.folder) == before
 
 
-def test_run_without_heldout_captions(tmp_path: Path, train: Callable[..., Any]) -> None:
-    run = train(tmp_path / "run", "--iterations", "1", "--prompts.heldout", "null", "--evaluation.num_videos", "2")
+def test_run_without_validation_captions(tmp_path: Path, train: Callable[..., Any]) -> None:
+    run = train(
+        tmp_path / "run",
+        "--iterations",
+        "1",
+        "--prompts.validation",
+        "null",
+        "--evaluation.num_videos",
+        "2",
+    )
     assert run.code == 0
-    names = {Path(path).stem for path in (tmp_path / "run" / "samples" / "iteration_000001").glob("*.mp4")}
+    names = {
+        Path(path).stem
+        for path in (tmp_path / "run" / "samples" / "iteration_000001").glob("*.mp4")
+    }
     assert len(names) == 2
     assert all(str(caption).replace(" ", "-") in "".join(names) for caption in train_captions()[:2])
 
 
-# --- what an update does ----------------------------------------------------------------------------------------------
+# --- what an update does
+# ----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def two_updates(tmp_path_factory: pytest.TempPathFactory, train: Callable[..., Any]) -> Any:
     folder = tmp_path_factory.mktemp("updates") / "run"
-    return train(folder, "--iterations", "2", "--checkpoint.interval", "1", "--update.ema_decay", "0.75", "--update.kl_coef", "0.1")
+    return train(
+        folder,
+        "--iterations",
+        "2",
+        "--checkpoint.interval",
+        "1",
+        "--update.ema_decay",
+        "0.75",
+        "--update.kl_coef",
+        "0.1",
+    )
 
 
-def test_first_update_moves_every_weight_by_the_learning_rate(two_updates: Any, tensors: Callable[..., dict[str, Any]]) -> None:
-    """Adam's first step is lr g / (|g| + 1e-8) and decoupled decay lr 1e-4 w, whatever the scale of the gradient."""
+def test_first_update_moves_every_weight_by_the_learning_rate(
+    two_updates: Any, tensors: Callable[..., dict[str, Any]]
+) -> None:
+    """Adam's first step is lr g / (|g| + 1e-8) and decoupled decay lr 1e-4 w, whatever the scale of
+    the gradient.
+    """
     after = of_model(tensors(two_updates.folder / "checkpoints" / "iteration_000001"))
     before = load_file(SHIPPED_CHECKPOINT / "transformer" / "diffusion_pytorch_model.safetensors")
     assert before.keys() == after.keys()
-    moved = torch.cat([(after[name] - before[name] * (1 - 2e-4 * 1e-4)).abs().flatten() for name in before])
+    moved = torch.cat(
+        [(after[name] - before[name] * (1 - 2e-4 * 1e-4)).abs().flatten() for name in before]
+    )
     assert moved.max() <= 2e-4 * 1.01
     assert ((moved > 1.9e-4) & (moved < 2.02e-4)).float().mean() > 0.9
     assert two_updates.trained_rows[0]["learning_rate"] == 2e-4
 
 
 def test_average_of_the_weights(two_updates: Any, tensors: Callable[..., dict[str, Any]]) -> None:
-    """The EMA starts at the first weights and is what is exported; the weights themselves are still in the checkpoint."""
-    first, second = (tensors(two_updates.folder / "checkpoints" / f"iteration_{i:06d}") for i in (1, 2))
+    """The EMA starts at the first weights and is what is exported; the weights themselves are still
+    in the checkpoint.
+    """
+    first, second = (
+        tensors(two_updates.folder / "checkpoints" / f"iteration_{i:06d}") for i in (1, 2)
+    )
     exported = load_file(two_updates.folder / "transformer" / "diffusion_pytorch_model.safetensors")
     for name, weights in of_model(second).items():
         average = second[f"ema/{name}"]
         assert torch.equal(exported[name], average)
         expected = 0.75 * first[f"ema/{name}"].double() + 0.25 * weights.double()
         torch.testing.assert_close(average.double(), expected, rtol=1e-6, atol=1e-9)
-    assert any(not torch.equal(exported[name], weights) for name, weights in of_model(second).items())
+    assert any(
+        not torch.equal(exported[name], weights) for name, weights in of_model(second).items()
+    )
 
 
 def test_kl_to_the_base_weights_starts_at_zero(two_updates: Any) -> None:
@@ -345,20 +534,40 @@ def test_kl_to_the_base_weights_starts_at_zero(two_updates: Any) -> None:
     ("schedule", "factors"),
     [
         (["--update.lr_scheduler", "linear"], [1, 3 / 4, 2 / 4, 1 / 4]),
-        (["--update.lr_scheduler", "cosine"], [0.5 * (1 + math.cos(math.pi * i / 4)) for i in range(4)]),
-        (["--update.lr_scheduler", "constant_with_warmup", "--update.warmup_iterations", "2"], [1 / 2, 1, 1, 1]),
+        (
+            ["--update.lr_scheduler", "cosine"],
+            [0.5 * (1 + math.cos(math.pi * i / 4)) for i in range(4)],
+        ),
+        (
+            ["--update.lr_scheduler", "constant_with_warmup", "--update.warmup_iterations", "2"],
+            [1 / 2, 1, 1, 1],
+        ),
     ],
 )
-def test_learning_rate_schedules(tmp_path: Path, train: Callable[..., Any], schedule: list[str], factors: list[float]) -> None:
+def test_learning_rate_schedules(
+    tmp_path: Path, train: Callable[..., Any], schedule: list[str], factors: list[float]
+) -> None:
     run = train(tmp_path / "run", "--iterations", "4", *schedule)
-    assert [row["learning_rate"] for row in run.trained_rows] == pytest.approx([2e-4 * factor for factor in factors], rel=1e-12)
+    assert [row["learning_rate"] for row in run.trained_rows] == pytest.approx(
+        [2e-4 * factor for factor in factors], rel=1e-12
+    )
 
 
 def test_a_learning_rate_moves_the_weights_as_far_as_it_is(
     tmp_path: Path, train: Callable[..., Any], tensors: Callable[..., dict[str, Any]]
 ) -> None:
-    """The schedule reaches the optimizer, not the log alone: Adam's first step is as long as the learning rate, 2e-4 / 100 in warm-up."""
-    run = train(tmp_path / "run", "--iterations", "1", "--update.lr_scheduler", "constant_with_warmup", "--update.warmup_iterations", "100")
+    """The schedule reaches the optimizer, not the log alone: Adam's first step is as long as the
+    learning rate, 2e-4 / 100 in warm-up.
+    """
+    run = train(
+        tmp_path / "run",
+        "--iterations",
+        "1",
+        "--update.lr_scheduler",
+        "constant_with_warmup",
+        "--update.warmup_iterations",
+        "100",
+    )
     before = load_file(SHIPPED_CHECKPOINT / "transformer" / "diffusion_pytorch_model.safetensors")
     after = of_model(tensors(run.folder / "checkpoints" / "latest"))
     assert run.trained_rows[0]["grad_norm"] > 0
@@ -366,35 +575,69 @@ def test_a_learning_rate_moves_the_weights_as_far_as_it_is(
     assert furthest == pytest.approx(2e-6, rel=0.1)
 
 
-def test_videos_of_one_held_out_caption_differ(tmp_path: Path, train: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The ODE makes one video of one noise, so the evaluation's videos need noise of their own, whatever a group does."""
+def test_videos_of_one_validation_caption_differ(
+    tmp_path: Path, train: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The ODE makes one video of one noise, so the evaluation's videos need noise of their own,
+    whatever a group does.
+    """
     seen = []
-    sample = fastgrpo.run.sample_heldout
-    monkeypatch.setattr(fastgrpo.run, "sample_heldout", lambda *args, **kwargs: seen.append(sample(*args, **kwargs)) or seen[-1])
+    sample = fastgrpo.training.loop.sample_validation
+    monkeypatch.setattr(
+        fastgrpo.training.loop,
+        "sample_validation",
+        lambda *args, **kwargs: seen.append(sample(*args, **kwargs)) or seen[-1],
+    )
     run = train(tmp_path / "run", "--iterations", "1", "--evaluation.num_generations", "3")
     assert run.code == 0
-    for heldout in seen:
-        for scores in heldout.scores_PGK:
+    for validation in seen:
+        for scores in validation.scores_PGK:
             assert len({tuple(row) for row in scores}) == 3
     assert seen[0].scores_PGK != seen[1].scores_PGK
 
 
 def test_it_climbs_the_reward_it_is_given(tmp_path: Path, train: Callable[..., Any]) -> None:
-    """A judge of one's own by its dotted path, and a reward that is easy to raise: a wrong sign anywhere would lower it."""
+    """A judge of one's own by its dotted path, and a reward that is easy to raise: a wrong sign
+    anywhere would lower it.
+    """
     run = train(
-        tmp_path / "run", "--reward.class_path", "tiny_parts.RedJudge", "--iterations", "12", "--rollout.num_generations", "8",
-        "--rollout.micro_batch_size", "16", "--update.num_best", "2", "--update.num_worst", "2", "--update.gradient_accumulation", "8",
-        "--update.learning_rate", "5e-4", "--evaluation.num_generations", "4",
-    )  # fmt: skip
+        tmp_path / "run",
+        "--reward.class_path",
+        "tiny_parts.RedJudge",
+        "--iterations",
+        "12",
+        "--rollout.num_generations",
+        "8",
+        "--rollout.micro_batch_size",
+        "16",
+        "--update.num_best",
+        "2",
+        "--update.num_worst",
+        "2",
+        "--update.gradient_accumulation",
+        "8",
+        "--update.learning_rate",
+        "5e-4",
+        "--evaluation.num_generations",
+        "4",
+    )
     assert run.code == 0
     key = f"eval/rewards/{STAGES[0]}/mean"
     assert run.rows[-1][key] > run.rows[0][key] + 0.03
-    assert yaml.safe_load((run.folder / "config.yaml").read_text())["reward"]["class_path"] == "tiny_parts.RedJudge"
+    assert (
+        yaml.safe_load((run.folder / "config.yaml").read_text())["reward"]["class_path"]
+        == "tiny_parts.RedJudge"
+    )
 
 
-def test_seeds(tmp_path: Path, train: Callable[..., Any], rows_without_times: Callable[[Path], list[str]]) -> None:
+def test_seeds(
+    tmp_path: Path, train: Callable[..., Any], rows_without_times: Callable[[Path], list[str]]
+) -> None:
     """The same seed gives the same run, digit for digit; another one another."""
-    runs = [train(tmp_path / name, "--iterations", "2", "--seed", seed) for name, seed in (("a", "5"), ("b", "5"), ("c", "6"))]
+    runs = [
+        train(tmp_path / name, "--iterations", "2", "--seed", seed)
+        for name, seed in (("a", "5"), ("b", "5"), ("c", "6"))
+    ]
     a, b, c = (rows_without_times(run.folder) for run in runs)
     assert a == b
     assert a[1] != c[1]

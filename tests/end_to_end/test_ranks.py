@@ -1,4 +1,6 @@
-"""Two ranks under torchrun against one: the same rewards bit for bit, the same gradients to rounding, no hang when they differ."""
+"""Two ranks under torchrun against one: the same rewards bit for bit, the same gradients to
+rounding, no hang when they differ.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +17,30 @@ import torch
 
 from fastgrpo.shapes.captions import train_captions
 
-ONE_UPDATE = ["--rollout.num_generations", "6", "--update.num_best", "2", "--checkpoint.interval", "1", "--checkpoint.keep", "9"]
-FROM_VIDEOS = ("reward", "rewards/", "weights/", "hoyer/", "competence/", "frac_reward", "num_skipped_groups", "num_invalid", "eval/")
-"""Metrics that follow from the videos alone: the first rollout's do not depend on how it was shared."""
+ONE_UPDATE = [
+    "--rollout.num_generations",
+    "6",
+    "--update.num_best",
+    "2",
+    "--checkpoint.interval",
+    "1",
+    "--checkpoint.keep",
+    "9",
+]
+FROM_VIDEOS = (
+    "reward",
+    "rewards/",
+    "weights/",
+    "hoyer/",
+    "competence/",
+    "frac_reward",
+    "num_skipped_groups",
+    "num_invalid",
+    "eval/",
+)
+"""Metrics that follow from the videos alone: the first rollout's do not depend on how it was
+shared.
+"""
 
 
 def finish(job: subprocess.Popen[str], seconds: float = 120) -> str:
@@ -38,53 +61,88 @@ def rows(folder: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def one_rank_run(tmp_path_factory: pytest.TempPathFactory, train: Callable[..., Any]) -> Path:
-    """Three iterations of two prompts, three videos of each trained, in one optimizer step: 1 rank x 6 samples."""
-    run = train(tmp_path_factory.mktemp("ranks") / "one", *ONE_UPDATE, "--update.gradient_accumulation", "6")
+    """Three iterations of two prompts, three videos of each trained, in one optimizer step: 1 rank
+    x 6 samples.
+    """
+    run = train(
+        tmp_path_factory.mktemp("ranks") / "one", *ONE_UPDATE, "--update.gradient_accumulation", "6"
+    )
     assert run.code == 0
     return run.folder
 
 
 @pytest.fixture(scope="module")
-def two_ranks_run(tmp_path_factory: pytest.TempPathFactory, tiny: Callable[..., list[str]], torchrun: Any) -> Path:
-    """The same by 2 ranks x 3 samples. Six videos of a prompt in micro-batches of four: other neighbours, other padding, on each rank."""
+def two_ranks_run(
+    tmp_path_factory: pytest.TempPathFactory, tiny: Callable[..., list[str]], torchrun: Any
+) -> Path:
+    """The same by 2 ranks x 3 samples. Six videos of a prompt in micro-batches of four: other
+    neighbours, other padding, on each rank.
+    """
     folder = tmp_path_factory.mktemp("ranks") / "two"
-    job = torchrun(tiny(folder, *ONE_UPDATE, "--update.gradient_accumulation", "3"), 2, folder.parent)
+    job = torchrun(
+        tiny(folder, *ONE_UPDATE, "--update.gradient_accumulation", "3"), 2, folder.parent
+    )
     out = finish(job)
     assert job.returncode == 0, out
     assert out.count("iteration     1 ") == 1, "one rank speaks"
     return folder
 
 
-def test_rollouts_and_rewards_of_the_first_iteration_are_bit_equal(one_rank_run: Path, two_ranks_run: Path) -> None:
+def test_rollouts_and_rewards_of_the_first_iteration_are_bit_equal(
+    one_rank_run: Path, two_ranks_run: Path
+) -> None:
     (start_one, first_one, *_), (start_two, first_two, *_) = rows(one_rank_run), rows(two_ranks_run)
-    assert from_videos(start_one) == from_videos(start_two), "three held-out captions, which two ranks cannot share evenly"
+    assert from_videos(start_one) == from_videos(start_two), (
+        "three validation captions, which two ranks cannot share evenly"
+    )
     assert len(from_videos(start_one)) == 4, "three stages, and how many videos have no score"
     assert from_videos(first_one) == from_videos(first_two)
     assert len(from_videos(first_one)) > 15
     assert first_one["ratio_drift"] == first_two["ratio_drift"] == 0.0
-    assert {key for key in first_one if key.startswith("ratio_drift/")} == {key for key in first_two if key.startswith("ratio_drift/")}
+    assert {key for key in first_one if key.startswith("ratio_drift/")} == {
+        key for key in first_two if key.startswith("ratio_drift/")
+    }
 
 
-def test_gradients_at_equal_weights_are_equal(one_rank_run: Path, two_ranks_run: Path, tensors: Callable[[Path], dict[str, Any]]) -> None:
-    """After the first update: Adam's first moment is 0.1 of the (clipped) gradient, element by element."""
+def test_gradients_at_equal_weights_are_equal(
+    one_rank_run: Path, two_ranks_run: Path, tensors: Callable[[Path], dict[str, Any]]
+) -> None:
+    """After the first update: Adam's first moment is 0.1 of the (clipped) gradient, element by
+    element.
+    """
     first_one, first_two = rows(one_rank_run)[1], rows(two_ranks_run)[1]
     assert first_two["grad_norm"] == pytest.approx(first_one["grad_norm"], rel=1e-5)
     assert first_two["loss"] == pytest.approx(first_one["loss"], rel=1e-4, abs=1e-7)
-    one, two = (tensors(folder / "checkpoints" / "iteration_000001") for folder in (one_rank_run, two_ranks_run))
+    one, two = (
+        tensors(folder / "checkpoints" / "iteration_000001")
+        for folder in (one_rank_run, two_ranks_run)
+    )
     moments = [name for name in one if name.endswith("/exp_avg")]
     assert len(moments) > 50
     largest = max(float(one[name].abs().max()) for name in moments)
     for name in moments:
         torch.testing.assert_close(two[name], one[name], rtol=1e-4, atol=1e-6 * largest)
-    moved = torch.cat([(one[name] - two[name]).abs().flatten() for name in one if name.startswith("model/")])
-    assert moved.quantile(0.99) < 1e-7, "Adam turns the sign of the tiniest gradients into whole steps; of all others, none"
+    moved = torch.cat(
+        [(one[name] - two[name]).abs().flatten() for name in one if name.startswith("model/")]
+    )
+    assert moved.quantile(0.99) < 1e-7, (
+        "Adam turns the sign of the tiniest gradients into whole steps; of all others, none"
+    )
 
 
 @pytest.mark.parametrize("iteration", [1])
 def test_a_rank_more_or_less_after_a_resume(
-    tmp_path: Path, one_rank_run: Path, two_ranks_run: Path, tiny: Any, train: Any, torchrun: Any, iteration: int
+    tmp_path: Path,
+    one_rank_run: Path,
+    two_ranks_run: Path,
+    tiny: Any,
+    train: Any,
+    torchrun: Any,
+    iteration: int,
 ) -> None:
-    """A checkpoint of two ranks resumes on one, and the other way round; the next rollout is bit for bit what the writer made next."""
+    """A checkpoint of two ranks resumes on one, and the other way round; the next rollout is bit
+    for bit what the writer made next.
+    """
 
     def cut(source: Path, name: str) -> Path:
         shutil.copytree(source, tmp_path / name, symlinks=True)
@@ -92,23 +150,40 @@ def test_a_rank_more_or_less_after_a_resume(
             shutil.rmtree(tmp_path / name / "checkpoints" / f"iteration_{later:06d}")
         return tmp_path / name
 
-    on_one = train(cut(two_ranks_run, "two"), *ONE_UPDATE, "--update.gradient_accumulation", "6", "--resume", "auto")
+    on_one = train(
+        cut(two_ranks_run, "two"),
+        *ONE_UPDATE,
+        "--update.gradient_accumulation",
+        "6",
+        "--resume",
+        "auto",
+    )
     assert f"going on after iteration {iteration}" in on_one.out
     folder = cut(one_rank_run, "one")
-    job = torchrun([*tiny(folder, *ONE_UPDATE, "--update.gradient_accumulation", "3"), "--resume", "auto"], 2, tmp_path)
+    job = torchrun(
+        [*tiny(folder, *ONE_UPDATE, "--update.gradient_accumulation", "3"), "--resume", "auto"],
+        2,
+        tmp_path,
+    )
     out = finish(job)
     assert job.returncode == 0, out
     assert out.count(f"going on after iteration {iteration}") == 1
     for resumed, source in ((on_one.folder, two_ranks_run), (folder, one_rank_run)):
         assert [row["iteration"] for row in rows(resumed)] == [0, 1, 2, 3]
         assert from_videos(rows(resumed)[2]) == from_videos(rows(source)[2])
-        assert rows(resumed)[2]["grad_norm"] == pytest.approx(rows(source)[2]["grad_norm"], rel=1e-5)
+        assert rows(resumed)[2]["grad_norm"] == pytest.approx(
+            rows(source)[2]["grad_norm"], rel=1e-5
+        )
 
 
-def test_ranks_with_nothing_to_train_keep_step(tmp_path: Path, tiny: Any, train: Any, torchrun: Any) -> None:
-    """Rank 1's group gives no signal in iterations 2 (no scores) and 3 (equal ones), no group does in 4, all do in 1 and 5.
+def test_ranks_with_nothing_to_train_keep_step(
+    tmp_path: Path, tiny: Any, train: Any, torchrun: Any
+) -> None:
+    """Rank 1's group gives no signal in iterations 2 (no scores) and 3 (equal ones), no group does
+    in 4, all do in 1 and 5.
 
-    The ranks' weights are equal at every rollout, those of iteration 4 stay, and one rank with the same prompts comes to the same.
+    The ranks' weights are equal at every rollout, those of iteration 4 stay, and one rank with
+    the same prompts comes to the same.
     """
     by_kind = {
         "seen": [str(c) for c in train_captions() if str(c).startswith(("a red", "a green"))],
@@ -120,12 +195,31 @@ def test_ranks_with_nothing_to_train_keep_step(tmp_path: Path, tiny: Any, train:
     assert len(captions) == len(slots)
     (tmp_path / "train.txt").write_text("\n".join(captions))
     arguments = [
-        "--prompts.train", str(tmp_path / "train.txt"), "--prompts.shuffle", "false", "--iterations", "5", "--checkpoint.interval", "1",
-        "--checkpoint.keep", "9", "--reward.class_path", "tiny_parts.CaptionJudge", "--reward.blind", "blue", "--reward.flat", "yellow",
-        "--prompts.heldout", str(tmp_path / "train.txt"),
-    ]  # fmt: skip
+        "--prompts.train",
+        str(tmp_path / "train.txt"),
+        "--prompts.shuffle",
+        "false",
+        "--iterations",
+        "5",
+        "--checkpoint.interval",
+        "1",
+        "--checkpoint.keep",
+        "9",
+        "--reward.class_path",
+        "tiny_parts.CaptionJudge",
+        "--reward.blind",
+        "blue",
+        "--reward.flat",
+        "yellow",
+        "--prompts.validation",
+        str(tmp_path / "train.txt"),
+    ]
     witness = ["--policy.class_path", "tiny_parts.WitnessPolicy", "--policy.folder", str(tmp_path)]
-    job = torchrun(tiny(tmp_path / "two", *arguments, *witness, "--update.gradient_accumulation", "2"), 2, tmp_path)
+    job = torchrun(
+        tiny(tmp_path / "two", *arguments, *witness, "--update.gradient_accumulation", "2"),
+        2,
+        tmp_path,
+    )
     out = finish(job)
     assert job.returncode == 0, out
     two = rows(tmp_path / "two")[1:]
@@ -136,20 +230,32 @@ def test_ranks_with_nothing_to_train_keep_step(tmp_path: Path, tiny: Any, train:
     assert [row["grad_norm"] is None for row in two] == [False, False, False, True, False]
     hashes = [(tmp_path / f"rank_{rank}.txt").read_text().split() for rank in (0, 1)]
     assert hashes[0] == hashes[1]
-    assert len(hashes[0]) == 9, "two evaluations, of two prompts a rank one after the other, and five rollouts"
+    assert len(hashes[0]) == 9, (
+        "two evaluations, of two prompts a rank one after the other, and five rollouts"
+    )
     assert len(set(hashes[0])) == 5, "untrained twice, moved four times"
-    assert hashes[0][5] == hashes[0][6], "iteration 4 trains nothing, so that 5 has the weights of 4"
+    assert hashes[0][5] == hashes[0][6], (
+        "iteration 4 trains nothing, so that 5 has the weights of 4"
+    )
 
     one = train(tmp_path / "one", *arguments, "--update.gradient_accumulation", "4").trained_rows
     for number in (0, 1):
-        assert one[number]["grad_norm"] == pytest.approx(two[number]["grad_norm"], rel=1e-3), "one rank's share of nothing counts as such"
+        assert one[number]["grad_norm"] == pytest.approx(two[number]["grad_norm"], rel=1e-3), (
+            "one rank's share of nothing counts as such"
+        )
     for ours, theirs in zip(one, two, strict=True):
         assert ours["num_skipped_groups"] == theirs["num_skipped_groups"]
 
 
 def test_a_rank_that_dies_takes_the_job_down(tmp_path: Path, tiny: Any, torchrun: Any) -> None:
     begun = time.monotonic()
-    job = torchrun(tiny(tmp_path / "run", "--iterations", "500", "--reward.class_path", "tiny_parts.BrokenJudge"), 2, tmp_path)
+    job = torchrun(
+        tiny(
+            tmp_path / "run", "--iterations", "500", "--reward.class_path", "tiny_parts.BrokenJudge"
+        ),
+        2,
+        tmp_path,
+    )
     out = finish(job)
     assert time.monotonic() - begun < 55
     assert job.returncode != 0
@@ -159,9 +265,13 @@ def test_a_rank_that_dies_takes_the_job_down(tmp_path: Path, tiny: Any, torchrun
     assert (tmp_path / "run" / "metrics.jsonl").read_text().count("\n") == 3
 
 
-def test_prompts_that_ranks_cannot_share(tmp_path: Path, train: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prompts_that_ranks_cannot_share(
+    tmp_path: Path, train: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("WORLD_SIZE", "3")
     run = train(tmp_path / "run")
     assert run.code == 2
-    assert run.err.splitlines() == ["error: rollout.num_prompts: expected a multiple of the 3 processes, which share them, got 2"]
+    assert run.err.splitlines() == [
+        "error: rollout.num_prompts: expected a multiple of the 3 processes, which share them, got 2"
+    ]
     assert not run.folder.exists()

@@ -1,4 +1,6 @@
-"""A run that was stopped or killed, and resumed, ends in the same state as one that never was: weights, optimizer, metrics, bit for bit."""
+"""A run that was stopped or killed, and resumed, ends in the same state as one that never was:
+weights, optimizer, metrics, bit for bit.
+"""
 
 from __future__ import annotations
 
@@ -20,28 +22,51 @@ import torch
 import yaml
 from torch.distributed.checkpoint import CheckpointException
 
-import fastgrpo.checkpoint
-import fastgrpo.run
+import fastgrpo.training.checkpoint
+import fastgrpo.training.loop
 from fastgrpo.shapes.captions import train_captions
 
 Train = Callable[..., Any]
 
-# Everything at once that has a state: averaged weights, several optimizer steps, a schedule, a window that moves, running competence.
+# Everything at once that has a state: averaged weights, several optimizer steps, a schedule, a
+# window that moves, running competence.
 MANY_STATES = [
-    "--update.ema_decay", "0.5", "--update.gradient_accumulation", "2",
-    "--update.lr_scheduler", "cosine", "--update.warmup_iterations", "1",
-    "--rollout.sde_window", "sliding", "--rollout.window_size", "2", "--rollout.window_interval", "1", "--update.kl_coef", "0.1",
-]  # fmt: skip
+    "--update.ema_decay",
+    "0.5",
+    "--update.gradient_accumulation",
+    "2",
+    "--update.lr_scheduler",
+    "cosine",
+    "--update.warmup_iterations",
+    "1",
+    "--rollout.sde_window",
+    "sliding",
+    "--rollout.window_size",
+    "2",
+    "--rollout.window_interval",
+    "1",
+    "--update.kl_coef",
+    "0.1",
+]
 SETTINGS = {"plain": [], "many states": MANY_STATES}
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory, train: Train) -> dict[str, Any]:
-    """Runs of four iterations that nothing disturbed, by their settings, with a checkpoint at every iteration."""
+    """Runs of four iterations that nothing disturbed, by their settings, with a checkpoint at every
+    iteration.
+    """
     folder = tmp_path_factory.mktemp("uninterrupted")
     return {
         name: train(
-            folder / name.replace(" ", "_"), "--iterations", "4", "--checkpoint.interval", "1", "--checkpoint.keep", "9", *overrides
+            folder / name.replace(" ", "_"),
+            "--iterations",
+            "4",
+            "--checkpoint.interval",
+            "1",
+            "--checkpoint.keep",
+            "9",
+            *overrides,
         )
         for name, overrides in SETTINGS.items()
     }
@@ -49,20 +74,33 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory, train: Train) -> dic
 
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_stopped_by_a_signal_and_resumed_twice(
-    tmp_path: Path, train: Train, interrupt: Any, uninterrupted: dict[str, Any], assert_same_end: Any, settings: str
+    tmp_path: Path,
+    train: Train,
+    interrupt: Any,
+    uninterrupted: dict[str, Any],
+    assert_same_end: Any,
+    settings: str,
 ) -> None:
-    """A signal in iteration 2 ends the run after it; the resumed one ends after iteration 3; the third start finishes."""
+    """A signal in iteration 2 ends the run after it; the resumed one ends after iteration 3; the
+    third start finishes.
+    """
     arguments = ["--iterations", "4", "--checkpoint.interval", "50", *SETTINGS[settings]]
     for stopped_in in (2, 3):
         with interrupt(stopped_in):
             run = train(tmp_path / "run", *arguments, "--resume", "auto")
         assert run.code == 0
-        assert run.rows[-1]["iteration"] == stopped_in, "the iteration's work is finished, and no other begun"
-        assert (run.folder / "checkpoints" / "latest").resolve().name == f"iteration_{stopped_in:06d}"
+        assert run.rows[-1]["iteration"] == stopped_in, (
+            "the iteration's work is finished, and no other begun"
+        )
+        assert (
+            run.folder / "checkpoints" / "latest"
+        ).resolve().name == f"iteration_{stopped_in:06d}"
         assert not (run.folder / "transformer").exists()
         assert "SIGTERM: finishing this iteration" in run.out
         assert "--resume auto" in run.out
-        assert yaml.safe_load((run.folder / "config.yaml").read_text())["resume"] == "never", "how it was asked for is no part of the run"
+        assert yaml.safe_load((run.folder / "config.yaml").read_text())["resume"] == "never", (
+            "how it was asked for is no part of the run"
+        )
     run = train(tmp_path / "run", *arguments, "--resume", "auto")
     assert "resume: going on after iteration 3" in run.out
     assert "changed since" not in run.out
@@ -70,38 +108,67 @@ def test_stopped_by_a_signal_and_resumed_twice(
 
 
 def test_a_rollout_that_takes_long_is_left_and_done_again(
-    tmp_path: Path, train: Train, interrupt: Any, uninterrupted: dict[str, Any], assert_same_end: Any, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    train: Train,
+    interrupt: Any,
+    uninterrupted: dict[str, Any],
+    assert_same_end: Any,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A signal in iteration 1, and again in 3 and 4, each with a rollout too long to be finished: the checkpoint is of the one before."""
+    """A signal in iteration 1, and again in 3 and 4, each with a rollout too long to be finished:
+    the checkpoint is of the one before.
+    """
     arguments = ["--iterations", "4", "--checkpoint.interval", "2", *SETTINGS["many states"]]
-    monkeypatch.setattr(fastgrpo.run, "PATIENCE", 0.0)
+    monkeypatch.setattr(fastgrpo.training.loop, "PATIENCE", 0.0)
     for stopped_in in (1, 3, 4):
         with interrupt(stopped_in):
             run = train(tmp_path / "run", *arguments, "--resume", "auto")
         assert run.code == 0
         assert run.rows[-1]["iteration"] == stopped_in - 1
-        assert (run.folder / "checkpoints" / "latest").resolve().name == f"iteration_{stopped_in - 1:06d}"
+        assert (
+            run.folder / "checkpoints" / "latest"
+        ).resolve().name == f"iteration_{stopped_in - 1:06d}"
         assert f"stopped by a signal after iteration {stopped_in - 1}, with a checkpoint" in run.out
     run = train(tmp_path / "run", *arguments, "--resume", "auto")
     assert "resume: going on after iteration 3" in run.out
     assert_same_end(run.folder, uninterrupted["many states"].folder)
 
 
-def test_resumed_states_are_not_trivially_equal(uninterrupted: dict[str, Any], tensors: Callable[[Path], dict[str, Any]]) -> None:
-    """What the comparisons compare: every kind of state is in a checkpoint, and differs from one iteration to the next."""
-    before, after = (tensors(uninterrupted["many states"].folder / "checkpoints" / f"iteration_{i:06d}") for i in (3, 4))
+def test_resumed_states_are_not_trivially_equal(
+    uninterrupted: dict[str, Any], tensors: Callable[[Path], dict[str, Any]]
+) -> None:
+    """What the comparisons compare: every kind of state is in a checkpoint, and differs from one
+    iteration to the next.
+    """
+    before, after = (
+        tensors(uninterrupted["many states"].folder / "checkpoints" / f"iteration_{i:06d}")
+        for i in (3, 4)
+    )
     for part in ("model/", "ema/", "optimizer/state/"):
         names = [name for name in before if name.startswith(part)]
-        changed = [isinstance(before[name], torch.Tensor) and not torch.equal(before[name], after[name]) for name in names]
+        changed = [
+            isinstance(before[name], torch.Tensor) and not torch.equal(before[name], after[name])
+            for name in names
+        ]
         assert sum(changed) > 0.9 * len(names) > 0
     states = [
-        json.loads((uninterrupted["many states"].folder / "checkpoints" / f"iteration_{i:06d}" / "state.json").read_text()) for i in (3, 4)
+        json.loads(
+            (
+                uninterrupted["many states"].folder
+                / "checkpoints"
+                / f"iteration_{i:06d}"
+                / "state.json"
+            ).read_text()
+        )
+        for i in (3, 4)
     ]
     assert [state["prompts_drawn"] for state in states] == [6, 8]
     assert states[0]["pacer"] != states[1]["pacer"]
 
 
-def test_resuming_a_finished_run_changes_nothing(tmp_path: Path, train: Train, uninterrupted: dict[str, Any], assert_same_end: Any) -> None:
+def test_resuming_a_finished_run_changes_nothing(
+    tmp_path: Path, train: Train, uninterrupted: dict[str, Any], assert_same_end: Any
+) -> None:
     shutil.copytree(uninterrupted["plain"].folder, tmp_path / "plain", symlinks=True)
     again = train(tmp_path / "plain", "--iterations", "4", "--resume", "auto")
     assert again.code == 0
@@ -109,9 +176,13 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path: Path, train: Train, u
     assert_same_end(again.folder, uninterrupted["plain"].folder)
 
 
-def test_an_average_switched_on_at_a_resume_starts_at_the_weights_of_then(tmp_path: Path, train: Train, tensors: Any) -> None:
+def test_an_average_switched_on_at_a_resume_starts_at_the_weights_of_then(
+    tmp_path: Path, train: Train, tensors: Any
+) -> None:
     train(tmp_path / "run", "--iterations", "2")
-    run = train(tmp_path / "run", "--iterations", "3", "--resume", "auto", "--update.ema_decay", "0.9")
+    run = train(
+        tmp_path / "run", "--iterations", "3", "--resume", "auto", "--update.ema_decay", "0.9"
+    )
     assert run.code == 0
     assert "update.ema_decay: 0.0 -> 0.9" in run.out
     old, new = (tensors(run.folder / "checkpoints" / f"iteration_00000{i}") for i in (2, 3))
@@ -124,35 +195,63 @@ def test_an_average_switched_on_at_a_resume_starts_at_the_weights_of_then(tmp_pa
 
 
 def test_more_iterations_than_first_asked_for(
-    tmp_path: Path, train: Train, uninterrupted: dict[str, Any], rows_without_times: Any, tensors: Any
+    tmp_path: Path,
+    train: Train,
+    uninterrupted: dict[str, Any],
+    rows_without_times: Any,
+    tensors: Any,
 ) -> None:
-    """Under a constant learning rate a run of 2 iterations that is given 4 ends as one of 4, with one evaluation more, after the second."""
+    """Under a constant learning rate a run of 2 iterations that is given 4 ends as one of 4, with
+    one evaluation more, after the second.
+    """
     train(tmp_path / "run", "--iterations", "2")
     run = train(tmp_path / "run", "--iterations", "4", "--resume", "auto")
     assert "changed since the run began: iterations: 2 -> 4" in run.out
     assert run.out.count("changed since the run began") == 1
     expected = uninterrupted["plain"]
-    rows, expected_rows = ([json.loads(row) for row in rows_without_times(folder)] for folder in (run.folder, expected.folder))
+    rows, expected_rows = (
+        [json.loads(row) for row in rows_without_times(folder)]
+        for folder in (run.folder, expected.folder)
+    )
     assert [row["iteration"] for row in rows] == [0, 1, 2, 3, 4]
     extra = {key: value for key, value in rows[2].items() if key not in expected_rows[2]}
     assert len(extra) == 4
     assert all(key.startswith("eval/") for key in extra)
     assert [row | (extra if row["iteration"] == 2 else {}) for row in expected_rows] == rows
-    one, other = (tensors(folder / "checkpoints" / "latest") for folder in (run.folder, expected.folder))
-    assert all(torch.equal(one[name], other[name]) for name in one if isinstance(one[name], torch.Tensor))
+    one, other = (
+        tensors(folder / "checkpoints" / "latest") for folder in (run.folder, expected.folder)
+    )
+    assert all(
+        torch.equal(one[name], other[name]) for name in one if isinstance(one[name], torch.Tensor)
+    )
 
 
-def test_a_changed_setting_takes_effect_and_is_said(tmp_path: Path, train: Train, tensors: Any) -> None:
+def test_a_changed_setting_takes_effect_and_is_said(
+    tmp_path: Path, train: Train, tensors: Any
+) -> None:
     """The configuration's hyperparameters rule, not those in the checkpoint's optimizer state."""
     train(tmp_path / "run", "--iterations", "1")
-    changes = ["--update.learning_rate", "1e-3", "--update.weight_decay", "0.25", "--update.betas", "[0.5, 0.75]"]
+    changes = [
+        "--update.learning_rate",
+        "1e-3",
+        "--update.weight_decay",
+        "0.25",
+        "--update.betas",
+        "[0.5, 0.75]",
+    ]
     run = train(tmp_path / "run", "--iterations", "2", "--resume", "auto", *changes)
     assert run.code == 0
     assert "changed since the run began: update.learning_rate: 0.0002 -> 0.001" in run.out
     assert run.rows[-1]["learning_rate"] == 1e-3
     state = tensors(run.folder / "checkpoints" / "latest")
-    groups = {name.rpartition("/")[2]: value for name, value in state.items() if "param_groups" in name}
-    assert (groups["lr"], groups["weight_decay"], tuple(groups["betas"])) == (1e-3, 0.25, (0.5, 0.75))
+    groups = {
+        name.rpartition("/")[2]: value for name, value in state.items() if "param_groups" in name
+    }
+    assert (groups["lr"], groups["weight_decay"], tuple(groups["betas"])) == (
+        1e-3,
+        0.25,
+        (0.5, 0.75),
+    )
 
 
 def test_resume_auto_in_a_new_folder_is_a_new_run(tmp_path: Path, train: Train) -> None:
@@ -163,7 +262,11 @@ def test_resume_auto_in_a_new_folder_is_a_new_run(tmp_path: Path, train: Train) 
 
 
 def test_killed_before_the_first_checkpoint(
-    tmp_path: Path, train: Train, each_step: Any, uninterrupted: dict[str, Any], assert_same_end: Any
+    tmp_path: Path,
+    train: Train,
+    each_step: Any,
+    uninterrupted: dict[str, Any],
+    assert_same_end: Any,
 ) -> None:
     """Rows are there, and no checkpoint: the run starts over, and says so."""
     with each_step(fail_in(3)), pytest.raises(Killed):
@@ -175,9 +278,17 @@ def test_killed_before_the_first_checkpoint(
     assert_same_end(run.folder, uninterrupted["plain"].folder)
 
 
-@pytest.mark.parametrize("tail", ['{"iteration": 4, "rew', '{"iteration": 4}\n{"iteration": 5, "reward": 0.1}\n', "\x00" * 20])
+@pytest.mark.parametrize(
+    "tail",
+    ['{"iteration": 4, "rew', '{"iteration": 4}\n{"iteration": 5, "reward": 0.1}\n', "\x00" * 20],
+)
 def test_rows_after_the_checkpoint_and_half_a_line(
-    tmp_path: Path, train: Train, interrupt: Any, uninterrupted: dict[str, Any], assert_same_end: Any, tail: str
+    tmp_path: Path,
+    train: Train,
+    interrupt: Any,
+    uninterrupted: dict[str, Any],
+    assert_same_end: Any,
+    tail: str,
 ) -> None:
     with interrupt(2):
         train(tmp_path / "run", "--iterations", "4")
@@ -189,22 +300,35 @@ def test_rows_after_the_checkpoint_and_half_a_line(
 
 @pytest.mark.parametrize("lost", ["config.yaml", "metrics.jsonl", "checkpoints/latest"])
 def test_a_file_beside_the_checkpoints_was_lost(
-    tmp_path: Path, train: Train, interrupt: Any, uninterrupted: dict[str, Any], tensors: Any, lost: str
+    tmp_path: Path,
+    train: Train,
+    interrupt: Any,
+    uninterrupted: dict[str, Any],
+    tensors: Any,
+    lost: str,
 ) -> None:
     with interrupt(2):
         train(tmp_path / "run", "--iterations", "4")
     (tmp_path / "run" / lost).unlink()
     run = train(tmp_path / "run", "--iterations", "4", "--resume", "auto")
     assert run.code == 0
-    one, other = (tensors(folder / "checkpoints" / "latest") for folder in (run.folder, uninterrupted["plain"].folder))
-    assert all(torch.equal(one[name], other[name]) for name in one if isinstance(one[name], torch.Tensor))
+    one, other = (
+        tensors(folder / "checkpoints" / "latest")
+        for folder in (run.folder, uninterrupted["plain"].folder)
+    )
+    assert all(
+        torch.equal(one[name], other[name]) for name in one if isinstance(one[name], torch.Tensor)
+    )
 
 
-# --- killed -----------------------------------------------------------------------------------------------------------
+# --- killed
+# -----------------------------------------------------------------------------------------------------------
 
 
 class Killed(BaseException):
-    """Stands in for SIGKILL at an exact place: nothing in the trainer catches it, and nothing is tidied up."""
+    """Stands in for SIGKILL at an exact place: nothing in the trainer catches it, and nothing is
+    tidied up.
+    """
 
 
 def fail_in(number: int) -> Callable[[int], None]:
@@ -216,14 +340,20 @@ def fail_in(number: int) -> Callable[[int], None]:
 
 
 OPERATIONS = [
-    (fastgrpo.checkpoint, "_sync"), (fastgrpo.checkpoint.dcp, "save"), (os, "replace"), (shutil, "rmtree"),
-    (Path, "mkdir"), (Path, "symlink_to"),
-]  # fmt: skip
+    (fastgrpo.training.checkpoint, "_sync"),
+    (fastgrpo.training.checkpoint.dcp, "save"),
+    (os, "replace"),
+    (shutil, "rmtree"),
+    (Path, "mkdir"),
+    (Path, "symlink_to"),
+]
 
 
 @contextlib.contextmanager
 def killed_at_operation(number: int) -> Iterator[list[str]]:
-    """Killed just before the file operation of that number (from 0) below a folder `checkpoints`; gives the names of those before it."""
+    """Killed just before the file operation of that number (from 0) below a folder `checkpoints`;
+    gives the names of those before it.
+    """
     done: list[str] = []
 
     def counting(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -244,9 +374,15 @@ def killed_at_operation(number: int) -> Iterator[list[str]]:
         yield done
 
 
-@pytest.mark.parametrize("written_before", [[1], [1, 2]], ids=["the next", "one that is there already"])
-def test_killed_at_every_step_of_writing_a_checkpoint(tmp_path: Path, one_rank: torch.device, written_before: list[int]) -> None:
-    """Checkpoint 2 is written and 1 removed (keep 1). Killed between any two file operations, what loads is one of the two, whole."""
+@pytest.mark.parametrize(
+    "written_before", [[1], [1, 2]], ids=["the next", "one that is there already"]
+)
+def test_killed_at_every_step_of_writing_a_checkpoint(
+    tmp_path: Path, one_rank: torch.device, written_before: list[int]
+) -> None:
+    """Checkpoint 2 is written and 1 removed (keep 1). Killed between any two file operations, what
+    loads is one of the two, whole.
+    """
 
     def state(iteration: int) -> dict[str, Any]:
         return {"model": {"weight": torch.full((3,), float(iteration))}}
@@ -255,29 +391,42 @@ def test_killed_at_every_step_of_writing_a_checkpoint(tmp_path: Path, one_rank: 
     for number in range(100):
         folder = tmp_path / f"killed_{number}" / "checkpoints"
         for iteration in written_before:
-            fastgrpo.checkpoint.save(folder, iteration, state(iteration), {"count": iteration}, keep=2)
-        with killed_at_operation(number) as done, contextlib.suppress(Killed, CheckpointException):  # the latter where torch wraps it
-            fastgrpo.checkpoint.save(folder, 2, state(2), {"count": 2}, keep=1)
+            fastgrpo.training.checkpoint.save(
+                folder, iteration, state(iteration), {"count": iteration}, keep=2
+            )
+        with (
+            killed_at_operation(number) as done,
+            contextlib.suppress(Killed, CheckpointException),
+        ):  # the latter where torch wraps it
+            fastgrpo.training.checkpoint.save(folder, 2, state(2), {"count": 2}, keep=1)
         places.update(done)
-        for checkpoint in fastgrpo.checkpoint.list_checkpoints(folder):
-            fastgrpo.checkpoint.verify(checkpoint)
+        for checkpoint in fastgrpo.training.checkpoint.list_checkpoints(folder):
+            fastgrpo.training.checkpoint.verify(checkpoint)
         if written_before == [1]:
-            assert (folder / "latest").resolve() in fastgrpo.checkpoint.list_checkpoints(folder)
+            assert (folder / "latest").resolve() in fastgrpo.training.checkpoint.list_checkpoints(
+                folder
+            )
         loaded = state(0)
-        found = fastgrpo.checkpoint.load(folder, loaded)
+        found = fastgrpo.training.checkpoint.load(folder, loaded)
         assert found in ((1, {"count": 1}), (2, {"count": 2}))
         assert loaded["model"]["weight"].tolist() == [float(found[0])] * 3
         assert (folder / "latest").resolve().name == f"iteration_{found[0]:06d}"
-        fastgrpo.checkpoint.save(folder, 2, state(2), {"count": 2}, keep=1)
-        assert sorted(path.name for path in folder.iterdir()) == ["iteration_000002", "latest"], "nothing is left over"
+        fastgrpo.training.checkpoint.save(folder, 2, state(2), {"count": 2}, keep=1)
+        assert sorted(path.name for path in folder.iterdir()) == ["iteration_000002", "latest"], (
+            "nothing is left over"
+        )
         if len(done) < number:
             break
     assert number > 12
     assert places == {name for _, name in OPERATIONS}
 
 
-def kill_until_done(background: Any, argv: list[str], folder: Path, rounds: int, draw: random.Random, longest: float) -> int:
-    """Start, kill at a random moment, resume, kill, ...; after so many rounds let it finish. Returns how many kills hit a live process."""
+def kill_until_done(
+    background: Any, argv: list[str], folder: Path, rounds: int, draw: random.Random, longest: float
+) -> int:
+    """Start, kill at a random moment, resume, kill, ...; after so many rounds let it finish.
+    Returns how many kills hit a live process.
+    """
     hits = 0
     for _ in range(rounds):
         process = background([*argv, "--resume", "auto"])
@@ -295,25 +444,57 @@ def kill_until_done(background: Any, argv: list[str], folder: Path, rounds: int,
 
 
 def test_sigkill_at_random_moments(
-    tmp_path: Path, tiny: Callable[..., list[str]], background: Any, uninterrupted: dict[str, Any], assert_same_end: Any
+    tmp_path: Path,
+    tiny: Callable[..., list[str]],
+    background: Any,
+    uninterrupted: dict[str, Any],
+    assert_same_end: Any,
 ) -> None:
     draw = random.Random(20_240)
-    argv = tiny(tmp_path / "run", "--iterations", "4", "--checkpoint.interval", "1", "--checkpoint.keep", "2", *MANY_STATES)
+    argv = tiny(
+        tmp_path / "run",
+        "--iterations",
+        "4",
+        "--checkpoint.interval",
+        "1",
+        "--checkpoint.keep",
+        "2",
+        *MANY_STATES,
+    )
     assert kill_until_done(background, argv, tmp_path / "run", 4, draw, longest=1.5) >= 1
     assert_same_end(tmp_path / "run", uninterrupted["many states"].folder)
-    rows = [json.loads(line)["iteration"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line)["iteration"]
+        for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert rows == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.slow
 def test_sigkill_at_random_moments_many_times(
-    tmp_path: Path, tiny: Callable[..., list[str]], train: Train, background: Any, assert_same_end: Any
+    tmp_path: Path,
+    tiny: Callable[..., list[str]],
+    train: Train,
+    background: Any,
+    assert_same_end: Any,
 ) -> None:
-    """Checkpoints are most of such a run's time, and are hit most often: 40 iterations, killed until they are done."""
-    arguments = ["--iterations", "40", "--checkpoint.interval", "1", "--checkpoint.keep", "2", *MANY_STATES]
+    """Checkpoints are most of such a run's time, and are hit most often: 40 iterations, killed
+    until they are done.
+    """
+    arguments = [
+        "--iterations",
+        "40",
+        "--checkpoint.interval",
+        "1",
+        "--checkpoint.keep",
+        "2",
+        *MANY_STATES,
+    ]
     expected = train(tmp_path / "expected", *arguments)
     draw = random.Random(int.from_bytes(os.urandom(4), "little"))
-    hits = kill_until_done(background, tiny(tmp_path / "run", *arguments), tmp_path / "run", 60, draw, longest=2.5)
+    hits = kill_until_done(
+        background, tiny(tmp_path / "run", *arguments), tmp_path / "run", 60, draw, longest=2.5
+    )
     assert hits >= 10
     assert_same_end(tmp_path / "run", expected.folder)
     assert [row["iteration"] for row in expected.rows] == list(range(41))
@@ -322,17 +503,29 @@ def test_sigkill_at_random_moments_many_times(
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_sigkill_of_a_whole_job(
-    tmp_path: Path, tiny: Callable[..., list[str]], torchrun: Any, train: Train, assert_same_end: Any, ranks: int
+    tmp_path: Path,
+    tiny: Callable[..., list[str]],
+    torchrun: Any,
+    train: Train,
+    assert_same_end: Any,
+    ranks: int,
 ) -> None:
-    """The same through torchrun: launcher and workers die together, as on a machine that loses power."""
+    """The same through torchrun: launcher and workers die together, as on a machine that loses
+    power.
+    """
     argv = tiny(tmp_path / "run", "--iterations", "12", "--checkpoint.interval", "1")
     draw = random.Random(ranks)
     for _ in range(4):
         job = torchrun([*argv, "--resume", "auto"], ranks, tmp_path)
         wait_for(job, "iteration ")
         time.sleep(draw.uniform(0.0, 2.0))
-        # torchrun's workers have sessions of their own: killing the launcher's group would let them run to the end.
-        workers = [pid for task in Path(f"/proc/{job.pid}/task").iterdir() for pid in (task / "children").read_text().split()]
+        # torchrun's workers have sessions of their own: killing the launcher's group would let them
+        # run to the end.
+        workers = [
+            pid
+            for task in Path(f"/proc/{job.pid}/task").iterdir()
+            for pid in (task / "children").read_text().split()
+        ]
         assert len(workers) == ranks
         for pid in (job.pid, *map(int, workers)):
             os.kill(pid, signal.SIGKILL)
@@ -340,18 +533,26 @@ def test_sigkill_of_a_whole_job(
     job = torchrun([*argv, "--resume", "auto"], ranks, tmp_path)
     out, _ = job.communicate(timeout=120)
     assert job.returncode == 0, out
-    rows = [json.loads(line)["iteration"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line)["iteration"]
+        for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert rows == list(range(13))
     if ranks == 1:
         train(tmp_path / "expected", "--iterations", "12", "--checkpoint.interval", "1")
     else:
-        job = torchrun(tiny(tmp_path / "expected", "--iterations", "12", "--checkpoint.interval", "1"), ranks, tmp_path)
+        job = torchrun(
+            tiny(tmp_path / "expected", "--iterations", "12", "--checkpoint.interval", "1"),
+            ranks,
+            tmp_path,
+        )
         out, _ = job.communicate(timeout=120)
         assert job.returncode == 0, out
     assert_same_end(tmp_path / "run", tmp_path / "expected")
 
 
-# --- signals, through torchrun ----------------------------------------------------------------------------------------
+# --- signals, through torchrun
+# ----------------------------------------------------------------------------------------
 
 
 def wait_for(job: subprocess.Popen[str], text: str) -> str:
@@ -366,12 +567,24 @@ def wait_for(job: subprocess.Popen[str], text: str) -> str:
 
 
 def test_sigterm_and_sigint_and_the_command_that_is_printed(
-    tmp_path: Path, tiny: Callable[..., list[str]], torchrun: Any, train: Train, environment: dict[str, str], assert_same_end: Any
+    tmp_path: Path,
+    tiny: Callable[..., list[str]],
+    torchrun: Any,
+    train: Train,
+    environment: dict[str, str],
+    assert_same_end: Any,
 ) -> None:
-    """A job is stopped by SIGTERM; the command that it prints, run as printed, goes on; that is stopped by Ctrl-C; its command finishes."""
+    """A job is stopped by SIGTERM; the command that it prints, run as printed, goes on; that is
+    stopped by Ctrl-C; its command finishes.
+    """
     (tmp_path / "train.txt").write_text("\n".join(map(str, train_captions())))
     arguments = ["--iterations", "40", "--prompts.train", "train.txt"]
-    relative = ["--output_dir", "runs", "--name", "my run"]  # looked for in the working directory, and in need of quotes
+    relative = [
+        "--output_dir",
+        "runs",
+        "--name",
+        "my run",
+    ]  # looked for in the working directory, and in need of quotes
     job = torchrun([*tiny(tmp_path / "runs" / "my run", *arguments), *relative], 1, tmp_path)
     command = ""
     for number, line in ((signal.SIGTERM, "iteration     2 "), (signal.SIGINT, "iteration    ")):
@@ -381,14 +594,22 @@ def test_sigterm_and_sigint_and_the_command_that_is_printed(
         assert number.name + ": finishing this iteration" in after, before + after
         (said,) = [line for line in after.splitlines() if "Go on with: " in line]
         done = int(said.split("after iteration ")[1].split(",")[0])
-        assert (tmp_path / "runs" / "my run" / "checkpoints" / "latest").resolve().name == f"iteration_{done:06d}"
+        assert (
+            tmp_path / "runs" / "my run" / "checkpoints" / "latest"
+        ).resolve().name == f"iteration_{done:06d}"
         assert done < 40
         command = said.split("Go on with: ")[1]
         assert shlex.split(command)[-2:] == ["--resume", "auto"]
         job = subprocess.Popen(
-            command, shell=True, cwd=tmp_path, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            command,
+            shell=True,
+            cwd=tmp_path,
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
             start_new_session=True,
-        )  # fmt: skip
+        )
     out, _ = job.communicate(timeout=60)
     assert job.returncode == 0, out
     train(tmp_path / "expected", *arguments[:2])

@@ -1,4 +1,6 @@
-"""Sharding, activation policies and what crosses world sizes, on a tiny Wan transformer of diffusers: the same training, up to rounding."""
+"""Sharding, activation policies and what crosses world sizes, on a tiny Wan transformer of
+diffusers: the same training, up to rounding.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +17,20 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
 
-from fastgrpo import checkpoint
 from fastgrpo.config import ParallelConfig
-from fastgrpo.grpo import Abandoned
-from fastgrpo.sharding import attention_operators, blocks_of, full_state_dict, gathered, place, prepare, recompute, shards
-from fastgrpo.trajectory import using_weights
+from fastgrpo.distributed.sharding import (
+    attention_operators,
+    blocks_of,
+    full_state_dict,
+    gathered,
+    place,
+    prepare,
+    recompute,
+    shards,
+)
+from fastgrpo.training import checkpoint
+from fastgrpo.training.step import Abandoned
+from fastgrpo.training.trajectory import using_weights
 
 MODULES = Path(__file__).resolve().parent / "modules"
 INPUTS = torch.ones(1, 4, 2, 4, 4), torch.tensor([937.0]), torch.ones(1, 3, 8)
@@ -29,14 +40,15 @@ import json, pathlib, sys, torch
 sys.path.insert(0, {modules!r})
 from conftest import TinyJudge
 from tiny_wan import *
-from fastgrpo import checkpoint, parallel
+from fastgrpo.distributed import collectives
+from fastgrpo.training import checkpoint
 from fastgrpo.config import RuntimeConfig
-from fastgrpo.trajectory import using_weights
-parallel.start(RuntimeConfig(device="cpu", timeout_minutes=1))
+from fastgrpo.training.trajectory import using_weights
+collectives.start(RuntimeConfig(device="cpu", timeout_minutes=1))
 folder, answer = pathlib.Path({folder!r}), {{}}
 {body}
 print(json.dumps(answer))
-parallel.stop()
+collectives.stop()
 """
 
 
@@ -47,36 +59,56 @@ def trainer(one_rank: Any, tiny_judge: Any) -> Any:
 
 
 @pytest.fixture(scope="module")
-def run_tiny(run_ranks: Callable[..., list[Any]], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
-    """run_tiny(body): a script on two ranks with everything of tiny_wan imported; its folder and what each rank put into `answer`."""
+def run_tiny(
+    run_ranks: Callable[..., list[Any]], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Any]:
+    """run_tiny(body): a script on two ranks with everything of tiny_wan imported; its folder and
+    what each rank put into `answer`.
+    """
 
     def run(body: str, world_size: int = 2) -> tuple[Path, list[Any]]:
         folder = tmp_path_factory.mktemp("ranks")
-        return folder, run_ranks(SCRIPT.format(modules=str(MODULES), folder=str(folder), body=body), world_size)
+        return folder, run_ranks(
+            SCRIPT.format(modules=str(MODULES), folder=str(folder), body=body), world_size
+        )
 
     return run
 
 
-def assert_close(came: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], part: str, tolerance: float) -> None:
+def assert_close(
+    got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], part: str, tolerance: float
+) -> None:
     """Every tensor of that part within `tolerance` of the largest entry of all of them."""
-    names = [name for name in expected if name.startswith(part.split("*")[0]) and name.endswith(part.split("*")[-1])]
+    names = [
+        name
+        for name in expected
+        if name.startswith(part.split("*")[0]) and name.endswith(part.split("*")[-1])
+    ]
     assert len(names) > 20
-    assert came.keys() == expected.keys()
+    assert got.keys() == expected.keys()
     largest = max(float(expected[name].abs().max()) for name in names)
     for name in names:
         torch.testing.assert_close(
-            came[name], expected[name], rtol=0, atol=tolerance * largest, msg=lambda text, name=name: f"{name}: {text}"
+            got[name],
+            expected[name],
+            rtol=0,
+            atol=tolerance * largest,
+            msg=lambda text, name=name: f"{name}: {text}",
         )
 
 
-# ------------------------------------------------------------------------------------------------------- in this process
+# -------- in this process
 
 
 @pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shard", ["none", "full"])
-def test_ratio_is_one_and_no_activation_policy_changes_a_bit(trainer: Any, shard: str, dtype: torch.dtype, lora: bool) -> None:
-    """With both branches of the guidance; with LoRA also KL and EMA. Two iterations, the second from weights that have moved."""
+def test_ratio_is_one_and_no_activation_policy_changes_a_bit(
+    trainer: Any, shard: str, dtype: torch.dtype, lora: bool
+) -> None:
+    """With both branches of the guidance; with LoRA also KL and EMA. Two iterations, the second
+    from weights that have moved.
+    """
     results, update = [], EXTRAS if lora else {}
     for activations in ("none", "full", "keep_attention"):
         one = trainer(lora=lora, dtype=dtype, shard=shard, activations=activations, update=update)
@@ -106,10 +138,18 @@ def test_a_forward_frees_what_it_gathered_and_leaves_its_inputs_alone(trainer: A
     for name, module in (("network", network), ("block", network.blocks[0])):
         module.register_forward_pre_hook(lambda _, args, name=name: seen.update({name: args}))
     network.proj_out.register_forward_pre_hook(lambda module, _: seen.update(weight=module.weight))
-    with torch.no_grad(), gathered(network, False), torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+    with (
+        torch.no_grad(),
+        gathered(network, False),
+        torch.autocast("cpu", torch.bfloat16, cache_enabled=False),
+    ):
         network(*INPUTS)
-    assert all(isinstance(p, DTensor) for p in network.parameters()), "the root's, too: an update would miss their gradients"
-    assert [x.dtype for x in seen["network"]] == [torch.float32] * 3, "a timestep of 937 would be 936 in bf16"
+    assert all(isinstance(p, DTensor) for p in network.parameters()), (
+        "the root's, too: an update would miss their gradients"
+    )
+    assert [x.dtype for x in seen["network"]] == [torch.float32] * 3, (
+        "a timestep of 937 would be 936 in bf16"
+    )
     assert [x.dtype for x in seen["block"][3]] == [torch.float32] * 2, "rotary angles"
     assert seen["weight"].dtype == torch.bfloat16
     assert {p.dtype for p in network.parameters()} == {torch.float32}
@@ -119,7 +159,11 @@ def test_other_weights_reach_a_network_that_is_gathered(trainer: Any) -> None:
     """What is gathered, in bf16, is forgotten; the fp32 shards are exchanged, without a bit lost."""
     one, other = (trainer(shard="full", dtype=torch.bfloat16, seed=seed) for seed in (0, 1))
     network, weights = one.policy.transformer, other.copy_of_weights()
-    with torch.no_grad(), gathered(network, True), torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+    with (
+        torch.no_grad(),
+        gathered(network, True),
+        torch.autocast("cpu", torch.bfloat16, cache_enabled=False),
+    ):
         before, expected = network(*INPUTS).sample, other.policy.transformer(*INPUTS).sample
         with using_weights(one.policy, weights):
             assert torch.equal(network(*INPUTS).sample, expected)
@@ -130,11 +174,15 @@ def test_other_weights_reach_a_network_that_is_gathered(trainer: Any) -> None:
 
 
 @pytest.mark.parametrize("lora", [False, True])
-def test_without_adapters_is_the_base_and_a_checkpoint_holds_what_is_trained(trainer: Any, lora: bool, tmp_path: Path) -> None:
+def test_without_adapters_is_the_base_and_a_checkpoint_holds_what_is_trained(
+    trainer: Any, lora: bool, tmp_path: Path
+) -> None:
     one = trainer(lora=lora, shard="full", update=EXTRAS)
     one.step(1)
     names = {name for name in state_of(one) if name.startswith("model/")}
-    trained = {f"model/{name}" for name, p in one.policy.transformer.named_parameters() if p.requires_grad}
+    trained = {
+        f"model/{name}" for name, p in one.policy.transformer.named_parameters() if p.requires_grad
+    }
     assert names == trained
     assert all("lora" in name for name in trained) == lora
     path = checkpoint.save(tmp_path, 1, one.tensors(), one.state_dict(), 1)
@@ -151,24 +199,37 @@ def count_attention(one: Any) -> tuple[int, int]:
     loss = network(*INPUTS).sample.square().mean()
     with profile(activities=[ProfilerActivity.CPU]) as seen:
         loss.backward()
-    forward, backward = (f"aten::_scaled_dot_product_flash_attention_for_cpu{end}" for end in ("", "_backward"))
+    forward, backward = (
+        f"aten::_scaled_dot_product_flash_attention_for_cpu{end}" for end in ("", "_backward")
+    )
     counts = {event.key: event.count for event in seen.key_averages()}
     return counts.get(forward, 0), counts[backward]
 
 
-def test_backward_runs_attention_again_or_not(trainer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A selective checkpoint dispatches an operator that it kept once, without running it; one that it did not keep is seen twice."""
+def test_backward_runs_attention_again_or_not(
+    trainer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A selective checkpoint dispatches an operator that it kept once, without running it; one that
+    it did not keep is seen twice.
+    """
     assert count_attention(trainer(activations="none")) == (0, 4)
     assert count_attention(trainer(activations="full")) == (4, 4)
     assert count_attention(trainer(activations="keep_attention")) == (4, 4)
-    monkeypatch.setattr("fastgrpo.sharding._ATTENTION", ("aten::_scaled_dot_product_cudnn_attention", "flash_attn::_flash_attn_forward"))
+    monkeypatch.setattr(
+        "fastgrpo.distributed.sharding._ATTENTION",
+        ("aten::_scaled_dot_product_cudnn_attention", "flash_attn::_flash_attn_forward"),
+    )
     assert count_attention(trainer(activations="keep_attention")) == (8, 4)
-    assert [str(op) for op in attention_operators()] == ["aten._scaled_dot_product_cudnn_attention.default"]
+    assert [str(op) for op in attention_operators()] == [
+        "aten._scaled_dot_product_cudnn_attention.default"
+    ]
 
 
 @pytest.mark.parametrize("shard", ["none", "full"])
 def test_compiled_blocks(trainer: Any, monkeypatch: pytest.MonkeyPatch, shard: str) -> None:
-    """One compilation for all blocks of a kind, and one for their training forward; kept attention stays kept."""
+    """One compilation for all blocks of a kind, and one for their training forward; kept attention
+    stays kept.
+    """
     graphs = []
 
     def backend(graph: Any, inputs: Any) -> Any:
@@ -195,9 +256,12 @@ def test_blocks_are_found_and_a_network_without_any_is_one(tiny_policy: Any) -> 
     prepare(plain, ParallelConfig(activations="full"), CPU, torch.float32)
     inputs = torch.ones(2, 3, 2, 2, 2), torch.ones(2), torch.ones(2, 2, 4)
     expected = tiny_policy().transformer
-    for came in (plain, expected):
-        came(*inputs).square().sum().backward()
-    assert all(torch.equal(p.grad, q.grad) for p, q in zip(plain.parameters(), expected.parameters(), strict=True))
+    for got in (plain, expected):
+        got(*inputs).square().sum().backward()
+    assert all(
+        torch.equal(p.grad, q.grad)
+        for p, q in zip(plain.parameters(), expected.parameters(), strict=True)
+    )
     with torch.no_grad():
         assert torch.equal(plain(*inputs), expected(*inputs))
 
@@ -221,10 +285,14 @@ def test_what_shard_comes_to(monkeypatch: pytest.MonkeyPatch) -> None:
         assert shards(ParallelConfig(shard="full"), CPU)
         assert not shards(ParallelConfig(shard="none"), gpu)
     assert shards(ParallelConfig(replicas=2), gpu)
-    with pytest.raises(ValueError, match=r"parallel\.replicas: expected a divisor of the 4 processes, got 3"):
+    with pytest.raises(
+        ValueError, match=r"parallel\.replicas: expected a divisor of the 4 processes, got 3"
+    ):
         shards(ParallelConfig(replicas=3), gpu)
     for wrong in ({"replicas": 2}, {"cpu_offload": True}):
-        with pytest.raises(ValueError, match=rf"parallel\.{next(iter(wrong))}: needs sharding.*parallel\.shard"):
+        with pytest.raises(
+            ValueError, match=rf"parallel\.{next(iter(wrong))}: needs sharding.*parallel\.shard"
+        ):
             shards(ParallelConfig(**wrong), CPU)  # type: ignore[arg-type]
 
 
@@ -242,7 +310,7 @@ def test_leaving_a_rollout_changes_nothing(trainer: Any) -> None:
     assert digest(state_of(one)) == digest(state_of(other))
 
 
-# ---------------------------------------------------------------------------------------------------------- on two ranks
+# -------- on two ranks
 
 LAYOUTS = {
     "copies": {"shard": "none"},
@@ -258,11 +326,11 @@ for name, layout in {LAYOUTS!r}.items():
         metrics.append(without_times(trainer.step(i)))
         state = state_of(trainer)
         hashes.append(digest(state))
-        if parallel.rank() == 0:
+        if collectives.rank() == 0:
             torch.save(state, folder / f"{{name}}_{{i}}.pt")
     with using_weights(trainer.policy, trainer.sampling_weights):
         export = sharding.full_state_dict(trainer.policy.transformer)
-        if parallel.rank() == 0:
+        if collectives.rank() == 0:
             torch.save(export, folder / f"{{name}}_export.pt")
     answer[name] = [metrics, hashes, len(export), digest({{n: whole(p.detach()) for n, p in trainer.trained.items()}})]
 """
@@ -275,22 +343,33 @@ def trained(run_tiny: Any) -> tuple[Path, list[Any]]:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_gradients_and_weights_are_those_of_one_process(trained: Any, trainer: Any, layout: str) -> None:
-    """The first iteration's gradients (Adam's first moment), and with EMA and KL where the second ends."""
+def test_gradients_and_weights_are_those_of_one_process(
+    trained: Any, trainer: Any, layout: str
+) -> None:
+    """The first iteration's gradients (Adam's first moment), and with EMA and KL where the second
+    ends.
+    """
     folder, answers = trained
     alone = trainer(update=EXTRAS)
     for i in (1, 2):
-        metrics, came = alone.step(i), answers[0][layout][0][i - 1]
+        metrics, got = alone.step(i), answers[0][layout][0][i - 1]
         state, expected = torch.load(folder / f"{layout}_{i}.pt"), state_of(alone)
-        assert came["ratio_drift"] == metrics["ratio_drift"] == 0.0
+        assert got["ratio_drift"] == metrics["ratio_drift"] == 0.0
         for key in ("reward", "reward_std", "kl", "grad_norm", "loss"):
-            assert came[key] == pytest.approx(metrics[key], rel=1e-4, abs=1e-7), (i, key)
-        # An element whose gradient is rounding error moves by a whole learning rate, 1e-3, either way: not in the first moment.
+            assert got[key] == pytest.approx(metrics[key], rel=1e-4, abs=1e-7), (i, key)
+        # An element whose gradient is rounding error moves by a whole learning rate, 1e-3, either
+        # way: not in the first moment.
         assert_close(state, expected, "optimizer/*exp_avg", 1e-6 if i == 1 else 1e-3)
         for part in ("model/", "ema/"):
-            moved = torch.cat([(state[name] - expected[name]).abs().flatten() for name in expected if name.startswith(part)])
+            moved = torch.cat(
+                [
+                    (state[name] - expected[name]).abs().flatten()
+                    for name in expected
+                    if name.startswith(part)
+                ]
+            )
             assert moved.quantile(0.98) < 1e-6, part
-    assert came["kl"] > 0
+    assert got["kl"] > 0
     first, second = (torch.load(folder / f"{layout}_{i}.pt") for i in (1, 2))
     for name, average in second.items():
         if name.startswith("ema/"):
@@ -300,7 +379,9 @@ def test_gradients_and_weights_are_those_of_one_process(trained: Any, trainer: A
 
 def test_layouts_agree_with_each_other(trained: Any) -> None:
     folder, answers = trained
-    assert answers[0]["sharded"][1:] == answers[0]["gathered"][1:], "kept gathered, other activations: not a bit"
+    assert answers[0]["sharded"][1:] == answers[0]["gathered"][1:], (
+        "kept gathered, other activations: not a bit"
+    )
     copies = torch.load(folder / "copies_1.pt")
     for layout in ("sharded", "replicas"):
         assert_close(torch.load(folder / f"{layout}_1.pt"), copies, "optimizer/*exp_avg", 1e-6)
@@ -318,7 +399,10 @@ def test_ranks_hold_the_same_weights_after_every_update(trained: Any, layout: st
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_an_export_is_the_average_whole_and_loads(trained: Any, layout: str) -> None:
     folder, (first, second) = trained
-    export, state = torch.load(folder / f"{layout}_export.pt"), torch.load(folder / f"{layout}_2.pt")
+    export, state = (
+        torch.load(folder / f"{layout}_export.pt"),
+        torch.load(folder / f"{layout}_2.pt"),
+    )
     network = TinyWan(seed=9).transformer
     network.load_state_dict(export)
     for name, weights in network.state_dict().items():
@@ -337,9 +421,9 @@ answer["hash"] = digest(state_of(trainer))
 
 # A rank whose weights differ gets rank 0's, and one that has none.
 for layout in ({{"shard": "none"}}, {{"shard": "full"}}, {{"shard": "full", "replicas": 2}}):
-    other = make_trainer(TinyJudge(), seed=parallel.rank(), **layout)
+    other = make_trainer(TinyJudge(), seed=collectives.rank(), **layout)
     answer.setdefault("broadcast", []).append(digest(state_of(other)))
-    with torch.device("meta" if parallel.rank() else "cpu"):
+    with torch.device("meta" if collectives.rank() else "cpu"):
         policy = TinyWan(seed=5)
     sharding.prepare(policy.transformer, ParallelConfig(**layout), CPU, torch.float32)
     inputs = torch.ones(1, 4, 2, 4, 4), torch.tensor([937.0]), torch.ones(1, 3, 8)
@@ -348,11 +432,15 @@ for layout in ({{"shard": "none"}}, {{"shard": "full"}}, {{"shard": "full", "rep
 """
 
 
-def test_a_rank_without_a_group_keeps_step_and_every_rank_gets_rank_0s_weights(run_tiny: Any, trainer: Any) -> None:
+def test_a_rank_without_a_group_keeps_step_and_every_rank_gets_rank_0s_weights(
+    run_tiny: Any, trainer: Any
+) -> None:
     _, (first, second) = run_tiny(SKIPPED)
     assert first == second
     assert first["num_skipped_groups"] == [1, 2, 1]
-    assert [drift is None or drift != drift or drift == 0.0 for drift in first["ratio_drift"]] == [True] * 3
+    assert [drift is None or drift != drift or drift == 0.0 for drift in first["ratio_drift"]] == [
+        True
+    ] * 3
     alone = trainer(SOME_UNSEEN)
     norms = [alone.step(i)["grad_norm"] for i in (1, 2, 3)]
     assert first["grad_norm"] == pytest.approx(norms, rel=1e-5, nan_ok=True)
@@ -376,8 +464,12 @@ for name in ("full", "lora"):
 """
 
 
-def test_a_checkpoint_goes_from_one_rank_to_two_and_back(trainer: Any, run_tiny: Any, tmp_path: Path) -> None:
-    """Weights, optimizer and EMA to the bit, whole -> sharded over two ranks -> whole; each goes on as the first would have."""
+def test_a_checkpoint_goes_from_one_rank_to_two_and_back(
+    trainer: Any, run_tiny: Any, tmp_path: Path
+) -> None:
+    """Weights, optimizer and EMA to the bit, whole -> sharded over two ranks -> whole; each goes on
+    as the first would have.
+    """
     kinds: dict[str, Any] = {"full": {"lora": False}, "lora": {"lora": True}}
     begun = {name: trainer(update=EXTRAS, **kind) for name, kind in kinds.items()}
     before = {}
@@ -385,7 +477,9 @@ def test_a_checkpoint_goes_from_one_rank_to_two_and_back(trainer: Any, run_tiny:
         one.step(1)
         before[name] = digest(state_of(one))
         checkpoint.save(tmp_path / name, 1, one.tensors(), one.state_dict(), 1)
-    folder, (first, second) = run_tiny(RESHARD.format(update=EXTRAS | {"gradient_accumulation": 2}, source=str(tmp_path)))
+    folder, (first, second) = run_tiny(
+        RESHARD.format(update=EXTRAS | {"gradient_accumulation": 2}, source=str(tmp_path))
+    )
     assert first == second
     for name, kind in kinds.items():
         again = trainer(update=EXTRAS, **kind)

@@ -1,4 +1,6 @@
-"""The baseline of one static reward, recipes/dancegrpo.yaml, with a reward network on the embedded world."""
+"""The baseline of one static reward, recipes/dancegrpo.yaml, with a reward network on the embedded
+world.
+"""
 
 from __future__ import annotations
 
@@ -18,14 +20,33 @@ RECIPE = Path(__file__).resolve().parents[2] / "fastgrpo" / "recipes" / "dancegr
 def test_training_on_an_aesthetic_score(train: Callable[..., Any], tmp_path: Path) -> None:
     torch.manual_seed(0)
     tower = CLIPVisionConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=28, patch_size=14, projection_dim=24
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=28,
+        patch_size=14,
+        projection_dim=24,
     )
     CLIPVisionModelWithProjection(tower).save_pretrained(tmp_path / "clip")
-    save_file({"weight": torch.randn(1, 24), "bias": torch.tensor([5.0])}, tmp_path / "head.safetensors")
+    save_file(
+        {"weight": torch.randn(1, 24), "bias": torch.tensor([5.0])}, tmp_path / "head.safetensors"
+    )
     where = {"head": str(tmp_path / "head.safetensors"), "model": str(tmp_path / "clip")}
     overlay = tmp_path / "reward.yaml"
-    overlay.write_text(yaml.safe_dump({"reward": {"class_path": "fastgrpo.rewards.aesthetic.Aesthetic", "init_args": where}}))
-    run = train(tmp_path / "run", "--config", str(overlay), "--config", str(RECIPE), "--iterations", "2")
+    overlay.write_text(
+        yaml.safe_dump(
+            {
+                "reward": {
+                    "class_path": "fastgrpo.rewards.models.aesthetic.Aesthetic",
+                    "init_args": where,
+                }
+            }
+        )
+    )
+    run = train(
+        tmp_path / "run", "--config", str(overlay), "--config", str(RECIPE), "--iterations", "2"
+    )
     assert run.code == 0, run.err
     for row in run.trained_rows:
         assert row["num_invalid_videos"] == 0

@@ -1,4 +1,6 @@
-"""An ablation's table and curves against numbers worked out by hand, its cells against the overlays, and what it refuses."""
+"""An ablation's table and curves against numbers worked out by hand, its cells against the
+overlays, and what it refuses.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ import pytest
 import yaml
 
 from fastgrpo import __main__ as command_line
-from fastgrpo.analysis.ablation_results import (
+from fastgrpo.cli import ablate
+from fastgrpo.config import parse_config
+from fastgrpo.evaluation.ablation_results import (
     LAST_ITERATIONS,
     REWARD,
     UNTRAINED,
@@ -29,18 +33,24 @@ from fastgrpo.analysis.ablation_results import (
     table_rows,
     text_table,
 )
-from fastgrpo.commands import ablate
-from fastgrpo.config import parse_config
-from fastgrpo.run import differences
+from fastgrpo.training.loop import differences
 
 RECIPES = Path(__file__).resolve().parents[2] / "fastgrpo" / "recipes"
 STAGES = ("easy", "very_hard")
 
 
-def result(mode: str, seed: int, easy: list[float | None], hard: list[float | None], last: int | None = None) -> CellResult:
+def result(
+    mode: str,
+    seed: int,
+    easy: list[float | None],
+    hard: list[float | None],
+    last: int | None = None,
+) -> CellResult:
     """Evaluated at iterations 0, 4, 8, ...; the training reward of iteration i is i / 100 + seed."""
     last = 4 * (len(easy) - 1) if last is None else last
-    rows: list[dict[str, Any]] = [{"iteration": i} | ({"reward": i / 100 + seed} if i else {}) for i in range(last + 1)]
+    rows: list[dict[str, Any]] = [
+        {"iteration": i} | ({"reward": i / 100 + seed} if i else {}) for i in range(last + 1)
+    ]
     for i, (e, h) in enumerate(zip(easy, hard, strict=True)):
         rows[4 * i] |= {"eval/rewards/easy/mean": e, "eval/rewards/very_hard/mean": h}
     return CellResult(mode, seed, rows)
@@ -55,7 +65,8 @@ def complete() -> list[CellResult]:
     ]
 
 
-# --- the table --------------------------------------------------------------------------------------------------------
+# --- the table
+# --------------------------------------------------------------------------------------------------------
 
 
 def test_rows_by_hand() -> None:
@@ -65,7 +76,9 @@ def test_rows_by_hand() -> None:
     untrained, one_stage, joint = table_rows(cells, STAGES, 12)
     assert (untrained.mode, untrained.num_seeds, untrained.values[2]) == (UNTRAINED, 2, [])
     assert [sorted(values) for values in untrained.values[:2]] == [[0.2, 0.4], [0.1, 0.3]]
-    assert one_stage == ModeRow("one_stage", 2, [[0.8, 0.9], [0.1, 0.2], pytest.approx([0.075, 1.075])])
+    assert one_stage == ModeRow(
+        "one_stage", 2, [[0.8, 0.9], [0.1, 0.2], pytest.approx([0.075, 1.075])]
+    )
     assert joint == ModeRow("joint", 2, [[0.6, 0.7], [0.4, 0.7], pytest.approx([0.075, 1.075])])
     assert LAST_ITERATIONS == 10
     assert cells[0].training_reward(4) == pytest.approx((0.01 + 0.02 + 0.03 + 0.04) / 4)
@@ -80,7 +93,10 @@ def test_spread_is_the_sample_deviation() -> None:
 
 def test_one_table_in_three_forms() -> None:
     rows = table_rows(complete(), STAGES, 12)
-    text, markdown = text_table(rows, STAGES).splitlines(), markdown_table(rows, STAGES).splitlines()
+    text, markdown = (
+        text_table(rows, STAGES).splitlines(),
+        markdown_table(rows, STAGES).splitlines(),
+    )
     assert text[0].split("  ")[0] == "reward"
     assert "very hard" in text[0]
     assert REWARD in text[0]
@@ -88,7 +104,9 @@ def test_one_table_in_three_forms() -> None:
     assert markdown[1] == "|---|---|---|---|---|"
     assert markdown[4] == "| joint | 2 | 0.650 ± 0.071 | 0.550 ± 0.212 | 0.575 ± 0.707 |"
     assert {line.count("|") for line in markdown} == {6}
-    by_mode = {line["mode"]: line for line in csv.DictReader(io.StringIO(csv_table(rows, STAGES, 12)))}
+    by_mode = {
+        line["mode"]: line for line in csv.DictReader(io.StringIO(csv_table(rows, STAGES, 12)))
+    }
     assert by_mode[UNTRAINED]["iteration"] == "0"
     assert by_mode[UNTRAINED]["training_reward"] == by_mode[UNTRAINED]["training_reward_std"] == ""
     joint = by_mode["joint"]
@@ -99,17 +117,34 @@ def test_one_table_in_three_forms() -> None:
 
 
 def test_cells_as_csv() -> None:
-    cells = [*complete()[:2], result("one_stage", 1, [0.4, 0.5], [None, 0.2], last=6), CellResult("joint", 1, [])]
+    cells = [
+        *complete()[:2],
+        result("one_stage", 1, [0.4, 0.5], [None, 0.2], last=6),
+        CellResult("joint", 1, []),
+    ]
     lines = list(csv.DictReader(io.StringIO(csv_cells(cells, STAGES, 12))))
-    assert [(line["mode"], line["seed"], line["last_iteration"], line["iteration"]) for line in lines] == [
-        ("one_stage", "0", "12", "12"), ("joint", "0", "12", "12"), ("one_stage", "1", "6", ""), ("joint", "1", "", ""),
-    ]  # fmt: skip
-    assert (lines[1]["easy"], lines[1]["very_hard"], lines[1]["training_reward"]) == ("0.6", "0.4", "0.075")
+    assert [
+        (line["mode"], line["seed"], line["last_iteration"], line["iteration"]) for line in lines
+    ] == [
+        ("one_stage", "0", "12", "12"),
+        ("joint", "0", "12", "12"),
+        ("one_stage", "1", "6", ""),
+        ("joint", "1", "", ""),
+    ]
+    assert (lines[1]["easy"], lines[1]["very_hard"], lines[1]["training_reward"]) == (
+        "0.6",
+        "0.4",
+        "0.075",
+    )
     assert (lines[2]["easy"], lines[3]["easy"]) == ("", "")
 
 
 def test_unfinished_cells_are_left_out_and_named() -> None:
-    cells = [*complete()[:2], result("one_stage", 1, [0.4, 0.5], [0.3, 0.2], last=6), CellResult("joint", 1, [])]
+    cells = [
+        *complete()[:2],
+        result("one_stage", 1, [0.4, 0.5], [0.3, 0.2], last=6),
+        CellResult("joint", 1, []),
+    ]
     assert compared_iteration(cells, 12) == 12
     assert [row.num_seeds for row in table_rows(cells, STAGES, 12)] == [2, 1, 1]
     assert absences(cells, 12, 12) == [
@@ -121,10 +156,16 @@ def test_unfinished_cells_are_left_out_and_named() -> None:
 
 
 def test_while_none_is_finished_all_are_compared_where_all_have_been() -> None:
-    cells = [result("one_stage", 0, [0.2, 0.5, 0.7], [0.1, 0.1, 0.1]), result("joint", 0, [0.2, 0.4], [0.1, 0.2], last=7)]
+    cells = [
+        result("one_stage", 0, [0.2, 0.5, 0.7], [0.1, 0.1, 0.1]),
+        result("joint", 0, [0.2, 0.4], [0.1, 0.2], last=7),
+    ]
     assert compared_iteration(cells, 12) == 4
     assert [row.values[0] for row in table_rows(cells, STAGES, 4)] == [[0.2], [0.5], [0.4]]
-    assert absences(cells, 12, 4) == ["one_stage_seed0: at iteration 8 of 12", "joint_seed0: at iteration 7 of 12"]
+    assert absences(cells, 12, 4) == [
+        "one_stage_seed0: at iteration 8 of 12",
+        "joint_seed0: at iteration 7 of 12",
+    ]
     just_begun = [*cells, result("joint", 1, [0.2], [0.1])]
     assert compared_iteration(just_begun, 12) is None
     assert [row.num_seeds for row in table_rows(just_begun, STAGES, None)] == [2, 0, 0]
@@ -133,19 +174,28 @@ def test_while_none_is_finished_all_are_compared_where_all_have_been() -> None:
 
 
 def test_a_run_that_went_further_was_perhaps_not_evaluated_here() -> None:
-    """`evaluation.interval 4` and 6 iterations asked of cells of which one ended there and one went on."""
-    cells = [result("joint", 0, [0.2, 0.4], [0.1, 0.2], last=6), result("joint", 1, [0.2, 0.4], [0.1, 0.2], last=6)]
+    """`evaluation.interval 4` and 6 iterations asked of cells of which one ended there and one went
+    on.
+    """
+    cells = [
+        result("joint", 0, [0.2, 0.4], [0.1, 0.2], last=6),
+        result("joint", 1, [0.2, 0.4], [0.1, 0.2], last=6),
+    ]
     cells[0].rows[6]["eval/rewards/easy/mean"] = 0.5
     assert compared_iteration(cells, 6) == 6
     assert absences(cells, 6, 6)[0] == "joint_seed1: not evaluated at iteration 6, not in the table"
 
 
 def test_a_score_that_could_not_be_had_is_left_out() -> None:
-    cells = [result("joint", 0, [0.2, None], [0.1, 0.2]), result("joint", 1, [0.4, 0.8], [0.1, 0.4])]
+    cells = [
+        result("joint", 0, [0.2, None], [0.1, 0.2]),
+        result("joint", 1, [0.4, 0.8], [0.1, 0.4]),
+    ]
     assert table_rows(cells, STAGES, 4)[1].values[:2] == [[0.8], [0.2, 0.4]]
 
 
-# --- the curves -------------------------------------------------------------------------------------------------------
+# --- the curves
+# -------------------------------------------------------------------------------------------------------
 
 
 def test_curves_are_means_with_bands() -> None:
@@ -155,7 +205,10 @@ def test_curves_are_means_with_bands() -> None:
     lines = {line.get_gid(): line for line in hard.lines}
     assert lines.keys() == {"one_stage/very_hard", "joint/very_hard"}
     assert list(lines["joint/very_hard"].get_xdata()) == [0, 4, 8, 12]
-    means, deviations = np.array([0.2, 0.3, 0.4, 0.55]), np.std([[0.1, 0.2, 0.3, 0.4], [0.3, 0.4, 0.5, 0.7]], axis=0, ddof=1)
+    means, deviations = (
+        np.array([0.2, 0.3, 0.4, 0.55]),
+        np.std([[0.1, 0.2, 0.3, 0.4], [0.3, 0.4, 0.5, 0.7]], axis=0, ddof=1),
+    )
     assert lines["joint/very_hard"].get_ydata() == pytest.approx(means)
     corners = hard.collections[1].get_paths()[0].vertices
     for at, mean, deviation in zip((0, 4, 8, 12), means, deviations, strict=True):
@@ -173,22 +226,43 @@ def test_curves_of_one_seed_have_no_band_and_leave_out_what_the_table_does() -> 
     assert list(joint.get_ydata()) == [0.2, 0.4, 0.5, 0.6]
 
 
-# --- cells and options ------------------------------------------------------------------------------------------------
+# --- cells and options
+# ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("recipe", [["shapes.yaml"], ["shapes.yaml", "shapes_literal_gate.yaml"]])
 def test_cells_are_the_overlays(recipe: list[str], tmp_path: Path) -> None:
-    """A cell's configuration, as written and as its arguments parse, is the recipe's under ablation_<mode>.yaml (or dancegrpo.yaml)."""
-    base = [word for name in recipe for word in ("--config", str(RECIPES / name))] + ["--output_dir", str(tmp_path), "--name", "ab"]
+    """A cell's configuration, as written and as its arguments parse, is the recipe's under
+    ablation_<mode>.yaml (or dancegrpo.yaml).
+    """
+    base = [word for name in recipe for word in ("--config", str(RECIPES / name))] + [
+        "--output_dir",
+        str(tmp_path),
+        "--name",
+        "ab",
+    ]
     config, text, _ = parse_config(base)
     cells = ablate.matrix(config, text, base, ablate.MODES, [0, 7])
-    assert [(cell.mode, cell.seed) for cell in cells] == [(mode, seed) for seed in (0, 7) for mode in ablate.MODES]
+    assert [(cell.mode, cell.seed) for cell in cells] == [
+        (mode, seed) for seed in (0, 7) for mode in ablate.MODES
+    ]
     assert len(cells) == 10
     for cell in cells:
-        overlay = RECIPES / ("dancegrpo.yaml" if cell.mode == "static" else f"ablation_{cell.mode}.yaml")
-        where = ["--output_dir", str(tmp_path / "ab"), "--name", f"{cell.mode}_seed{cell.seed}", "--seed", str(cell.seed)]
+        overlay = RECIPES / (
+            "dancegrpo.yaml" if cell.mode == "static" else f"ablation_{cell.mode}.yaml"
+        )
+        where = [
+            "--output_dir",
+            str(tmp_path / "ab"),
+            "--name",
+            f"{cell.mode}_seed{cell.seed}",
+            "--seed",
+            str(cell.seed),
+        ]
         expected, expected_text, _ = parse_config([*base, "--config", str(overlay), *where])
-        assert cell.folder == expected.run_folder == tmp_path / "ab" / f"{cell.mode}_seed{cell.seed}"
+        assert (
+            cell.folder == expected.run_folder == tmp_path / "ab" / f"{cell.mode}_seed{cell.seed}"
+        )
         assert cell.config.pacing == expected.pacing
         assert cell.config.pacing.thresholds == config.pacing.thresholds
         own, own_text, _ = parse_config(cell.arguments)
@@ -200,7 +274,10 @@ def test_cells_are_the_overlays(recipe: list[str], tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["--modes", "joint,jiont"], "modes: expected some of self_paced,one_stage,two_stage,joint,static, got 'jiont'"),
+        (
+            ["--modes", "joint,jiont"],
+            "modes: expected some of self_paced,one_stage,two_stage,joint,static, got 'jiont'",
+        ),
         (["--modes", ""], "modes: expected some of"),
         (["--modes", "joint,one_stage,joint"], "modes: expected each once, got joint 2 times"),
         (["--seeds", "0,1,1"], "seeds: expected each once, got 1 2 times"),
@@ -214,17 +291,40 @@ def test_cells_are_the_overlays(recipe: list[str], tmp_path: Path) -> None:
         (["--list", "true", "--collect", "true"], "--list and --collect: expected one of them"),
         (["--collect", "true"], "collect: expected cells such as"),
         (["--seed", "3"], "--seed: an ablation sets it for each cell itself, from --seeds"),
-        (["--pacing.mode=joint"], "--pacing.mode: an ablation sets it for each cell itself, from --modes"),
-        (["--resume", "never"], "--resume: an ablation sets it for each cell itself, always to auto"),
+        (
+            ["--pacing.mode=joint"],
+            "--pacing.mode: an ablation sets it for each cell itself, from --modes",
+        ),
+        (
+            ["--resume", "never"],
+            "--resume: an ablation sets it for each cell itself, always to auto",
+        ),
         (["--mode", "joint"], "--mode"),
-        (["--prompts.heldout", "null", "--evaluation.num_videos", "0"], "prompts.heldout: expected captions to compare on"),
+        (
+            ["--prompts.validation", "null", "--evaluation.num_videos", "0"],
+            "prompts.validation: expected captions to compare on",
+        ),
         (["--prompts.train", "nowhere.txt"], "prompts.train: expected a file"),
-        (["--pacing.thresholds", "[0.5]"], "pacing.thresholds: expected 2 of them (mode self_paced"),
+        (
+            ["--pacing.thresholds", "[0.5]"],
+            "pacing.thresholds: expected 2 of them (mode self_paced",
+        ),
     ],
 )
-def test_refused_in_one_line(argv: list[str], words: str, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_refused_in_one_line(
+    argv: list[str], words: str, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     with pytest.raises(SystemExit) as stop:
-        command_line.main(["ablate", "--config", str(RECIPES / "shapes.yaml"), "--output_dir", str(tmp_path), *argv])
+        command_line.main(
+            [
+                "ablate",
+                "--config",
+                str(RECIPES / "shapes.yaml"),
+                "--output_dir",
+                str(tmp_path),
+                *argv,
+            ]
+        )
     assert stop.value.code == 2
     (line,) = capfd.readouterr().err.splitlines()
     assert line.startswith("error: ")
@@ -253,4 +353,15 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
         command_line.main(["ablate", "--help"])
     assert stop.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert all(option in text for option in ("--modes", "--seeds", "--jobs", "--launcher", "--list", "--collect", "--rollout.num_prompts"))
+    assert all(
+        option in text
+        for option in (
+            "--modes",
+            "--seeds",
+            "--jobs",
+            "--launcher",
+            "--list",
+            "--collect",
+            "--rollout.num_prompts",
+        )
+    )

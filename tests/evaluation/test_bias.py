@@ -1,4 +1,6 @@
-"""The bias of a judge: κ by hand and on planted biases, clusters that are there, warnings, tables, figures, and the command."""
+"""The bias of a judge: κ by hand and on planted biases, clusters that are there, warnings, tables,
+figures, and the command.
+"""
 
 from __future__ import annotations
 
@@ -17,21 +19,25 @@ from sklearn.metrics import adjusted_rand_score
 from threadpoolctl import threadpool_info, threadpool_limits
 
 from fastgrpo import __main__ as command_line
-from fastgrpo.analysis import bias, bias_tables
-from fastgrpo.analysis.bias import cluster, cluster_all, directions, kappa, measure, typical
-from fastgrpo.analysis.bias_tables import JudgeBias
+from fastgrpo.evaluation import bias, bias_tables
+from fastgrpo.evaluation.bias import cluster, cluster_all, directions, kappa, measure, typical
+from fastgrpo.evaluation.bias_tables import JudgeBias
 
 TOPICS = ("cats", "cars", "waves", "snow")
 OFFSETS = np.array([0.0, 0.1, -0.2, 0.3])
 
 
-def vectors(per_topic: int = 12, noise: float = 0.05, topics: int = 4) -> tuple[bias.Vectors, bias.Labels]:
+def vectors(
+    per_topic: int = 12, noise: float = 0.05, topics: int = 4
+) -> tuple[bias.Vectors, bias.Labels]:
     """Directions around orthogonal ones, and their topics."""
     topic = np.repeat(np.arange(topics), per_topic)
-    return directions(np.eye(topics, 8)[topic] + noise * np.random.default_rng(0).normal(size=(len(topic), 8))), topic
+    return directions(
+        np.eye(topics, 8)[topic] + noise * np.random.default_rng(0).normal(size=(len(topic), 8))
+    ), topic
 
 
-# ------------------------------------------------------------------------------------------------------------------- kappa
+# -------- kappa
 
 
 def test_kappa_by_hand() -> None:
@@ -53,14 +59,18 @@ def test_near_zero_is_a_share_of_the_scale() -> None:
 
 
 def test_a_planted_bias_is_measured_as_the_formula_says() -> None:
-    """Per topic m + offset, and inside it as many scores above as below: means and κ follow on paper."""
+    """Per topic m + offset, and inside it as many scores above as below: means and κ follow on
+    paper.
+    """
     topic = np.repeat(np.arange(4), 10)
     scores = 0.6 + OFFSETS[topic] + np.tile([0.05, -0.05], 20)
     found = measure(scores, topic)
     expected = 0.6 + OFFSETS
     assert found.sizes == [10] * 4
     np.testing.assert_allclose(found.means, expected)
-    assert found.of_means == pytest.approx(100 * math.sqrt(0.13 / 4) / 0.65)  # offsets - 0.05: squares .0025 .0025 .0625 .0625
+    assert found.of_means == pytest.approx(
+        100 * math.sqrt(0.13 / 4) / 0.65
+    )  # offsets - 0.05: squares .0025 .0025 .0625 .0625
     np.testing.assert_allclose(found.inside, 100 * 0.05 / expected)
     assert found.chance < found.of_means / 2
 
@@ -79,14 +89,21 @@ def test_scaling_changes_no_kappa_and_order_neither() -> None:
     topic = np.repeat(np.arange(4), 10)
     scores = np.random.default_rng(2).uniform(0.2, 0.9, 40)
     found, scaled = measure(scores, topic), measure(37 * scores, topic)
-    np.testing.assert_allclose([scaled.of_means, *scaled.inside, scaled.chance], [found.of_means, *found.inside, found.chance])
+    np.testing.assert_allclose(
+        [scaled.of_means, *scaled.inside, scaled.chance],
+        [found.of_means, *found.inside, found.chance],
+    )
     shuffle = np.random.default_rng(3).permutation(40)
     shuffled = measure(scores[shuffle], topic[shuffle])
-    np.testing.assert_allclose([shuffled.of_means, *shuffled.inside], [found.of_means, *found.inside])
+    np.testing.assert_allclose(
+        [shuffled.of_means, *shuffled.inside], [found.of_means, *found.inside]
+    )
 
 
 def test_signs_withhold_only_what_they_spoil() -> None:
-    """One cluster of both signs: no κ inside it; the means are all positive, so κ over them stands. Then a negative mean."""
+    """One cluster of both signs: no κ inside it; the means are all positive, so κ over them stands.
+    Then a negative mean.
+    """
     topic = np.array([0, 0, 1, 1, 2])
     found = measure([-1, 3, 2, 4, 5], topic)
     assert math.isnan(found.inside[0])
@@ -100,15 +117,19 @@ def test_signs_withhold_only_what_they_spoil() -> None:
 
 def test_near_zero_is_judged_by_all_scores_of_the_judge() -> None:
     assert math.isnan(measure([0.001, 0.003, 1, 3], np.array([0, 0, 1, 1])).inside[0])
-    assert math.isnan(measure([-10, 10.1, -10, 10.3], np.array([0, 0, 1, 1])).of_means)  # means 0.05 and 0.15 of scores of 10
+    assert math.isnan(
+        measure([-10, 10.1, -10, 10.3], np.array([0, 0, 1, 1])).of_means
+    )  # means 0.05 and 0.15 of scores of 10
 
 
-# ---------------------------------------------------------------------------------------------------------------- clusters
+# -------- clusters
 
 
 def test_planted_clusters_are_found_and_named_by_size() -> None:
     x, topic = vectors()
-    keep = np.concatenate([np.arange(12, 24), np.arange(0, 9), np.arange(24, 48)])  # 9 cats, 12 of each other
+    keep = np.concatenate(
+        [np.arange(12, 24), np.arange(0, 9), np.arange(24, 48)]
+    )  # 9 cats, 12 of each other
     labels = cluster(x[keep], 4, seed=0)
     assert adjusted_rand_score(topic[keep], labels) == 1
     assert np.bincount(labels).tolist() == [12, 12, 12, 9]
@@ -117,7 +138,9 @@ def test_planted_clusters_are_found_and_named_by_size() -> None:
 
 
 def test_threads_change_nothing() -> None:
-    """On a regular polygon, where many partitions are equally good and the last bit of a sum decides between them."""
+    """On a regular polygon, where many partitions are equally good and the last bit of a sum
+    decides between them.
+    """
     angle = 2 * np.pi * np.arange(1200) / 1200
     x = directions(np.stack([np.cos(angle), np.sin(angle)], axis=1))
     before = {lib["filepath"]: lib["num_threads"] for lib in threadpool_info()}
@@ -135,7 +158,10 @@ def test_threads_change_nothing() -> None:
 def test_directions_have_length_one_and_refuse_what_has_none() -> None:
     np.testing.assert_allclose(directions([[3, 4], [0, -2]]), [[0.6, 0.8], [0, -1]], rtol=1e-7)
     for bad in ([[0.0, 0.0]], [[math.nan, 1.0]], [[math.inf, 1.0]]):
-        with pytest.raises(ValueError, match="embeddings: expected finite numbers, not all zero, in each of 1 rows, got 1 rows without"):
+        with pytest.raises(
+            ValueError,
+            match="embeddings: expected finite numbers, not all zero, in each of 1 rows, got 1 rows without",
+        ):
             directions(bad)
     with pytest.raises(ValueError, match=r"expected a matrix .*\[3\]"):
         directions([1.0, 2.0, 3.0])
@@ -143,13 +169,16 @@ def test_directions_have_length_one_and_refuse_what_has_none() -> None:
 
 def test_too_few_captions() -> None:
     x = directions(np.eye(3)[[0, 0, 1, 2, 2, 2]])
-    with pytest.raises(ValueError, match=r"clusters: expected from 2 to 3, the number of different captions.*, got 5"):
+    with pytest.raises(
+        ValueError,
+        match=r"clusters: expected from 2 to 3, the number of different captions.*, got 5",
+    ):
         cluster_all(x, [2, 5], [0])
     with pytest.raises(ValueError, match=r"expected from 2 to 3.*, got 1"):
         cluster_all(x, [1, 2], [0])
 
 
-# ---------------------------------------------------------------------------------------------------------- tables, figures
+# -------- tables, figures
 
 
 def judge_of(scores: np.ndarray, topic: np.ndarray) -> JudgeBias:
@@ -176,9 +205,16 @@ def test_tables_say_what_was_measured(judges: dict[str, JudgeBias]) -> None:
     assert found["signed"]["clusters"]["4"]["kappa_of_means"] is None
     assert found["biased"]["clusters"]["4"]["clusters"][3]["mean"] == pytest.approx(0.9)
     over, inside = bias_tables.bias_rows(judges, {4: TOPICS})
-    assert [(row["judge"], row["lowest"]) for row in over] == [("biased", pytest.approx(27.735, abs=1e-3)), ("signed", None)]
+    assert [(row["judge"], row["lowest"]) for row in over] == [
+        ("biased", pytest.approx(27.735, abs=1e-3)),
+        ("signed", None),
+    ]
     assert [row["caption"] for row in inside] == [*TOPICS, *TOPICS]
-    assert [bias_tables.cluster_name(i, k) for i, k in ((0, 20), (25, 26), (0, 27))] == ["A", "Z", "1"]
+    assert [bias_tables.cluster_name(i, k) for i, k in ((0, 20), (25, 26), (0, 27))] == [
+        "A",
+        "Z",
+        "1",
+    ]
 
 
 def test_warnings(judges: dict[str, JudgeBias]) -> None:
@@ -186,9 +222,14 @@ def test_warnings(judges: dict[str, JudgeBias]) -> None:
     signs, means, inside = bias_tables.warnings_about(judges)
     assert signs.startswith("signed: its scores are of both signs (20 below zero, 20 above), and κ")
     assert "VideoAlign" in signs
-    assert means == "signed: κ over the cluster means is withheld at k = 4: they change sign or lie near zero"
+    assert (
+        means
+        == "signed: κ over the cluster means is withheld at k = 4: they change sign or lie near zero"
+    )
     assert inside.startswith("signed: κ is withheld inside 4 clusters")
-    below, single = bias_tables.warnings_about({"low": judge_of(np.array([-1.0, -2, -3, -4, -5]), np.array([0, 0, 1, 2, 3]))})
+    below, single = bias_tables.warnings_about(
+        {"low": judge_of(np.array([-1.0, -2, -3, -4, -5]), np.array([0, 0, 1, 2, 3]))}
+    )
     assert below.startswith("low: its scores are below zero, and κ")
     assert single.startswith("clusters of one video")
     assert "3 at k = 4" in single
@@ -197,7 +238,9 @@ def test_warnings(judges: dict[str, JudgeBias]) -> None:
 def test_figures_show_the_numbers(judges: dict[str, JudgeBias]) -> None:
     (axes,) = bias_tables.kappa_figure(judges).axes
     lines = {line.get_gid(): line for line in axes.lines}
-    np.testing.assert_allclose(lines["kappa/biased"].get_ydata(), [judges["biased"].by_k[4].of_means])
+    np.testing.assert_allclose(
+        lines["kappa/biased"].get_ydata(), [judges["biased"].by_k[4].of_means]
+    )
     assert lines["kappa/signed"].get_label() == "signed (withheld)"
     figure = bias_tables.cluster_figure(judges, np.repeat(np.arange(4), 10))
     for axes, (name, judge) in zip(figure.axes, judges.items(), strict=True):
@@ -208,20 +251,31 @@ def test_figures_show_the_numbers(judges: dict[str, JudgeBias]) -> None:
     assert figure.axes[1].get_ylim()[0] < 0
 
 
-# ------------------------------------------------------------------------------------------------------------- the command
+# -------- the command
 
 
 @pytest.fixture
 def files(tmp_path: Path) -> Callable[..., list[Path]]:
-    """Embeddings of 48 videos of 4 topics, and score files of a judge with the planted offsets and of one without."""
+    """Embeddings of 48 videos of 4 topics, and score files of a judge with the planted offsets and
+    of one without.
+    """
 
     def make(order: np.ndarray | None = None) -> list[Path]:
         x, topic = vectors()
         order = np.arange(48) if order is None else order
         np.save(tmp_path / "vectors.npy", x[order])
         planted = 0.6 + OFFSETS[topic] + np.tile([0.05, -0.05], 24)
-        biased = [{"video": f"/a/{i:02d}.mp4", "prompt": f"{TOPICS[topic[i]]} {i}", "score": planted[i]} for i in order]
-        fair = [{"video": f"/b/{i:02d}.mp4", "rewards": {"quality": 0.7 + 0.01 * (-1) ** i, "motion": 0.5}} for i in range(48)]
+        biased = [
+            {"video": f"/a/{i:02d}.mp4", "prompt": f"{TOPICS[topic[i]]} {i}", "score": planted[i]}
+            for i in order
+        ]
+        fair = [
+            {
+                "video": f"/b/{i:02d}.mp4",
+                "rewards": {"quality": 0.7 + 0.01 * (-1) ** i, "motion": 0.5},
+            }
+            for i in range(48)
+        ]
         for name, rows in (("biased", biased), ("fair", fair)):
             (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         return [tmp_path / "biased.jsonl", tmp_path / "fair.jsonl", tmp_path / "vectors.npy"]
@@ -238,10 +292,28 @@ def results(folder: Path) -> dict[str, Any]:
     return read
 
 
-def test_the_command_end_to_end(files: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_end_to_end(
+    files: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     biased, fair, x = files()
     out = tmp_path / "bias"
-    assert call("--scores", biased, fair, "--embeddings", x, "--clusters", "3:5", "--num_seeds", 2, "--score", "score", "quality") == 0
+    assert (
+        call(
+            "--scores",
+            biased,
+            fair,
+            "--embeddings",
+            x,
+            "--clusters",
+            "3:5",
+            "--num_seeds",
+            2,
+            "--score",
+            "score",
+            "quality",
+        )
+        == 0
+    )
     text = capsys.readouterr().out
     assert "48 videos, 3:5 clusters, seed 0" in text
     assert f"tables and figures: {out}" in text
@@ -267,17 +339,25 @@ def test_the_order_of_rows_changes_nothing(files: Any, tmp_path: Path) -> None:
     assert results(tmp_path / "one") == results(tmp_path / "two")
 
 
-def test_what_one_judge_lacks_is_left_out_of_all(files: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_one_judge_lacks_is_left_out_of_all(
+    files: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     biased, fair, x = files()
     rows = [json.loads(line) for line in fair.read_text().splitlines()]
     rows[1] = {"video": rows[1]["video"], "prompt": "x", "error": "cannot be read"}
     rows[2]["rewards"]["motion"] = math.nan
     fair.write_text("".join(json.dumps(row) + "\n" for row in rows[:-1]))
-    assert call("--scores", biased, fair, "--embeddings", x, "--clusters", 4, "--names", "one", "two") == 0
+    assert (
+        call("--scores", biased, fair, "--embeddings", x, "--clusters", 4, "--names", "one", "two")
+        == 0
+    )
     text = capsys.readouterr().out
     assert "45 videos" in text
     assert "note: one: left out 3 videos that another judge has no score for" in text
-    assert "note: two: left out 1 with an error, 1 with a score that is no finite number of 47 rows" in text
+    assert (
+        "note: two: left out 1 with an error, 1 with a score that is no finite number of 47 rows"
+        in text
+    )
 
 
 def test_captions_from_files(files: Any, tmp_path: Path) -> None:
@@ -287,18 +367,37 @@ def test_captions_from_files(files: Any, tmp_path: Path) -> None:
     named.write_text(json.dumps({f"{i:02d}.mp4": f"named {i}" for i in range(48)}))
     lines.write_text("".join(f"line {i}\n" for i in range(48)))
     for file, word in ((named, "named"), (lines, "line")):
-        assert call("--scores", biased, fair, "--embeddings", x, "--clusters", 4, "--captions", file, "--out", tmp_path / word) == 0
+        assert (
+            call(
+                "--scores",
+                biased,
+                fair,
+                "--embeddings",
+                x,
+                "--clusters",
+                4,
+                "--captions",
+                file,
+                "--out",
+                tmp_path / word,
+            )
+            == 0
+        )
         clusters = results(tmp_path / word)["judges"]["fair"]["clusters"]["4"]["clusters"]
         assert {c["caption"].split()[0] for c in clusters} == {word}
 
 
-def test_embeddings_are_made_once(files: Any, wan_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With an encoder they are made and kept; then neither encoder nor its folder is needed, and the results are the same."""
+def test_embeddings_are_made_once(
+    files: Any, wan_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With an encoder they are made and kept; then neither encoder nor its folder is needed, and
+    the results are the same.
+    """
     biased, fair, _ = files()
     options = ("--scores", biased, fair, "--clusters", "2:4", "--num_seeds", 1)
     assert call(*options, "--text_encoder", wan_folder, "--device", "cpu") == 0
     first = results(tmp_path / "bias")
-    monkeypatch.setattr("fastgrpo.analysis.caption_embeddings.load_encoder", None)
+    monkeypatch.setattr("fastgrpo.evaluation.caption_embeddings.load_encoder", None)
     assert call(*options, "--text_encoder", wan_folder, "--device", "cpu") == 0
     assert call(*options) == 0
     assert results(tmp_path / "bias") == first
@@ -312,12 +411,21 @@ def test_embeddings_are_made_once(files: Any, wan_folder: Path, tmp_path: Path, 
     [
         (["--scores", "none.jsonl"], "scores: expected a file, found none at .*none.jsonl"),
         (["--scores", "EMPTY"], "scores: expected a row with scores in .*, found none"),
-        (["--clusters", "10:"], "clusters: expected first:last or one number, at least 2, got '10:'"),
+        (
+            ["--clusters", "10:"],
+            "clusters: expected first:last or one number, at least 2, got '10:'",
+        ),
         (["--clusters", "5:4"], "clusters: expected first:last"),
         (["--clusters", "1"], "clusters: expected first:last or one number, at least 2, got '1'"),
         (["--clusters", "10:49"], "clusters: expected from 2 to 48, .*, got 49"),
-        (["--score", "beauty"], "score: expected mean or one of score in .*biased.jsonl, got beauty"),
-        (["--score", "mean", "mean", "mean"], "score: expected one for all or one for each of 2 files of scores, got 3"),
+        (
+            ["--score", "beauty"],
+            "score: expected mean or one of score in .*biased.jsonl, got beauty",
+        ),
+        (
+            ["--score", "mean", "mean", "mean"],
+            "score: expected one for all or one for each of 2 files of scores, got 3",
+        ),
         (["--names", "one"], "names: expected one for each of 2 files of scores"),
         (["--num_seeds", "0"], "num_seeds: expected at least 1, got 0"),
         (["--batch_size", "0"], "batch_size: expected at least 1, got 0"),
@@ -326,15 +434,26 @@ def test_embeddings_are_made_once(files: Any, wan_folder: Path, tmp_path: Path, 
         (["--captions", "none.txt"], "captions: expected a file, found none at .*none.txt"),
         (["--captions", "none.json"], "captions: expected a file, found none at .*none.json"),
         (["--captions", "EMPTY"], "captions: expected at least one caption in .*, found none"),
-        (["--captions", "SHORT"], "captions: expected one for each of 48 rows of .*biased.jsonl, got 1"),
-        (["--captions", "NAMED"], "captions: expected one for each of 48 videos in .*, got none for 47: /a/01.mp4"),
+        (
+            ["--captions", "SHORT"],
+            "captions: expected one for each of 48 rows of .*biased.jsonl, got 1",
+        ),
+        (
+            ["--captions", "NAMED"],
+            "captions: expected one for each of 48 videos in .*, got none for 47: /a/01.mp4",
+        ),
         (["--embeddings", "none.npy"], "embeddings: expected a file, found none"),
         (["--text_encoder", "x"], "embeddings: expected those or a text_encoder, got both"),
         (["--device", "gpu"], "device"),
     ],
 )
 def test_one_line_for_what_is_wrong(
-    files: Any, tmp_path: Path, change: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    files: Any,
+    tmp_path: Path,
+    change: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     biased, fair, x = files()
@@ -342,7 +461,14 @@ def test_one_line_for_what_is_wrong(
     paths = {key: tmp_path / (f"{key}.json" if key == "NAMED" else f"{key}.txt") for key in texts}
     for key, path in paths.items():
         path.write_text(texts[key])
-    words = ["--scores", biased, fair, "--embeddings", x, *(paths.get(word, word) for word in change)]
+    words = [
+        "--scores",
+        biased,
+        fair,
+        "--embeddings",
+        x,
+        *(paths.get(word, word) for word in change),
+    ]
     with pytest.raises(SystemExit) as stop:
         call(*words)
     assert stop.value.code == 2
@@ -351,12 +477,20 @@ def test_one_line_for_what_is_wrong(
     assert re.search(message, line), line
 
 
-def test_without_embeddings_or_captions(files: Any, wan_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_embeddings_or_captions(
+    files: Any, wan_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     biased, fair, _ = files()
     for words, message in (
         (("--scores", biased), "error: text_encoder: expected it, or embeddings, as"),
-        (("--scores", fair), "error: captions: expected one for each of 48 videos, got 48 without; name a file of them, or embeddings"),
-        (("--scores", biased, "--text_encoder", "no/such folder"), "error: text_encoder.model: expected a folder in transformers' or"),
+        (
+            ("--scores", fair),
+            "error: captions: expected one for each of 48 videos, got 48 without; name a file of them, or embeddings",
+        ),
+        (
+            ("--scores", biased, "--text_encoder", "no/such folder"),
+            "error: text_encoder.model: expected a folder in transformers' or",
+        ),
         (
             ("--scores", biased, "--text_encoder", wan_folder, "--revision", "x"),
             "error: text_encoder.revision: expected none beside a local",
@@ -369,5 +503,7 @@ def test_without_embeddings_or_captions(files: Any, wan_folder: Path, capsys: py
 
 def test_without_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sklearn.cluster", None)
-    with pytest.raises(ValueError, match=r'bias needs scikit-learn .*pip install "fastgrpo\[analysis\]"'):
+    with pytest.raises(
+        ValueError, match=r'bias needs scikit-learn .*pip install "fastgrpo\[analysis\]"'
+    ):
         cluster_all(vectors()[0], [2], [0])

@@ -1,4 +1,6 @@
-"""Captions' vectors: a mean over tokens against one by hand, padding and batches, the file that keeps them, and refusals."""
+"""Captions' vectors: a mean over tokens against one by hand, padding and batches, the file that
+keeps them, and refusals.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +15,8 @@ import torch
 from safetensors.numpy import save_file
 from transformers import UMT5EncoderModel
 
-from fastgrpo.analysis import caption_embeddings
-from fastgrpo.analysis.caption_embeddings import (
+from fastgrpo.evaluation import caption_embeddings
+from fastgrpo.evaluation.caption_embeddings import (
     Embeddings,
     embed_captions,
     embeddings_in_order,
@@ -34,8 +36,12 @@ def encoder(wan_folder: Path) -> tuple[Any, Any]:
     return load_encoder(str(wan_folder), None, CPU, torch.float32)
 
 
-def test_the_mean_is_over_tokens_that_are_not_padding(encoder: tuple[Any, Any], wan_folder: Path) -> None:
-    """Each caption alone, without padding or mask, through a model loaded otherwise; the tokens are bytes, so counted by hand."""
+def test_the_mean_is_over_tokens_that_are_not_padding(
+    encoder: tuple[Any, Any], wan_folder: Path
+) -> None:
+    """Each caption alone, without padding or mask, through a model loaded otherwise; the tokens are
+    bytes, so counted by hand.
+    """
     found = mean_embeddings(*encoder, CAPTIONS, batch_size=5)
     other = UMT5EncoderModel.from_pretrained(wan_folder, subfolder="text_encoder").eval()
     for caption, vector in zip(CAPTIONS, found, strict=True):
@@ -43,7 +49,9 @@ def test_the_mean_is_over_tokens_that_are_not_padding(encoder: tuple[Any, Any], 
         assert len(ids) == len(caption)
         with torch.no_grad():
             tokens = other(input_ids=torch.tensor([ids])).last_hidden_state[0].double()
-        np.testing.assert_allclose(vector, (tokens.sum(0) / len(caption)).numpy(), rtol=0, atol=2e-6)
+        np.testing.assert_allclose(
+            vector, (tokens.sum(0) / len(caption)).numpy(), rtol=0, atol=2e-6
+        )
     assert found.dtype == np.float32
     assert np.ptp(found, axis=0).max() > 0.1  # captions differ
 
@@ -51,18 +59,31 @@ def test_the_mean_is_over_tokens_that_are_not_padding(encoder: tuple[Any, Any], 
 def test_batches_and_order_do_not_matter(encoder: tuple[Any, Any]) -> None:
     together = mean_embeddings(*encoder, CAPTIONS, batch_size=5)
     for size in (1, 2, 100):
-        np.testing.assert_allclose(mean_embeddings(*encoder, CAPTIONS[::-1], batch_size=size)[::-1], together, rtol=0, atol=2e-6)
+        np.testing.assert_allclose(
+            mean_embeddings(*encoder, CAPTIONS[::-1], batch_size=size)[::-1],
+            together,
+            rtol=0,
+            atol=2e-6,
+        )
 
 
-def test_long_captions_are_cut_with_a_warning(encoder: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_captions_are_cut_with_a_warning(
+    encoder: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(caption_embeddings, "MAX_TOKENS", 6)
-    with pytest.warns(UserWarning, match="2 of 5 captions have 6 tokens or more; the rest of them is cut off"):
+    with pytest.warns(
+        UserWarning, match="2 of 5 captions have 6 tokens or more; the rest of them is cut off"
+    ):
         found = mean_embeddings(*encoder, CAPTIONS, batch_size=2)
     with pytest.warns(UserWarning, match="1 of 1"):
-        np.testing.assert_allclose(found[1], mean_embeddings(*encoder, [CAPTIONS[1][:6]], 1)[0], rtol=0, atol=2e-6)
+        np.testing.assert_allclose(
+            found[1], mean_embeddings(*encoder, [CAPTIONS[1][:6]], 1)[0], rtol=0, atol=2e-6
+        )
 
 
-def test_made_once_and_added_to(wan_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_made_once_and_added_to(
+    wan_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path, model = tmp_path / "kept" / "e.safetensors", str(wan_folder)
     first = embed_captions(CAPTIONS[:3], path, model, None, CPU, 2)
     made: list[str] = []
@@ -85,7 +106,9 @@ def test_made_once_and_added_to(wan_folder: Path, tmp_path: Path, monkeypatch: p
     config = other / "text_encoder" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"dropout_rate": 0.2}))
     made.clear()
-    embed_captions(CAPTIONS[:2], path, str(other), None, CPU, 2)  # another encoder: nothing of the old one's is taken or kept
+    embed_captions(
+        CAPTIONS[:2], path, str(other), None, CPU, 2
+    )  # another encoder: nothing of the old one's is taken or kept
     assert made == CAPTIONS[:2]
     assert read_embeddings(path).captions == CAPTIONS[:2]
     with pytest.raises(ValueError, match="captions: expected words in each, got an empty one"):
@@ -96,18 +119,26 @@ def test_files_of_embeddings(tmp_path: Path) -> None:
     x = np.arange(6, dtype=np.float64).reshape(3, 2)
     np.save(tmp_path / "x.npy", x)
     save_file({"any": x.astype(np.float16)}, tmp_path / "x.safetensors")
-    write_embeddings(tmp_path / "own.safetensors", Embeddings(x.astype(np.float32), ["a", "b", "c"], {"text_encoder": "t"}))
+    write_embeddings(
+        tmp_path / "own.safetensors",
+        Embeddings(x.astype(np.float32), ["a", "b", "c"], {"text_encoder": "t"}),
+    )
     for name in ("x.npy", "x.safetensors", "own.safetensors"):
         found = read_embeddings(tmp_path / name)
         np.testing.assert_array_equal(found.vectors, x)
         assert found.vectors.dtype == np.float32
     assert (found.captions, found.encoder) == (["a", "b", "c"], {"text_encoder": "t"})
     np.testing.assert_array_equal(embeddings_in_order(found, [9, 9], ["c", "a"], 5), x[[2, 0]])
-    with pytest.raises(ValueError, match="embeddings: expected one for each of 3 captions, got none for 2: 'd'"):
+    with pytest.raises(
+        ValueError, match="embeddings: expected one for each of 3 captions, got none for 2: 'd'"
+    ):
         embeddings_in_order(found, [0, 1, 2], ["d", "a", "e"], 3)
     plain = read_embeddings(tmp_path / "x.npy")
     np.testing.assert_array_equal(embeddings_in_order(plain, [2, 0], ["", ""], 3), x[[2, 0]])
-    with pytest.raises(ValueError, match="embeddings: expected a row for each of the 4 rows of the first file of scores, got 3"):
+    with pytest.raises(
+        ValueError,
+        match="embeddings: expected a row for each of the 4 rows of the first file of scores, got 3",
+    ):
         embeddings_in_order(plain, [2, 0], ["", ""], 4)
 
 
@@ -134,8 +165,13 @@ def test_unreadable_embeddings(tmp_path: Path) -> None:
 
 
 def test_both_kinds_of_folders(wan_folder: Path, encoder: tuple[Any, Any], tmp_path: Path) -> None:
-    """A pipeline of diffusers, and a whole UMT5 (with a decoder) of transformers with its tokenizer beside it."""
-    assert encoder_folders(str(wan_folder), None) == (wan_folder / "text_encoder", wan_folder / "tokenizer")
+    """A pipeline of diffusers, and a whole UMT5 (with a decoder) of transformers with its tokenizer
+    beside it.
+    """
+    assert encoder_folders(str(wan_folder), None) == (
+        wan_folder / "text_encoder",
+        wan_folder / "tokenizer",
+    )
     from transformers import UMT5ForConditionalGeneration
 
     whole = UMT5ForConditionalGeneration(encoder[0].config)
@@ -147,7 +183,9 @@ def test_both_kinds_of_folders(wan_folder: Path, encoder: tuple[Any, Any], tmp_p
     np.testing.assert_allclose(found, mean_embeddings(*encoder, CAPTIONS, 5), rtol=0, atol=2e-6)
 
 
-def test_a_hub_id_fetches_no_more_than_the_encoder(wan_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_id_fetches_no_more_than_the_encoder(
+    wan_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked: list[Any] = []
 
     def download(model: str, revision: str | None, allow_patterns: list[str]) -> str:
@@ -156,7 +194,10 @@ def test_a_hub_id_fetches_no_more_than_the_encoder(wan_folder: Path, monkeypatch
 
     monkeypatch.setattr("fastgrpo.hub.snapshot_download", download)
     assert encoder_folders("Wan-AI/Wan", "abc")[0] == wan_folder / "text_encoder"
-    assert asked == [("Wan-AI/Wan", "abc", "config.json", "model_index.json"), ("Wan-AI/Wan", "abc", "text_encoder/*", "tokenizer/*")]
+    assert asked == [
+        ("Wan-AI/Wan", "abc", "config.json", "model_index.json"),
+        ("Wan-AI/Wan", "abc", "text_encoder/*", "tokenizer/*"),
+    ]
 
 
 def test_folders_without_an_encoder(wan_folder: Path, tmp_path: Path) -> None:
@@ -165,8 +206,14 @@ def test_folders_without_an_encoder(wan_folder: Path, tmp_path: Path) -> None:
     shutil.copytree(wan_folder, tmp_path / "wan")
     text = tmp_path / "wan" / "text_encoder"
     config = json.loads((text / "config.json").read_text())
-    refused = r"text_encoder: expected a readable UMT5 encoder with its tokenizer in .*text_encoder, got "
-    for change, message in (({"model_type": "t5"}, "model_type t5"), ({"num_layers": 3}, "one without"), ({"d_ff": 65}, "")):
+    refused = (
+        r"text_encoder: expected a readable UMT5 encoder with its tokenizer in .*text_encoder, got "
+    )
+    for change, message in (
+        ({"model_type": "t5"}, "model_type t5"),
+        ({"num_layers": 3}, "one without"),
+        ({"d_ff": 65}, ""),
+    ):
         (text / "config.json").write_text(json.dumps(config | change))
         with pytest.raises(ValueError, match=refused + message):
             load_encoder(str(tmp_path / "wan"), None, CPU, torch.float32)

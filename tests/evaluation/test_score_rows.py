@@ -10,20 +10,49 @@ from typing import Any
 import pytest
 import torch
 
-from fastgrpo.analysis.result_files import number, text_table, write_csv, write_json
-from fastgrpo.analysis.score_rows import ScoredRow, ScoreFile, left_out_lines, match_rows, name_files, pick, read_scores
-from fastgrpo.figures import save_samples
+from fastgrpo.evaluation.result_files import number, text_table, write_csv, write_json
+from fastgrpo.evaluation.score_rows import (
+    ScoredRow,
+    ScoreFile,
+    left_out_lines,
+    match_rows,
+    name_files,
+    pick,
+    read_scores,
+)
+from fastgrpo.training.figures import save_samples
 
 
 def write(path: Path, *rows: Any) -> Path:
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    path.write_text(
+        "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
+    )
     return path
 
 
 def test_every_form_of_row(tmp_path: Path) -> None:
-    full = {"video": "a.mp4", "prompt": "a", "answers": {"x": 5.0}, "rewards": {"x": 0.5, "y": 1}, "judge": "0f"}
-    error, null, nan = {"video": "e", "error": "cut"}, {"video": "n", "score": None}, {"video": "n", "rewards": {"x": math.nan}}
-    path = write(tmp_path / "s.jsonl", full, error, "", {"video": "b.mp4", "score": -2}, null, {"prompt": "c", "score": 3.5}, nan)
+    full = {
+        "video": "a.mp4",
+        "prompt": "a",
+        "answers": {"x": 5.0},
+        "rewards": {"x": 0.5, "y": 1},
+        "judge": "0f",
+    }
+    error, null, nan = (
+        {"video": "e", "error": "cut"},
+        {"video": "n", "score": None},
+        {"video": "n", "rewards": {"x": math.nan}},
+    )
+    path = write(
+        tmp_path / "s.jsonl",
+        full,
+        error,
+        "",
+        {"video": "b.mp4", "score": -2},
+        null,
+        {"prompt": "c", "score": 3.5},
+        nan,
+    )
     found = read_scores(path)
     assert found.rows == [
         ScoredRow("a.mp4", "a", {"x": 0.5, "y": 1.0}, 0),
@@ -37,22 +66,37 @@ def test_every_form_of_row(tmp_path: Path) -> None:
         "judge: left out 2 videos that another judge has no score for",
     ]
     assert pick(found, found.rows, "mean") == [0.75, -2.0, 3.5]
-    with pytest.raises(ValueError, match=r"score: expected mean or one of score in .*s.jsonl, got x"):
+    with pytest.raises(
+        ValueError, match=r"score: expected mean or one of score in .*s.jsonl, got x"
+    ):
         pick(found, found.rows, "x")
 
 
 def test_components_are_picked_by_name(tmp_path: Path) -> None:
     """As VideoAlign's rows have them: rewards in [0, 1] from raw scores, which may be negative."""
-    rows = [{"video": str(i), "rewards": {"overall": 0.5}, "components": {"VQ": -1.5 + i, "overall": 9}} for i in range(2)]
-    found = read_scores(write(tmp_path / "s.jsonl", *rows, {"video": "2", "score": 1, "components": {"VQ": None}}))
-    assert [pick(found, found.rows, score) for score in ("VQ", "overall", "mean")] == [[-1.5, -0.5], [0.5, 0.5], [0.5, 0.5]]
+    rows = [
+        {"video": str(i), "rewards": {"overall": 0.5}, "components": {"VQ": -1.5 + i, "overall": 9}}
+        for i in range(2)
+    ]
+    found = read_scores(
+        write(tmp_path / "s.jsonl", *rows, {"video": "2", "score": 1, "components": {"VQ": None}})
+    )
+    assert [pick(found, found.rows, score) for score in ("VQ", "overall", "mean")] == [
+        [-1.5, -0.5],
+        [0.5, 0.5],
+        [0.5, 0.5],
+    ]
     assert found.not_finite == 1
     with pytest.raises(ValueError, match="line 1: expected rewards"):
-        read_scores(write(tmp_path / "s.jsonl", {"video": "a", "score": 1, "components": {"VQ": "1"}}))
+        read_scores(
+            write(tmp_path / "s.jsonl", {"video": "a", "score": 1, "components": {"VQ": "1"}})
+        )
 
 
 def test_saved_samples(tmp_path: Path) -> None:
-    """As training and `python -m fastgrpo sample` write them: with scores, with a score that was not finite, without."""
+    """As training and `python -m fastgrpo sample` write them: with scores, with a score that was
+    not finite, without.
+    """
     scores = torch.tensor([[0.5, 0.75], [math.nan, 0.5]])
     save_samples(tmp_path, torch.zeros(2, 2, 3, 8, 8), ["a cat", "b"], 8.0, scores, ["x", "y"])
     found = read_scores(tmp_path / "samples.json")
@@ -61,9 +105,16 @@ def test_saved_samples(tmp_path: Path) -> None:
     save_samples(tmp_path, torch.zeros(1, 2, 3, 8, 8), ["a cat"], 8.0)
     with pytest.raises(ValueError, match=r"found none: 1 with an error of 1$"):
         read_scores(tmp_path / "samples.json")
-    for text in ("[]", '{"a": 1}', '{"stages": ["x"], "samples": [{"video": "a", "prompt": "a", "scores": [1, 2]}]}'):
+    for text in (
+        "[]",
+        '{"a": 1}',
+        '{"stages": ["x"], "samples": [{"video": "a", "prompt": "a", "scores": [1, 2]}]}',
+    ):
         (tmp_path / "samples.json").write_text(text)
-        with pytest.raises(ValueError, match=r"samples.json: expected .jsonl, or the samples.json of saved samples, got"):
+        with pytest.raises(
+            ValueError,
+            match=r"samples.json: expected .jsonl, or the samples.json of saved samples, got",
+        ):
             read_scores(tmp_path / "samples.json")
 
 
@@ -99,7 +150,9 @@ def test_files_without_scores(tmp_path: Path) -> None:
 
 
 def score_file(*rows: tuple[str | None, str | None]) -> ScoreFile:
-    scored = [ScoredRow(video, prompt, {"score": float(i)}, i) for i, (video, prompt) in enumerate(rows)]
+    scored = [
+        ScoredRow(video, prompt, {"score": float(i)}, i) for i, (video, prompt) in enumerate(rows)
+    ]
     return ScoreFile(Path("s.jsonl"), scored, len(rows), 0, 0)
 
 
@@ -118,25 +171,41 @@ def test_videos_are_matched_by_the_first_name_that_tells_them_apart() -> None:
 
 
 def test_what_cannot_be_matched() -> None:
-    with pytest.raises(ValueError, match=r"scores: expected each video once in s.jsonl, got a.mp4 with the prompt p 2 times"):
+    with pytest.raises(
+        ValueError,
+        match=r"scores: expected each video once in s.jsonl, got a.mp4 with the prompt p 2 times",
+    ):
         match_rows([score_file(("a.mp4", "p"), ("a.mp4", "p"))])
-    with pytest.raises(ValueError, match=r"scores: expected each video once in s.jsonl, got p 2 times"):
+    with pytest.raises(
+        ValueError, match=r"scores: expected each video once in s.jsonl, got p 2 times"
+    ):
         match_rows([score_file((None, "p"), (None, "p"))])
-    with pytest.raises(ValueError, match=r"expected a video that all files have, got none: a.mp4 in s.jsonl and b.mp4 in s.jsonl"):
+    with pytest.raises(
+        ValueError,
+        match=r"expected a video that all files have, got none: a.mp4 in s.jsonl and b.mp4 in s.jsonl",
+    ):
         match_rows([score_file(("a.mp4", None)), score_file(("b.mp4", None))])
-    with pytest.raises(ValueError, match=r"expected a video or a prompt in every row of all files, got a row without in s.jsonl"):
+    with pytest.raises(
+        ValueError,
+        match=r"expected a video or a prompt in every row of all files, got a row without in s.jsonl",
+    ):
         match_rows([score_file((None, "p")), score_file(("a.mp4", None))])
 
 
 def test_names_of_files() -> None:
     assert name_files([Path("x/a.jsonl"), Path("y/b.jsonl")], None) == ["a", "b"]
     assert name_files([Path("x/s.jsonl"), Path("y/s.jsonl")], None) == ["x", "y"]
-    assert name_files([Path("/x/s.jsonl"), Path("/z/x/s.jsonl")], None) == ["/x/s.jsonl", "/z/x/s.jsonl"]
+    assert name_files([Path("/x/s.jsonl"), Path("/z/x/s.jsonl")], None) == [
+        "/x/s.jsonl",
+        "/z/x/s.jsonl",
+    ]
     assert name_files([Path("x/s.jsonl"), Path("y/s.jsonl")], ["one", "two"]) == ["one", "two"]
     with pytest.raises(ValueError, match="scores: expected different files, got x, x"):
         name_files([Path("x"), Path("x")], None)
     for names in (["one"], ["one", "one"]):
-        with pytest.raises(ValueError, match="names: expected one for each of 2 files of scores, all different"):
+        with pytest.raises(
+            ValueError, match="names: expected one for each of 2 files of scores, all different"
+        ):
             name_files([Path("x"), Path("y")], names)
 
 

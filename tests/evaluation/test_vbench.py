@@ -1,4 +1,6 @@
-"""VBench's scores against published tables, its result files in every form, the prompts and names of its suite, tables and figure."""
+"""VBench's scores against published tables, its result files in every form, the prompts and names
+of its suite, tables and figure.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,7 @@ import pytest
 from PIL import Image
 
 from fastgrpo import __main__ as command_line
-from fastgrpo.analysis.vbench_scores import (
+from fastgrpo.evaluation.vbench_scores import (
     DIMENSIONS,
     Dimension,
     EvaluationPrompt,
@@ -24,16 +26,36 @@ from fastgrpo.analysis.vbench_scores import (
     vbench_scores,
     video_name,
 )
-from fastgrpo.analysis.vbench_tables import ScoreRow, score_figure, score_rows, score_table, scores_json
-from fastgrpo.figures import save_figure
+from fastgrpo.evaluation.vbench_tables import (
+    ScoreRow,
+    score_figure,
+    score_rows,
+    score_table,
+    scores_json,
+)
+from fastgrpo.training.figures import save_figure
 
 NAMES = [
-    *("subject_consistency", "background_consistency", "temporal_flickering", "motion_smoothness", "dynamic_degree"),
-    *("aesthetic_quality", "imaging_quality", "object_class", "multiple_objects", "human_action", "color"),
+    *(
+        "subject_consistency",
+        "background_consistency",
+        "temporal_flickering",
+        "motion_smoothness",
+        "dynamic_degree",
+    ),
+    *(
+        "aesthetic_quality",
+        "imaging_quality",
+        "object_class",
+        "multiple_objects",
+        "human_action",
+        "color",
+    ),
     *("spatial_relationship", "scene", "appearance_style", "temporal_style", "overall_consistency"),
 ]
-# Percent: total, quality, semantic, then the sixteen in the order of NAMES. VBench's leaderboard, as Show-o2 (arXiv 2506.15564), table 8,
-# reprints it, but for the last two rows, which are that paper's and Step-Video's own measurements.
+# Percent: total, quality, semantic, then the sixteen in the order of NAMES. VBench's leaderboard,
+# as Show-o2 (arXiv 2506.15564), table 8, reprints it, but for the last two rows, which are that
+# paper's and Step-Video's own measurements.
 LEADERBOARD = """
 ModelScope 75.75 78.05 66.54 89.87 95.29 98.28 95.79 66.39 52.06 58.57 82.25 38.98 92.40 81.72 33.68 39.26 23.39 25.37 25.67
 LaVie 77.08 78.78 70.31 91.41 97.47 98.30 96.38 49.72 54.94 61.90 91.82 33.32 96.80 86.39 34.09 52.69 23.56 25.93 26.41
@@ -61,9 +83,15 @@ Ours-14B 82.09 84.59 72.08 96.63 98.74 99.01 98.30 56.94 60.68 68.91 82.19 69.81
 
 def published(table: str) -> dict[str, tuple[list[float], dict[str, float]]]:
     """By model: (total, quality, semantic), and percent by dimension."""
-    rows = {line.split()[0]: [float(word) for word in line.split()[1:]] for line in table.strip().splitlines()}
+    rows = {
+        line.split()[0]: [float(word) for word in line.split()[1:]]
+        for line in table.strip().splitlines()
+    }
     assert all(len(numbers) == 19 for numbers in rows.values())
-    return {model: (numbers[:3], dict(zip(NAMES, numbers[3:], strict=True))) for model, numbers in rows.items()}
+    return {
+        model: (numbers[:3], dict(zip(NAMES, numbers[3:], strict=True)))
+        for model, numbers in rows.items()
+    }
 
 
 def recomputed(percent: dict[str, float]) -> list[float | None]:
@@ -74,28 +102,38 @@ def recomputed(percent: dict[str, float]) -> list[float | None]:
 MODELS = published(LEADERBOARD) | published(PAPER)
 
 
-# --- the totals ----------------------------------------------------------------------------------------------------------
+# --- the totals
+# ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("model", [model for model in MODELS if model != "Ours-14B"])
 def test_published_totals(model: str) -> None:
-    """To the rounding of inputs and outputs: at most 0.005 each, through averages with weights of at most 1 / 0.2846 / 9."""
+    """To the rounding of inputs and outputs: at most 0.005 each, through averages with weights of
+    at most 1 / 0.2846 / 9.
+    """
     totals, percent = MODELS[model]
     assert recomputed(percent) == pytest.approx(totals, abs=0.012)
 
 
 def test_the_papers_14b_column_contradicts_itself() -> None:
-    """Its quality and total are 0.78 and 0.63 above what its dimensions give; an aesthetic quality of 65.73 in place of the printed
-    60.68 would fit both. Its semantic score agrees."""
+    """Its quality and total are 0.78 and 0.63 above what its dimensions give; an aesthetic quality
+    of 65.73 in place of the printed 60.68 would fit both. Its semantic score agrees.
+    """
     (total, quality, semantic), percent = MODELS["Ours-14B"]
     assert recomputed(percent) == pytest.approx([total - 0.63, quality - 0.78, semantic], abs=0.012)
-    assert recomputed(percent | {"aesthetic_quality": 65.73}) == pytest.approx([total, quality, semantic], abs=0.012)
+    assert recomputed(percent | {"aesthetic_quality": 65.73}) == pytest.approx(
+        [total, quality, semantic], abs=0.012
+    )
 
 
 def test_by_hand() -> None:
-    """All scores 0.8: quality (0.6538/0.8538 + 0.5385/0.7385 + 0.1707/0.3707 + 0.094/0.2915 + 0.8/2 + 0.8 + 0.8) / 6.5."""
+    """All scores 0.8: quality (0.6538/0.8538 + 0.5385/0.7385 + 0.1707/0.3707 + 0.094/0.2915 + 0.8/2
+    + 0.8 + 0.8) / 6.5.
+    """
     scores = vbench_scores(dict.fromkeys(NAMES, 0.8))
-    quality = (0.6538 / 0.8538 + 0.5385 / 0.7385 + 0.1707 / 0.3707 + 0.094 / 0.2915 + 0.4 + 1.6) / 6.5
+    quality = (
+        0.6538 / 0.8538 + 0.5385 / 0.7385 + 0.1707 / 0.3707 + 0.094 / 0.2915 + 0.4 + 1.6
+    ) / 6.5
     semantic = (5 * 0.8 + 0.8 / 0.8222 + 0.7991 / 0.2846 + 2 * 0.8 / 0.364) / 9
     assert scores.quality == pytest.approx(100 * quality, rel=1e-12)
     assert scores.semantic == pytest.approx(100 * semantic, rel=1e-12)
@@ -106,16 +144,21 @@ def test_by_hand() -> None:
     assert Dimension("human_action", "semantic").title == "human action"
 
 
-@pytest.mark.parametrize(("missing", "withheld"), [("dynamic_degree", "quality"), ("scene", "semantic")])
+@pytest.mark.parametrize(
+    ("missing", "withheld"), [("dynamic_degree", "quality"), ("scene", "semantic")]
+)
 def test_what_is_missing_withholds_the_totals_that_need_it(missing: str, withheld: str) -> None:
     scores = vbench_scores({name: 0.5 for name in NAMES if name != missing})
     assert scores.missing == [missing]
     assert scores.total is None
-    assert [group for group in ("quality", "semantic") if getattr(scores, group) is None] == [withheld]
+    assert [group for group in ("quality", "semantic") if getattr(scores, group) is None] == [
+        withheld
+    ]
     assert missing not in scores.normalized
 
 
-# --- result files --------------------------------------------------------------------------------------------------------
+# --- result files
+# --------------------------------------------------------------------------------------------------------
 
 
 def save(path: Path, content: Any) -> Path:
@@ -125,23 +168,42 @@ def save(path: Path, content: Any) -> Path:
 
 
 def of_vbench(score: float) -> list[Any]:
-    """As VBench writes a dimension; a video's own result may be a flag, or out of another range than the mean."""
+    """As VBench writes a dimension; a video's own result may be a flag, or out of another range
+    than the mean.
+    """
     return [
         score,
-        [{"video_path": "videos/a dog-0.mp4", "video_results": 71.2}, {"video_path": "videos/a dog-1.mp4", "video_results": False}],
+        [
+            {"video_path": "videos/a dog-0.mp4", "video_results": 71.2},
+            {"video_path": "videos/a dog-1.mp4", "video_results": False},
+        ],
     ]
 
 
 def test_every_form_reads_the_same(tmp_path: Path) -> None:
     _, percent = MODELS["Kling"]
     fractions = {name: value / 100 for name, value in percent.items()}
-    whole = save(tmp_path / "one_eval_results.json", {name: of_vbench(score) for name, score in fractions.items()})
+    whole = save(
+        tmp_path / "one_eval_results.json",
+        {name: of_vbench(score) for name, score in fractions.items()},
+    )
     plain = save(tmp_path / "plain.json", fractions)
-    points = save(tmp_path / "points.json", {name.replace("_", " ").title(): value for name, value in percent.items()})
-    for number, (name, score) in enumerate(fractions.items()):  # a call of VBench for each dimension; its lists of videos lie beside
+    points = save(
+        tmp_path / "points.json",
+        {name.replace("_", " ").title(): value for name, value in percent.items()},
+    )
+    for number, (name, score) in enumerate(
+        fractions.items()
+    ):  # a call of VBench for each dimension; its lists of videos lie beside
         where = tmp_path / "folder" / ("more" if number % 2 else ".")
-        save(where / f"results_2026-01-01-00:00:{number:02d}_eval_results.json", {name: of_vbench(score)})
-        save(where / f"results_2026-01-01-00:00:{number:02d}_full_info.json", [{"prompt_en": "a dog"}])
+        save(
+            where / f"results_2026-01-01-00:00:{number:02d}_eval_results.json",
+            {name: of_vbench(score)},
+        )
+        save(
+            where / f"results_2026-01-01-00:00:{number:02d}_full_info.json",
+            [{"prompt_en": "a dog"}],
+        )
     for path in (whole, plain, points, tmp_path / "folder"):
         assert read_results(path) == pytest.approx(fractions, rel=1e-12)
     assert vbench_scores(read_results(whole)).total == pytest.approx(81.85, abs=0.012)
@@ -152,12 +214,25 @@ def test_scales_are_told_apart_or_refused(tmp_path: Path) -> None:
         return read_results(save(tmp_path / "file.json", values), scale)
 
     assert scores(scene=24.0) == {"scene": 0.24}
-    assert scores(scene=0.0, subject_consistency=95.0) == {"scene": 0.0, "subject_consistency": 0.95}
-    assert scores(scene=0.004, subject_consistency=0.95) == {"scene": 0.004, "subject_consistency": 0.95}
-    for unclear in ({"scene": 0.5, "subject_consistency": 95.0}, {"scene": 0.5}, {"dynamic_degree": 1.0, "color": 85.0}):
+    assert scores(scene=0.0, subject_consistency=95.0) == {
+        "scene": 0.0,
+        "subject_consistency": 0.95,
+    }
+    assert scores(scene=0.004, subject_consistency=0.95) == {
+        "scene": 0.004,
+        "subject_consistency": 0.95,
+    }
+    for unclear in (
+        {"scene": 0.5, "subject_consistency": 95.0},
+        {"scene": 0.5},
+        {"dynamic_degree": 1.0, "color": 85.0},
+    ):
         with pytest.raises(ValueError, match="--scale says which"):
             scores(**unclear)
-    assert scores("percent", scene=0.5, subject_consistency=95.0) == {"scene": 0.005, "subject_consistency": 0.95}
+    assert scores("percent", scene=0.5, subject_consistency=95.0) == {
+        "scene": 0.005,
+        "subject_consistency": 0.95,
+    }
     assert scores("fraction", scene=0.5) == {"scene": 0.5}
     with pytest.raises(ValueError, match=r"scene: expected a fraction in \[0, 1\], got 24"):
         scores("fraction", scene=24.0)
@@ -194,11 +269,15 @@ def test_bad_folders(tmp_path: Path) -> None:
         read_results(tmp_path)
     for number in (1, 2):
         save(tmp_path / f"{number}_eval_results.json", {"scene": [number / 10, []]})
-    with pytest.raises(ValueError, match=r"one score of scene, got 0.1 in 1_eval_results.json and 0.2 in 2_eval_results.json"):
+    with pytest.raises(
+        ValueError,
+        match=r"one score of scene, got 0.1 in 1_eval_results.json and 0.2 in 2_eval_results.json",
+    ):
         read_results(tmp_path)
 
 
-# --- prompts and names ---------------------------------------------------------------------------------------------------
+# --- prompts and names
+# ---------------------------------------------------------------------------------------------------
 
 
 def test_prompts_in_vbenchs_form(tmp_path: Path) -> None:
@@ -213,10 +292,22 @@ def test_prompts_in_vbenchs_form(tmp_path: Path) -> None:
         {"prompt_en": "a cat", "dimension": ["overall_consistency"]},
     ]
     read = read_evaluation_prompts(str(save(tmp_path / "info.json", entries)))
-    assert read == [EvaluationPrompt("a still frame of a pear", 25), EvaluationPrompt("a cat", 5), EvaluationPrompt("a cat and a dog", 5)]
+    assert read == [
+        EvaluationPrompt("a still frame of a pear", 25),
+        EvaluationPrompt("a cat", 5),
+        EvaluationPrompt("a cat and a dog", 5),
+    ]
     own = save(tmp_path / "mine.txt", "a dog\n\na cat\na dog\n")
-    assert read_evaluation_prompts(str(own)) == [EvaluationPrompt("a dog", 5), EvaluationPrompt("a cat", 5)]
-    for content, words in (("{", "as JSON"), ("[]", "at least one"), ('[{"prompt": "a"}]', "entry 1"), ('{"a": 1}', "prompt_en")):
+    assert read_evaluation_prompts(str(own)) == [
+        EvaluationPrompt("a dog", 5),
+        EvaluationPrompt("a cat", 5),
+    ]
+    for content, words in (
+        ("{", "as JSON"),
+        ("[]", "at least one"),
+        ('[{"prompt": "a"}]', "entry 1"),
+        ('{"a": 1}', "prompt_en"),
+    ):
         with pytest.raises(ValueError, match=words):
             read_evaluation_prompts(str(save(tmp_path / "bad.json", content)))
 
@@ -224,7 +315,10 @@ def test_prompts_in_vbenchs_form(tmp_path: Path) -> None:
 def test_the_list_of_the_installed_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Found without importing it: the package here would fail at that."""
     save(tmp_path / "vbench" / "__init__.py", "raise ImportError('transformers==4.33.2')")
-    save(tmp_path / "vbench" / "VBench_full_info.json", [{"prompt_en": "a cat", "dimension": ["color"]}])
+    save(
+        tmp_path / "vbench" / "VBench_full_info.json",
+        [{"prompt_en": "a cat", "dimension": ["color"]}],
+    )
     monkeypatch.syspath_prepend(tmp_path)
     assert read_evaluation_prompts("vbench") == [EvaluationPrompt("a cat", 5)]
     (tmp_path / "vbench" / "VBench_full_info.json").unlink()
@@ -232,16 +326,40 @@ def test_the_list_of_the_installed_package(tmp_path: Path, monkeypatch: pytest.M
         read_evaluation_prompts("vbench")
 
 
-@pytest.mark.skipif(importlib.util.find_spec("vbench") is None, reason="needs VBench's own list: pip install --no-deps vbench")
+@pytest.mark.skipif(
+    importlib.util.find_spec("vbench") is None,
+    reason="needs VBench's own list: pip install --no-deps vbench",
+)
 def test_vbenchs_own_list() -> None:
-    """Of vbench 0.1.5: 946 entries, two of them twice, 75 for temporal flickering alone; the counts of its prompts/README.md; and every
-    name that its standard mode looks for is among the files that are made."""
+    """Of vbench 0.1.5: 946 entries, two of them twice, 75 for temporal flickering alone; the counts
+    of its prompts/README.md; and every name that its standard mode looks for is among the files
+    that are made.
+    """
     spec = importlib.util.find_spec("vbench")
     assert spec is not None
-    entries = json.loads((Path((spec.submodule_search_locations or [""])[0]) / "VBench_full_info.json").read_text())
+    entries = json.loads(
+        (Path((spec.submodule_search_locations or [""])[0]) / "VBench_full_info.json").read_text()
+    )
     counts = Counter(dimension for entry in entries for dimension in entry["dimension"])
     assert len(entries) == 946
-    assert [counts[name] for name in NAMES] == [72, 86, 75, 72, 72, 93, 93, 79, 82, 100, 85, 84, 86, 90, 100, 93]
+    assert [counts[name] for name in NAMES] == [
+        72,
+        86,
+        75,
+        72,
+        72,
+        93,
+        93,
+        79,
+        82,
+        100,
+        85,
+        84,
+        86,
+        90,
+        100,
+        93,
+    ]
     prompts = read_evaluation_prompts("vbench")
     files = {video_name(p.text, index) for p in prompts for index in range(p.num_videos)}
     assert len(prompts) == 944
@@ -251,7 +369,9 @@ def test_vbenchs_own_list() -> None:
 
 
 def test_names_that_no_file_can_have(tmp_path: Path) -> None:
-    assert video_name("An astronaut, flying: in space.", 3) == "An astronaut, flying: in space.-3.mp4"
+    assert (
+        video_name("An astronaut, flying: in space.", 3) == "An astronaut, flying: in space.-3.mp4"
+    )
     strange = ["a 1/2 moon", "a 1_2 moon", "a 1\0002 moon", "é" * 130, "é" * 131, "x" * 300]
     names = [video_name(prompt, 24) for prompt in strange]
     assert len(set(names)) == len(names)
@@ -261,18 +381,25 @@ def test_names_that_no_file_can_have(tmp_path: Path) -> None:
     assert names[0].startswith("a 1_2 moon_")
 
 
-# --- tables and figure ---------------------------------------------------------------------------------------------------
+# --- tables and figure
+# ---------------------------------------------------------------------------------------------------
 
 
 def two_runs() -> dict[str, Scores]:
-    base, ours = ({n: v / 100 for n, v in MODELS[model][1].items()} for model in ("Wan1.3B", "Ours-72B-judge"))
+    base, ours = (
+        {n: v / 100 for n, v in MODELS[model][1].items()} for model in ("Wan1.3B", "Ours-72B-judge")
+    )
     del ours["scene"]
     return {"Wan_1.3B": vbench_scores(base), "50% | ours": vbench_scores(ours)}
 
 
 def test_rows_and_differences() -> None:
     rows = score_rows(list(two_runs().values()), "raw")
-    assert [row.title for row in rows if row.is_total] == ["quality score", "semantic score", "total score"]
+    assert [row.title for row in rows if row.is_total] == [
+        "quality score",
+        "semantic score",
+        "total score",
+    ]
     assert [row.title for row in rows[:2]] == ["subject consistency", "background consistency"]
     assert len(rows) == 19
     scene = next(row for row in rows if row.title == "scene")
@@ -283,7 +410,9 @@ def test_rows_and_differences() -> None:
 
 @pytest.mark.parametrize("style", ["text", "markdown", "latex"])
 def test_tables(style: Any) -> None:
-    """Both runs in every row, differences in brackets, missing scores as dashes, nothing in a name that the form would misread."""
+    """Both runs in every row, differences in brackets, missing scores as dashes, nothing in a name
+    that the form would misread.
+    """
     table = score_table(two_runs(), "raw", style)
     lines = [line for line in table.splitlines() if re.search(r"[a-z*] +[|&]? ?\**\d", line)]
     assert len(lines) == 19
@@ -291,11 +420,17 @@ def test_tables(style: Any) -> None:
     assert re.sub(r"[*\\&| ]+", " ", quality).strip() == "quality score 83.15 83.53 (+0.38)"
     first = next(line for line in lines if "color" in line)
     assert re.search(r"84\.15.*84\.96 \(\+0\.81\)", first)
-    assert {"text": "-", "markdown": "–", "latex": "--"}[style] in next(line for line in lines if "scene" in line).split("22.38")[1]
+    assert {"text": "-", "markdown": "–", "latex": "--"}[style] in next(
+        line for line in lines if "scene" in line
+    ).split("22.38")[1]
     smooth = next(line for line in lines if "motion" in line)
     assert {"text": "(-0.09)", "markdown": "(−0.09)", "latex": "($-$0.09)"}[style] in smooth
     head = table.splitlines()[{"latex": 2}.get(style, 0)]
-    assert {"text": "50% | ours", "markdown": "50% \\| ours", "latex": r"Wan\_1.3B & 50\% \textbar{} ours"}[style] in head
+    assert {
+        "text": "50% | ours",
+        "markdown": "50% \\| ours",
+        "latex": r"Wan\_1.3B & 50\% \textbar{} ours",
+    }[style] in head
     if style == "text":
         assert len({len(line) for line in table.splitlines()}) == 1
 
@@ -306,13 +441,17 @@ def test_json_object() -> None:
     assert list(whole) == ["quality", "semantic", "total", "dimensions"]
     assert list(whole["dimensions"]) == NAMES
     assert whole["dimensions"]["scene"] == pytest.approx(22.38)
-    assert scores_json(runs["Wan_1.3B"], "normalized")["dimensions"]["scene"] == pytest.approx(22.38 / 0.8222)
+    assert scores_json(runs["Wan_1.3B"], "normalized")["dimensions"]["scene"] == pytest.approx(
+        22.38 / 0.8222
+    )
     assert part["dimensions"]["scene"] is part["semantic"] is part["total"] is None
     assert part["quality"] == pytest.approx(83.53, abs=0.012)
 
 
 def test_figure(tmp_path: Path) -> None:
-    """19 bars for the first run, 16 for the second (scene and two totals are missing), each as long as its score."""
+    """19 bars for the first run, 16 for the second (scene and two totals are missing), each as long
+    as its score.
+    """
     runs = two_runs()
     figure = score_figure(runs, "normalized")
     scores, differences = figure.axes
@@ -328,7 +467,8 @@ def test_figure(tmp_path: Path) -> None:
     assert ET.parse(svg).getroot().tag.endswith("svg")
 
 
-# --- the command ---------------------------------------------------------------------------------------------------------
+# --- the command
+# ---------------------------------------------------------------------------------------------------------
 
 
 def run(capsys: pytest.CaptureFixture[str], *argv: object) -> tuple[int, str, str]:
@@ -340,17 +480,30 @@ def run(capsys: pytest.CaptureFixture[str], *argv: object) -> tuple[int, str, st
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    wan = save(tmp_path / "wan_eval_results.json", {name: of_vbench(value / 100) for name, value in MODELS["Wan1.3B"][1].items()})
-    ours = save(tmp_path / "ours.json", {name: value for name, value in MODELS["Ours-72B-judge"][1].items() if name != "scene"})
+    wan = save(
+        tmp_path / "wan_eval_results.json",
+        {name: of_vbench(value / 100) for name, value in MODELS["Wan1.3B"][1].items()},
+    )
+    ours = save(
+        tmp_path / "ours.json",
+        {name: value for name, value in MODELS["Ours-72B-judge"][1].items() if name != "scene"},
+    )
     code, out, err = run(capsys, wan, "--json")
     assert (code, err) == (0, "")
     scores = json.loads(out)
-    assert [scores["total"], scores["quality"], scores["semantic"]] == pytest.approx(MODELS["Wan1.3B"][0], abs=0.012)
-    code, out, _ = run(capsys, wan, ours, "--figure", tmp_path / "pictures" / "vbench.png", "--values", "raw")
+    assert [scores["total"], scores["quality"], scores["semantic"]] == pytest.approx(
+        MODELS["Wan1.3B"][0], abs=0.012
+    )
+    code, out, _ = run(
+        capsys, wan, ours, "--figure", tmp_path / "pictures" / "vbench.png", "--values", "raw"
+    )
     assert code == 0
     assert out.splitlines()[0].split() == ["points", "wan", "ours"]
     assert out.splitlines()[-1] == "ours lacks scene: no semantic or total score"
-    assert sorted(path.name for path in (tmp_path / "pictures").iterdir()) == ["vbench.png", "vbench.svg"]
+    assert sorted(path.name for path in (tmp_path / "pictures").iterdir()) == [
+        "vbench.png",
+        "vbench.svg",
+    ]
     code, out, _ = run(capsys, wan, ours, "--json", "--names", "Wan", "Ours")
     assert list(json.loads(out)) == ["Wan", "Ours"]
     code, out, _ = run(capsys, ours, "--format", "latex")
@@ -362,7 +515,14 @@ def test_help_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
         (["--help"], ["sample", "vbench", "named and numbered as VBench wants"]),
         (
             ["sample", "--help"],
-            ["RUN", "--config", "--checkpoint", "VBench_full_info.json", "temporal_flickering", "--num_inference_steps"],
+            [
+                "RUN",
+                "--config",
+                "--checkpoint",
+                "VBench_full_info.json",
+                "temporal_flickering",
+                "--num_inference_steps",
+            ],
         ),
         (["vbench", "--help"], ["RESULTS", "--json", "--figure", "normalized,raw", "--scale"]),
     ):

@@ -16,9 +16,11 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Fault:
-    """What happens instead of an answer, after `delay` seconds: a status with a body, a closed connection (`close`), or, with the defaults,
-    a late answer. cut: only so many bytes of the answer are sent, of those that the header promises (`hang_up`) or as all there is. drip:
-    seconds between one byte and the next."""
+    """What happens instead of an answer, after `delay` seconds: a status with a body, a closed
+    connection (`close`), or, with the defaults, a late answer. cut: only so many bytes of the
+    answer are sent, of those that the header promises (`hang_up`) or as all there is. drip:
+    seconds between one byte and the next.
+    """
 
     status: int = 200
     body: bytes | None = None
@@ -32,7 +34,9 @@ class Fault:
 
 @dataclass
 class Request:
-    """One chat request as it came: JSON, headers, when, and the number of those at work with it, itself included."""
+    """One chat request as it came: JSON, headers, when, and the number of those at work with it,
+    itself included.
+    """
 
     body: dict[str, Any]
     headers: dict[str, str]
@@ -51,10 +55,12 @@ class Request:
 
 @dataclass
 class FakeEndpoint:
-    """Answers every question with `answer(request)`: a text, or pairs of a token and the probabilities of what could stand in its place.
+    """Answers every question with `answer(request)`: a text, or pairs of a token and the
+    probabilities of what could stand in its place.
 
-    faults: used up one a request, in order. always: thereafter, for every request. models: what /v1/models lists; None has no such page.
-    key: the token that requests must carry. delay: seconds to an answer.
+    faults: used up one a request, in order. always: thereafter, for every request. models: what
+    /v1/models lists; None has no such page. key: the token that requests must carry. delay:
+    seconds to an answer.
     """
 
     models: list[str] | None = field(default_factory=lambda: ["judge"])
@@ -116,7 +122,9 @@ class FakeEndpoint:
 
         self._server = Server(("127.0.0.1", self.port), Handler)
         self.port = self._server.server_port
-        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        threading.Thread(
+            target=self._server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True
+        ).start()
 
     def kill(self) -> None:
         """Stop listening and break every connection, as the end of a process does."""
@@ -129,7 +137,10 @@ class FakeEndpoint:
     def _get(self, handler: BaseHTTPRequestHandler) -> None:
         pages: dict[str, Any] = {"/version": {"version": "0.0.fake"}, "/health": {}}
         if self.models is not None:
-            cards = [{"id": m, "object": "model", "created": 0, "owned_by": "fake", "root": f"there/{m}"} for m in self.models]
+            cards = [
+                {"id": m, "object": "model", "created": 0, "owned_by": "fake", "root": f"there/{m}"}
+                for m in self.models
+            ]
             pages["/v1/models"] = {"object": "list", "data": cards}
         if self.key and handler.headers.get("authorization") != f"Bearer {self.key}":
             self._send(handler, self._unauthorized(handler))
@@ -142,7 +153,12 @@ class FakeEndpoint:
         body = json.loads(handler.rfile.read(int(handler.headers["content-length"])))
         with self._lock:
             self._at_work += 1
-            request = Request(body, {name.lower(): value for name, value in handler.headers.items()}, time.monotonic(), self._at_work)
+            request = Request(
+                body,
+                {name.lower(): value for name, value in handler.headers.items()},
+                time.monotonic(),
+                self._at_work,
+            )
             self.requests.append(request)
             fault = self.faults.popleft() if self.faults else self.always
         try:
@@ -154,14 +170,25 @@ class FakeEndpoint:
         if self.key and request.headers.get("authorization") != f"Bearer {self.key}":
             fault = self._unauthorized(handler)
         fault = fault or Fault()
-        self._send(handler, fault, fault.body if fault.body is not None else json.dumps(self._completion(request)).encode())
+        self._send(
+            handler,
+            fault,
+            fault.body
+            if fault.body is not None
+            else json.dumps(self._completion(request)).encode(),
+        )
 
     def _unauthorized(self, handler: BaseHTTPRequestHandler) -> Fault:
         """As impolite as a server can be: it repeats what it was given."""
         given = handler.headers.get("authorization", "nothing")
-        return Fault(401, json.dumps({"error": {"message": f"bad credentials: {given}", "code": given}}).encode())
+        return Fault(
+            401,
+            json.dumps({"error": {"message": f"bad credentials: {given}", "code": given}}).encode(),
+        )
 
-    def _send(self, handler: BaseHTTPRequestHandler, fault: Fault, body: bytes | None = None) -> None:
+    def _send(
+        self, handler: BaseHTTPRequestHandler, fault: Fault, body: bytes | None = None
+    ) -> None:
         handler.close_connection = fault.close or fault.hang_up
         if fault.close:
             return
@@ -182,10 +209,25 @@ class FakeEndpoint:
         answer, logprobs = self.answer(request), None
         if not isinstance(answer, str):
             entries = [
-                {"token": token, "logprob": places[token], "top_logprobs": [{"token": t, "logprob": p} for t, p in places.items()]}
+                {
+                    "token": token,
+                    "logprob": places[token],
+                    "top_logprobs": [{"token": t, "logprob": p} for t, p in places.items()],
+                }
                 for token, places in answer
             ]
             logprobs = {"content": entries} if request.body.get("logprobs") else None
             answer = "".join(token for token, _ in answer)
-        choice = {"index": 0, "finish_reason": "stop", "logprobs": logprobs, "message": {"role": "assistant", "content": answer}}
-        return {"id": "chatcmpl-0", "object": "chat.completion", "created": 0, "model": "judge", "choices": [choice]}
+        choice = {
+            "index": 0,
+            "finish_reason": "stop",
+            "logprobs": logprobs,
+            "message": {"role": "assistant", "content": answer},
+        }
+        return {
+            "id": "chatcmpl-0",
+            "object": "chat.completion",
+            "created": 0,
+            "model": "judge",
+            "choices": [choice],
+        }

@@ -1,4 +1,6 @@
-"""What the tests of the operations share: every family that can run here, memory that hides nothing, and one measure of exactness."""
+"""What the tests of the operations share: every backend that can run here, memory that hides
+nothing, and one measure of exactness.
+"""
 
 from __future__ import annotations
 
@@ -15,19 +17,25 @@ DEVICE = "cuda" if torch.cuda.is_available() and not dispatch.INTERPRETED else "
 PROBE = torch.empty(0, device=DEVICE)
 
 
-def families(op: str) -> list[str]:
-    """Those that can serve an operation on this machine; test_csrc.py and test_dispatch.py see to it that none is missing unnoticed."""
-    return [family for family in dispatch.FAMILIES if not dispatch.why_not(family, op, PROBE)]
+def backends(op: str) -> list[str]:
+    """Those that can serve an operation on this machine; test_csrc.py and test_dispatch.py see to
+    it that none is missing unnoticed.
+    """
+    return [
+        backend
+        for backend in dispatch.BACKENDS
+        if not dispatch.unsupported_reason(backend, op, PROBE)
+    ]
 
 
-@pytest.fixture(params=families("sde_step"))
-def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Each family that serves a transition here, forced in turn as FASTGRPO_KERNELS forces it."""
+@pytest.fixture(params=backends("sde_step"))
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each backend that serves a transition here, forced in turn as FASTGRPO_KERNELS forces it."""
     monkeypatch.setattr(dispatch, "FORCED", request.param)
     return str(request.param)
 
 
-@pytest.fixture(params=families("ln_modulate"))
+@pytest.fixture(params=backends("ln_modulate"))
 def triton_or_reference(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The same for the operations that csrc/ does not have."""
     monkeypatch.setattr(dispatch, "FORCED", request.param)
@@ -42,7 +50,9 @@ def device() -> str:
 
 @pytest.fixture(autouse=True)
 def poisoned_memory() -> Iterator[None]:
-    """Every tensor that is allocated and not written is NaN (integers: their largest value), by torch's own debugging aid."""
+    """Every tensor that is allocated and not written is NaN (integers: their largest value), by
+    torch's own debugging aid.
+    """
     assert torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
@@ -51,7 +61,9 @@ def poisoned_memory() -> Iterator[None]:
 
 @pytest.fixture(autouse=True, scope="session")
 def rounding_of_a_gpu() -> Iterator[None]:
-    """Triton's interpreter cuts off what bf16 cannot hold, where a GPU and torch round to nearest: a bias that adds up."""
+    """Triton's interpreter cuts off what bf16 cannot hold, where a GPU and torch round to nearest:
+    a bias that adds up.
+    """
     if not dispatch.INTERPRETED:
         yield
         return
@@ -61,7 +73,12 @@ def rounding_of_a_gpu() -> Iterator[None]:
 
     def rounded(value: Any, source: Any, target: Any, mode: Any) -> Any:
         if (source, target) == (dispatch.tl.float32, dispatch.tl.bfloat16):
-            return torch.from_numpy(np.asarray(value, dtype=np.float32)).bfloat16().view(torch.uint16).numpy()
+            return (
+                torch.from_numpy(np.asarray(value, dtype=np.float32))
+                .bfloat16()
+                .view(torch.uint16)
+                .numpy()
+            )
         return convert(value, source, target, mode)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -71,13 +88,17 @@ def rounding_of_a_gpu() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def as_exact_as_eager() -> Callable[[str, Tensor, Tensor, Tensor], None]:
-    """check(name, actual, eager, exact): an op's error against float64 is at most twice that of eager torch in the same dtype, plus an ulp.
+    """check(name, actual, eager, exact): an op's error against float64 is at most twice that of
+    eager torch in the same dtype, plus an ulp.
 
-    actual: what the op gave. eager: the same stretch by torch's operations in the same dtype. exact: in float64.
+    actual: what the op gave. eager: the same stretch by torch's operations in the same dtype.
+    exact: in float64.
     """
 
     def check(name: str, actual: Tensor, eager: Tensor, exact: Tensor) -> None:
-        assert actual.shape == exact.shape, f"{name}: shape {list(actual.shape)}, expected {list(exact.shape)}"
+        assert actual.shape == exact.shape, (
+            f"{name}: shape {list(actual.shape)}, expected {list(exact.shape)}"
+        )
         assert actual.dtype == eager.dtype, f"{name}: dtype {actual.dtype}, expected {eager.dtype}"
         assert exact.dtype == torch.float64, f"{name}: the exact value must be float64"
         if not actual.numel():

@@ -1,7 +1,9 @@
-"""Every Triton kernel compiled for an H100 without a GPU: no stack, no spills, 16-byte accesses, at the sizes of the real models.
+"""Every Triton kernel compiled for an H100 without a GPU: no stack, no spills, 16-byte accesses, at
+the sizes of the real models.
 
-The compiler runs in a process of its own: here the kernels are interpreted (tests/conftest.py). `python benchmarks/ahead_of_time.py` prints
-the same for all sizes and variants; the slow test asserts it.
+The compiler runs in a process of its own: here the kernels are interpreted (tests/conftest.py).
+`python benchmarks/ahead_of_time.py` prints the same for all sizes and variants; the slow test
+asserts it.
 """
 
 from __future__ import annotations
@@ -28,28 +30,42 @@ pytestmark = pytest.mark.skipif(dispatch.triton is None, reason="triton is not i
 
 
 def run(command: list[str], *expected: int) -> str:
-    environment = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "FASTGRPO_KERNELS")}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("TRITON_INTERPRET", "FASTGRPO_KERNELS")
+    }
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode in (expected or (0,)), done.stdout[-4000:] + done.stderr[-4000:]
     return done.stdout
 
 
 @pytest.fixture(scope="module")
 def report() -> dict[str, Any]:
-    """Three models: Wan with RMSNorm over all heads and two velocities; HunyuanVideo with one, text tokens and RMSNorm a head."""
+    """Three models: Wan with RMSNorm over all heads and two velocities; HunyuanVideo with one, text
+    tokens and RMSNorm a head.
+    """
     found: dict[str, Any] = json.loads(run([*COMMAND, "--no-variants", "--sizes", *SIZES], 0, 1))
     return found
 
 
 def kernels_in_the_sources() -> set[str]:
-    """Functions under @jit whose name ends in _kernel, the house's rule for those that are launched."""
+    """Functions under @jit whose name ends in _kernel, the house's rule for those that are
+    launched.
+    """
     return {
         node.name
         for path in (ROOT / "kernels" / "fastgrpo_kernels").glob("*.py")
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-        if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel")
-        and any(isinstance(decorator, ast.Name) and decorator.id == "jit" for decorator in node.decorator_list)
-    }  # fmt: skip
+        if isinstance(node, ast.FunctionDef)
+        and node.name.endswith("_kernel")
+        and any(
+            isinstance(decorator, ast.Name) and decorator.id == "jit"
+            for decorator in node.decorator_list
+        )
+    }
 
 
 def test_every_kernel_of_the_package_was_compiled(report: dict[str, Any]) -> None:
@@ -59,27 +75,43 @@ def test_every_kernel_of_the_package_was_compiled(report: dict[str, Any]) -> Non
 
 
 def test_no_function_of_a_kernel_has_a_string_as_a_default() -> None:
-    """triton 3.6, the GPU machine's, does not compile a call that leaves it out; 3.7 does, so only the source shows it here."""
+    """triton 3.6, the GPU machine's, does not compile a call that leaves it out; 3.7 does, so only
+    the source shows it here.
+    """
     wrong = [
         f"{path.name}: {node.name}"
         for path in (ROOT / "kernels" / "fastgrpo_kernels").glob("*.py")
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.FunctionDef)
-        and any(isinstance(decorator, ast.Name) and decorator.id == "jit" for decorator in node.decorator_list)
-        and any(isinstance(value, ast.Constant) and isinstance(value.value, str) for value in node.args.defaults)
+        and any(
+            isinstance(decorator, ast.Name) and decorator.id == "jit"
+            for decorator in node.decorator_list
+        )
+        and any(
+            isinstance(value, ast.Constant) and isinstance(value.value, str)
+            for value in node.args.defaults
+        )
     ]
     assert wrong == []
 
 
 def test_no_kernel_has_a_stack_frame_or_spills(report: dict[str, Any]) -> None:
-    used = {f"{k['kernel']} ({k['launched_by']})": (k["stack"], k["spills"]) for k in report["kernels"]}
+    used = {
+        f"{k['kernel']} ({k['launched_by']})": (k["stack"], k["spills"]) for k in report["kernels"]
+    }
     assert {name: bytes_ for name, bytes_ in used.items() if bytes_ != (0, 0)} == {}
     assert all(0 < k["registers"] <= 255 for k in report["kernels"])
 
 
 def test_tensors_move_16_bytes_a_thread(report: dict[str, Any]) -> None:
-    """Of each access whose threads have 16 bytes or more to move; scalars, and sums of one value a program, cannot be wider."""
-    narrow = {k["kernel"]: (k["narrow_loads"], k["narrow_stores"]) for k in report["kernels"] if k["narrow_loads"] or k["narrow_stores"]}
+    """Of each access whose threads have 16 bytes or more to move; scalars, and sums of one value a
+    program, cannot be wider.
+    """
+    narrow = {
+        k["kernel"]: (k["narrow_loads"], k["narrow_stores"])
+        for k in report["kernels"]
+        if k["narrow_loads"] or k["narrow_stores"]
+    }
     assert narrow.keys() <= NARROW, narrow
     for kernel in report["kernels"]:
         if kernel["kernel"] not in NARROW:
@@ -94,8 +126,12 @@ def test_the_transition_is_rounded_product_by_product(report: dict[str, Any]) ->
 
 
 def test_the_sizes_are_the_true_ones(report: dict[str, Any]) -> None:
-    """The rows' length is a constant of the kernels, or an argument that is known to be a multiple of 16."""
-    rows = {k["constants"]["C"] for k in report["kernels"] if k["kernel"] == "_ln_modulate_fwd_kernel"}
+    """The rows' length is a constant of the kernels, or an argument that is known to be a multiple
+    of 16.
+    """
+    rows = {
+        k["constants"]["C"] for k in report["kernels"] if k["kernel"] == "_ln_modulate_fwd_kernel"
+    }
     assert rows == {1536, 5120, 3072}
     step = next(k for k in report["kernels"] if k["kernel"] == "_sde_step_kernel")
     assert {"latents", "velocity", "velocity_uncond", "next_latents", "P"} <= set(step["aligned"])
@@ -140,9 +176,13 @@ print(json.dumps([[k.kernel, k.faults(), k.loads, k.stores] for k in found.value
 
 
 def test_it_sees_a_stack_and_narrow_accesses(tmp_path: Path) -> None:
-    """On kernels of its own; one that was launched twice is there once, one that does not compile stops nothing."""
+    """On kernels of its own; one that was launched twice is there once, one that does not compile
+    stops nothing.
+    """
     script = tmp_path / "faulty.py"
-    script.write_text(f"import sys; sys.path[:0] = {[str(ROOT), str(ROOT / 'kernels')]!r}\n{FAULTY}")
+    script.write_text(
+        f"import sys; sys.path[:0] = {[str(ROOT), str(ROOT / 'kernels')]!r}\n{FAULTY}"
+    )
     (stack, stack_faults, *_), (narrow, narrow_faults, narrow_loads, _), sound = json.loads(
         run([sys.executable, str(script)]).splitlines()[-1]
     )
@@ -168,7 +208,14 @@ sys.exit(subject.main(["--no-variants", "--sizes", "tiny"]))
 
 
 def test_an_interpreted_kernel_is_not_compiled() -> None:
-    done = subprocess.run(COMMAND, cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        COMMAND,
+        cwd=ROOT,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 2
     assert "TRITON_INTERPRET" in done.stdout
 

@@ -1,5 +1,6 @@
-"""fastgrpo_kernels' operations inside whole Wan and HunyuanVideo transformers: as exact as diffusers' blocks, and the same bits in rollout
-and update, whatever wraps the blocks."""
+"""fastgrpo_kernels' operations inside whole Wan and HunyuanVideo transformers: as exact as
+diffusers' blocks, and the same bits in rollout and update, whatever wraps the blocks.
+"""
 
 from __future__ import annotations
 
@@ -9,18 +10,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import fastgrpo_kernels.patch as fused
 import pytest
 import torch
 from diffusers import HunyuanVideoTransformer3DModel, WanTransformer3DModel
-from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideoSingleTransformerBlock, HunyuanVideoTransformerBlock
+from diffusers.models.transformers.transformer_hunyuan_video import (
+    HunyuanVideoSingleTransformerBlock,
+    HunyuanVideoTransformerBlock,
+)
 from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 from fastgrpo_kernels import dispatch
+from fastgrpo_kernels.patch import FusedHunyuanProcessor, FusedWanProcessor, RotaryTables, fuse
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.overrides import TorchFunctionMode
 
-from fastgrpo.policies import fused
-from fastgrpo.policies.fused import FusedHunyuanProcessor, FusedWanProcessor, RotaryTables, fuse
 from fastgrpo.policies.hunyuan_video import HunyuanVideoPolicy
 from fastgrpo.policies.pretrained import LoRA, fused_serves
 from fastgrpo.policies.wan import WanPolicy
@@ -32,10 +36,14 @@ BLOCKS = (WanTransformerBlock, HunyuanVideoTransformerBlock, HunyuanVideoSingleT
 
 
 @pytest.fixture(scope="module", params=["wan", "hunyuan_video"])
-def make(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., RealPolicy]:
+def make(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., RealPolicy]:
     """make(fused=..., lora=...): a loaded policy whose norms have weights that are not 1."""
     kind = {"wan": WanPolicy, "hunyuan_video": HunyuanVideoPolicy}[request.param]
-    folder: Path = request.getfixturevalue({"wan": "wan_folder", "hunyuan_video": "hunyuan_folder"}[request.param])
+    folder: Path = request.getfixturevalue(
+        {"wan": "wan_folder", "hunyuan_video": "hunyuan_folder"}[request.param]
+    )
     cache = tmp_path_factory.mktemp("cache")
     length = {"max_sequence_length": 32} if kind is WanPolicy else {}
 
@@ -66,12 +74,20 @@ def blocks(policy: RealPolicy) -> list[Any]:
 
 
 class Float64Throughout(TorchFunctionMode):
-    """diffusers casts to float32 in its norms and rotations, also in a float64 model; under this mode those casts give float64."""
+    """diffusers casts to float32 in its norms and rotations, also in a float64 model; under this
+    mode those casts give float64.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         func = torch.Tensor.double if func is torch.Tensor.float else func
         args = [torch.float64 if a is torch.float32 else a for a in args]
-        return func(*args, **{name: torch.float64 if a is torch.float32 else a for name, a in (kwargs or {}).items()})
+        return func(
+            *args,
+            **{
+                name: torch.float64 if a is torch.float32 else a
+                for name, a in (kwargs or {}).items()
+            },
+        )
 
 
 @contextmanager
@@ -80,36 +96,54 @@ def computing(dtype: torch.dtype) -> Iterator[None]:
         yield
 
 
-# -------------------------------------------------------------------------------------------------------------- as exact
+# -------- as exact
 
 
-def outputs_and_gradients(policy: RealPolicy, given: tuple[Tensor, Tensor, dict[str, Tensor]], dtype: torch.dtype) -> dict[str, Tensor]:
+def outputs_and_gradients(
+    policy: RealPolicy, given: tuple[Tensor, Tensor, dict[str, Tensor]], dtype: torch.dtype
+) -> dict[str, Tensor]:
     """Velocity and every gradient, by name; the weights are in float64 for float64."""
     exact, (latents, timesteps, text) = dtype == torch.float64, given
-    latents, timesteps, *tensors = (tensor.double() if exact else tensor.clone() for tensor in (latents, timesteps, *text.values()))
+    latents, timesteps, *tensors = (
+        tensor.double() if exact else tensor.clone()
+        for tensor in (latents, timesteps, *text.values())
+    )
     draw = torch.randn(latents.shape, generator=torch.Generator().manual_seed(1))
     policy.transformer.zero_grad()
     with Float64Throughout() if exact else computing(dtype):
-        out = policy.velocity(latents.requires_grad_(), timesteps, dict(zip(text, tensors, strict=True)))
+        out = policy.velocity(
+            latents.requires_grad_(), timesteps, dict(zip(text, tensors, strict=True))
+        )
         out.backward(draw.to(out.dtype))
     gradients = {name: p.grad for name, p in policy.transformer.named_parameters()}
     return {"velocity": out.detach(), "latents": latents.grad, **gradients}
 
 
 @pytest.mark.parametrize(("dtype", "batch"), [(torch.float32, 2), (torch.bfloat16, 1)])
-def test_velocity_and_gradients_are_as_exact_as_diffusers(make: Callable[..., RealPolicy], dtype: torch.dtype, batch: int) -> None:
-    """Root mean square errors against float64, of all elements of a kind together: of the few of one tensor it would be luck."""
+def test_velocity_and_gradients_are_as_exact_as_diffusers(
+    make: Callable[..., RealPolicy], dtype: torch.dtype, batch: int
+) -> None:
+    """Root mean square errors against float64, of all elements of a kind together: of the few of
+    one tensor it would be luck.
+    """
     ours, eager, exact = make(fused=True), make(fused=False), make(fused=False)
     exact.transformer.double()
     given = inputs(ours, batch)
-    made, theirs, truth = (outputs_and_gradients(p, given, d) for p, d in ((ours, dtype), (eager, dtype), (exact, torch.float64)))
+    made, theirs, truth = (
+        outputs_and_gradients(p, given, d)
+        for p, d in ((ours, dtype), (eager, dtype), (exact, torch.float64))
+    )
     assert made.keys() == theirs.keys() == truth.keys()
     errors: dict[str, list[Tensor]] = {}
     for name, true in truth.items():
         assert (made[name].dtype, made[name].shape) == (theirs[name].dtype, true.shape)
         assert true.dtype == torch.float64
         kind = ".".join(part for part in name.split(".") if not part.isdigit())
-        errors.setdefault(kind, []).append(torch.stack([(tensor[name].double() - true).square().mean() for tensor in (made, theirs)]))
+        errors.setdefault(kind, []).append(
+            torch.stack(
+                [(tensor[name].double() - true).square().mean() for tensor in (made, theirs)]
+            )
+        )
     for kind, pairs in errors.items():
         error, allowed = torch.stack(pairs).mean(0).sqrt().tolist()
         assert error <= 2 * allowed, f"{kind}: error {error:.3g}, diffusers' own {allowed:.3g}"
@@ -119,13 +153,21 @@ def test_the_same_function_in_float64(make: Callable[..., RealPolicy]) -> None:
     """Not one rounding apart: what the blocks compute is what the operations compute."""
     ours, eager = make(fused=True), make(fused=False)
     given = inputs(ours)
-    made, expected = (outputs_and_gradients(p, given, torch.float64) for p in (ours, eager) if p.transformer.double())
+    made, expected = (
+        outputs_and_gradients(p, given, torch.float64)
+        for p in (ours, eager)
+        if p.transformer.double()
+    )
     for name, tensor in expected.items():
-        torch.testing.assert_close(made[name], tensor, rtol=1e-9, atol=1e-11, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            made[name], tensor, rtol=1e-9, atol=1e-11, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
-def test_triton_serves_them_too(make: Callable[..., RealPolicy], monkeypatch: pytest.MonkeyPatch) -> None:
-    if reason := dispatch.why_not("triton", "ln_modulate", torch.empty(0)):
+def test_triton_serves_them_too(
+    make: Callable[..., RealPolicy], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if reason := dispatch.unsupported_reason("triton", "ln_modulate", torch.empty(0)):
         pytest.skip(reason)
     policy = make(fused=True)
     latents, timesteps, text = inputs(policy)
@@ -140,10 +182,16 @@ def test_triton_serves_them_too(make: Callable[..., RealPolicy], monkeypatch: py
     assert all(torch.equal(tensor, made[name]) for name, tensor in again.items())
     scale = max(float(tensor.abs().max()) for tensor in expected.values())
     for name, tensor in made.items():
-        torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-6 * scale, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            tensor,
+            expected[name],
+            rtol=1e-4,
+            atol=1e-6 * scale,
+            msg=lambda text, name=name: f"{name}: {text}",
+        )
 
 
-# ---------------------------------------------------------------------------------------------------- the same bits twice
+# -------- the same bits twice
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -151,8 +199,10 @@ def test_triton_serves_them_too(make: Callable[..., RealPolicy], monkeypatch: py
 @pytest.mark.parametrize("is_fused", [True, False], ids=["fused", "eager"])
 def test_rollout_and_update_compute_the_same_bits(
     make: Callable[..., RealPolicy], is_fused: bool, lora: LoRA | None, dtype: torch.dtype
-) -> None:  # fmt: skip
-    """Without gradients, with them, and with checkpointed blocks, whose gradients are those of the plain ones bit for bit."""
+) -> None:
+    """Without gradients, with them, and with checkpointed blocks, whose gradients are those of the
+    plain ones bit for bit.
+    """
     policy = make(fused=is_fused, lora=lora)
     latents, timesteps, text = inputs(policy)
     made, gradients = [], []
@@ -165,14 +215,20 @@ def test_rollout_and_update_compute_the_same_bits(
         made.append(out.detach())
         if mode != "rollout":
             out.square().sum().backward()
-            gradients.append({name: p.grad for name, p in policy.transformer.named_parameters() if p.requires_grad})
+            gradients.append(
+                {
+                    name: p.grad
+                    for name, p in policy.transformer.named_parameters()
+                    if p.requires_grad
+                }
+            )
     assert torch.equal(made[0], made[1])
     assert torch.equal(made[0], made[2])
     assert all(torch.equal(gradients[0][name], gradient) for name, gradient in gradients[1].items())
     assert all(gradient.any() for gradient in gradients[1].values())
 
 
-# ------------------------------------------------------------------------------------------------------- in place, no more
+# -------- in place, no more
 
 
 def test_auto_is_off_on_a_cpu(make: Callable[..., RealPolicy]) -> None:
@@ -184,10 +240,19 @@ def test_auto_is_off_on_a_cpu(make: Callable[..., RealPolicy]) -> None:
 def test_objects_change_and_classes_do_not(make: Callable[..., RealPolicy]) -> None:
     plain, policy = make(fused=False), make(fused=True)
     assert list(policy.transformer.state_dict()) == list(plain.transformer.state_dict())
-    assert [name for name, _ in policy.transformer.named_modules()] == [name for name, _ in plain.transformer.named_modules()]
+    assert [name for name, _ in policy.transformer.named_modules()] == [
+        name for name, _ in plain.transformer.named_modules()
+    ]
     assert all("forward" in vars(block) for block in blocks(policy))
-    processors = {type(attn.processor) for block in blocks(policy) for attn in block.children() if hasattr(attn, "processor")}
-    assert processors == {FusedWanProcessor if isinstance(policy, WanPolicy) else FusedHunyuanProcessor}
+    processors = {
+        type(attn.processor)
+        for block in blocks(policy)
+        for attn in block.children()
+        if hasattr(attn, "processor")
+    }
+    assert processors == {
+        FusedWanProcessor if isinstance(policy, WanPolicy) else FusedHunyuanProcessor
+    }
     assert not any("forward" in vars(module) for module in plain.transformer.modules())
     latents, timesteps, text = inputs(policy)
     with torch.no_grad():
@@ -195,27 +260,41 @@ def test_objects_change_and_classes_do_not(make: Callable[..., RealPolicy]) -> N
         fuse(policy.transformer)
         assert torch.equal(policy.velocity(latents, timesteps, text), made)
         policy.transformer = copy.deepcopy(policy.transformer)
-        torch.testing.assert_close(policy.velocity(latents, timesteps, text), made)  # other addresses, other bits: weights lay in a file
-        for parameter in policy.transformer.parameters():  # the copy's blocks compute with the copy's weights
+        torch.testing.assert_close(
+            policy.velocity(latents, timesteps, text), made
+        )  # other addresses, other bits: weights lay in a file
+        for (
+            parameter
+        ) in policy.transformer.parameters():  # the copy's blocks compute with the copy's weights
             parameter.zero_()
         assert not policy.velocity(latents, timesteps, text).any()
 
 
 def test_every_block_runs_the_operations_and_the_tables_are_made_once(
     make: Callable[..., RealPolicy], monkeypatch: pytest.MonkeyPatch
-) -> None:  # fmt: skip
+) -> None:
     policy, tables, calls = make(fused=True), [], []
     made = RotaryTables.__init__
-    monkeypatch.setattr(RotaryTables, "__init__", lambda self, *given: (tables.append(self), made(self, *given))[1])
+    monkeypatch.setattr(
+        RotaryTables, "__init__", lambda self, *given: (tables.append(self), made(self, *given))[1]
+    )
     operations = ("ln_modulate", "gate_residual", "gate_residual_ln_modulate", "qk_norm_rope")
     for name in operations:
         real = getattr(fused, name)
-        monkeypatch.setattr(fused, name, lambda *a, _name=name, _real=real, **k: (calls.append(_name), _real(*a, **k))[1])
+        monkeypatch.setattr(
+            fused,
+            name,
+            lambda *a, _name=name, _real=real, **k: (calls.append(_name), _real(*a, **k))[1],
+        )
     with torch.no_grad():
         policy.velocity(*inputs(policy))
     wan = isinstance(policy, WanPolicy)
-    expected = {"wan": (2, 2, 4, 4), "hunyuan_video": (6, 6, 4, 6)}["wan" if wan else "hunyuan_video"]
-    assert {name: calls.count(name) for name in operations} == dict(zip(operations, expected, strict=True))
+    expected = {"wan": (2, 2, 4, 4), "hunyuan_video": (6, 6, 4, 6)}[
+        "wan" if wan else "hunyuan_video"
+    ]
+    assert {name: calls.count(name) for name in operations} == dict(
+        zip(operations, expected, strict=True)
+    )
     (table,) = tables
     for angles in (table.cos, table.sin):
         assert (angles.dtype, angles.is_contiguous()) == (torch.float32, True)
@@ -229,14 +308,21 @@ def test_the_attention_backend_stays(make: Callable[..., RealPolicy]) -> None:
     fuse(policy.transformer)
     assert policy.attention_kernel(shape, torch.float32) == "_native_math (no fused kernel)"
     policy.transformer.set_attention_backend("native")
-    assert policy.attention_kernel(shape, torch.float32) == "native (_scaled_dot_product_flash_attention_for_cpu)"
+    assert (
+        policy.attention_kernel(shape, torch.float32)
+        == "native (_scaled_dot_product_flash_attention_for_cpu)"
+    )
 
 
-# ------------------------------------------------------------------------------------------------------------- under FSDP2
+# -------- under FSDP2
 
 
 def sharded(policy: RealPolicy, cast_forward_inputs: bool) -> RealPolicy:
-    mixed = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=cast_forward_inputs)
+    mixed = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16,
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=cast_forward_inputs,
+    )
     for block in blocks(policy):
         fully_shard(block, mp_policy=mixed)
     fully_shard(policy.transformer, mp_policy=mixed)
@@ -244,45 +330,86 @@ def sharded(policy: RealPolicy, cast_forward_inputs: bool) -> RealPolicy:
 
 
 @pytest.mark.usefixtures("one_rank")
-@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view")  # as sharding.prepare does
+@pytest.mark.filterwarnings(
+    "ignore:FSDP2-wrapped module .* returned a view"
+)  # as sharding.prepare does
 @pytest.mark.parametrize("lora", [None, LoRA(rank=4, alpha=8)], ids=["full", "lora"])
-def test_sharded_blocks_run_the_operations(make: Callable[..., RealPolicy], lora: LoRA | None) -> None:
-    policy, whole = sharded(make(fused=True, lora=lora), cast_forward_inputs=False), make(fused=True, lora=lora)
-    assert all(type(block).__name__.startswith("FSDP") and "forward" in vars(block) for block in blocks(policy))
+def test_sharded_blocks_run_the_operations(
+    make: Callable[..., RealPolicy], lora: LoRA | None
+) -> None:
+    policy, whole = (
+        sharded(make(fused=True, lora=lora), cast_forward_inputs=False),
+        make(fused=True, lora=lora),
+    )
+    assert all(
+        type(block).__name__.startswith("FSDP") and "forward" in vars(block)
+        for block in blocks(policy)
+    )
     latents, timesteps, text = inputs(policy)
     for checkpointed in (False, True):
         if checkpointed:
             policy.transformer.enable_gradient_checkpointing()
         with computing(torch.bfloat16):
             with torch.no_grad():
-                rollout, expected = policy.velocity(latents, timesteps, text), whole.velocity(latents, timesteps, text)
+                rollout, expected = (
+                    policy.velocity(latents, timesteps, text),
+                    whole.velocity(latents, timesteps, text),
+                )
             update = policy.velocity(latents, timesteps, text)
         assert torch.equal(rollout, update)
-        torch.testing.assert_close(rollout, expected, rtol=0.05, atol=0.02)  # its norms' weights are bf16 too
+        torch.testing.assert_close(
+            rollout, expected, rtol=0.05, atol=0.02
+        )  # its norms' weights are bf16 too
         update.square().sum().backward()
-        assert all(p.grad.full_tensor().any() for p in policy.transformer.parameters() if p.requires_grad)
+        assert all(
+            p.grad.full_tensor().any() for p in policy.transformer.parameters() if p.requires_grad
+        )
     assert list(policy.transformer.state_dict()) == list(whole.transformer.state_dict())
 
 
 @pytest.mark.usefixtures("one_rank")
-def test_fsdp_does_not_round_the_angles(make: Callable[..., RealPolicy], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fsdp_does_not_round_the_angles(
+    make: Callable[..., RealPolicy], monkeypatch: pytest.MonkeyPatch
+) -> None:
     policy = sharded(make(fused=True), cast_forward_inputs=True)
     seen, real = [], fused.qk_norm_rope
     monkeypatch.setattr(
-        fused, "qk_norm_rope", lambda q, k, qw, kw, cos, sin, **rest: (seen.append(cos), real(q, k, qw, kw, cos, sin, **rest))[1]
+        fused,
+        "qk_norm_rope",
+        lambda q, k, qw, kw, cos, sin, **rest: (
+            seen.append(cos),
+            real(q, k, qw, kw, cos, sin, **rest),
+        )[1],
     )
     with torch.no_grad():
         policy.velocity(*inputs(policy))
     assert {cos.dtype for cos in seen if cos is not None} == {torch.float32}
 
 
-# ---------------------------------------------------------------------------------------------------------------- refused
+# -------- refused
 
 
 def test_transformers_that_it_does_not_know() -> None:
-    wan: dict[str, Any] = {"num_attention_heads": 2, "attention_head_dim": 12, "ffn_dim": 8, "num_layers": 1, "text_dim": 8, "freq_dim": 8}
-    hunyuan: dict[str, Any] = {"num_attention_heads": 2, "attention_head_dim": 12, "num_layers": 1, "num_single_layers": 1}
-    hunyuan |= {"num_refiner_layers": 1, "rope_axes_dim": (4, 4, 4), "text_embed_dim": 8, "pooled_projection_dim": 8}
+    wan: dict[str, Any] = {
+        "num_attention_heads": 2,
+        "attention_head_dim": 12,
+        "ffn_dim": 8,
+        "num_layers": 1,
+        "text_dim": 8,
+        "freq_dim": 8,
+    }
+    hunyuan: dict[str, Any] = {
+        "num_attention_heads": 2,
+        "attention_head_dim": 12,
+        "num_layers": 1,
+        "num_single_layers": 1,
+    }
+    hunyuan |= {
+        "num_refiner_layers": 1,
+        "rope_axes_dim": (4, 4, 4),
+        "text_embed_dim": 8,
+        "pooled_projection_dim": 8,
+    }
     fused_projections = WanTransformer3DModel(**wan)
     fused_projections.blocks[0].attn1.fuse_projections()
     for transformer, problem in (
@@ -290,8 +417,14 @@ def test_transformers_that_it_does_not_know() -> None:
         (WanTransformer3DModel(**wan, cross_attn_norm=False), "no norm before its cross-attention"),
         (WanTransformer3DModel(**wan, image_dim=8, added_kv_proj_dim=24), "attends to an image"),
         (fused_projections, "fused projections"),
-        (HunyuanVideoTransformer3DModel(**hunyuan, image_condition_type="token_replace"), "expected a Wan or HunyuanVideo transformer"),
-        (HunyuanVideoTransformer3DModel(**hunyuan, qk_norm="layer_norm"), "normalises q and k with LayerNorm"),
+        (
+            HunyuanVideoTransformer3DModel(**hunyuan, image_condition_type="token_replace"),
+            "expected a Wan or HunyuanVideo transformer",
+        ),
+        (
+            HunyuanVideoTransformer3DModel(**hunyuan, qk_norm="layer_norm"),
+            "normalises q and k with LayerNorm",
+        ),
     ):
         with pytest.raises(ValueError, match=f"policy.fused: .*{problem}.*set it to false"):
             fuse(transformer)

@@ -1,4 +1,6 @@
-"""The noise against an independent NumPy Philox-4x32-10, its published vectors, and what normal noise must look like."""
+"""The noise against an independent NumPy Philox-4x32-10, its published vectors, and what normal
+noise must look like.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +13,9 @@ import pytest
 import torch
 from fastgrpo_kernels import dispatch, gaussian_noise
 from fastgrpo_kernels.dispatch import jit, tl
-from fastgrpo_kernels.philox import box_muller, philox_4x32_10, uniform
-from fastgrpo_kernels.triton_random import cos_sin_turns, minus_two_log, normal_tile
-from fastgrpo_kernels.triton_random import uniform as uniform_in_triton
+from fastgrpo_kernels.random.philox import box_muller, philox_4x32_10, uniform
+from fastgrpo_kernels.random.triton_philox import cos_sin_turns, minus_two_log, normal_tile
+from fastgrpo_kernels.random.triton_philox import uniform as uniform_in_triton
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -46,22 +48,32 @@ def numpy_philox(counter: np.ndarray, key: np.ndarray) -> np.ndarray:
     for _ in range(10):
         p0, p1 = c[:, 0] * np.uint64(0xD2511F53), c[:, 2] * np.uint64(0xCD9E8D57)
         high0, high1 = p0 // np.uint64(2**32), p1 // np.uint64(2**32)
-        c = np.stack([high1 ^ c[:, 1] ^ k[:, 0], p1 & low, high0 ^ c[:, 3] ^ k[:, 1], p0 & low], axis=1)
+        c = np.stack(
+            [high1 ^ c[:, 1] ^ k[:, 0], p1 & low, high0 ^ c[:, 3] ^ k[:, 1], p0 & low], axis=1
+        )
         k = (k + np.array([0x9E3779B9, 0xBB67AE85], dtype=np.uint64)) & low
     return c
 
 
 def numpy_noise(seed: int, step: int, numel: int, first: int = 0) -> np.ndarray:
-    """One sample's noise from element `first` on, fp32, from NumPy's integers and NumPy's (another library's) log, cos and sin."""
+    """One sample's noise from element `first` on, fp32, from NumPy's integers and NumPy's (another
+    library's) log, cos and sin.
+    """
     quads = -(-numel // 4)
-    counter = np.array([(q % 2**32, q // 2**32, step, 0) for q in range(first // 4, first // 4 + quads)], dtype=np.uint64)
+    counter = np.array(
+        [(q % 2**32, q // 2**32, step, 0) for q in range(first // 4, first // 4 + quads)],
+        dtype=np.uint64,
+    )
     unsigned = seed % 2**64
     key = np.tile(np.array([unsigned % 2**32, unsigned // 2**32], dtype=np.uint64), (quads, 1))
     u = (np.floor(numpy_philox(counter, key) / 512.0) + 0.5) / 2**23
     radius = np.sqrt(-2 * np.log(u[:, 0::2])).astype(np.float32)
     angle = 2 * np.pi * u[:, 1::2]
     out = np.empty((quads, 4), dtype=np.float32)
-    out[:, 0::2], out[:, 1::2] = radius * np.cos(angle).astype(np.float32), radius * np.sin(angle).astype(np.float32)
+    out[:, 0::2], out[:, 1::2] = (
+        radius * np.cos(angle).astype(np.float32),
+        radius * np.sin(angle).astype(np.float32),
+    )
     return out.reshape(-1)[:numel]
 
 
@@ -70,9 +82,13 @@ def words(values: np.ndarray) -> Tensor:
 
 
 @pytest.mark.parametrize(("counter", "key", "expected"), KNOWN_ANSWERS)
-def test_published_vectors(counter: tuple[int, ...], key: tuple[int, ...], expected: tuple[int, ...]) -> None:
+def test_published_vectors(
+    counter: tuple[int, ...], key: tuple[int, ...], expected: tuple[int, ...]
+) -> None:
     as_words = [torch.tensor([word]) for word in counter]
-    ours = philox_4x32_10((as_words[0], as_words[1], as_words[2], as_words[3]), tuple(torch.tensor([w]) for w in key))
+    ours = philox_4x32_10(
+        (as_words[0], as_words[1], as_words[2], as_words[3]), tuple(torch.tensor([w]) for w in key)
+    )
     assert tuple(int(word) for word in ours) == expected
     theirs = numpy_philox(np.array([counter]), np.array([key]))
     assert tuple(int(word) for word in theirs[0]) == expected
@@ -86,7 +102,9 @@ def test_integers_equal_numpy() -> None:
     counter[:5_000] = rng.choice(edges, (5_000, 4))
     key[:5_000] = rng.choice(edges, (5_000, 2))
     c, k = words(counter), words(key)
-    ours = torch.stack(philox_4x32_10((c[:, 0], c[:, 1], c[:, 2], c[:, 3]), (k[:, 0], k[:, 1])), dim=1)
+    ours = torch.stack(
+        philox_4x32_10((c[:, 0], c[:, 1], c[:, 2], c[:, 3]), (k[:, 0], k[:, 1])), dim=1
+    )
     assert torch.equal(ours, words(numpy_philox(counter, key)))
 
 
@@ -134,7 +152,9 @@ def test_moments_distribution_and_tails() -> None:
         expected = math.erfc(bound / math.sqrt(2))
         share = (noise.abs() > bound).double().mean().item()
         assert abs(share - expected) < 4 * math.sqrt(expected / n), bound
-    assert noise.abs().max() <= math.sqrt(2 * 24 * math.log(2)) + 1e-6  # the smallest uniform is 2^-24
+    assert (
+        noise.abs().max() <= math.sqrt(2 * 24 * math.log(2)) + 1e-6
+    )  # the smallest uniform is 2^-24
     # Kolmogorov-Smirnov: 1.95 / sqrt(n) is exceeded once in a thousand.
     cdf = torch.special.ndtr(noise.sort().values)
     rank = torch.arange(n, dtype=torch.float64)
@@ -164,12 +184,19 @@ def test_no_correlation_between_steps_seeds_and_elements() -> None:
     data=st.data(),
 )
 @settings(deadline=None, max_examples=80)
-def test_same_bits_whatever_the_batch(seeds: list[int], numel: int, step: int, data: st.DataObject) -> None:
+def test_same_bits_whatever_the_batch(
+    seeds: list[int], numel: int, step: int, data: st.DataObject
+) -> None:
     whole = gaussian_noise(torch.tensor(seeds), step, (numel,))
     order = data.draw(st.permutations(range(len(seeds))))
-    assert torch.equal(gaussian_noise(torch.tensor(seeds)[list(order)], step, (numel,)), whole[list(order)])
+    assert torch.equal(
+        gaussian_noise(torch.tensor(seeds)[list(order)], step, (numel,)), whole[list(order)]
+    )
     cut = data.draw(st.integers(0, len(seeds)))
-    parts = [gaussian_noise(torch.tensor(part, dtype=torch.int64), step, (numel,)) for part in (seeds[:cut], seeds[cut:])]
+    parts = [
+        gaussian_noise(torch.tensor(part, dtype=torch.int64), step, (numel,))
+        for part in (seeds[:cut], seeds[cut:])
+    ]
     assert torch.equal(torch.cat(parts), whole)
     longer = gaussian_noise(torch.tensor(seeds), step, (numel + 7,))
     assert torch.equal(longer[:, :numel], whole)
@@ -200,24 +227,38 @@ def test_empty_batch_and_strided_seeds() -> None:
     empty = gaussian_noise(torch.empty(0, dtype=torch.int64), 0, (3, 5))
     assert empty.shape == (0, 3, 5)
     seeds = torch.arange(10)
-    assert torch.equal(gaussian_noise(seeds[::3], 0, (9,)), gaussian_noise(torch.tensor([0, 3, 6, 9]), 0, (9,)))
+    assert torch.equal(
+        gaussian_noise(seeds[::3], 0, (9,)), gaussian_noise(torch.tensor([0, 3, 6, 9]), 0, (9,))
+    )
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((torch.zeros(2), 0, (4,)), r"seeds: expected an int64 tensor \[B\], came torch.float32 \[2\]"),
-        ((torch.zeros(2, 1, dtype=torch.int64), 0, (4,)), r"seeds: .* came torch.int64 \[2, 1\]"),
-        (([1, 2], 0, (4,)), r"seeds: .* came list \[1, 2\]"),
-        ((torch.arange(2), -1, (4,)), r"step: expected a value in \[0, 2\^32\), came -1"),
-        ((torch.arange(2), 2**32, (4,)), r"step: .* came 4294967296"),
-        ((torch.arange(2), 1.0, (4,)), r"step: expected an int or an int64 tensor \[2\], came float 1.0"),
-        ((torch.arange(2), True, (4,)), r"step: .* came bool True"),
-        ((torch.arange(2), torch.arange(3), (4,)), r"step: .* \[2\], came torch.int64 \[3\]"),
-        ((torch.arange(2), torch.zeros(2), (4,)), r"step: .* came torch.float32 \[2\]"),
-        ((torch.arange(2), torch.tensor([0, -7]), (4,)), r"step: expected values in \[0, 2\^32\), came \[0, -7\]"),
-        ((torch.arange(2), 0, (4, 0)), r"shape: expected positive sizes of one sample, came \(4, 0\)"),
-        ((torch.arange(2), 0, (4, 1.5)), r"shape: .* came \(4, 1.5\)"),
+        (
+            (torch.zeros(2), 0, (4,)),
+            r"seeds: expected an int64 tensor \[B\], got torch.float32 \[2\]",
+        ),
+        ((torch.zeros(2, 1, dtype=torch.int64), 0, (4,)), r"seeds: .* got torch.int64 \[2, 1\]"),
+        (([1, 2], 0, (4,)), r"seeds: .* got list \[1, 2\]"),
+        ((torch.arange(2), -1, (4,)), r"step: expected a value in \[0, 2\^32\), got -1"),
+        ((torch.arange(2), 2**32, (4,)), r"step: .* got 4294967296"),
+        (
+            (torch.arange(2), 1.0, (4,)),
+            r"step: expected an int or an int64 tensor \[2\], got float 1.0",
+        ),
+        ((torch.arange(2), True, (4,)), r"step: .* got bool True"),
+        ((torch.arange(2), torch.arange(3), (4,)), r"step: .* \[2\], got torch.int64 \[3\]"),
+        ((torch.arange(2), torch.zeros(2), (4,)), r"step: .* got torch.float32 \[2\]"),
+        (
+            (torch.arange(2), torch.tensor([0, -7]), (4,)),
+            r"step: expected values in \[0, 2\^32\), got \[0, -7\]",
+        ),
+        (
+            (torch.arange(2), 0, (4, 0)),
+            r"shape: expected positive sizes of one sample, got \(4, 0\)",
+        ),
+        ((torch.arange(2), 0, (4, 1.5)), r"shape: .* got \(4, 1.5\)"),
     ],
 )
 def test_bad_noise_arguments(arguments: tuple[object, ...], message: str) -> None:
@@ -227,19 +268,19 @@ def test_bad_noise_arguments(arguments: tuple[object, ...], message: str) -> Non
 
 def test_bad_philox_arguments() -> None:
     word, double = torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.float64)
-    with pytest.raises(ValueError, match=r"expected int64 words, came torch.int32"):
+    with pytest.raises(ValueError, match=r"expected int64 words, got torch.int32"):
         philox_4x32_10((word, word, word, word.int()), (word, word))
-    with pytest.raises(ValueError, match="expected 4 counter words and 2 key words, came 3 and 2"):
+    with pytest.raises(ValueError, match="expected 4 counter words and 2 key words, got 3 and 2"):
         philox_4x32_10((word, word, word), (word, word))  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"words: expected int64, came torch.float64"):
+    with pytest.raises(ValueError, match=r"words: expected int64, got torch.float64"):
         uniform(double)
-    with pytest.raises(ValueError, match=r"expected float64, came torch.float32 and torch.float64"):
+    with pytest.raises(ValueError, match=r"expected float64, got torch.float32 and torch.float64"):
         box_muller(double.float(), double)
-    with pytest.raises(ValueError, match=r"expected one shape, came \(1,\) and \(2,\)"):
+    with pytest.raises(ValueError, match=r"expected one shape, got \(1,\) and \(2,\)"):
         box_muller(double, torch.zeros(2, dtype=torch.float64))
 
 
-# ------------------------------------------------------------------------------------------------------ in Triton
+# -------- in Triton
 
 
 @jit
@@ -262,7 +303,7 @@ def _box_muller_kernel(uniforms, radius, cos, sin, BLOCK: tl.constexpr):
 
 @pytest.fixture
 def triton_device(device: str) -> str:
-    if reason := dispatch.why_not("triton", "sde_step", torch.empty(0, device=device)):
+    if reason := dispatch.unsupported_reason("triton", "sde_step", torch.empty(0, device=device)):
         pytest.skip(reason)
     return device
 
@@ -275,12 +316,16 @@ def ordinal(x: Tensor) -> Tensor:
 
 @pytest.fixture
 def fused_multiply_add(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have the interpreter round a multiply-add once, as a GPU does; it rounds twice. (float64 holds the product exactly.)"""
+    """Have the interpreter round a multiply-add once, as a GPU does; it rounds twice. (float64
+    holds the product exactly.)
+    """
     if dispatch.INTERPRETED:
         from triton.runtime import interpreter
 
         def fma(builder: Any, x: Any, y: Any, z: Any) -> Any:
-            exact = x.data.astype(np.float64) * y.data.astype(np.float64) + z.data.astype(np.float64)
+            exact = x.data.astype(np.float64) * y.data.astype(np.float64) + z.data.astype(
+                np.float64
+            )
             return interpreter.TensorHandle(exact.astype(np.float32), z.dtype.scalar)
 
         monkeypatch.setattr(interpreter.InterpreterBuilder, "create_fma", fma)
@@ -288,7 +333,9 @@ def fused_multiply_add(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("fused_multiply_add")
 def test_all_uniforms_in_triton(triton_device: str) -> None:
-    """Every uniform there is: itself exact, its radius, cosine and sine at most one fp32 number away from the reference's, and few are."""
+    """Every uniform there is: itself exact, its radius, cosine and sine at most one fp32 number
+    away from the reference's, and few are.
+    """
     block = 1024 if triton_device == "cuda" else 2**18
     count = 2**23
     ours = torch.empty(4, count, device=triton_device)
@@ -306,7 +353,9 @@ def test_all_uniforms_in_triton(triton_device: str) -> None:
 
 @pytest.mark.parametrize("tile", [8, 1024])
 def test_noise_in_triton(triton_device: str, tile: int) -> None:
-    """Any seed, step and place, also beyond 2^32 quads: NumPy's noise but for the bound of `triton_random`."""
+    """Any seed, step and place, also beyond 2^32 quads: NumPy's noise but for the bound of
+    `triton_random`.
+    """
     keys = [
         (0, 0, 0),
         (-1, 2**32 - 1, 5 * tile),
@@ -316,17 +365,23 @@ def test_noise_in_triton(triton_device: str, tile: int) -> None:
     ]
     seeds, steps, firsts = torch.tensor(keys, device=triton_device).T.contiguous()
     ours = torch.empty(len(keys), tile, device=triton_device)
-    _normals_kernel[(len(keys),)](seeds, steps, firsts, ours, TILE=tile, num_warps=4, enable_fp_fusion=False)
+    _normals_kernel[(len(keys),)](
+        seeds, steps, firsts, ours, TILE=tile, num_warps=4, enable_fp_fusion=False
+    )
     for row, (seed, step, first) in zip(ours.cpu().numpy(), keys, strict=True):
         np.testing.assert_allclose(row, numpy_noise(seed, step, tile, first), rtol=2.0**-21, atol=0)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(np.finfo(np.longdouble).eps > 2e-19, reason="needs a long double wider than a double")
+@pytest.mark.skipif(
+    np.finfo(np.longdouble).eps > 2e-19, reason="needs a long double wider than a double"
+)
 def test_no_uniform_is_near_a_rounding_boundary() -> None:
-    """All 2^23 uniforms: radius, cos and sin stay over 20 float64 ulps away from where fp32 rounding would change.
+    """All 2^23 uniforms: radius, cos and sin stay over 20 float64 ulps away from where fp32
+    rounding would change.
 
-    So any library's double-precision functions give the same fp32 values, which is what box_muller promises.
+    So any library's double-precision functions give the same fp32 values, which is what
+    box_muller promises.
     """
     u = uniform(torch.arange(2**23) << 9)
     assert u.unique().numel() == 2**23
@@ -340,5 +395,7 @@ def test_no_uniform_is_near_a_rounding_boundary() -> None:
         nearest = rounded.astype(np.longdouble)
         above = np.nextafter(rounded, np.float32(np.inf)).astype(np.longdouble)
         below = np.nextafter(rounded, np.float32(-np.inf)).astype(np.longdouble)
-        margin = np.minimum(np.abs(exact - (nearest + above) / 2), np.abs(exact - (nearest + below) / 2))
+        margin = np.minimum(
+            np.abs(exact - (nearest + above) / 2), np.abs(exact - (nearest + below) / 2)
+        )
         assert (margin / np.spacing(np.abs(exact.astype(np.float64)))).min() > 20

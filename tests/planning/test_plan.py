@@ -1,4 +1,6 @@
-"""The plan of a recipe: counts against formulas by hand and performance.md's table, memory under sharding, the command line, refusals."""
+"""The plan of a recipe: counts against formulas by hand and performance.md's table, memory under
+sharding, the command line, refusals.
+"""
 
 from __future__ import annotations
 
@@ -20,22 +22,43 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen2_5_VLConfig
 
 from benchmarks.judge import CONFIGS
-from fastgrpo import dry_run, memory, sharding
-from fastgrpo.commands import plan
-from fastgrpo.config import ParallelConfig, PromptsConfig, RolloutConfig, TrainConfig, UpdateConfig, parse_config
+from fastgrpo.cli import plan
+from fastgrpo.config import (
+    ParallelConfig,
+    PromptsConfig,
+    RolloutConfig,
+    TrainConfig,
+    UpdateConfig,
+    parse_config,
+)
+from fastgrpo.distributed import sharding
+from fastgrpo.planning import memory, meta_model
 from fastgrpo.policies.hunyuan_video import HunyuanVideoPolicy
 from fastgrpo.policies.pretrained import LoRA
-from fastgrpo.policies.shapes import ShapesPolicy, new_transformer
 from fastgrpo.policies.wan import WanPolicy
-from fastgrpo.run import check_sharding
 from fastgrpo.shapes.judge import ShapesJudge
+from fastgrpo.shapes.policy import ShapesPolicy, new_transformer
+from fastgrpo.training.loop import check_sharding
 
 META = torch.device("meta")
-WAN = {"attention_head_dim": 128, "text_dim": 4096, "freq_dim": 256, "in_channels": 16, "out_channels": 16, "patch_size": [1, 2, 2]}
+WAN = {
+    "attention_head_dim": 128,
+    "text_dim": 4096,
+    "freq_dim": 256,
+    "in_channels": 16,
+    "out_channels": 16,
+    "patch_size": [1, 2, 2],
+}
 SIZES: dict[str, dict[str, Any]] = {
     "wan_1.3b": WAN | {"num_attention_heads": 12, "num_layers": 30, "ffn_dim": 8960},
     "wan_14b": WAN | {"num_attention_heads": 40, "num_layers": 40, "ffn_dim": 13824},
-    "hunyuan": {"num_attention_heads": 24, "attention_head_dim": 128, "num_layers": 20, "num_single_layers": 40, "guidance_embeds": True},
+    "hunyuan": {
+        "num_attention_heads": 24,
+        "attention_head_dim": 128,
+        "num_layers": 20,
+        "num_single_layers": 40,
+        "guidance_embeds": True,
+    },
 }
 
 
@@ -56,17 +79,26 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 "text_encoder": ("LlamaModel", {"hidden_size": 4096}),
                 "text_encoder_2": ("CLIPTextModel", {"hidden_size": 768}),
             }
-        index: dict[str, Any] = {"_class_name": "HunyuanVideoPipeline" if name == "hunyuan" else "WanPipeline"}
+        index: dict[str, Any] = {
+            "_class_name": "HunyuanVideoPipeline" if name == "hunyuan" else "WanPipeline"
+        }
         for part, (kind, values) in parts.items():
             (root / name / part).mkdir(parents=True)
-            (root / name / part / "config.json").write_text(json.dumps({"_class_name": kind} | values))
+            (root / name / part / "config.json").write_text(
+                json.dumps({"_class_name": kind} | values)
+            )
             index[part] = ["", kind]
         (root / name / "model_index.json").write_text(json.dumps(index))
     return root
 
 
 def recipe(policy: Any, **rollout: Any) -> TrainConfig:
-    return TrainConfig(policy=policy, reward=ShapesJudge(), prompts=PromptsConfig(train="none"), rollout=RolloutConfig(**rollout))
+    return TrainConfig(
+        policy=policy,
+        reward=ShapesJudge(),
+        prompts=PromptsConfig(train="none"),
+        rollout=RolloutConfig(**rollout),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -78,17 +110,25 @@ def wan(models: Path) -> tuple[TrainConfig, memory.Counts]:
 
 @pytest.fixture(scope="module")
 def shapes() -> tuple[TrainConfig, memory.Counts]:
-    config = recipe(ShapesPolicy(), height=16, width=16, num_frames=8, guidance_scale=1.0, num_prompts=4, micro_batch_size=4)
+    config = recipe(
+        ShapesPolicy(),
+        height=16,
+        width=16,
+        num_frames=8,
+        guidance_scale=1.0,
+        num_prompts=4,
+        micro_batch_size=4,
+    )
     return config, memory.count(config)
 
 
-# ------------------------------------------------------------------------------------------------------------ counting, by hand
+# -------- counting, by hand
 
 
 def test_a_linear_layer_is_counted_as_by_hand() -> None:
     layer = nn.Linear(64, 96, device=META)
     x = torch.empty(10, 64, device=META, requires_grad=True)
-    cost = dry_run.measure(lambda: layer(x), [x, *layer.parameters()], backward=True)
+    cost = meta_model.measure(lambda: layer(x), [x, *layer.parameters()], backward=True)
     assert cost.linear == 3 * 2 * 10 * 64 * 96  # forward, gradient of x, gradient of the weight
     assert cost.attention == 0
     assert cost.kept == 4 * 10 * 96  # the output; x was there before
@@ -96,23 +136,35 @@ def test_a_linear_layer_is_counted_as_by_hand() -> None:
 
 
 def test_attention_keeps_no_scores_and_its_backward_computes_them_again() -> None:
-    q, k = (torch.empty(1, 3, n, 16, device=META, dtype=torch.bfloat16, requires_grad=True) for n in (128, 64))
+    q, k = (
+        torch.empty(1, 3, n, 16, device=META, dtype=torch.bfloat16, requires_grad=True)
+        for n in (128, 64)
+    )
 
     def attend() -> Tensor:
-        with dry_run._attention_without_scores():
+        with meta_model._attention_without_scores():
             return F.scaled_dot_product_attention(q, k, k)
 
-    cost = dry_run.measure(attend, [q, k], backward=True)
+    cost = meta_model.measure(attend, [q, k], backward=True)
     assert cost.attention == (4 + 10) * 3 * 128 * 64 * 16
-    assert 2 * 3 * 128 * 16 + 4 * 3 * 128 <= cost.kept < 2 * 3 * 128 * 16 + 4 * 3 * 128 + 64  # output, logarithms of sums, two seeds
-    assert dry_run.measure(attend, [q, k], backward=False).work < cost.work
+    assert (
+        2 * 3 * 128 * 16 + 4 * 3 * 128 <= cost.kept < 2 * 3 * 128 * 16 + 4 * 3 * 128 + 64
+    )  # output, logarithms of sums, two seeds
+    assert meta_model.measure(attend, [q, k], backward=False).work < cost.work
 
 
-def test_what_a_network_keeps_is_what_saved_tensors_hooks_see(shapes: tuple[TrainConfig, memory.Counts]) -> None:
-    policy, conditioning = dry_run.load_meta(ShapesPolicy())
+def test_what_a_network_keeps_is_what_saved_tensors_hooks_see(
+    shapes: tuple[TrainConfig, memory.Counts],
+) -> None:
+    policy, conditioning = meta_model.load_meta(ShapesPolicy())
     latents = torch.empty(4, 96, 8, 1, 1, device=META)
-    cost = dry_run.velocity_cost(policy, conditioning, latents, torch.float32, activations="none", gathered=False)
-    given = {p.untyped_storage()._cdata for p in (*policy.transformer.parameters(), *policy.transformer.buffers(), latents)}
+    cost = meta_model.velocity_cost(
+        policy, conditioning, latents, torch.float32, activations="none", gathered=False
+    )
+    given = {
+        p.untyped_storage()._cdata
+        for p in (*policy.transformer.parameters(), *policy.transformer.buffers(), latents)
+    }
     saved: dict[int, Any] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -120,33 +172,70 @@ def test_what_a_network_keeps_is_what_saved_tensors_hooks_see(shapes: tuple[Trai
         saved.update({} if storage._cdata in given else {storage._cdata: storage})
         return tensor
 
-    conditions = {name: tensor.expand(4, *tensor.shape[1:]) for name, tensor in conditioning.items()}
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), dry_run._attention_without_scores():
+    conditions = {
+        name: tensor.expand(4, *tensor.shape[1:]) for name, tensor in conditioning.items()
+    }
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        meta_model._attention_without_scores(),
+    ):
         output = policy.velocity(latents, latents.new_empty(4), conditions)
     kept = sum(storage.nbytes() for storage in saved.values()) + output.untyped_storage().nbytes()
-    assert cost.kept == pytest.approx(kept, rel=0.02)  # one counts small tensors that the other's graph does not hold
+    assert cost.kept == pytest.approx(
+        kept, rel=0.02
+    )  # one counts small tensors that the other's graph does not hold
 
 
 @pytest.mark.parametrize("activations", [None, "full", "keep_attention", "none"])
 def test_the_peak_is_what_the_allocator_sees_of_a_real_network(activations: str | None) -> None:
     def network() -> WanTransformer3DModel:
-        sizes = {"num_attention_heads": 4, "attention_head_dim": 32, "num_layers": 4, "ffn_dim": 256, "text_dim": 32}
+        sizes = {
+            "num_attention_heads": 4,
+            "attention_head_dim": 32,
+            "num_layers": 4,
+            "ffn_dim": 256,
+            "text_dim": 32,
+        }
         return WanTransformer3DModel(in_channels=16, out_channels=16, **sizes).eval()
 
-    def velocity(self: Any, latents: Tensor, timesteps: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
-        return self.transformer(hidden_states=latents, timestep=timesteps, return_dict=False, **conditioning)[0]
+    def velocity(
+        self: Any, latents: Tensor, timesteps: Tensor, conditioning: dict[str, Tensor]
+    ) -> Tensor:
+        return self.transformer(
+            hidden_states=latents, timestep=timesteps, return_dict=False, **conditioning
+        )[0]
 
     policy = type("Policy", (), {"velocity": velocity})()
     with META:
-        policy.transformer, latents, text = network(), torch.empty(1, 16, 4, 16, 16), torch.empty(1, 16, 32)
-    cost = dry_run.velocity_cost(policy, {"encoder_hidden_states": text}, latents, torch.float32, activations=activations, gathered=False)
+        policy.transformer, latents, text = (
+            network(),
+            torch.empty(1, 16, 4, 16, 16),
+            torch.empty(1, 16, 32),
+        )
+    cost = meta_model.velocity_cost(
+        policy,
+        {"encoder_hidden_states": text},
+        latents,
+        torch.float32,
+        activations=activations,
+        gathered=False,
+    )
 
-    policy.transformer, latents, text = network(), torch.randn(latents.shape), torch.randn(text.shape)
-    for block in sharding.blocks_of(policy.transformer) if activations in ("full", "keep_attention") else ():
+    policy.transformer, latents, text = (
+        network(),
+        torch.randn(latents.shape),
+        torch.randn(text.shape),
+    )
+    for block in (
+        sharding.blocks_of(policy.transformer) if activations in ("full", "keep_attention") else ()
+    ):
         sharding.recompute(block, keep_attention=activations == "keep_attention")
     for parameter in policy.transformer.parameters():
         parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler, torch.set_grad_enabled(activations is not None):
+    with (
+        profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler,
+        torch.set_grad_enabled(activations is not None),
+    ):
         output = policy.velocity(latents, torch.tensor([500.0]), {"encoder_hidden_states": text})
         if activations:
             output.backward(torch.zeros_like(output))
@@ -156,16 +245,22 @@ def test_the_peak_is_what_the_allocator_sees_of_a_real_network(activations: str 
 
 
 def test_blocks_that_are_alike_are_counted_once_each() -> None:
-    policy, conditioning = dry_run.load_meta(ShapesPolicy())
+    policy, conditioning = meta_model.load_meta(ShapesPolicy())
     latents = torch.empty(1, 96, 8, 1, 1, device=META)
-    cost = dry_run.velocity_cost(policy, conditioning, latents, torch.float32, activations=None, gathered=False)
-    assert dry_run.lists_of_blocks(policy.transformer) == {"blocks": 3}
-    with FlopCounterMode(display=False) as counter, torch.no_grad(), dry_run._attention_without_scores():
+    cost = meta_model.velocity_cost(
+        policy, conditioning, latents, torch.float32, activations=None, gathered=False
+    )
+    assert meta_model.lists_of_blocks(policy.transformer) == {"blocks": 3}
+    with (
+        FlopCounterMode(display=False) as counter,
+        torch.no_grad(),
+        meta_model._attention_without_scores(),
+    ):
         policy.velocity(latents, latents.new_empty(1), conditioning)
     assert cost.flop == counter.get_total_flops()
 
 
-# ------------------------------------------------------------------------------------------------- the real models, performance.md
+# -------- the real models, performance.md
 
 
 @pytest.mark.parametrize(
@@ -177,19 +272,28 @@ def test_blocks_that_are_alike_are_counted_once_each() -> None:
     ],
 )
 def test_a_forward_costs_what_performance_md_says(
-    models: Path, name: str, size: tuple[int, int], linear: float, attention: float, parameters: float
+    models: Path,
+    name: str,
+    size: tuple[int, int],
+    linear: float,
+    attention: float,
+    parameters: float,
 ) -> None:
     policy: Any = (HunyuanVideoPolicy if name == "hunyuan" else WanPolicy)(str(models / name))
-    twin, conditioning = dry_run.load_meta(policy)
+    twin, conditioning = meta_model.load_meta(policy)
     latents = torch.empty(1, *policy.latent_shape(*size, 53), device=META)
-    cost = dry_run.velocity_cost(twin, conditioning, latents, torch.bfloat16, activations=None, gathered=True)
+    cost = meta_model.velocity_cost(
+        twin, conditioning, latents, torch.bfloat16, activations=None, gathered=True
+    )
     assert cost.linear / 1e12 == pytest.approx(linear, abs=0.05)
     assert cost.attention / 1e12 == pytest.approx(attention, abs=0.05)
-    assert dry_run.network_of(twin.transformer).parameters == pytest.approx(parameters, rel=1e-3)
+    assert meta_model.network_of(twin.transformer).parameters == pytest.approx(parameters, rel=1e-3)
     assert not hasattr(policy, "transformer")  # the policy itself stays as it was
 
 
-def test_one_video_and_one_trained_sample_cost_what_performance_md_says(wan: tuple[TrainConfig, memory.Counts]) -> None:
+def test_one_video_and_one_trained_sample_cost_what_performance_md_says(
+    wan: tuple[TrainConfig, memory.Counts],
+) -> None:
     config, counts = wan
     forward = counts.velocity(None, True)
     assert 16 * 2 * forward.flop / 1e12 == pytest.approx(4632, abs=1)
@@ -199,7 +303,9 @@ def test_one_video_and_one_trained_sample_cost_what_performance_md_says(wan: tup
     assert saved == pytest.approx(forward.attention)
     assert counts.decode.flop / 1e12 == pytest.approx(180, abs=1)
 
-    off = dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, share_first_step=False))
+    off = dataclasses.replace(
+        config, rollout=dataclasses.replace(config.rollout, share_first_step=False)
+    )
     joint = dataclasses.replace(off, update=UpdateConfig(branchwise=False))
     whole, one_step_less = (memory.work(c, counts, "none", 8) for c in (joint, config))
     assert whole["rollout"].flop / 1e12 == pytest.approx(16 * 4632, rel=1e-3)
@@ -215,11 +321,15 @@ def test_activations_of_one_branch(wan: tuple[TrainConfig, memory.Counts]) -> No
     full, keep, none = (counts.velocity(name, True) for name in ("full", "keep_attention", "none"))
     tokens, width = 21840, 1536
     stream = 2 * tokens * width
-    outputs = 30 * 2 * (stream + 4 * tokens * 12)  # of self- and cross-attention: bf16, and a logarithm a token and head
+    outputs = (
+        30 * 2 * (stream + 4 * tokens * 12)
+    )  # of self- and cross-attention: bf16, and a logarithm a token and head
     assert keep.kept - full.kept == pytest.approx(outputs, rel=0.01)
     assert full.kept == pytest.approx(31 * stream, rel=0.2)  # a block's input
     hidden = 2 * tokens * 8960
-    assert none.kept / 30 == pytest.approx(2 * hidden + 18 * stream, rel=0.1)  # before and after GELU; 18 tensors of a token's width
+    assert none.kept / 30 == pytest.approx(
+        2 * hidden + 18 * stream, rel=0.1
+    )  # before and after GELU; 18 tensors of a token's width
     assert full.kept + full.work < keep.kept + keep.work < none.kept + none.work
 
 
@@ -227,31 +337,37 @@ def test_a_vae_in_bf16_takes_half(models: Path) -> None:
     costs = []
     for dtype in ("fp32", "bf16"):
         policy: Any = WanPolicy(str(models / "wan_1.3b"), vae_dtype=dtype)
-        twin, _ = dry_run.load_meta(policy)
-        costs.append(dry_run.decode_cost(twin, (16, 2, 30, 52)))
+        twin, _ = meta_model.load_meta(policy)
+        costs.append(meta_model.decode_cost(twin, (16, 2, 30, 52)))
     assert costs[1].work < 0.6 * costs[0].work  # the frames are fp32 in the end
     assert costs[1].flop == costs[0].flop
 
 
 def test_tiles_cost_what_they_overlap(models: Path) -> None:
     policy: Any = WanPolicy(str(models / "wan_1.3b"), vae_tiling=True)
-    twin, _ = dry_run.load_meta(policy)
-    every, largest = dry_run._share_of_tiles(twin.vae, (16, 14, 60, 104)) or (0.0, 0.0)
+    twin, _ = meta_model.load_meta(policy)
+    every, largest = meta_model._share_of_tiles(twin.vae, (16, 14, 60, 104)) or (0.0, 0.0)
     assert every * 180 == pytest.approx(298, abs=1)  # performance.md
     assert largest == pytest.approx(32 * 32 / (60 * 104))
 
 
-# --------------------------------------------------------------------------------------------------------------- memory, by hand
+# -------- memory, by hand
 
 
-def test_states_are_divided_by_the_ranks_that_share_them(wan: tuple[TrainConfig, memory.Counts]) -> None:
+def test_states_are_divided_by_the_ranks_that_share_them(
+    wan: tuple[TrainConfig, memory.Counts],
+) -> None:
     config, counts = wan
     n = counts.network.parameters
 
     def update(world_size: int, **settings: Any) -> dict[str, float]:
         return memory.memory(config, counts, ParallelConfig(**settings), world_size)["update"]
 
-    alone, eight, hybrid = update(1, shard="none"), update(8, shard="full"), update(16, shard="full", replicas=2)
+    alone, eight, hybrid = (
+        update(1, shard="none"),
+        update(8, shard="full"),
+        update(16, shard="full", replicas=2),
+    )
     assert (alone["fp32 weights"], alone["gradients"], alone["Adam"]) == (4 * n, 4 * n, 8 * n)
     for sharded in (eight, hybrid):
         assert (sharded["fp32 weights"], sharded["gradients"], sharded["Adam"]) == (n / 2, n / 2, n)
@@ -265,19 +381,26 @@ def test_states_are_divided_by_the_ranks_that_share_them(wan: tuple[TrainConfig,
     kept = memory.memory(config, counts, ParallelConfig(shard="full", keep_gathered=True), 8)
     assert kept["rollout"]["gathered weights"] == kept["decode"]["gathered weights"] == 2 * n
     assert kept["update"]["gathered weights"] == eight["gathered weights"]
-    assert memory.memory(config, counts, ParallelConfig(shard="none"), 2)["step"]["gradients' reduction"] == 4 * n
+    assert (
+        memory.memory(config, counts, ParallelConfig(shard="none"), 2)["step"][
+            "gradients' reduction"
+        ]
+        == 4 * n
+    )
     trajectory = 16 * (17 * 4 * 16 * 14 * 60 * 104 + 4 * 16) + 2 * 4 * 512 * 4096
     assert eight["trajectories"] == trajectory
 
-    both = dataclasses.replace(config, update=UpdateConfig(branchwise=False, ema_decay=0.9, kl_coef=0.1))
+    both = dataclasses.replace(
+        config, update=UpdateConfig(branchwise=False, ema_decay=0.9, kl_coef=0.1)
+    )
     joint = memory.memory(both, counts, ParallelConfig(shard="full"), 8)["update"]
     assert joint["activations"] == eight["activations"] + counts.velocity("full", True).kept
     assert joint["copies (EMA, KL reference)"] == n
 
 
 def test_a_lora_trains_its_adapters_alone(models: Path) -> None:
-    twin, _ = dry_run.load_meta(WanPolicy(str(models / "wan_1.3b"), lora=LoRA(rank=16)))
-    network = dry_run.network_of(twin.transformer)
+    twin, _ = meta_model.load_meta(WanPolicy(str(models / "wan_1.3b"), lora=LoRA(rank=16)))
+    network = meta_model.network_of(twin.transformer)
     width, hidden = 1536, 8960
     assert network.trained == 30 * 16 * (8 * 2 * width + 2 * (width + hidden))
     assert network.parameters == 1_418_996_800 + network.trained
@@ -305,18 +428,30 @@ def test_more_recompute_and_more_ranks_never_need_more(
         ("wan2.1_t2v_14b", "wan_14b", 16, []),
         ("hunyuanvideo", "hunyuan", 16, []),
         ("wan2.1_t2v_14b", "wan_14b", 1, ["--config", "fastgrpo/recipes/wan2.1_lora_one_gpu.yaml"]),
-        ("hunyuanvideo", "hunyuan", 1, ["--config", "fastgrpo/recipes/hunyuanvideo_lora_one_gpu.yaml"]),
+        (
+            "hunyuanvideo",
+            "hunyuan",
+            1,
+            ["--config", "fastgrpo/recipes/hunyuanvideo_lora_one_gpu.yaml"],
+        ),
     ],
 )
-def test_the_recipes_fit_the_papers_gpus(models: Path, name: str, model: str, world_size: int, overlay: list[str]) -> None:
-    given = ["--reward", "fastgrpo.shapes.judge.ShapesJudge", "--policy.init_args.model", str(models / model)]
+def test_the_recipes_fit_the_papers_gpus(
+    models: Path, name: str, model: str, world_size: int, overlay: list[str]
+) -> None:
+    given = [
+        "--reward",
+        "fastgrpo.shapes.judge.ShapesJudge",
+        "--policy.init_args.model",
+        str(models / model),
+    ]
     config, _, _ = parse_config(["--config", f"fastgrpo/recipes/{name}.yaml", *overlay, *given])
     counts = memory.count(config)
     phases = memory.memory(config, counts, memory.resolve(config.parallel, world_size), world_size)
     assert memory.peak(phases)[1] + memory.RESERVE < 80e9
 
 
-# ------------------------------------------------------------------------------------------------- the command line, and refusals
+# -------- the command line, and refusals
 
 
 def test_the_embedded_recipe_is_planned_from_the_command_line() -> None:
@@ -336,10 +471,19 @@ def test_the_embedded_recipe_is_planned_from_the_command_line() -> None:
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert "shapes on 2 GPU(s): 8 frames of 16 x 16, 4 prompts x 16 videos" in lines[0]
-    assert any(line.startswith("parameters        0.8 M, trained 0.8 M, 3 blocks") for line in lines)
-    assert [line.split()[0] for line in lines if line.startswith(("  rollout ", "  decode ", "  update ", "  all "))][-1] == "all"
+    assert any(
+        line.startswith("parameters        0.8 M, trained 0.8 M, 3 blocks") for line in lines
+    )
+    assert [
+        line.split()[0]
+        for line in lines
+        if line.startswith(("  rollout ", "  decode ", "  update ", "  all "))
+    ][-1] == "all"
     assert sum(line.endswith("  fits") for line in lines) == 12
-    assert any(line.startswith("recommended: --parallel.activations none --parallel.shard full") for line in lines)
+    assert any(
+        line.startswith("recommended: --parallel.activations none --parallel.shard full")
+        for line in lines
+    )
     assert "assumed:" in lines
 
 
@@ -352,9 +496,17 @@ def test_where_nothing_fits_the_plan_says_so(shapes: tuple[TrainConfig, memory.C
 
 @pytest.mark.parametrize(
     "option",
-    [["--gpu-memory", "0"], ["--world-size", "-1"], ["--gpu_memory", "-5"], ["--gpus-per-node", "0"], ["--parallel.replicas", "3"]],
+    [
+        ["--gpu-memory", "0"],
+        ["--world-size", "-1"],
+        ["--gpu_memory", "-5"],
+        ["--gpus-per-node", "0"],
+        ["--parallel.replicas", "3"],
+    ],
 )
-def test_a_wrong_number_is_one_clear_line(option: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_wrong_number_is_one_clear_line(
+    option: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as stopped:
         plan.main(["--config", "fastgrpo/recipes/shapes.yaml", "--world-size", "2", *option])
     assert stopped.value.code == 2
@@ -371,11 +523,19 @@ def test_the_trainer_refuses_what_cannot_fit_and_says_what_would(
     monkeypatch.setattr(memory, "count", lambda config: counts)
     memory.check_fits(config, 80e9, 8)
     none = dataclasses.replace(config, parallel=ParallelConfig(shard="none", activations="none"))
-    with pytest.raises(ValueError, match=r"80.0 GB of a GPU, but the update .* 8 GPU.*--parallel.activations none --parallel.shard full"):
+    with pytest.raises(
+        ValueError,
+        match=r"80.0 GB of a GPU, but the update .* 8 GPU.*--parallel.activations none --parallel.shard full",
+    ):
         memory.check_fits(none, 80e9, 8)
-    with pytest.raises(ValueError, match=r"the decode of this one .*policy.vae_tiling true.*no settings of `parallel`"):
+    with pytest.raises(
+        ValueError,
+        match=r"the decode of this one .*policy.vae_tiling true.*no settings of `parallel`",
+    ):
         memory.check_fits(config, 8e9, 64)
-    with pytest.raises(ValueError, match=r"parallel\.replicas: expected a divisor of the world size 8, got 3"):
+    with pytest.raises(
+        ValueError, match=r"parallel\.replicas: expected a divisor of the world size 8, got 3"
+    ):
         memory.check_fits(dataclasses.replace(config, parallel=ParallelConfig(replicas=3)), 80e9, 8)
 
 
@@ -400,11 +560,11 @@ def test_a_policy_of_another_kind_is_planned_by_its_load_meta(tiny_policy: Any) 
         memory.check_fits(config, 1.0, 1)
 
 
-# ---------------------------------------------------------------------------------------------------------------- small parts
+# -------- small parts
 
 
 def test_the_sums_of_costs_by_hand() -> None:
-    assert dry_run.Cost(linear=3.0, attention=4.0).flop == 7.0
+    assert meta_model.Cost(linear=3.0, attention=4.0).flop == 7.0
     work = memory.Work(linear=6.0, attention_forward=3.0, attention_backward=1.0)
     assert work.flop == 10.0
     assert work.bound == 10.0 / memory.MATMUL_RATE
@@ -412,20 +572,27 @@ def test_the_sums_of_costs_by_hand() -> None:
 
 def test_the_network_in_numbers(shapes: tuple[TrainConfig, memory.Counts]) -> None:
     network = shapes[1].network
-    assert isinstance(network, dry_run.Network)
-    assert network.parameters == network.trained == sum(p.numel() for p in new_transformer().parameters())
+    assert isinstance(network, meta_model.Network)
+    assert (
+        network.parameters
+        == network.trained
+        == sum(p.numel() for p in new_transformer().parameters())
+    )
     assert network.num_blocks == 3
     assert network.parameters == 3 * network.block + network.root
 
 
-def test_candidates_are_tried_from_the_least_recomputation_on(shapes: tuple[TrainConfig, memory.Counts]) -> None:
+def test_candidates_are_tried_from_the_least_recomputation_on(
+    shapes: tuple[TrainConfig, memory.Counts],
+) -> None:
     config = shapes[0]
     alone = memory.candidates(config, 1)
     assert [c.activations for c in alone if not c.cpu_offload] == ["none", "keep_attention", "full"]
     assert all(c.shard == "none" for c in alone if not c.cpu_offload)
     many = memory.candidates(config, 16)
     assert (
-        many.index(ParallelConfig(shard="full", replicas=2, activations="none", keep_gathered=True)) == 1
+        many.index(ParallelConfig(shard="full", replicas=2, activations="none", keep_gathered=True))
+        == 1
     )  # after one replica, as configured
     assert many[-1].cpu_offload
 
@@ -435,15 +602,17 @@ def test_which_policies_can_be_planned() -> None:
         pass
 
     for policy in (ShapesPolicy(), WanPolicy("a/b"), HunyuanVideoPolicy("a/b")):
-        assert dry_run.can_load_meta(policy)
-    assert not dry_run.can_load_meta(Other())  # type: ignore[arg-type]
+        assert meta_model.can_load_meta(policy)
+    assert not meta_model.can_load_meta(Other())  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("fused", "swapped"), [("auto", True), (False, False)])
 def test_a_plan_leaves_the_policy_as_it_was(models: Path, fused: Any, swapped: bool) -> None:
-    """`use_meta` changes a copy: the attention's package need not be here, the fused operations are those of a GPU."""
+    """`use_meta` changes a copy: the attention's package need not be here, the fused operations are
+    those of a GPU.
+    """
     policy = WanPolicy(str(models / "wan_1.3b"), attention="flash", fused=fused, vae_dtype="bf16")
-    twin, _ = dry_run.load_meta(policy)
+    twin, _ = meta_model.load_meta(policy)
     assert (policy.attention, policy.fused) == ("flash", fused)
     assert not hasattr(policy, "transformer")
     assert twin.is_fused == swapped
@@ -452,23 +621,41 @@ def test_a_plan_leaves_the_policy_as_it_was(models: Path, fused: Any, swapped: b
 
 def test_an_optimizer_that_cannot_step_shards_is_refused() -> None:
     config = dataclasses.replace(
-        recipe(ShapesPolicy()), update=UpdateConfig(optimizer="apex_fused_adam"), parallel=ParallelConfig(shard="full")
+        recipe(ShapesPolicy()),
+        update=UpdateConfig(optimizer="apex_fused_adam"),
+        parallel=ParallelConfig(shard="full"),
     )
     with pytest.raises(ValueError, match="apex_fused_adam cannot step sharded parameters"):
         check_sharding(config, torch.device("cpu"))
-    check_sharding(dataclasses.replace(config, parallel=ParallelConfig(shard="none")), torch.device("cpu"))
+    check_sharding(
+        dataclasses.replace(config, parallel=ParallelConfig(shard="none")), torch.device("cpu")
+    )
 
 
 @pytest.mark.parametrize(
-    ("name", "model", "gpus"), [("wan2.1_t2v_1.3b", "wan_1.3b", 8), ("wan2.1_t2v_14b", "wan_14b", 16), ("hunyuanvideo", "hunyuan", 16)]
+    ("name", "model", "gpus"),
+    [
+        ("wan2.1_t2v_1.3b", "wan_1.3b", 8),
+        ("wan2.1_t2v_14b", "wan_14b", 16),
+        ("hunyuanvideo", "hunyuan", 16),
+    ],
 )
-def test_the_papers_recipes_fit_the_papers_gpus(models: Path, tmp_path: Path, name: str, model: str, gpus: int) -> None:
-    """With their own judges: that of the 1.3B lies on the trainer's GPUs, the others are served elsewhere."""
+def test_the_papers_recipes_fit_the_papers_gpus(
+    models: Path, tmp_path: Path, name: str, model: str, gpus: int
+) -> None:
+    """With their own judges: that of the 1.3B lies on the trainer's GPUs, the others are served
+    elsewhere.
+    """
     own_judge = []
     if gpus == 8:
         Qwen2_5_VLConfig(**CONFIGS["qwen2.5-vl-7b"]).save_pretrained(tmp_path)
         own_judge = ["--reward.init_args.engine.init_args.model", str(tmp_path)]
-    recipe = ["--config", f"fastgrpo/recipes/{name}.yaml", "--policy.init_args.model", str(models / model)]
+    recipe = [
+        "--config",
+        f"fastgrpo/recipes/{name}.yaml",
+        "--policy.init_args.model",
+        str(models / model),
+    ]
     config, _, _ = parse_config([*recipe, *own_judge])
     assert getattr(config.reward, "memory_bytes", None) == (2 * 8_292_166_656 if gpus == 8 else 0)
     memory.check_fits(config, 80e9 - memory.RESERVE, gpus)
@@ -477,7 +664,9 @@ def test_the_papers_recipes_fit_the_papers_gpus(models: Path, tmp_path: Path, na
     frames = 4 * 53 * 3 * config.rollout.height * config.rollout.width
     pending = 4 if gpus == 8 else 16  # for a judge in process, and for a served one
     # HunyuanVideo's decode leaves 4 MB more.
-    assert phases["rollout"]["frames that wait for the judge"] == pytest.approx(pending * frames, rel=0.1)
+    assert phases["rollout"]["frames that wait for the judge"] == pytest.approx(
+        pending * frames, rel=0.1
+    )
     _, needed = memory.peak(phases)
     assert needed <= 80e9 - memory.RESERVE
     with pytest.raises(ValueError, match=r"expected a recipe that fits into the 1\.0 GB of a GPU"):

@@ -1,4 +1,6 @@
-"""Filling the text-embedding cache in earnest: killed anywhere, beside another job, on two ranks, by the command, with a real encoder."""
+"""Filling the text-embedding cache in earnest: killed anywhere, beside another job, on two ranks,
+by the command, with a real encoder.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +20,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fastgrpo import __main__ as command_line
-from fastgrpo import parallel, text_cache
-from fastgrpo.text_cache import TextCache, embed_missing, fingerprint
+from fastgrpo.distributed import collectives
+from fastgrpo.policies import text_cache
+from fastgrpo.policies.text_cache import TextCache, embed_missing, fingerprint
 
 IDENTITY = {"encoder": "tiny"}
 PROMPTS = [f"caption {i}" for i in range(20)]
@@ -44,14 +47,19 @@ class Counting:
 
 def assert_holds(cache: TextCache, prompts: list[str]) -> None:
     assert cache.missing(prompts) == []
-    assert all(torch.equal(cache.get(p)["prompt_embeds"], encode(p)["prompt_embeds"]) for p in prompts)
+    assert all(
+        torch.equal(cache.get(p)["prompt_embeds"], encode(p)["prompt_embeds"]) for p in prompts
+    )
 
 
-# --- killed, and in company -------------------------------------------------------------------------------------------
+# --- killed, and in company
+# -------------------------------------------------------------------------------------------
 
 
 def killed_at(point: str, folder: Path) -> None:
-    """Embed PROMPTS, five a shard, and die by SIGKILL in the second shard's encoding, writing, renaming, or before the index."""
+    """Embed PROMPTS, five a shard, and die by SIGKILL in the second shard's encoding, writing,
+    renaming, or before the index.
+    """
     replace, save, calls = os.replace, save_file, {"encode": 0, "save": 0, "replace": 0}
 
     def count(name: str, at: int) -> None:
@@ -78,7 +86,9 @@ def killed_at(point: str, folder: Path) -> None:
     embed_missing(TextCache(folder, IDENTITY), PROMPTS, encode_one, shard_prompts=5)
 
 
-@pytest.mark.parametrize(("point", "left"), [("encode", 15), ("save", 15), ("replace", 15), ("index", 0)])
+@pytest.mark.parametrize(
+    ("point", "left"), [("encode", 15), ("save", 15), ("replace", 15), ("index", 0)]
+)
 def test_after_a_kill_it_goes_on_where_it_was(tmp_path: Path, point: str, left: int) -> None:
     process = multiprocessing.get_context("fork").Process(target=killed_at, args=(point, tmp_path))
     process.start()
@@ -100,13 +110,23 @@ def test_after_a_kill_it_goes_on_where_it_was(tmp_path: Path, point: str, left: 
 def embed_with_bits_of_its_own(folder: Path, value: float) -> None:
     for part in range(4):
         prompts = [f"caption {i}" for i in range(60 * (part + 1))]
-        embed_missing(TextCache(folder, IDENTITY), prompts, lambda _: {"x": torch.full((64,), value)}, shard_prompts=3)
+        embed_missing(
+            TextCache(folder, IDENTITY),
+            prompts,
+            lambda _: {"x": torch.full((64,), value)},
+            shard_prompts=3,
+        )
 
 
 def test_two_jobs_at_once_leave_a_whole_cache(tmp_path: Path) -> None:
-    """Both make the same prompts, with bits that differ as two kinds of GPU would give them: each embedding is one of the two, whole."""
+    """Both make the same prompts, with bits that differ as two kinds of GPU would give them: each
+    embedding is one of the two, whole.
+    """
     fork = multiprocessing.get_context("fork")
-    jobs = [fork.Process(target=embed_with_bits_of_its_own, args=(tmp_path, value)) for value in (1.0, 2.0)]
+    jobs = [
+        fork.Process(target=embed_with_bits_of_its_own, args=(tmp_path, value))
+        for value in (1.0, 2.0)
+    ]
     for job in jobs:
         job.start()
     for job in jobs:
@@ -116,45 +136,51 @@ def test_two_jobs_at_once_leave_a_whole_cache(tmp_path: Path) -> None:
     prompts = [f"caption {i}" for i in range(240)]
     assert cache.missing(prompts) == []
     values = {p: cache.get(p)["x"] for p in prompts}
-    assert all(x.shape == (64,) and bool((x == x[0]).all()) and x[0] in (1, 2) for x in values.values())
+    assert all(
+        x.shape == (64,) and bool((x == x[0]).all()) and x[0] in (1, 2) for x in values.values()
+    )
     embed_missing(again, [*prompts, "caption 240"], encode)
-    assert all(torch.equal(again.get(p)["x"], x) for p, x in values.items())  # and stays the one it was
+    assert all(
+        torch.equal(again.get(p)["x"], x) for p, x in values.items()
+    )  # and stays the one it was
     assert not list(cache.folder.glob(".*"))
 
 
 RANKS = """
     import json, sys, torch
     from pathlib import Path
-    from fastgrpo import parallel
+    from fastgrpo.distributed import collectives
     from fastgrpo.config import RuntimeConfig
-    from fastgrpo.text_cache import TextCache, embed_missing
-    folder, rank = Path({folder!r}), parallel.rank()
+    from fastgrpo.policies.text_cache import TextCache, embed_missing
+    folder, rank = Path({folder!r}), collectives.rank()
     prompts, asked = [f"caption {{i}}" for i in range(40)], []
     def encode(prompt):
         asked.append(prompt)
         return {{"x": torch.tensor([float(prompt.split()[1]), rank])}}
     alone = TextCache(folder / "alone", {{}})
-    embed_missing(alone, prompts, encode)   # before parallel.start: its share
+    embed_missing(alone, prompts, encode)   # before collectives.start: its share
     alone_asked = list(asked)
-    parallel.start(RuntimeConfig(device="cpu"))
+    collectives.start(RuntimeConfig(device="cpu"))
     cache = TextCache(folder / "together", {{}})
     asked.clear()
     embed_missing(cache, prompts[:30], encode)
     embed_missing(cache, prompts, encode, shard_prompts=2)
     seen = [cache.get(p)["x"].tolist() for p in prompts]
-    parallel.gather(None)
+    collectives.gather(None)
     alone.refresh()
     try:
         embed_missing(TextCache(folder / f"own {{rank}}", {{}}), prompts, encode)
         refused = ""
     except ValueError as error:
         refused = str(error)
-    parallel.stop()
+    collectives.stop()
     print(json.dumps([alone_asked, len(alone.missing(prompts)), asked[:len(alone_asked)], seen, refused, len(cache)]))
 """
 
 
-def test_ranks_share_the_work_and_all_see_all_of_it(run_ranks: Callable[..., list[Any]], tmp_path: Path) -> None:
+def test_ranks_share_the_work_and_all_see_all_of_it(
+    run_ranks: Callable[..., list[Any]], tmp_path: Path
+) -> None:
     results = run_ranks(textwrap.dedent(RANKS).format(folder=str(tmp_path)))
     prompts = [f"caption {i}" for i in range(40)]
     shares = [set(alone) for alone, *_ in results]
@@ -163,7 +189,9 @@ def test_ranks_share_the_work_and_all_see_all_of_it(run_ranks: Callable[..., lis
     assert min(map(len, shares)) > 10
     for rank, (_, missing, asked, seen, refused, count) in enumerate(results):
         assert missing == 0
-        assert set(asked) == shares[rank]  # in company as before `parallel.start`, and nothing twice
+        assert (
+            set(asked) == shares[rank]
+        )  # in company as before `collectives.start`, and nothing twice
         assert count == 40
         assert seen == [[i, float(p in shares[1])] for i, p in enumerate(prompts)]
         assert "expected a folder on a file system that all nodes share" in refused
@@ -171,31 +199,52 @@ def test_ranks_share_the_work_and_all_see_all_of_it(run_ranks: Callable[..., lis
     assert json.loads((cache.folder / "index.json").read_text())["prompt_count"] == 40
 
 
-# --- a real encoder, and the command ----------------------------------------------------------------------------------
+# --- a real encoder, and the command
+# ----------------------------------------------------------------------------------
 
 
 def test_a_real_text_encoder(wan_folder: Path, tmp_path: Path) -> None:
-    """What the cache gives, padded with zeros, is what diffusers' pipeline makes of the prompt, bit for bit."""
+    """What the cache gives, padded with zeros, is what diffusers' pipeline makes of the prompt, bit
+    for bit.
+    """
     from diffusers import WanPipeline
 
     pipe = WanPipeline.from_pretrained(wan_folder)
-    identity = {"encoder": fingerprint(wan_folder / "text_encoder"), "tokenizer": fingerprint(wan_folder / "tokenizer")}
+    identity = {
+        "encoder": fingerprint(wan_folder / "text_encoder"),
+        "tokenizer": fingerprint(wan_folder / "tokenizer"),
+    }
     captions = ["a red square", "", "two dogs run along a very long beach"]
 
     def encode_one(prompt: str) -> dict[str, Tensor]:
-        embeddings, _ = pipe.encode_prompt(prompt, do_classifier_free_guidance=False, max_sequence_length=24)
-        length = int(pipe.tokenizer(prompt, truncation=True, max_length=24, return_tensors="pt").attention_mask.sum())
+        embeddings, _ = pipe.encode_prompt(
+            prompt, do_classifier_free_guidance=False, max_sequence_length=24
+        )
+        length = int(
+            pipe.tokenizer(
+                prompt, truncation=True, max_length=24, return_tensors="pt"
+            ).attention_mask.sum()
+        )
         return {"prompt_embeds": embeddings[0, :length]}
 
     cache = TextCache(tmp_path, identity)
     with torch.no_grad():
         embed_missing(cache, captions, encode_one)
-        expected = {c: pipe.encode_prompt(c, do_classifier_free_guidance=False, max_sequence_length=24)[0][0] for c in captions}
+        expected = {
+            c: pipe.encode_prompt(c, do_classifier_free_guidance=False, max_sequence_length=24)[0][
+                0
+            ]
+            for c in captions
+        }
     cache = TextCache(tmp_path, identity)
     for caption, whole in expected.items():
         embeddings = cache.get(caption)["prompt_embeds"]
-        assert len(embeddings) == min(len(caption), 24)  # this tokenizer makes a token of a byte, and adds none
-        assert torch.equal(torch.cat([embeddings, embeddings.new_zeros(24 - len(embeddings), 32)]), whole)
+        assert len(embeddings) == min(
+            len(caption), 24
+        )  # this tokenizer makes a token of a byte, and adds none
+        assert torch.equal(
+            torch.cat([embeddings, embeddings.new_zeros(24 - len(embeddings), 32)]), whole
+        )
 
 
 COMMAND_PARTS = """
@@ -203,9 +252,9 @@ COMMAND_PARTS = """
     from collections.abc import Sequence
     from pathlib import Path
     import torch
-    from fastgrpo.policies.shapes import ShapesPolicy
+    from fastgrpo.shapes.policy import ShapesPolicy
     from fastgrpo.shapes.captions import text_tokens
-    from fastgrpo.text_cache import TextCache, embed_missing
+    from fastgrpo.policies.text_cache import TextCache, embed_missing
 
     class EmbeddingPolicy(ShapesPolicy):
         def embed(self, prompts: Sequence[str], device: torch.device) -> None:
@@ -216,26 +265,44 @@ COMMAND_PARTS = """
 def test_the_command_embeds_the_captions_of_a_recipe(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    captions = [f"a {color} {shape} moving left" for color in ("red", "green", "blue") for shape in ("square", "cross", "triangle")]
+    captions = [
+        f"a {color} {shape} moving left"
+        for color in ("red", "green", "blue")
+        for shape in ("square", "cross", "triangle")
+    ]
     (tmp_path / "embedding_parts.py").write_text(textwrap.dedent(COMMAND_PARTS))
     (tmp_path / "train.txt").write_text("\n".join(captions) + "\n")
-    (tmp_path / "heldout.jsonl").write_text('{"prompt": "a red cross moving left"}\n{"prompt": "a red cross moving up"}\n')
-    (tmp_path / "bad.jsonl").write_text('{"prompt": "a red cross moving left"}\n{"prompt": "a pink cross moving left"}\n')
+    (tmp_path / "validation.jsonl").write_text(
+        '{"prompt": "a red cross moving left"}\n{"prompt": "a red cross moving up"}\n'
+    )
+    (tmp_path / "bad.jsonl").write_text(
+        '{"prompt": "a red cross moving left"}\n{"prompt": "a pink cross moving left"}\n'
+    )
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
 
     def embed(train: str, *more: str) -> str:
-        parts = ["--policy", "embedding_parts.EmbeddingPolicy", "--reward", "fastgrpo.shapes.judge.ShapesJudge"]
-        assert command_line.main(["embed", *parts, "--runtime.device", "cpu", "--prompts.train", train, *more]) == 0
-        assert not parallel.started()
+        parts = [
+            "--policy",
+            "embedding_parts.EmbeddingPolicy",
+            "--reward",
+            "fastgrpo.shapes.judge.ShapesJudge",
+        ]
+        assert (
+            command_line.main(
+                ["embed", *parts, "--runtime.device", "cpu", "--prompts.train", train, *more]
+            )
+            == 0
+        )
+        assert not collectives.started()
         return capsys.readouterr().out
 
-    said = embed("train.txt", "--prompts.heldout", "heldout.jsonl")
+    said = embed("train.txt", "--prompts.validation", "validation.jsonl")
     cache = TextCache(tmp_path / "text", {"encoder": "tiny"})
     assert cache.missing([*captions, "a red cross moving up"]) == []
     assert f"0 of 10 prompts are in text/{cache.folder.name}, 10 to make" in said
     assert f"10 prompts ready in text/{cache.folder.name}, 10 of them new, 0.0" in said
-    assert "EmbeddingPolicy has what it needs for 9 training and 2 held-out captions" in said
+    assert "EmbeddingPolicy has what it needs for 9 training and 2 validation captions" in said
     assert f"9 prompts ready in text/{cache.folder.name}, 0 of them new" in embed("train.txt")
     with pytest.raises(SystemExit) as stop:
         embed("bad.jsonl")

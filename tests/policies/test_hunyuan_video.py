@@ -1,4 +1,6 @@
-"""HunyuanVideoPolicy against diffusers' own HunyuanVideoPipeline on the same tiny model: text, mask, guidance, decoding, LoRA."""
+"""HunyuanVideoPolicy against diffusers' own HunyuanVideoPipeline on the same tiny model: text,
+mask, guidance, decoding, LoRA.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +19,8 @@ from diffusers import HunyuanVideoPipeline, HunyuanVideoTransformer3DModel
 from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
 from torch import Tensor
 
-from fastgrpo import sharding
 from fastgrpo.config import ParallelConfig
+from fastgrpo.distributed import sharding
 from fastgrpo.interfaces import Conditioning, Policy
 from fastgrpo.policies import pretrained
 from fastgrpo.policies.hunyuan_video import LORA_TARGETS, HunyuanVideoPolicy, attend_without_mask
@@ -29,12 +31,16 @@ PROMPTS = ["a red ball", "two red balls roll to the left"]
 
 
 @pytest.fixture(scope="module")
-def make(hunyuan_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., HunyuanVideoPolicy]:
+def make(
+    hunyuan_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., HunyuanVideoPolicy]:
     """make(lora=...): a loaded policy whose prompts are embedded."""
     cache = tmp_path_factory.mktemp("cache")
 
     def loaded(**options: Any) -> HunyuanVideoPolicy:
-        policy = HunyuanVideoPolicy(str(hunyuan_folder), text_cache=str(cache), text_dtype="fp32", **options)
+        policy = HunyuanVideoPolicy(
+            str(hunyuan_folder), text_cache=str(cache), text_dtype="fp32", **options
+        )
         policy.embed(PROMPTS, CPU)
         policy.load(CPU)
         return policy
@@ -54,7 +60,9 @@ def pipe(hunyuan_folder: Path) -> HunyuanVideoPipeline:
 
 def inputs(policy: HunyuanVideoPolicy, batch: int = 1) -> tuple[Tensor, Tensor]:
     draw = torch.Generator().manual_seed(3)
-    return torch.randn(batch, *policy.latent_shape(32, 48, 9), generator=draw), torch.full((batch,), 937.0)
+    return torch.randn(batch, *policy.latent_shape(32, 48, 9), generator=draw), torch.full(
+        (batch,), 937.0
+    )
 
 
 def velocity(policy: HunyuanVideoPolicy) -> Tensor:
@@ -62,11 +70,19 @@ def velocity(policy: HunyuanVideoPolicy) -> Tensor:
         return policy.velocity(*inputs(policy), policy.encode(PROMPTS[:1]))
 
 
-def masked(transformer: HunyuanVideoTransformer3DModel, latents: Tensor, timesteps: Tensor, text: Conditioning, guidance: float) -> Tensor:
+def masked(
+    transformer: HunyuanVideoTransformer3DModel,
+    latents: Tensor,
+    timesteps: Tensor,
+    text: Conditioning,
+    guidance: float,
+) -> Tensor:
     """As HunyuanVideoPipeline calls it: padded text, its mask, 1000 times the guidance."""
     with torch.no_grad():
         scale = latents.new_full((len(latents),), 1000 * guidance)
-        out: Tensor = transformer(hidden_states=latents, timestep=timesteps, guidance=scale, return_dict=False, **text)[0]
+        out: Tensor = transformer(
+            hidden_states=latents, timestep=timesteps, guidance=scale, return_dict=False, **text
+        )[0]
     return out
 
 
@@ -74,9 +90,17 @@ def test_it_has_every_method_of_a_policy(policy: HunyuanVideoPolicy) -> None:
     for name, method in inspect.getmembers(Policy, inspect.isfunction):
         if not name.startswith("_"):
             expected = list(inspect.signature(method).parameters)
-            assert list(inspect.signature(getattr(HunyuanVideoPolicy, name)).parameters) == expected, name
-    assert {(p.dtype, p.device.type, p.requires_grad) for p in policy.transformer.parameters()} == {(torch.float32, "cpu", True)}
-    assert not any(module.training for network in (policy.transformer, policy.vae) for module in network.modules())
+            assert (
+                list(inspect.signature(getattr(HunyuanVideoPolicy, name)).parameters) == expected
+            ), name
+    assert {(p.dtype, p.device.type, p.requires_grad) for p in policy.transformer.parameters()} == {
+        (torch.float32, "cpu", True)
+    }
+    assert not any(
+        module.training
+        for network in (policy.transformer, policy.vae)
+        for module in network.modules()
+    )
     assert not any(p.requires_grad for p in policy.vae.parameters())
 
 
@@ -93,8 +117,12 @@ def test_encode_is_the_pipelines(policy: HunyuanVideoPolicy, pipe: HunyuanVideoP
     assert all(torch.equal(made[name][1:2], tensor) for name, tensor in alone.items())
 
 
-def test_its_tokenizer_is_taken_as_it_was_saved(policy: HunyuanVideoPolicy, hunyuan_folder: Path, tmp_path: Path) -> None:
-    """Of a LlamaTokenizerFast, as HunyuanVideoPipeline has it, transformers 5 makes one that drops every space."""
+def test_its_tokenizer_is_taken_as_it_was_saved(
+    policy: HunyuanVideoPolicy, hunyuan_folder: Path, tmp_path: Path
+) -> None:
+    """Of a LlamaTokenizerFast, as HunyuanVideoPipeline has it, transformers 5 makes one that drops
+    every space.
+    """
     folder = Path(shutil.copytree(hunyuan_folder, tmp_path / "model"))
     for file, values in (
         ("model_index.json", {"tokenizer": ["transformers", "LlamaTokenizerFast"]}),
@@ -104,14 +132,16 @@ def test_its_tokenizer_is_taken_as_it_was_saved(policy: HunyuanVideoPolicy, huny
     named = HunyuanVideoPolicy(str(folder), text_cache=str(tmp_path / "cache"), text_dtype="fp32")
     named.embed(PROMPTS, CPU)
     for prompt in PROMPTS:
-        came, expected = (p._cache.get(prompt) for p in (named, policy))
-        assert all(torch.equal(came[name], tensor) for name, tensor in expected.items())
+        got, expected = (p._cache.get(prompt) for p in (named, policy))
+        assert all(torch.equal(got[name], tensor) for name, tensor in expected.items())
 
 
-# --------------------------------------------------------------------------------------------------------------- the velocity
+# -------- the velocity
 
 
-def test_several_at_a_time_are_the_pipelines(policy: HunyuanVideoPolicy, pipe: HunyuanVideoPipeline) -> None:
+def test_several_at_a_time_are_the_pipelines(
+    policy: HunyuanVideoPolicy, pipe: HunyuanVideoPipeline
+) -> None:
     text = policy.encode(PROMPTS)
     with torch.no_grad():
         made = policy.velocity(*inputs(policy, 2), text)
@@ -121,8 +151,10 @@ def test_several_at_a_time_are_the_pipelines(policy: HunyuanVideoPolicy, pipe: H
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_cut_text_without_mask_is_the_masked_one(
     make: Callable[..., HunyuanVideoPolicy], pipe: HunyuanVideoPipeline, fused: bool
-) -> None:  # fmt: skip
-    """In float64 to its rounding, so it is the same function; in float32 to that of another attention kernel."""
+) -> None:
+    """In float64 to its rounding, so it is the same function; in float32 to that of another
+    attention kernel.
+    """
     policy = make(fused=fused)
     plain = copy.deepcopy(policy.transformer)
     for module in plain.modules():
@@ -131,19 +163,41 @@ def test_a_cut_text_without_mask_is_the_masked_one(
         text = policy.encode([prompt])
         with torch.no_grad():
             made = policy.velocity(*inputs(policy), text)
-        torch.testing.assert_close(made, masked(plain, *inputs(policy), text, guidance=6.0), rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(made, masked(pipe.transformer, *inputs(policy), text, guidance=6.0), rtol=1e-5, atol=1e-5)
-    text, latents, timesteps = {n: t.double() for n, t in text.items()}, *(t.double() for t in inputs(policy))
+        torch.testing.assert_close(
+            made, masked(plain, *inputs(policy), text, guidance=6.0), rtol=1e-5, atol=1e-5
+        )
+        torch.testing.assert_close(
+            made,
+            masked(pipe.transformer, *inputs(policy), text, guidance=6.0),
+            rtol=1e-5,
+            atol=1e-5,
+        )
+    text, latents, timesteps = (
+        {n: t.double() for n, t in text.items()},
+        *(t.double() for t in inputs(policy)),
+    )
     with torch.no_grad():
         policy.transformer.double()
-        cut, whole = policy.velocity(latents, timesteps, text), masked(plain.double(), latents, timesteps, text, guidance=6.0)
+        cut, whole = (
+            policy.velocity(latents, timesteps, text),
+            masked(plain.double(), latents, timesteps, text, guidance=6.0),
+        )
     assert cut.dtype == torch.float64
     assert (cut - whole).abs().max() < 1e-13
 
 
-def test_the_pipeline_may_use_the_policys_transformer(policy: HunyuanVideoPolicy, pipe: HunyuanVideoPipeline) -> None:
+def test_the_pipeline_may_use_the_policys_transformer(
+    policy: HunyuanVideoPolicy, pipe: HunyuanVideoPipeline
+) -> None:
     latents, _ = inputs(policy)
-    options = {"height": 32, "width": 48, "num_frames": 9, "num_inference_steps": 2, "latents": latents, "output_type": "latent"}
+    options = {
+        "height": 32,
+        "width": 48,
+        "num_frames": 9,
+        "num_inference_steps": 2,
+        "latents": latents,
+        "output_type": "latent",
+    }
     own, expected = copy.copy(pipe), pipe(PROMPTS[0], **options).frames
     own.transformer = policy.transformer
     torch.testing.assert_close(own(PROMPTS[0], **options).frames, expected, rtol=1e-5, atol=1e-5)
@@ -176,8 +230,14 @@ def test_the_blocks_of_one_video_get_no_mask(policy: HunyuanVideoPolicy) -> None
 
 
 @pytest.mark.usefixtures("one_rank")
-def test_its_blocks_compile(make: Callable[..., HunyuanVideoPolicy], policy: HunyuanVideoPolicy, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Four kinds of blocks, with and without gradients: more compilations than torch allows of one function."""
+def test_its_blocks_compile(
+    make: Callable[..., HunyuanVideoPolicy],
+    policy: HunyuanVideoPolicy,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Four kinds of blocks, with and without gradients: more compilations than torch allows of one
+    function.
+    """
     torch._dynamo.reset()
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     compiled, text = make(), policy.encode(PROMPTS[:1])
@@ -194,25 +254,36 @@ def test_its_blocks_compile(make: Callable[..., HunyuanVideoPolicy], policy: Hun
 def test_a_prompts_bits_do_not_depend_on_the_others(policy: HunyuanVideoPolicy) -> None:
     together, alone = policy.encode(PROMPTS), policy.encode(PROMPTS[:1])
     with torch.no_grad():
-        made = policy.velocity(*inputs(policy), {name: tensor[:1] for name, tensor in together.items()})
+        made = policy.velocity(
+            *inputs(policy), {name: tensor[:1] for name, tensor in together.items()}
+        )
         assert torch.equal(made, policy.velocity(*inputs(policy), alone))
         pair = {name: torch.cat([tensor, tensor]) for name, tensor in alone.items()}
-        first, second = policy.velocity(*inputs(policy, 2), together), policy.velocity(*inputs(policy, 2), pair)
+        first, second = (
+            policy.velocity(*inputs(policy, 2), together),
+            policy.velocity(*inputs(policy, 2), pair),
+        )
     assert torch.equal(first[0], second[0])
     assert not torch.equal(first[1], second[1])
 
 
-def test_guidance_is_an_input(make: Callable[..., HunyuanVideoPolicy], policy: HunyuanVideoPolicy, pipe: HunyuanVideoPipeline) -> None:
+def test_guidance_is_an_input(
+    make: Callable[..., HunyuanVideoPolicy], policy: HunyuanVideoPolicy, pipe: HunyuanVideoPipeline
+) -> None:
     other = make(embedded_guidance=1.0)
     made = velocity(other)
     assert not torch.allclose(made, velocity(policy))
-    torch.testing.assert_close(made, masked(pipe.transformer, *inputs(other), other.encode(PROMPTS[:1]), guidance=1.0))
+    torch.testing.assert_close(
+        made, masked(pipe.transformer, *inputs(other), other.encode(PROMPTS[:1]), guidance=1.0)
+    )
 
 
-# ------------------------------------------------------------------------------------------------------------------- decoding
+# -------- decoding
 
 
-def test_a_tiled_decode_is_the_pipelines(make: Callable[..., HunyuanVideoPolicy], hunyuan_folder: Path) -> None:
+def test_a_tiled_decode_is_the_pipelines(
+    make: Callable[..., HunyuanVideoPolicy], hunyuan_folder: Path
+) -> None:
     pipe = HunyuanVideoPipeline.from_pretrained(hunyuan_folder)
     pipe.vae.enable_tiling()
     tiled = make(vae_tiling=True)
@@ -226,8 +297,12 @@ def test_a_tiled_decode_is_the_pipelines(make: Callable[..., HunyuanVideoPolicy]
     assert torch.equal(made[1:], frames)
 
 
-def test_an_untiled_decode_has_no_seam_in_time(policy: HunyuanVideoPolicy, pipe: HunyuanVideoPipeline) -> None:
-    """diffusers' default decodes frames in groups, whose edges it blends: an early frame would not see that a late one is the same."""
+def test_an_untiled_decode_has_no_seam_in_time(
+    policy: HunyuanVideoPolicy, pipe: HunyuanVideoPipeline
+) -> None:
+    """diffusers' default decodes frames in groups, whose edges it blends: an early frame would not
+    see that a late one is the same.
+    """
     draw = torch.Generator().manual_seed(0)
     latents = torch.randn(1, *policy.latent_shape(32, 48, 25), generator=draw)
     with torch.no_grad():
@@ -240,35 +315,59 @@ def test_an_untiled_decode_has_no_seam_in_time(policy: HunyuanVideoPolicy, pipe:
 
 def test_sizes(policy: HunyuanVideoPolicy) -> None:
     assert policy.latent_shape(240, 416, 53) == (4, 14, 30, 52)
-    for size, problem in (((40, 48, 9), "height divisible by 16"), ((32, 41, 9), "width"), ((32, 48, 8), r"num_frames of 4 n \+ 1")):
+    for size, problem in (
+        ((40, 48, 9), "height divisible by 16"),
+        ((32, 41, 9), "width"),
+        ((32, 48, 8), r"num_frames of 4 n \+ 1"),
+    ):
         with pytest.raises(ValueError, match=problem):
             policy.latent_shape(*size)
 
 
 def test_long_prompts_are_counted_with_the_template(policy: HunyuanVideoPolicy) -> None:
     policy.check_prompts(PROMPTS)
-    words = len(policy._cache.get("")["prompt_embeds"])  # of the template, after what the pipeline cuts off
+    words = len(
+        policy._cache.get("")["prompt_embeds"]
+    )  # of the template, after what the pipeline cuts off
     policy.check_prompts(["b" * (256 - words)])
-    with pytest.warns(UserWarning, match=rf"1 of 1 prompts have more than the {256 + DEFAULT_PROMPT_TEMPLATE['crop_start']} tokens"):
+    with pytest.warns(
+        UserWarning,
+        match=rf"1 of 1 prompts have more than the {256 + DEFAULT_PROMPT_TEMPLATE['crop_start']} tokens",
+    ):
         policy.check_prompts(["b" * (257 - words)])
 
 
 def test_attention_kernel(policy: HunyuanVideoPolicy) -> None:
     shape = policy.latent_shape(32, 48, 9)
-    assert all("flash_attention_for_cpu" in policy.attention_kernel(shape, torch.float32, size) for size in (1, 2))
+    assert all(
+        "flash_attention_for_cpu" in policy.attention_kernel(shape, torch.float32, size)
+        for size in (1, 2)
+    )
 
 
-# ----------------------------------------------------------------------------------------------------------------------- LoRA
+# -------- LoRA
 
 
-def test_lora(make: Callable[..., HunyuanVideoPolicy], policy: HunyuanVideoPolicy, hunyuan_folder: Path, tmp_path: Path) -> None:
+def test_lora(
+    make: Callable[..., HunyuanVideoPolicy],
+    policy: HunyuanVideoPolicy,
+    hunyuan_folder: Path,
+    tmp_path: Path,
+) -> None:
     adapted = make(lora=LoRA(rank=4, alpha=8))
     trained = {name for name, p in adapted.transformer.named_parameters() if p.requires_grad}
-    assert {name.split(".lora_")[0] for name in trained} == set(pretrained.block_linears(policy.transformer, LORA_TARGETS))
-    assert not any(name.startswith(("proj_out", "context_embedder", "time_text_embed")) for name in trained)
+    assert {name.split(".lora_")[0] for name in trained} == set(
+        pretrained.block_linears(policy.transformer, LORA_TARGETS)
+    )
+    assert not any(
+        name.startswith(("proj_out", "context_embedder", "time_text_embed")) for name in trained
+    )
     assert torch.equal(velocity(adapted), velocity(policy))
     draw = torch.Generator().manual_seed(0)
-    weights = {n: 0.2 * torch.randn(t.shape, generator=draw) if "lora_B" in n else t for n, t in adapted.transformer.state_dict().items()}
+    weights = {
+        n: 0.2 * torch.randn(t.shape, generator=draw) if "lora_B" in n else t
+        for n, t in adapted.transformer.state_dict().items()
+    }
     adapted.transformer.load_state_dict(weights)
     moved = velocity(adapted)
     adapted.transformer.disable_adapters()
@@ -277,7 +376,9 @@ def test_lora(make: Callable[..., HunyuanVideoPolicy], policy: HunyuanVideoPolic
     adapted.save_pretrained(tmp_path, weights)
     pipe = HunyuanVideoPipeline.from_pretrained(hunyuan_folder)
     pipe.load_lora_weights(tmp_path)
-    torch.testing.assert_close(masked(pipe.transformer, *inputs(adapted), adapted.encode(PROMPTS[:1]), guidance=6.0), moved)
+    torch.testing.assert_close(
+        masked(pipe.transformer, *inputs(adapted), adapted.encode(PROMPTS[:1]), guidance=6.0), moved
+    )
     assert not torch.allclose(moved, velocity(policy), atol=1e-3)
 
 
@@ -289,22 +390,36 @@ def test_full_weights_round_trip(make: Callable[..., HunyuanVideoPolicy], tmp_pa
     assert all(torch.equal(tensor, weights[name]) for name, tensor in loaded.state_dict().items())
 
 
-# ------------------------------------------------------------------------------------------------- models that cannot be taken
+# -------- models that cannot be taken
 
 
 @pytest.mark.parametrize(
     ("file", "values", "problem"),
     [
-        ("model_index.json", {"_class_name": "WanPipeline"}, "a HunyuanVideoPipeline .* got WanPipeline"),
-        ("model_index.json", {"text_encoder": ["transformers", "LlavaForConditionalGeneration"]}, "a LlamaModel as text_encoder"),
+        (
+            "model_index.json",
+            {"_class_name": "WanPipeline"},
+            "a HunyuanVideoPipeline .* got WanPipeline",
+        ),
+        (
+            "model_index.json",
+            {"text_encoder": ["transformers", "LlavaForConditionalGeneration"]},
+            "a LlamaModel as text_encoder",
+        ),
         ("transformer/config.json", {"guidance_embeds": False}, "embedded guidance"),
         ("transformer/config.json", {"image_condition_type": "token_replace"}, "text-to-video"),
         ("transformer/config.json", {"in_channels": 33}, "in_channels 4, .* got 33"),
         ("transformer/config.json", {"text_embed_dim": 4096}, "text_embed_dim 32, .* got 4096"),
-        ("transformer/config.json", {"pooled_projection_dim": 768}, "pooled_projection_dim 24, .* got 768"),
+        (
+            "transformer/config.json",
+            {"pooled_projection_dim": 768},
+            "pooled_projection_dim 24, .* got 768",
+        ),
     ],
 )
-def test_another_model(hunyuan_folder: Path, tmp_path: Path, file: str, values: dict[str, Any], problem: str) -> None:
+def test_another_model(
+    hunyuan_folder: Path, tmp_path: Path, file: str, values: dict[str, Any], problem: str
+) -> None:
     folder = Path(shutil.copytree(hunyuan_folder, tmp_path / "model"))
     (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | values))
     for check in (lambda p: p.load(CPU), lambda p: p.latent_shape(32, 48, 9)):

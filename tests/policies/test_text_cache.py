@@ -1,4 +1,6 @@
-"""The text-embedding cache: what goes in comes out, what is missing is made and said, what is damaged is named. Kills: test_embed.py."""
+"""The text-embedding cache: what goes in comes out, what is missing is made and said, what is
+damaged is named. Kills: test_embed.py.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +18,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fastgrpo import text_cache
-from fastgrpo.text_cache import COMMAND, TextCache, embed_missing, fingerprint, prompt_key
+from fastgrpo.policies import text_cache
+from fastgrpo.policies.text_cache import COMMAND, TextCache, embed_missing, fingerprint, prompt_key
 
 IDENTITY = {"encoder": "tiny", "max_sequence_length": "16", "dtype": "bfloat16"}
 PROMPTS = [f"caption {i}" for i in range(20)]
@@ -28,7 +30,10 @@ def encode(prompt: str) -> dict[str, Tensor]:
     seed = int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:4], "little")
     draw = torch.Generator().manual_seed(seed)
     length = 1 + seed % 16
-    return {"prompt_embeds": torch.randn(length, 8, generator=draw).bfloat16(), "pooled": torch.randn(4, generator=draw)}
+    return {
+        "prompt_embeds": torch.randn(length, 8, generator=draw).bfloat16(),
+        "pooled": torch.randn(4, generator=draw),
+    }
 
 
 class Counting:
@@ -73,7 +78,8 @@ def filled(cache: TextCache) -> TextCache:
     return cache
 
 
-# --- what goes in comes out -------------------------------------------------------------------------------------------
+# --- what goes in comes out
+# -------------------------------------------------------------------------------------------
 
 
 def test_every_dtype_and_shape_comes_back_as_it_went_in(cache: TextCache, tmp_path: Path) -> None:
@@ -94,8 +100,12 @@ def test_every_dtype_and_shape_comes_back_as_it_went_in(cache: TextCache, tmp_pa
         assert (len(c), c.missing(odd)) == (5, [])
         for prompt in odd:
             assert_same(c.get(prompt), {name: t.detach() for name, t in tensors.items()})
-    assert cache.nbytes == sum(p.stat().st_size for p in shards(cache)) < padded.nbytes + 10_000  # the padding is not stored
-    assert {oct(p.stat().st_mode & 0o777) for p in cache.folder.iterdir()} == {oct(0o666 & ~current_umask())}
+    assert (
+        cache.nbytes == sum(p.stat().st_size for p in shards(cache)) < padded.nbytes + 10_000
+    )  # the padding is not stored
+    assert {oct(p.stat().st_mode & 0o777) for p in cache.folder.iterdir()} == {
+        oct(0o666 & ~current_umask())
+    }
 
 
 def current_umask() -> int:
@@ -109,7 +119,9 @@ def test_a_caller_may_change_what_it_got(filled: TextCache) -> None:
 
 
 def test_what_is_on_disk(filled: TextCache) -> None:
-    """Any reader of safetensors finds a prompt by its hash; the index counts the prompts and says whose they are."""
+    """Any reader of safetensors finds a prompt by its hash; the index counts the prompts and says
+    whose they are.
+    """
     assert prompt_key("caption 3") == hashlib.sha256(b"caption 3").hexdigest()[:32]
     stored = {}
     for path in shards(filled):
@@ -117,7 +129,9 @@ def test_what_is_on_disk(filled: TextCache) -> None:
             stored |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             assert json.loads(file.metadata()["identity"]) == IDENTITY
     assert len(stored) == 2 * len(PROMPTS)
-    assert torch.equal(stored[f"{prompt_key('caption 3')}/prompt_embeds"], encode("caption 3")["prompt_embeds"])
+    assert torch.equal(
+        stored[f"{prompt_key('caption 3')}/prompt_embeds"], encode("caption 3")["prompt_embeds"]
+    )
     index = json.loads((filled.folder / "index.json").read_text())
     assert (index["identity"], index["prompt_count"]) == (IDENTITY, 20)
     assert index["shards"].keys() == {p.name for p in shards(filled)}
@@ -128,7 +142,9 @@ def test_missing_keeps_the_order_and_names_each_once(filled: TextCache) -> None:
     assert filled.missing(["new b", PROMPTS[3], "new a", "new b"]) == ["new b", "new a"]
 
 
-def test_a_prompt_without_embedding_is_refused_with_the_command_that_makes_it(filled: TextCache) -> None:
+def test_a_prompt_without_embedding_is_refused_with_the_command_that_makes_it(
+    filled: TextCache,
+) -> None:
     with pytest.raises(ValueError, match="'a new caption'") as caught:
         filled.get("a new caption")
     assert COMMAND in str(caught.value)
@@ -137,23 +153,32 @@ def test_a_prompt_without_embedding_is_refused_with_the_command_that_makes_it(fi
     assert len(str(caught.value)) < 500
 
 
-def test_what_another_process_has_made_meanwhile_is_found(filled: TextCache, tmp_path: Path) -> None:
+def test_what_another_process_has_made_meanwhile_is_found(
+    filled: TextCache, tmp_path: Path
+) -> None:
     embed_missing(TextCache(tmp_path / "text", IDENTITY), ["later"], encode)
     assert_same(filled.get("later"), encode("later"))
 
 
-# --- what is made, and what is said -----------------------------------------------------------------------------------
+# --- what is made, and what is said
+# -----------------------------------------------------------------------------------
 
 
-def test_only_what_is_missing_is_made(cache: TextCache, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_only_what_is_missing_is_made(
+    cache: TextCache, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     encoder = Counting()
     assert embed_missing(cache, [*PROMPTS[:12], *PROMPTS[:5]], encoder) == 12
     assert encoder.asked == PROMPTS[:12]
     assert f"0 of 12 prompts are in {cache.folder}, 12 to make\n" in capsys.readouterr().out
     again = TextCache(tmp_path / "text", IDENTITY)
     assert embed_missing(again, PROMPTS[:12], encoder) == 0
-    assert capsys.readouterr().out.startswith(f"text embeddings: 12 prompts ready in {cache.folder}, 0 of them new, 0.0")
-    assert embed_missing(again, PROMPTS[8:15], encoder) == 3  # another list: what it lacks is made, what it does not name stays
+    assert capsys.readouterr().out.startswith(
+        f"text embeddings: 12 prompts ready in {cache.folder}, 0 of them new, 0.0"
+    )
+    assert (
+        embed_missing(again, PROMPTS[8:15], encoder) == 3
+    )  # another list: what it lacks is made, what it does not name stays
     said = capsys.readouterr().out
     assert "4 of 7 prompts" in said
     assert "3 to make; 8 of prompts that are not in this list stay" in said
@@ -161,22 +186,34 @@ def test_only_what_is_missing_is_made(cache: TextCache, tmp_path: Path, capsys: 
     assert_holds(TextCache(tmp_path / "text", IDENTITY), PROMPTS[:15])
 
 
-def test_another_identity_is_another_cache_and_the_difference_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_another_identity_is_another_cache_and_the_difference_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for identity in (IDENTITY, IDENTITY | {"encoder": "large", "dtype": "float32"}):
         embed_missing(TextCache(tmp_path, identity), PROMPTS, encode)
     capsys.readouterr()
     other = TextCache(tmp_path, IDENTITY | {"dtype": "float32"})
     assert other.missing(PROMPTS) == PROMPTS
     embed_missing(other, PROMPTS[:2], encode)
-    first = TextCache(tmp_path, dict(reversed(IDENTITY.items())))  # the order of the keys is none of its business
-    assert f"note: the embeddings in {first.folder} do not serve: dtype: expected 'float32', found 'bfloat16'\n" in capsys.readouterr().out
+    first = TextCache(
+        tmp_path, dict(reversed(IDENTITY.items()))
+    )  # the order of the keys is none of its business
+    assert (
+        f"note: the embeddings in {first.folder} do not serve: dtype: expected 'float32', found 'bfloat16'\n"
+        in capsys.readouterr().out
+    )
     assert_holds(first, PROMPTS)
     assert (len(first), len(other)) == (20, 2)
 
 
 @pytest.mark.parametrize(
     ("limits", "sizes"),
-    [({}, [20]), ({"shard_prompts": 8}, [4, 8, 8]), ({"shard_bytes": 1}, [1] * 20), ({"least_seconds": 5.5}, [2, 6, 6, 6])],
+    [
+        ({}, [20]),
+        ({"shard_prompts": 8}, [4, 8, 8]),
+        ({"shard_bytes": 1}, [1] * 20),
+        ({"least_seconds": 5.5}, [2, 6, 6, 6]),
+    ],
 )
 def test_a_shard_ends_by_count_by_size_or_by_time(
     cache: TextCache, monkeypatch: pytest.MonkeyPatch, limits: dict[str, Any], sizes: list[int]
@@ -195,7 +232,9 @@ def test_a_shard_ends_by_count_by_size_or_by_time(
 
 
 def test_shards_grow_with_the_time_spent(cache: TextCache, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A slow encoder must not leave a shard for every minute: 200 hours at a prompt a minute come to about 100."""
+    """A slow encoder must not leave a shard for every minute: 200 hours at a prompt a minute come
+    to about 100.
+    """
     now, written = [0.0], []
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     monkeypatch.setattr(TextCache, "write_shard", lambda self, shard: written.append(len(shard)))
@@ -211,9 +250,15 @@ def test_shards_grow_with_the_time_spent(cache: TextCache, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize(
-    ("result", "words"), [({}, "no tensor"), ({"good": torch.ones(2), "bad": torch.tensor([1.0, float("nan")])}, "not finite in 'bad'")]
+    ("result", "words"),
+    [
+        ({}, "no tensor"),
+        ({"good": torch.ones(2), "bad": torch.tensor([1.0, float("nan")])}, "not finite in 'bad'"),
+    ],
 )
-def test_an_encoder_that_gives_nonsense_is_refused_and_what_was_made_stays(cache: TextCache, result: Any, words: str) -> None:
+def test_an_encoder_that_gives_nonsense_is_refused_and_what_was_made_stays(
+    cache: TextCache, result: Any, words: str
+) -> None:
     with pytest.raises(ValueError, match=words) as caught:
         embed_missing(cache, PROMPTS, lambda p: result if p == PROMPTS[7] else encode(p))
     assert repr(PROMPTS[7]) in str(caught.value)
@@ -229,7 +274,8 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     assert str(tmp_path / "text") in str(caught.value)
 
 
-# --- index and damage -------------------------------------------------------------------------------------------------
+# --- index and damage
+# -------------------------------------------------------------------------------------------------
 
 
 def forget_a_shard(index: Path) -> None:
@@ -245,12 +291,21 @@ def forget_a_shard(index: Path) -> None:
         (forget_a_shard, ""),
         (lambda index: index.write_text('{"identity": {"encoder"'), "unreadable"),
         (lambda index: index.write_text("[1, 2]"), "unreadable"),
-        (lambda index: index.write_text(json.dumps({"identity": IDENTITY, "shards": {"shard-0": {"bytes": 3}}})), "unreadable"),
+        (
+            lambda index: index.write_text(
+                json.dumps({"identity": IDENTITY, "shards": {"shard-0": {"bytes": 3}}})
+            ),
+            "unreadable",
+        ),
     ],
     ids=["gone", "lacks a shard", "cut short", "no object", "incomplete"],
 )
 def test_the_index_is_made_again_from_the_shards(
-    filled: TextCache, tmp_path: Path, capsys: pytest.CaptureFixture[str], spoil: Callable[[Path], object], said: str
+    filled: TextCache,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    spoil: Callable[[Path], object],
+    said: str,
 ) -> None:
     index = filled.folder / "index.json"
     before = json.loads(index.read_text())
@@ -265,7 +320,9 @@ def test_the_index_is_made_again_from_the_shards(
     assert after["prompt_count"] == 20
 
 
-def test_a_shard_that_was_deleted_is_made_again(filled: TextCache, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_shard_that_was_deleted_is_made_again(
+    filled: TextCache, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     gone = shards(filled)[1]
     gone.unlink()
     again, encoder = TextCache(tmp_path / "text", IDENTITY), Counting()
@@ -280,7 +337,9 @@ def test_a_shard_that_was_deleted_is_made_again(filled: TextCache, tmp_path: Pat
 
 @pytest.mark.parametrize("indexed", [True, False])
 @pytest.mark.parametrize("kept", [0, 5, 700, -1])
-def test_a_shard_cut_short_is_named_at_once(filled: TextCache, tmp_path: Path, kept: int, indexed: bool) -> None:
+def test_a_shard_cut_short_is_named_at_once(
+    filled: TextCache, tmp_path: Path, kept: int, indexed: bool
+) -> None:
     path = shards(filled)[2]
     path.write_bytes(path.read_bytes()[:kept])
     if not indexed:
@@ -292,7 +351,9 @@ def test_a_shard_cut_short_is_named_at_once(filled: TextCache, tmp_path: Path, k
 
 
 @pytest.mark.parametrize("place", ["tensors", "header"])
-def test_a_changed_byte_is_noticed_when_it_is_read(filled: TextCache, tmp_path: Path, place: str) -> None:
+def test_a_changed_byte_is_noticed_when_it_is_read(
+    filled: TextCache, tmp_path: Path, place: str
+) -> None:
     path = shards(filled)[2]
     content = bytearray(path.read_bytes())
     content[-3 if place == "tensors" else 20] ^= 4
@@ -310,7 +371,9 @@ def test_a_changed_byte_is_noticed_when_it_is_read(filled: TextCache, tmp_path: 
     assert_holds(again, PROMPTS)
 
 
-def test_embeddings_of_another_encoder_are_not_taken_for_ones_own(filled: TextCache, tmp_path: Path) -> None:
+def test_embeddings_of_another_encoder_are_not_taken_for_ones_own(
+    filled: TextCache, tmp_path: Path
+) -> None:
     other = TextCache(tmp_path / "text", IDENTITY | {"dtype": "float32"})
     stray = other.folder / shards(filled)[0].name
     other.folder.mkdir()
@@ -328,8 +391,12 @@ def test_embeddings_of_another_encoder_are_not_taken_for_ones_own(filled: TextCa
         other.refresh()
 
 
-def test_a_prompt_that_was_made_twice_keeps_the_embedding_it_had(filled: TextCache, tmp_path: Path) -> None:
-    for other in range(8):  # names from content: some of these come before the first one's, some after
+def test_a_prompt_that_was_made_twice_keeps_the_embedding_it_had(
+    filled: TextCache, tmp_path: Path
+) -> None:
+    for other in range(
+        8
+    ):  # names from content: some of these come before the first one's, some after
         filled.write_shard({PROMPTS[0]: {"x": torch.tensor([other])}})
     for _ in range(2):
         again = TextCache(tmp_path / "text", IDENTITY)
@@ -337,13 +404,17 @@ def test_a_prompt_that_was_made_twice_keeps_the_embedding_it_had(filled: TextCac
         again.write_index()
 
 
-# --- the real size ----------------------------------------------------------------------------------------------------
+# --- the real size
+# ----------------------------------------------------------------------------------------------------
 
 
 def test_fifty_thousand_prompts(cache: TextCache, tmp_path: Path) -> None:
     prompts = [f"a long caption number {i}" for i in range(50_000)]
     tensor = torch.zeros(2, 4, dtype=torch.bfloat16)
-    assert embed_missing(cache, prompts, lambda p: {"prompt_embeds": tensor + float(p.split()[-1])}) == 50_000
+    assert (
+        embed_missing(cache, prompts, lambda p: {"prompt_embeds": tensor + float(p.split()[-1])})
+        == 50_000
+    )
     again = TextCache(tmp_path / "text", IDENTITY)
     assert (len(again), again.missing(prompts)) == (50_000, [])
     assert len(shards(again)) == -(-50_000 // text_cache.SHARD_PROMPTS)

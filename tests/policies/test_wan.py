@@ -1,4 +1,6 @@
-"""WanPolicy against diffusers' own WanPipeline on the same tiny model; and what it says of models that it cannot take."""
+"""WanPolicy against diffusers' own WanPipeline on the same tiny model; and what it says of models
+that it cannot take.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,13 @@ def make(wan_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable
     cache = tmp_path_factory.mktemp("cache")
 
     def loaded(**options: Any) -> WanPolicy:
-        policy = WanPolicy(str(wan_folder), max_sequence_length=LENGTH, text_cache=str(cache), text_dtype="fp32", **options)
+        policy = WanPolicy(
+            str(wan_folder),
+            max_sequence_length=LENGTH,
+            text_cache=str(cache),
+            text_dtype="fp32",
+            **options,
+        )
         policy.embed(PROMPTS, CPU)
         policy.load(CPU)
         return policy
@@ -57,7 +65,9 @@ def pipe(wan_folder: Path) -> WanPipeline:
 
 def inputs(policy: WanPolicy, batch: int = 1) -> tuple[Tensor, Tensor]:
     draw = torch.Generator().manual_seed(3)
-    return torch.randn(batch, *policy.latent_shape(32, 48, 9), generator=draw), torch.full((batch,), 937.0)
+    return torch.randn(batch, *policy.latent_shape(32, 48, 9), generator=draw), torch.full(
+        (batch,), 937.0
+    )
 
 
 def velocity(policy: WanPolicy) -> Tensor:
@@ -65,30 +75,53 @@ def velocity(policy: WanPolicy) -> Tensor:
         return policy.velocity(*inputs(policy), policy.encode(PROMPTS[:1]))
 
 
-# ------------------------------------------------------------------------------------------------------ as diffusers has it
+# -------- as diffusers has it
 
 
 def test_it_has_every_method_of_a_policy(policy: WanPolicy) -> None:
     for name, method in inspect.getmembers(Policy, inspect.isfunction):
         if not name.startswith("_"):
-            assert list(inspect.signature(getattr(WanPolicy, name)).parameters) == list(inspect.signature(method).parameters), name
+            assert list(inspect.signature(getattr(WanPolicy, name)).parameters) == list(
+                inspect.signature(method).parameters
+            ), name
     assert policy.fps == 15
 
 
 def test_loaded_for_training(policy: WanPolicy) -> None:
-    assert {(p.dtype, p.device.type, p.requires_grad) for p in policy.transformer.parameters()} == {(torch.float32, "cpu", True)}
-    assert not any(module.training for network in (policy.transformer, policy.vae) for module in network.modules())
+    assert {(p.dtype, p.device.type, p.requires_grad) for p in policy.transformer.parameters()} == {
+        (torch.float32, "cpu", True)
+    }
+    assert not any(
+        module.training
+        for network in (policy.transformer, policy.vae)
+        for module in network.modules()
+    )
     assert not any(p.requires_grad for p in policy.vae.parameters())
 
 
 def test_a_recipe_makes_it() -> None:
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(WanPolicy, "policy")
-    given = {"policy": {"model": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "fused": "auto", "lora": {"rank": 8, "target_modules": ["to_q"]}}}
+    given = {
+        "policy": {
+            "model": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+            "fused": "auto",
+            "lora": {"rank": 8, "target_modules": ["to_q"]},
+        }
+    }
     made = parser.instantiate(parser.parse_object(given)).policy
     assert made.lora == LoRA(rank=8, target_modules=("to_q",))
-    assert (made.fused, made.negative_prompt, made.max_sequence_length) == ("auto", NEGATIVE_PROMPT, 512)
-    assert parser.instantiate(parser.parse_object({"policy": {"model": "m", "fused": False}})).policy.fused is False
+    assert (made.fused, made.negative_prompt, made.max_sequence_length) == (
+        "auto",
+        NEGATIVE_PROMPT,
+        512,
+    )
+    assert (
+        parser.instantiate(
+            parser.parse_object({"policy": {"model": "m", "fused": False}})
+        ).policy.fused
+        is False
+    )
 
 
 def test_encode_is_the_pipelines(policy: WanPolicy, pipe: WanPipeline) -> None:
@@ -98,7 +131,9 @@ def test_encode_is_the_pipelines(policy: WanPolicy, pipe: WanPipeline) -> None:
     assert torch.equal(made[:1], text)
     assert torch.equal(made[1:2], negative)
     assert not torch.equal(made[0], made[2])
-    assert len(policy._cache.get(PROMPTS[0])["prompt_embeds"]) == len(PROMPTS[0])  # bytes are tokens here; padding is not stored
+    assert len(policy._cache.get(PROMPTS[0])["prompt_embeds"]) == len(
+        PROMPTS[0]
+    )  # bytes are tokens here; padding is not stored
 
 
 def test_velocity_is_the_transformers(policy: WanPolicy, pipe: WanPipeline) -> None:
@@ -107,11 +142,20 @@ def test_velocity_is_the_transformers(policy: WanPolicy, pipe: WanPipeline) -> N
         text, negative = pipe.encode_prompt(PROMPTS[0], NEGATIVE_PROMPT, max_sequence_length=LENGTH)
         for prompt, embeds in ((PROMPTS[0], text), ("", negative)):
             made = policy.velocity(latents, timesteps, policy.encode([prompt]))
-            assert torch.equal(made, pipe.transformer(latents, timesteps, embeds, return_dict=False)[0])
+            assert torch.equal(
+                made, pipe.transformer(latents, timesteps, embeds, return_dict=False)[0]
+            )
 
 
 def test_decode_is_the_pipelines(policy: WanPolicy, pipe: WanPipeline) -> None:
-    options = {"height": 32, "width": 48, "num_frames": 9, "num_inference_steps": 1, "guidance_scale": 1.0, "max_sequence_length": LENGTH}
+    options = {
+        "height": 32,
+        "width": 48,
+        "num_frames": 9,
+        "num_inference_steps": 1,
+        "guidance_scale": 1.0,
+        "max_sequence_length": LENGTH,
+    }
     latents, _ = inputs(policy)
     clean = pipe(PROMPTS[0], latents=latents, output_type="latent", **options).frames
     frames = pipe(PROMPTS[0], latents=latents, output_type="pt", **options).frames
@@ -143,7 +187,7 @@ def test_sizes(policy: WanPolicy) -> None:
             policy.latent_shape(*size)
 
 
-# ---------------------------------------------------------------------------------------------------------- text embeddings
+# -------- text embeddings
 
 
 def test_the_text_encoder_is_loaded_once_and_only_where_something_is_missing(
@@ -157,7 +201,10 @@ def test_the_text_encoder_is_loaded_once_and_only_where_something_is_missing(
         return pipeline
 
     monkeypatch.setattr(pretrained, "load_text_pipeline", load)
-    policies = [WanPolicy(str(wan_folder), max_sequence_length=LENGTH, text_cache=str(tmp_path)) for _ in range(2)]
+    policies = [
+        WanPolicy(str(wan_folder), max_sequence_length=LENGTH, text_cache=str(tmp_path))
+        for _ in range(2)
+    ]
     policies[0].embed(PROMPTS, CPU)
     policies[1].embed(PROMPTS[:1], CPU)
     assert len(loads) == 1
@@ -178,7 +225,9 @@ def test_the_text_encoder_is_freed_after_an_error_too(wan_folder: Path, tmp_path
     loads: list[weakref.ref[Any]] = []
 
     def load() -> Any:
-        pipeline = pretrained.load_text_pipeline(WanPipeline, str(wan_folder), None, torch.float32, CPU)
+        pipeline = pretrained.load_text_pipeline(
+            WanPipeline, str(wan_folder), None, torch.float32, CPU
+        )
         loads.append(weakref.ref(pipeline.text_encoder))
         return pipeline
 
@@ -190,8 +239,14 @@ def test_the_text_encoder_is_freed_after_an_error_too(wan_folder: Path, tmp_path
     with pytest.raises(ValueError, match=r"words"):
         pretrained.embed_texts(cache, [*PROMPTS, *PROMPTS], load, encode)
     assert [encoder() for encoder in loads] == [None]
-    assert pretrained.open_cache(str(tmp_path), str(wan_folder), None, length=5).missing(PROMPTS) == PROMPTS[1:]
-    assert pretrained.open_cache(str(tmp_path), str(wan_folder), None, length=6).missing(PROMPTS) == PROMPTS
+    assert (
+        pretrained.open_cache(str(tmp_path), str(wan_folder), None, length=5).missing(PROMPTS)
+        == PROMPTS[1:]
+    )
+    assert (
+        pretrained.open_cache(str(tmp_path), str(wan_folder), None, length=6).missing(PROMPTS)
+        == PROMPTS
+    )
 
 
 def test_long_prompts_are_counted_and_empty_ones_refused(policy: WanPolicy) -> None:
@@ -200,23 +255,29 @@ def test_long_prompts_are_counted_and_empty_ones_refused(policy: WanPolicy) -> N
         policy.check_prompts([*PROMPTS, "x" * 65])
     with pytest.raises(ValueError, match=r"empty"):
         policy.check_prompts(["a", ""])
-    with pytest.raises(ValueError, match=r"policy.model: expected a readable tokenizer in /nowhere"):
+    with pytest.raises(
+        ValueError, match=r"policy.model: expected a readable tokenizer in /nowhere"
+    ):
         pretrained.warn_of_cut_prompts(["long enough"], Path("/nowhere"), 3)
 
 
-# --------------------------------------------------------------------------------------------------------------------- LoRA
+# -------- LoRA
 
 
 def test_lora_trains_adapters_alone(make: Callable[..., WanPolicy], policy: WanPolicy) -> None:
     adapted = make(lora=LoRA(rank=4, alpha=8))
     base = policy.transformer.state_dict()
     trained = {name: p for name, p in adapted.transformer.named_parameters() if p.requires_grad}
-    assert {name.split(".lora_")[0] for name in trained} == set(pretrained.block_linears(policy.transformer, LORA_TARGETS))
+    assert {name.split(".lora_")[0] for name in trained} == set(
+        pretrained.block_linears(policy.transformer, LORA_TARGETS)
+    )
     assert all("lora_" in name for name in trained)
     assert torch.equal(velocity(adapted), velocity(policy))  # B = 0
 
     adapted.velocity(*inputs(adapted), adapted.encode(PROMPTS[:1])).square().sum().backward()
-    assert {name for name, p in adapted.transformer.named_parameters() if p.grad is not None} == set(trained)
+    assert {
+        name for name, p in adapted.transformer.named_parameters() if p.grad is not None
+    } == set(trained)
     optimizer = torch.optim.AdamW(trained.values(), lr=0.1, fused=True)
     optimizer.step()
     for name, tensor in adapted.transformer.state_dict().items():
@@ -234,29 +295,47 @@ def test_lora_is_seeded(make: Callable[..., WanPolicy], policy: WanPolicy) -> No
     before = torch.get_rng_state()
     pretrained.add_lora(copy.deepcopy(policy.transformer), LoRA(rank=4), LORA_TARGETS)
     assert torch.equal(torch.get_rng_state(), before)
-    first, again, other = (make(lora=LoRA(rank=4, seed=seed)).transformer.state_dict() for seed in (0, 0, 1))
+    first, again, other = (
+        make(lora=LoRA(rank=4, seed=seed)).transformer.state_dict() for seed in (0, 0, 1)
+    )
     assert all(torch.equal(tensor, again[name]) for name, tensor in first.items())
-    assert {name for name, tensor in first.items() if not torch.equal(tensor, other[name])} == {n for n in first if "lora_A" in n}
+    assert {name for name, tensor in first.items() if not torch.equal(tensor, other[name])} == {
+        n for n in first if "lora_A" in n
+    }
 
 
 def test_lora_round_trip(make: Callable[..., WanPolicy], wan_folder: Path, tmp_path: Path) -> None:
     adapted = make(lora=LoRA(rank=4, alpha=8))
     draw = torch.Generator().manual_seed(0)
-    weights = {n: 0.2 * torch.randn(t.shape, generator=draw) if "lora_B" in n else t for n, t in adapted.transformer.state_dict().items()}
+    weights = {
+        n: 0.2 * torch.randn(t.shape, generator=draw) if "lora_B" in n else t
+        for n, t in adapted.transformer.state_dict().items()
+    }
     adapted.save_pretrained(tmp_path / "all", weights)
-    adapted.save_pretrained(tmp_path / "trained", {n: t for n, t in weights.items() if "lora_" in n})  # an EMA of what is trained
+    adapted.save_pretrained(
+        tmp_path / "trained", {n: t for n, t in weights.items() if "lora_" in n}
+    )  # an EMA of what is trained
     adapted.transformer.load_state_dict(weights)
     for name in ("all", "trained"):
-        assert [file.name for file in (tmp_path / name).iterdir()] == ["pytorch_lora_weights.safetensors"]
+        assert [file.name for file in (tmp_path / name).iterdir()] == [
+            "pytorch_lora_weights.safetensors"
+        ]
         pipe = WanPipeline.from_pretrained(wan_folder)
         pipe.load_lora_weights(tmp_path / name)
         with torch.no_grad():
-            made = pipe.transformer(*inputs(adapted), **adapted.encode(PROMPTS[:1]), return_dict=False)[0]
+            made = pipe.transformer(
+                *inputs(adapted), **adapted.encode(PROMPTS[:1]), return_dict=False
+            )[0]
         assert torch.equal(made, velocity(adapted))
 
 
 @pytest.mark.parametrize(
-    ("options", "problem"), [({"dropout": 0.1}, "dropout: expected 0"), ({"rank": 0}, "rank"), ({"target_modules": ()}, "target_modules")]
+    ("options", "problem"),
+    [
+        ({"dropout": 0.1}, "dropout: expected 0"),
+        ({"rank": 0}, "rank"),
+        ({"target_modules": ()}, "target_modules"),
+    ],
 )
 def test_lora_that_cannot_be(options: dict[str, Any], problem: str) -> None:
     with pytest.raises(ValueError, match=f"policy.lora.{problem}"):
@@ -268,49 +347,73 @@ def test_lora_of_no_layer(make: Callable[..., WanPolicy]) -> None:
         make(lora=LoRA(target_modules=("nothing",)))
 
 
-# ------------------------------------------------------------------------------------------------------------------- export
+# -------- export
 
 
-def test_full_weights_round_trip(make: Callable[..., WanPolicy], wan_folder: Path, tmp_path: Path) -> None:
+def test_full_weights_round_trip(
+    make: Callable[..., WanPolicy], wan_folder: Path, tmp_path: Path
+) -> None:
     policy = make()
     weights = {name: tensor + 0.01 for name, tensor in policy.transformer.state_dict().items()}
     policy.save_pretrained(tmp_path / "transformer", weights)
     assert "_name_or_path" not in json.loads((tmp_path / "transformer" / "config.json").read_text())
-    pipe = WanPipeline.from_pretrained(wan_folder, transformer=WanTransformer3DModel.from_pretrained(tmp_path / "transformer"))
+    pipe = WanPipeline.from_pretrained(
+        wan_folder, transformer=WanTransformer3DModel.from_pretrained(tmp_path / "transformer")
+    )
     policy.transformer.load_state_dict(weights)
     with torch.no_grad():
         made = pipe.transformer(*inputs(policy), **policy.encode(PROMPTS[:1]), return_dict=False)[0]
     assert torch.equal(made, velocity(policy))
     with pytest.raises(ValueError, match=r"(?s)not those of the transformer.*scale_shift_table"):
         pretrained.save_transformer(
-            policy.transformer, WanPipeline, tmp_path / "part", {name: t for name, t in weights.items() if "scale_shift_table" not in name}
+            policy.transformer,
+            WanPipeline,
+            tmp_path / "part",
+            {name: t for name, t in weights.items() if "scale_shift_table" not in name},
         )
 
 
-# ---------------------------------------------------------------------------------------------------------------- attention
+# -------- attention
 
 
 def test_attention_by_name(make: Callable[..., WanPolicy], policy: WanPolicy) -> None:
-    assert "flash_attention_for_cpu" in policy.attention_kernel(policy.latent_shape(32, 48, 9), torch.float32)
+    assert "flash_attention_for_cpu" in policy.attention_kernel(
+        policy.latent_shape(32, 48, 9), torch.float32
+    )
     plain = make(attention="_native_math")
-    assert plain.attention_kernel(plain.latent_shape(32, 48, 9), torch.float32) == "_native_math (no fused kernel)"
+    assert (
+        plain.attention_kernel(plain.latent_shape(32, 48, 9), torch.float32)
+        == "_native_math (no fused kernel)"
+    )
     torch.testing.assert_close(velocity(plain), velocity(policy))
-    assert "flash" in policy.attention_kernel(policy.latent_shape(32, 48, 9), torch.float32)  # a policy's choice is its own
+    assert "flash" in policy.attention_kernel(
+        policy.latent_shape(32, 48, 9), torch.float32
+    )  # a policy's choice is its own
     untouched = WanTransformer3DModel.from_config(policy.transformer.config)
-    assert {m.processor._attention_backend for m in untouched.modules() if hasattr(m, "processor")} == {None}
+    assert {
+        m.processor._attention_backend for m in untouched.modules() if hasattr(m, "processor")
+    } == {None}
 
 
 @pytest.mark.parametrize(
     ("name", "problem"),
-    [("fast", "expected one of fa3, fa4, .*native.* got 'fast'"), ("flash", "flash does not run.*flash-attn"), ("fa3", "fa3 does not run")],
+    [
+        ("fast", "expected one of fa3, fa4, .*native.* got 'fast'"),
+        ("flash", "flash does not run.*flash-attn"),
+        ("fa3", "fa3 does not run"),
+    ],
 )
-def test_attention_that_is_not_there(make: Callable[..., WanPolicy], name: str, problem: str) -> None:
+def test_attention_that_is_not_there(
+    make: Callable[..., WanPolicy], name: str, problem: str
+) -> None:
     with pytest.raises(ValueError, match=f"policy.attention: {problem}"):
         make(attention=name)
 
 
 def test_autocast_would_give_flash_attention_two_dtypes(policy: WanPolicy) -> None:
-    with pytest.raises(ValueError, match=r"flash takes q, k and v of one 16-bit dtype.*policy.fused"):
+    with pytest.raises(
+        ValueError, match=r"flash takes q, k and v of one 16-bit dtype.*policy.fused"
+    ):
         pretrained.set_attention(policy.transformer, "flash", torch.device("cuda"), fused=False)
 
 
@@ -319,14 +422,17 @@ def test_a_transformer_in_memory_is_prepared_alike(policy: WanPolicy) -> None:
     assert not pretrained.prepare_transformer(network, CPU, None, LORA_TARGETS, "native", "auto")
     assert not network.training
     assert pretrained.prepare_transformer(network, CPU, LoRA(rank=2), LORA_TARGETS, "native", True)
-    assert {name.split(".")[-3] for name, p in network.named_parameters() if p.requires_grad} == {"lora_A", "lora_B"}
+    assert {name.split(".")[-3] for name, p in network.named_parameters() if p.requires_grad} == {
+        "lora_A",
+        "lora_B",
+    }
     before = logging.get_verbosity()
     with pytest.raises(KeyError), pretrained.quiet_diffusers():
         raise KeyError
     assert logging.get_verbosity() == before
 
 
-# ----------------------------------------------------------------------------------------------- models that cannot be taken
+# -------- models that cannot be taken
 
 
 @pytest.fixture
@@ -344,29 +450,53 @@ def test_configuration_files_are_enough_to_check_a_run(folder: Path) -> None:
     policy = WanPolicy(str(folder))
     assert policy.latent_shape(32, 48, 9) == (16, 3, 4, 6)
     policy.check_prompts(["x" * 10])
-    with pytest.raises(FileNotFoundError, match=r"policy.model: expected safetensors in .*transformer"):
+    with pytest.raises(
+        FileNotFoundError, match=r"policy.model: expected safetensors in .*transformer"
+    ):
         policy.load(CPU)
-    with pytest.raises(FileNotFoundError, match=r"policy.model: expected safetensors in .*text_encoder"):
+    with pytest.raises(
+        FileNotFoundError, match=r"policy.model: expected safetensors in .*text_encoder"
+    ):
         policy.embed(PROMPTS, CPU)
 
 
 @pytest.mark.parametrize(
     ("file", "values", "problem"),
     [
-        ("model_index.json", {"_class_name": "WanImageToVideoPipeline"}, "a WanPipeline .* got WanImageToVideoPipeline"),
-        ("model_index.json", {"transformer": ["diffusers", "FluxTransformer2DModel"]}, "WanTransformer3DModel as transformer"),
+        (
+            "model_index.json",
+            {"_class_name": "WanImageToVideoPipeline"},
+            "a WanPipeline .* got WanImageToVideoPipeline",
+        ),
+        (
+            "model_index.json",
+            {"transformer": ["diffusers", "FluxTransformer2DModel"]},
+            "WanTransformer3DModel as transformer",
+        ),
         ("model_index.json", {"vae": None}, "AutoencoderKLWan as vae .* got None"),
-        ("model_index.json", {"transformer_2": ["diffusers", "WanTransformer3DModel"]}, r"Wan2.1's one transformer .*Wan2.2"),
+        (
+            "model_index.json",
+            {"transformer_2": ["diffusers", "WanTransformer3DModel"]},
+            r"Wan2.1's one transformer .*Wan2.2",
+        ),
         ("model_index.json", {"expand_timesteps": True}, "one time step a video"),
-        ("transformer/config.json", {"in_channels": 36}, r"the VAE's 16 channels .* got \(36, 16\)"),
+        (
+            "transformer/config.json",
+            {"in_channels": 36},
+            r"the VAE's 16 channels .* got \(36, 16\)",
+        ),
         ("transformer/config.json", {"text_dim": 4096}, "text_dim 32 .* got 4096"),
         ("transformer/config.json", {"image_dim": 1280}, "text-to-video"),
         ("vae/config.json", {"latents_mean": [0.0]}, "16 numbers"),
     ],
 )
-def test_another_model(folder: Path, monkeypatch: pytest.MonkeyPatch, file: str, values: dict[str, Any], problem: str) -> None:
+def test_another_model(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, file: str, values: dict[str, Any], problem: str
+) -> None:
     edit(folder / file, **values)
-    monkeypatch.setattr(pretrained, "load_part", lambda *_: pytest.fail("allocated before the check"))
+    monkeypatch.setattr(
+        pretrained, "load_part", lambda *_: pytest.fail("allocated before the check")
+    )
     for check in (lambda p: p.load(CPU), lambda p: p.latent_shape(32, 48, 9)):
         with pytest.raises(ValueError, match=f"policy.model: expected .*{problem}"):
             check(WanPolicy(str(folder)))
@@ -377,7 +507,12 @@ def test_defaults_of_an_old_configuration_are_filled_in(folder: Path) -> None:
     del config["scale_factor_temporal"], config["scale_factor_spatial"], config["latents_mean"]
     (folder / "vae" / "config.json").write_text(json.dumps(config))
     assert WanPolicy(str(folder)).latent_shape(32, 48, 9) == (16, 3, 4, 6)
-    assert pretrained.read_configs(folder, WanPipeline, {"vae": AutoencoderKLWan})["vae"]["latents_mean"][0] == -0.7571
+    assert (
+        pretrained.read_configs(folder, WanPipeline, {"vae": AutoencoderKLWan})["vae"][
+            "latents_mean"
+        ][0]
+        == -0.7571
+    )
     with pytest.raises(ValueError, match=r"policy.model: expected a cat in /x, got a dog"):
         pretrained.expect(False, Path("/x"), "a cat", "a dog")
 
@@ -386,9 +521,15 @@ def test_damaged_weights(folder: Path) -> None:
     weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
     whole = load_file(weights)
     weights.write_bytes(weights.read_bytes()[:-10])
-    with pytest.raises(ValueError, match=r"policy.model: expected a readable WanTransformer3DModel"):
+    with pytest.raises(
+        ValueError, match=r"policy.model: expected a readable WanTransformer3DModel"
+    ):
         WanPolicy(str(folder)).load(CPU)
-    save_file({name: tensor for name, tensor in whole.items() if name != "proj_out.weight"}, weights, {"format": "pt"})
+    save_file(
+        {name: tensor for name, tensor in whole.items() if name != "proj_out.weight"},
+        weights,
+        {"format": "pt"},
+    )
     with pytest.raises(ValueError, match=r"policy.model: .*tensors.*missing \['proj_out.weight'\]"):
         WanPolicy(str(folder)).load(CPU)
     (folder / "transformer" / "diffusion_pytorch_model.safetensors.index.json").write_text(
@@ -407,24 +548,50 @@ def test_damaged_text_encoder(folder: Path, tmp_path: Path) -> None:
     whole = load_file(weights)
 
     def embed() -> None:
-        WanPolicy(str(folder), max_sequence_length=LENGTH, text_cache=str(tmp_path / "cache")).embed(PROMPTS, CPU)
+        WanPolicy(
+            str(folder), max_sequence_length=LENGTH, text_cache=str(tmp_path / "cache")
+        ).embed(PROMPTS, CPU)
 
-    save_file({name: tensor for name, tensor in whole.items() if "block.1.layer.0.SelfAttention.q" not in name}, weights, {"format": "pt"})
-    with pytest.raises(ValueError, match=r"policy.model: .*tensors.*text_encoder, got missing \['encoder.block.1.layer.0.*\.q\.weight'"):
+    save_file(
+        {
+            name: tensor
+            for name, tensor in whole.items()
+            if "block.1.layer.0.SelfAttention.q" not in name
+        },
+        weights,
+        {"format": "pt"},
+    )
+    with pytest.raises(
+        ValueError,
+        match=r"policy.model: .*tensors.*text_encoder, got missing \['encoder.block.1.layer.0.*\.q\.weight'",
+    ):
         embed()
     save_file(whole | {"more": torch.ones(1)}, weights, {"format": "pt"})
     embed()
     weights.write_bytes(weights.read_bytes()[:-10])
-    with pytest.raises(ValueError, match=r"policy.model: expected a readable UMT5EncoderModel in .*text_encoder"):
+    with pytest.raises(
+        ValueError, match=r"policy.model: expected a readable UMT5EncoderModel in .*text_encoder"
+    ):
         embed()
     weights.unlink()
-    with pytest.raises(FileNotFoundError, match=r"policy.model: expected safetensors in .*text_encoder"):
+    with pytest.raises(
+        FileNotFoundError, match=r"policy.model: expected safetensors in .*text_encoder"
+    ):
         embed()
 
 
 def test_a_tokenizer_is_taken_as_it_was_saved(folder: Path) -> None:
-    """Of a T5TokenizerFast, such as UMT5's, transformers 5 makes one without the bytes of characters that the vocabulary lacks."""
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<s>", 0.0), ("<unk>", 0.0), *((f"<0x{i:02X}>", -20.0) for i in range(256)), ("a", -1.0)]
+    """Of a T5TokenizerFast, such as UMT5's, transformers 5 makes one without the bytes of
+    characters that the vocabulary lacks.
+    """
+    pieces = [
+        ("<pad>", 0.0),
+        ("</s>", 0.0),
+        ("<s>", 0.0),
+        ("<unk>", 0.0),
+        *((f"<0x{i:02X}>", -20.0) for i in range(256)),
+        ("a", -1.0),
+    ]
     saved = Tokenizer(models.Unigram(pieces, unk_id=3, byte_fallback=True))
     saved.save(str(folder / "tokenizer" / "tokenizer.json"))
     edit(folder / "tokenizer" / "tokenizer_config.json", tokenizer_class="T5Tokenizer", extra_ids=0)
@@ -435,36 +602,61 @@ def test_a_tokenizer_is_taken_as_it_was_saved(folder: Path) -> None:
     for tokenizer in (pretrained.load_tokenizer(folder / "tokenizer"), pipeline.tokenizer):
         assert tokenizer("aé").input_ids == expected
     (folder / "tokenizer" / "tokenizer.json").write_text("{")
-    with pytest.raises(ValueError, match=r"policy.model: expected a readable tokenizer in .*tokenizer, got"):
+    with pytest.raises(
+        ValueError, match=r"policy.model: expected a readable tokenizer in .*tokenizer, got"
+    ):
         pretrained.load_tokenizer(folder / "tokenizer")
 
 
 def test_no_such_folder(tmp_path: Path, wan_folder: Path) -> None:
     for model in (str(tmp_path / "none"), "none", "./none"):
-        with pytest.raises(FileNotFoundError, match=r"policy.model: expected a folder .* or a hub id OWNER/NAME, found no folder at /"):
+        with pytest.raises(
+            FileNotFoundError,
+            match=r"policy.model: expected a folder .* or a hub id OWNER/NAME, found no folder at /",
+        ):
             WanPolicy(model).latent_shape(32, 48, 9)
     with pytest.raises(FileNotFoundError, match=r"policy.model: .* found no model_index.json in"):
         WanPolicy(str(tmp_path)).load(CPU)
-    with pytest.raises(ValueError, match=r"policy.revision: expected none beside a local folder, got 'main'"):
+    with pytest.raises(
+        ValueError, match=r"policy.revision: expected none beside a local folder, got 'main'"
+    ):
         WanPolicy(str(wan_folder), revision="main").load(CPU)
 
 
 @pytest.mark.parametrize(
     ("kind", "expected", "problem"),
     [
-        (hub.GatedRepoError, ValueError, "policy.model: a/b at revision 'r' is gated: .*https://huggingface.co/a/b .*hf auth login"),
-        (hub.RepositoryNotFoundError, FileNotFoundError, "policy.model: found no folder .* no model a/b on the hub.*hf auth login"),
-        (hub.RevisionNotFoundError, FileNotFoundError, "policy.revision: the hub has a/b, but no revision 'r'"),
-        (hub.LocalEntryNotFoundError, FileNotFoundError, "policy.model: .*a/b at revision 'r' is not in the hub's .*cache.*hf download"),
+        (
+            hub.GatedRepoError,
+            ValueError,
+            "policy.model: a/b at revision 'r' is gated: .*https://huggingface.co/a/b .*hf auth login",
+        ),
+        (
+            hub.RepositoryNotFoundError,
+            FileNotFoundError,
+            "policy.model: found no folder .* no model a/b on the hub.*hf auth login",
+        ),
+        (
+            hub.RevisionNotFoundError,
+            FileNotFoundError,
+            "policy.revision: the hub has a/b, but no revision 'r'",
+        ),
+        (
+            hub.LocalEntryNotFoundError,
+            FileNotFoundError,
+            "policy.model: .*a/b at revision 'r' is not in the hub's .*cache.*hf download",
+        ),
         (hub.HfHubHTTPError, ValueError, "policy.model: cannot fetch a/b .* from the hub"),
         (OSError, ValueError, "policy.model: cannot fetch a/b .*: words"),
     ],
-)  # fmt: skip
-def test_what_the_hub_refuses(monkeypatch: pytest.MonkeyPatch, kind: type[Exception], expected: type[Exception], problem: str) -> None:
-    def refuse(*_: Any, **__: Any) -> None:
+)
+def test_what_the_hub_refuses(
+    monkeypatch: pytest.MonkeyPatch, kind: type[Exception], expected: type[Exception], problem: str
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise kind.__new__(kind, "words")  # __init__ would want the hub's answer
 
-    monkeypatch.setattr("fastgrpo.hub.snapshot_download", refuse)
+    monkeypatch.setattr("fastgrpo.hub.snapshot_download", fail)
     for check in (
         lambda p: p.latent_shape(32, 48, 9),
         lambda p: p.check_prompts(["x"]),
@@ -475,7 +667,9 @@ def test_what_the_hub_refuses(monkeypatch: pytest.MonkeyPatch, kind: type[Except
             check(WanPolicy("a/b", revision="r"))
 
 
-def test_a_hub_model_is_fetched_in_parts(wan_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_model_is_fetched_in_parts(
+    wan_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked: list[tuple[str, ...]] = []
 
     def snapshot(model: str, revision: str | None, allow_patterns: list[str]) -> str:
@@ -484,7 +678,9 @@ def test_a_hub_model_is_fetched_in_parts(wan_folder: Path, tmp_path: Path, monke
         return str(wan_folder)
 
     monkeypatch.setattr("fastgrpo.hub.snapshot_download", snapshot)
-    policy = WanPolicy("a/b", revision="r", max_sequence_length=LENGTH, text_cache=str(tmp_path), text_dtype="fp32")
+    policy = WanPolicy(
+        "a/b", revision="r", max_sequence_length=LENGTH, text_cache=str(tmp_path), text_dtype="fp32"
+    )
     policy.latent_shape(32, 48, 9)
     policy.check_prompts(PROMPTS)
     assert set(asked) == {pretrained.CONFIG_FILES}

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastgrpo.rewards.engine import Clip
+from fastgrpo.rewards.vlm.engine import Clip
 
 
 @pytest.fixture
@@ -24,14 +24,18 @@ def random_clip() -> Callable[..., Clip]:
 
 @pytest.fixture
 def server_engine() -> Iterator[Callable[..., Any]]:
-    """server_engine(*endpoints, **options): a ServerEngine of fake endpoints, loaded, with short times; closed when the test ends."""
-    from fastgrpo.rewards.served import ServerEngine
+    """server_engine(*endpoints, **options): a ServerEngine of fake endpoints, loaded, with short
+    times; closed when the test ends.
+    """
+    from fastgrpo.rewards.vlm.served import ServerEngine
 
     made: list[ServerEngine] = []
     short: dict[str, Any] = {"timeout": 1.0, "patience": 4.0, "backoff": 0.02, "set_aside": 0.1}
 
     def make(*endpoints: Any, **options: Any) -> ServerEngine:
-        engine = ServerEngine(tuple(endpoint.url for endpoint in endpoints), "judge", **{**short, **options})
+        engine = ServerEngine(
+            tuple(endpoint.url for endpoint in endpoints), "judge", **{**short, **options}
+        )
         made.append(engine)
         engine.load(torch.device("cpu"))
         return engine

@@ -1,4 +1,6 @@
-"""LAION's aesthetic predictor on a tiny CLIP in the published layout, against the official processor and the formula written out."""
+"""LAION's aesthetic predictor on a tiny CLIP in the published layout, against the official
+processor and the formula written out.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +17,15 @@ from PIL import Image
 from safetensors.torch import save_file
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
-from fastgrpo.rewards.aesthetic import Aesthetic, clip_pixels, read_head
-from fastgrpo.rewards.per_video import quantise, resize, score_each, spread
-from fastgrpo.rewards.scoring import ScoringQueue
+from fastgrpo.rewards.models.aesthetic import Aesthetic, clip_pixels, read_head
+from fastgrpo.rewards.models.per_video import quantise, resize, score_each, spread
+from fastgrpo.rewards.queue import ScoringQueue
 
 CPU = torch.device("cpu")
 SIZE, WIDTH = 28, 24
-VIDEOS = torch.randint(0, 256, (3, 5, 3, 45, 80), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+VIDEOS = torch.randint(
+    0, 256, (3, 5, 3, 45, 80), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+)
 CAPTIONS = ["one", "two", "three"]
 
 
@@ -30,7 +34,9 @@ def draw(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def published_head() -> dict[str, torch.Tensor]:
-    """Names and order of sac+logos+ava1-l14-linearMSE.pth, whose widths are 768, 1024, 128, 64, 16, 1."""
+    """Names and order of sac+logos+ava1-l14-linearMSE.pth, whose widths are 768, 1024, 128, 64, 16,
+    1.
+    """
     widths, places = (WIDTH, 32, 12, 8, 4, 1), (0, 2, 4, 6, 7)
     shapes = list(zip(places, widths, widths[1:], strict=False))
     weights = {f"layers.{n}.weight": draw(out, into, seed=n) for n, into, out in shapes}
@@ -49,10 +55,18 @@ def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "image_size": SIZE,
         "patch_size": 14,
     }
-    text = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 50}
+    text = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "vocab_size": 50,
+    }
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("clip")
-    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=WIDTH)).save_pretrained(folder)
+    CLIPModel(
+        CLIPConfig(text_config=text, vision_config=vision, projection_dim=WIDTH)
+    ).save_pretrained(folder)
     return folder
 
 
@@ -71,14 +85,18 @@ def judge(clip_folder: Path, head: Path) -> Aesthetic:
 
 def official(frames: torch.Tensor, size: int = SIZE) -> torch.Tensor:
     """The pixels that transformers' own processor makes, with Pillow."""
-    processor = CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+    processor = CLIPImageProcessorPil(
+        size={"shortest_edge": size}, crop_size={"height": size, "width": size}
+    )
     images = [Image.fromarray(frame.permute(1, 2, 0).numpy()) for frame in frames]
     return torch.from_numpy(np.stack(processor(images)["pixel_values"]))
 
 
 @pytest.mark.parametrize("shape", [(45, 80), (80, 45), (28, 28), (19, 61), (480, 832)])
 def test_the_pixels_are_those_of_the_official_processor(shape: tuple[int, int]) -> None:
-    frames = torch.randint(0, 256, (2, 3, *shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    frames = torch.randint(
+        0, 256, (2, 3, *shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
+    )
     size = 224 if shape[0] > 100 else SIZE
     ours, theirs = clip_pixels(frames, size), official(frames, size)
     assert ours.shape == theirs.shape
@@ -89,10 +107,15 @@ def test_the_pixels_are_those_of_the_official_processor(shape: tuple[int, int]) 
 
 def test_the_score_is_the_published_formula(judge: Aesthetic, clip_folder: Path) -> None:
     raw, valid = judge.components(VIDEOS, CAPTIONS, 8.0)
-    model, head = CLIPModel.from_pretrained(clip_folder).eval(), {name: part.double() for name, part in published_head().items()}
+    model, head = (
+        CLIPModel.from_pretrained(clip_folder).eval(),
+        {name: part.double() for name, part in published_head().items()},
+    )
     for video, score in zip(VIDEOS, raw[:, 0], strict=True):
         with torch.no_grad():
-            features = model.visual_projection(model.vision_model(clip_pixels(video, SIZE)).pooler_output).double()
+            features = model.visual_projection(
+                model.vision_model(clip_pixels(video, SIZE)).pooler_output
+            ).double()
         hidden = features / (features**2).sum(-1, keepdim=True).sqrt()
         for place in (0, 2, 4, 6, 7):
             hidden = hidden @ head[f"layers.{place}.weight"].T + head[f"layers.{place}.bias"]
@@ -104,7 +127,9 @@ def test_the_score_is_the_published_formula(judge: Aesthetic, clip_folder: Path)
 
 
 def test_one_linear_layer(clip_folder: Path, judge: Aesthetic, tmp_path: Path) -> None:
-    """Of the linear layers without activations the product is the same predictor, in the layout of sa_0_4_vit_l_14_linear.pth."""
+    """Of the linear layers without activations the product is the same predictor, in the layout of
+    sa_0_4_vit_l_14_linear.pth.
+    """
     weight, bias = torch.eye(WIDTH), torch.zeros(WIDTH)
     for place in (0, 2, 4, 6, 7):
         layer = published_head()[f"layers.{place}.weight"]
@@ -112,12 +137,20 @@ def test_one_linear_layer(clip_folder: Path, judge: Aesthetic, tmp_path: Path) -
     save_file({"weight": weight, "bias": bias}, tmp_path / "linear.safetensors")
     linear = Aesthetic(str(tmp_path / "linear.safetensors"), str(clip_folder))
     linear.load(CPU)
-    assert torch.allclose(linear.components(VIDEOS, CAPTIONS, 8.0)[0], judge.components(VIDEOS, CAPTIONS, 8.0)[0], atol=1e-5)
-    assert [len(read_head(str(tmp_path / name))) for name in ("linear.safetensors", "head.pth")] == [1, 5]
+    assert torch.allclose(
+        linear.components(VIDEOS, CAPTIONS, 8.0)[0],
+        judge.components(VIDEOS, CAPTIONS, 8.0)[0],
+        atol=1e-5,
+    )
+    assert [
+        len(read_head(str(tmp_path / name))) for name in ("linear.safetensors", "head.pth")
+    ] == [1, 5]
 
 
 def test_a_score_is_the_videos_own(judge: Aesthetic) -> None:
-    """Not of the others, of the dtype, or of the order; a broken video is left out; what is looked at is spread over the video."""
+    """Not of the others, of the dtype, or of the order; a broken video is left out; what is looked
+    at is spread over the video.
+    """
     scores, _ = judge.score(VIDEOS, CAPTIONS, 8.0)
     alone = torch.cat([judge.score(VIDEOS[i : i + 1], ["x"], 2.0)[0] for i in (2, 1, 0)])
     assert torch.equal(scores, alone.flip(0))
@@ -129,17 +162,27 @@ def test_a_score_is_the_videos_own(judge: Aesthetic) -> None:
     assert torch.equal(broken[valid], scores[valid])
     assert judge.score(VIDEOS[:0], [], 8.0)[0].shape == (0, 1)
     judge.frames = 3
-    assert torch.equal(judge.score(VIDEOS, CAPTIONS, 8.0)[0], judge.score(VIDEOS[:, [0, 2, 4]], CAPTIONS, 8.0)[0])
+    assert torch.equal(
+        judge.score(VIDEOS, CAPTIONS, 8.0)[0], judge.score(VIDEOS[:, [0, 2, 4]], CAPTIONS, 8.0)[0]
+    )
 
 
 def test_shared_parts() -> None:
     assert spread(7, 4) == [0, 2, 4, 6]
     assert spread(8, 3) == [0, 4, 7]  # 3.5 to the even one
-    assert quantise(torch.tensor([0.0, 0.4999, 1.0]).view(1, 3, 1, 1), [0, 0])[1].flatten().tolist() == [0, 127, 255]
+    assert quantise(torch.tensor([0.0, 0.4999, 1.0]).view(1, 3, 1, 1), [0, 0])[
+        1
+    ].flatten().tolist() == [0, 127, 255]
     frames = torch.full((1, 3, 4, 4), 77, dtype=torch.uint8)
     assert resize(frames, (9, 6)).unique().tolist() == [77]
     videos = torch.ones(2, 1, 3, 2, 2)
-    raw, valid = score_each(lambda video, caption: torch.tensor([float(caption)]) * video.mean(), 1, CPU, videos, ["2", "inf"])
+    raw, valid = score_each(
+        lambda video, caption: torch.tensor([float(caption)]) * video.mean(),
+        1,
+        CPU,
+        videos,
+        ["2", "inf"],
+    )
     assert (raw.tolist(), valid.tolist()) == ([[2.0], [0.0]], [True, False])
 
 
@@ -152,7 +195,9 @@ def test_shared_parts() -> None:
         (VIDEOS.float(), CAPTIONS, r"expected finite values in \[0, 1\], got 0.0 to 255.0"),
     ],
 )
-def test_videos_that_are_none(judge: Aesthetic, videos: torch.Tensor, captions: list[str], problem: str) -> None:
+def test_videos_that_are_none(
+    judge: Aesthetic, videos: torch.Tensor, captions: list[str], problem: str
+) -> None:
     with pytest.raises(ValueError, match=problem):
         judge.score(videos, captions, 8.0)
 
@@ -166,14 +211,21 @@ def test_through_the_queue(judge: Aesthetic) -> None:
     assert valid == [[True] * 3]
 
 
-def test_what_it_is_and_takes(judge: Aesthetic, clip_folder: Path, head: Path, tmp_path: Path) -> None:
+def test_what_it_is_and_takes(
+    judge: Aesthetic, clip_folder: Path, head: Path, tmp_path: Path
+) -> None:
     told = json.loads(json.dumps(judge.describe()))
     assert (told["model"], told["layers"], told["frames"]) == (str(clip_folder), 5, 8)
     torch.save(published_head() | {"layers.7.bias": torch.tensor([6.0])}, tmp_path / "other.pth")
-    assert Aesthetic(str(tmp_path / "other.pth"), str(clip_folder)).describe()["head_sha256"] != told["head_sha256"]
+    assert (
+        Aesthetic(str(tmp_path / "other.pth"), str(clip_folder)).describe()["head_sha256"]
+        != told["head_sha256"]
+    )
     assert judge.loaded is not None
     network, layers, _ = judge.loaded
-    count = sum(p.numel() for p in network.parameters()) + sum(part.numel() for layer in layers for part in layer)
+    count = sum(p.numel() for p in network.parameters()) + sum(
+        part.numel() for layer in layers for part in layer
+    )
     shutil.copy(clip_folder / "config.json", tmp_path)
     assert Aesthetic(str(head), str(tmp_path)).memory_bytes == 4 * count
     assert not any(p.requires_grad for p in network.parameters())
@@ -187,12 +239,32 @@ def edit(path: Path, **changes: Any) -> None:
 @pytest.mark.parametrize(
     ("spoil", "kind", "problem"),
     [
-        (lambda f: (f / "config.json").unlink(), FileNotFoundError, "reward.init_args.model: .* found no .*config.json"),
+        (
+            lambda f: (f / "config.json").unlink(),
+            FileNotFoundError,
+            "reward.init_args.model: .* found no .*config.json",
+        ),
         (lambda f: (f / "config.json").write_text("{"), ValueError, "the configuration of a CLIP"),
-        (lambda f: edit(f / "config.json", model_type="vit"), ValueError, "expected model_type clip, .* got vit"),
-        (lambda f: edit(f / "config.json", projection_dim=16), ValueError, "expected embeddings of 24, which the head takes, .* got 16"),
-        (lambda f: (f / "model.safetensors").unlink(), FileNotFoundError, "expected safetensors in"),
-        (lambda f: (f / "model.safetensors").write_bytes(b"no"), ValueError, "expected readable safetensors"),
+        (
+            lambda f: edit(f / "config.json", model_type="vit"),
+            ValueError,
+            "expected model_type clip, .* got vit",
+        ),
+        (
+            lambda f: edit(f / "config.json", projection_dim=16),
+            ValueError,
+            "expected embeddings of 24, which the head takes, .* got 16",
+        ),
+        (
+            lambda f: (f / "model.safetensors").unlink(),
+            FileNotFoundError,
+            "expected safetensors in",
+        ),
+        (
+            lambda f: (f / "model.safetensors").write_bytes(b"no"),
+            ValueError,
+            "expected readable safetensors",
+        ),
         (
             lambda f: save_file({"a": torch.zeros(1)}, f / "model.safetensors", {"format": "pt"}),
             ValueError,
@@ -201,7 +273,12 @@ def edit(path: Path, **changes: Any) -> None:
     ],
 )
 def test_what_is_wrong_with_a_folder(
-    clip_folder: Path, head: Path, tmp_path: Path, spoil: Callable[[Path], object], kind: type[Exception], problem: str
+    clip_folder: Path,
+    head: Path,
+    tmp_path: Path,
+    spoil: Callable[[Path], object],
+    kind: type[Exception],
+    problem: str,
 ) -> None:
     folder = Path(shutil.copytree(clip_folder, tmp_path / "clip"))
     spoil(folder)
@@ -215,8 +292,14 @@ def test_what_is_wrong_with_a_folder(
 @pytest.mark.parametrize(
     ("content", "problem"),
     [
-        ({"layers.0.weight": torch.zeros(2, 2)}, r"expected the layers \(0, 2, 4, 6, 7\) .* got layers.0.weight \[2, 2\]"),
-        (published_head() | {"layers.9.weight": torch.zeros(1)}, "expected the layers"),  # of reluMSE, whose layers stand elsewhere
+        (
+            {"layers.0.weight": torch.zeros(2, 2)},
+            r"expected the layers \(0, 2, 4, 6, 7\) .* got layers.0.weight \[2, 2\]",
+        ),
+        (
+            published_head() | {"layers.9.weight": torch.zeros(1)},
+            "expected the layers",
+        ),  # of reluMSE, whose layers stand elsewhere
         (published_head() | {"layers.2.weight": torch.zeros(12, 31)}, "expected the layers"),
         ({"weight": torch.zeros(2, 24), "bias": torch.zeros(2)}, "expected the layers"),
         ({"weight": torch.zeros(24), "bias": torch.zeros(1)}, "expected the layers"),
@@ -232,7 +315,9 @@ def test_what_is_wrong_with_a_head(tmp_path: Path, content: Any, problem: str) -
 
 
 def test_without_a_head(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"reward.init_args.head: expected the file .*linearMSE.pth of github.com"):
+    with pytest.raises(
+        ValueError, match=r"reward.init_args.head: expected the file .*linearMSE.pth of github.com"
+    ):
         Aesthetic()
     with pytest.raises(FileNotFoundError, match=r"reward.init_args.head: expected a file"):
         Aesthetic(str(tmp_path / "none.pth"))

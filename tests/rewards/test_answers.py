@@ -11,8 +11,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from fastgrpo.rewards.answers import NUMBER, expected_answer, parse_answer
-from fastgrpo.rewards.engine import Reply
+from fastgrpo.rewards.vlm.answers import NUMBER, expected_answer, parse_answer
+from fastgrpo.rewards.vlm.engine import Reply
 
 NUMBERS = [f"{hundredths / 100:.2f}" for hundredths in range(100, 1001)]
 
@@ -20,12 +20,20 @@ NUMBERS = [f"{hundredths / 100:.2f}" for hundredths in range(100, 1001)]
 @pytest.mark.parametrize(
     ("text", "value"),
     [
-        ("I would rate it 1", None), ("I would rate it 10", None), ("I would rate it 8.", None), ("I would rate it 8.5", None),
-        ("I would rate it 8.50", 8.5), ("10.00", 10.0), ("8.5, as the picture is", 8.5), ("8\n\nThe picture is sharp.", 8.0),
+        ("I would rate it 1", None),
+        ("I would rate it 10", None),
+        ("I would rate it 8.", None),
+        ("I would rate it 8.5", None),
+        ("I would rate it 8.50", 8.5),
+        ("10.00", 10.0),
+        ("8.5, as the picture is", 8.5),
+        ("8\n\nThe picture is sharp.", 8.0),
         ("as it has 3 dogs and 1", None),
     ],
-)  # fmt: skip
-def test_an_answer_that_was_cut_off_may_end_within_its_number(text: str, value: float | None) -> None:
+)
+def test_an_answer_that_was_cut_off_may_end_within_its_number(
+    text: str, value: float | None
+) -> None:
     assert parse_answer(text, cut=True) == value
     if text.startswith("I"):
         assert parse_answer(text) == float(text.split()[-1])
@@ -82,10 +90,61 @@ def test_ways_in_which_a_model_writes_a_number(text: str, value: float) -> None:
     "text",
     [
         *("", "good", "NaN", "inf", "eight", "."),
-        *("0", "0.5", "0.99", "10.01", "10.5/10", "11", "100", "-8.5", "−8.5", "Score:-8.5", "+8.5"),
-        *("8.5 or 9", "8.5 8.5", "8.5-9", "8.5–9.0", "7 to 9", "1. 8.5", "1) 8.5\n2) 7", "scale of 1 to 10: 8.5", "8.5\n\n10", "10/8.5"),
-        *("8,5", "8,50/10", "1,000", "8.5.1", "8..5", "8. 5", ".5", ",5", "8:30", "8_5", "08.5", "007"),
-        *("8.5%", "8.5 %", "8.5％", "8.5 percent", "8.5/10%", "1e1", "8e0", "8.5x", "v8.5", "4K", "8th", "0x8", "8.5+", "8.5/"),
+        *(
+            "0",
+            "0.5",
+            "0.99",
+            "10.01",
+            "10.5/10",
+            "11",
+            "100",
+            "-8.5",
+            "−8.5",
+            "Score:-8.5",
+            "+8.5",
+        ),
+        *(
+            "8.5 or 9",
+            "8.5 8.5",
+            "8.5-9",
+            "8.5–9.0",
+            "7 to 9",
+            "1. 8.5",
+            "1) 8.5\n2) 7",
+            "scale of 1 to 10: 8.5",
+            "8.5\n\n10",
+            "10/8.5",
+        ),
+        *(
+            "8,5",
+            "8,50/10",
+            "1,000",
+            "8.5.1",
+            "8..5",
+            "8. 5",
+            ".5",
+            ",5",
+            "8:30",
+            "8_5",
+            "08.5",
+            "007",
+        ),
+        *(
+            "8.5%",
+            "8.5 %",
+            "8.5％",
+            "8.5 percent",
+            "8.5/10%",
+            "1e1",
+            "8e0",
+            "8.5x",
+            "v8.5",
+            "4K",
+            "8th",
+            "0x8",
+            "8.5+",
+            "8.5/",
+        ),
         *("8.5/5", "8.5/100", "8.5/10.5", "8.5 out of 5", "8.5/10/10", "8.5 of 100"),
         *("８.５", "８", "8.5２", "8½", "8²", "٨", "Ⅷ 8.5"),
     ],
@@ -94,7 +153,11 @@ def test_anything_else_is_no_answer(text: str) -> None:
     assert parse_answer(text) is None
 
 
-@given(st.text() | st.text("0123456789./ ,-%*()outf\n−e+") | st.from_regex(r"(\s|\*|10|8\.5|/| out of ){0,9}"))
+@given(
+    st.text()
+    | st.text("0123456789./ ,-%*()outf\n−e+")
+    | st.from_regex(r"(\s|\*|10|8\.5|/| out of ){0,9}")
+)
 @example("8.5 (")
 def test_any_text_gives_a_number_in_range_or_none(text: str) -> None:
     value = parse_answer(text)
@@ -123,7 +186,12 @@ def test_every_number_is_read_back(number: str, zeros: str, way: str) -> None:
         assert parse_answer(way.format(spelling)) == float(number)
 
 
-@given(st.sampled_from(NUMBERS), st.sampled_from(NUMBERS), st.sampled_from(WAYS), st.sampled_from([" ", " or ", "\n", ", then ", "/", "-"]))
+@given(
+    st.sampled_from(NUMBERS),
+    st.sampled_from(NUMBERS),
+    st.sampled_from(WAYS),
+    st.sampled_from([" ", " or ", "\n", ", then ", "/", "-"]),
+)
 def test_two_numbers_are_no_answer(one: str, other: str, way: str, between: str) -> None:
     if (between, float(other)) == ("/", 10.0):
         other = "9.99"  # "8.5/10.00" is one number on its scale
@@ -150,7 +218,7 @@ def test_a_million_characters_take_no_time(text: str) -> None:
     assert value is None or 8.5 <= value <= 8.6
 
 
-# ------------------------------------------------------------------------------------------------------- probabilities
+# -------- probabilities
 
 
 def test_expectations_by_hand() -> None:
@@ -159,7 +227,8 @@ def test_expectations_by_hand() -> None:
     # (7 + 8) / 2, of which 0.2 is for other words; the tenth is 2 or 4, the hundredth 5
     two = Reply("8.45", ({"7": 0.4, "8": 0.4, "0": 0.1}, {}, {"2": 0.3, "4": 0.3}, {"5": 0.9}))
     assert expected_answer(two) == pytest.approx(7.5 + 0.3 + 0.05, abs=1e-15)
-    # 1 or 9, and after 1 a zero every second time: 0.5 * 9 + 0.25 * 1 + 0.25 * 10, and 0.75 of the fraction 0.25
+    # 1 or 9, and after 1 a zero every second time: 0.5 * 9 + 0.25 * 1 + 0.25 * 10, and 0.75 of the
+    # fraction 0.25
     ten = Reply("9.25", ({"1": 0.3, "9": 0.3}, {}, {"2": 1.0}, {"5": 1.0}), ten=0.5)
     assert expected_answer(ten) == pytest.approx(4.5 + 0.25 + 2.5 + 0.75 * 0.25, abs=1e-15)
 
@@ -188,7 +257,9 @@ def test_decimals_without_probabilities_are_zeros() -> None:
     assert expected_answer(Reply("5.25", ({"5": 0.5}, {}, {}, {"7": 0.0}))) == 5.0
 
 
-@pytest.mark.parametrize("digits", [(), ({},), ({"0": 1.0},), ({"1": 0.0, "7": 0.0},), ({}, {"5": 1.0})])
+@pytest.mark.parametrize(
+    "digits", [(), ({},), ({"0": 1.0},), ({"1": 0.0, "7": 0.0},), ({}, {"5": 1.0})]
+)
 def test_no_digit_at_the_start_is_no_answer(digits: tuple[Mapping[str, float], ...]) -> None:
     assert expected_answer(Reply("7.00", digits, ten=0.5)) is None
 
@@ -196,10 +267,18 @@ def test_no_digit_at_the_start_is_no_answer(digits: tuple[Mapping[str, float], .
 PLACE = st.dictionaries(st.sampled_from("0123456789"), st.floats(0, 1))
 
 
-@given(st.text() | st.from_regex(NUMBER, fullmatch=True), st.lists(PLACE, max_size=6).map(tuple), st.floats(0, 1))
-def test_an_expectation_is_in_range(text: str, digits: tuple[Mapping[str, float], ...], ten: float) -> None:
+@given(
+    st.text() | st.from_regex(NUMBER, fullmatch=True),
+    st.lists(PLACE, max_size=6).map(tuple),
+    st.floats(0, 1),
+)
+def test_an_expectation_is_in_range(
+    text: str, digits: tuple[Mapping[str, float], ...], ten: float
+) -> None:
     value = expected_answer(Reply(text, digits, ten))
-    assert (value is None) == (not digits or not any(p for digit, p in digits[0].items() if digit != "0"))
+    assert (value is None) == (
+        not digits or not any(p for digit, p in digits[0].items() if digit != "0")
+    )
     assert value is None or 1 <= value <= 10
 
 
@@ -218,10 +297,18 @@ def test_equal_to_the_sum_over_all_numbers(
         else:
             point = 1 - ten if number[0] == "1" else 1
             chances[number] = (
-                first[int(number[0])] * point * tenths[int(number[2])] * hundredths[int(number[3])] / sum(tenths) / sum(hundredths)
+                first[int(number[0])]
+                * point
+                * tenths[int(number[2])]
+                * hundredths[int(number[3])]
+                / sum(tenths)
+                / sum(hundredths)
             )
     total = math.fsum(chances.values())
     assert total == pytest.approx(sum(first[1:]))
     expected = math.fsum(float(number) * p for number, p in chances.items()) / total
-    places = tuple({str(d): share * p for d, p in enumerate(weights)} for weights in (first, [0.0] * 10, tenths, hundredths))
+    places = tuple(
+        {str(d): share * p for d, p in enumerate(weights)}
+        for weights in (first, [0.0] * 10, tenths, hundredths)
+    )
     assert expected_answer(Reply("5.55", places, ten)) == pytest.approx(expected, abs=1e-12)

@@ -8,8 +8,23 @@ import time
 import openai
 import pytest
 
-from fastgrpo.rewards.endpoints import FAILURES, Endpoint, EndpointPool, check_urls, direct_client, read_key
-from fastgrpo.rewards.failures import ENDPOINT_REFUSES, LONGEST_ERROR, TRY_AGAIN, Refused, TryAgain, failure_of, retry_after
+from fastgrpo.rewards.vlm.endpoints import (
+    FAILURES,
+    Endpoint,
+    EndpointPool,
+    check_urls,
+    direct_client,
+    read_key,
+)
+from fastgrpo.rewards.vlm.failures import (
+    ENDPOINT_REFUSES,
+    LONGEST_ERROR,
+    TRY_AGAIN,
+    Refused,
+    TryAgain,
+    failure_of,
+    retry_after,
+)
 
 try:
     import httpx2 as httpx
@@ -27,7 +42,9 @@ class Clock:
         return self.now
 
 
-def make(n: int = 2, set_aside: float = 10.0, longest: float = 100.0) -> tuple[EndpointPool, list[Endpoint], Clock]:
+def make(
+    n: int = 2, set_aside: float = 10.0, longest: float = 100.0
+) -> tuple[EndpointPool, list[Endpoint], Clock]:
     clock, endpoints = Clock(), [Endpoint(f"http://{i}/v1") for i in range(n)]
     return EndpointPool(endpoints, set_aside, longest, clock), endpoints, clock
 
@@ -70,7 +87,10 @@ def test_rests_grow_to_the_longest_with_jitter_and_an_answer_ends_them() -> None
         clock.now += pool.wait() + 0.001
     for rest, whole in zip(rests, (10, 20, 40, 80, 100, 100), strict=True):
         assert 0.75 * whole <= rest <= 1.25 * whole
-    assert len({rest / whole for rest, whole in zip(rests, (10, 20, 40, 80, 100, 100), strict=True)}) == 6
+    assert (
+        len({rest / whole for rest, whole in zip(rests, (10, 20, 40, 80, 100, 100), strict=True)})
+        == 6
+    )
     pool.answered(a)
     kill(pool, a)
     assert pool.wait() <= 12.5
@@ -139,8 +159,12 @@ def test_down_since_is_the_first_failure_since_an_answer() -> None:
     assert pool.down_since is None
 
 
-def status_error(status: int, text: str = "x", headers: dict[str, str] | None = None) -> openai.APIStatusError:
-    response = httpx.Response(status, headers=headers, request=httpx.Request("POST", "http://a/v1/chat/completions"))
+def status_error(
+    status: int, text: str = "x", headers: dict[str, str] | None = None
+) -> openai.APIStatusError:
+    response = httpx.Response(
+        status, headers=headers, request=httpx.Request("POST", "http://a/v1/chat/completions")
+    )
     return openai.APIStatusError(text, response=response, body=None)
 
 
@@ -177,7 +201,9 @@ def test_other_failures_are_tried_again_and_say_why() -> None:
 
 
 def test_an_error_is_one_short_line_without_the_key() -> None:
-    line = str(failure_of(status_error(500, "a\n  b\tsecret\n" + "y" * 1000), "http://a/v1", "secret"))
+    line = str(
+        failure_of(status_error(500, "a\n  b\tsecret\n" + "y" * 1000), "http://a/v1", "secret")
+    )
     assert line.startswith("http://a/v1: status 500: a b *** yyy")
     assert len(line) <= LONGEST_ERROR + len("http://a/v1:  ...")
     cut = "x" * (LONGEST_ERROR - len("status 500: ") - 3) + "secret"
@@ -185,24 +211,43 @@ def test_an_error_is_one_short_line_without_the_key() -> None:
 
 
 def test_retry_after_is_a_number_or_a_date() -> None:
-    assert [retry_after(header) for header in ("2.5", "0", "-3", "", "soon", "nan", "inf")] == [2.5, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]
+    assert [retry_after(header) for header in ("2.5", "0", "-3", "", "soon", "nan", "inf")] == [
+        2.5,
+        0.0,
+        0.0,
+        0.0,
+        0.0,
+        0.0,
+        0.0,
+    ]
     assert 50 < retry_after(email.utils.formatdate(time.time() + 60, usegmt=True)) <= 60
     assert retry_after("Wed, 21 Oct 2015 07:28:00 GMT") == 0.0
 
 
 def test_urls_have_a_path() -> None:
-    assert check_urls(["http://a:8000", " https://b/ ", "http://[::1]:1/v1/", "http://c/judge/v1"]) == (
-        "http://a:8000/v1", "https://b/v1", "http://[::1]:1/v1", "http://c/judge/v1",
-    )  # fmt: skip
+    assert check_urls(
+        ["http://a:8000", " https://b/ ", "http://[::1]:1/v1/", "http://c/judge/v1"]
+    ) == (
+        "http://a:8000/v1",
+        "https://b/v1",
+        "http://[::1]:1/v1",
+        "http://c/judge/v1",
+    )
 
 
 @pytest.mark.parametrize(
     ("url", "direct"),
     [
-        ("http://127.0.0.1:8000/v1", True), ("http://[::1]:8000/v1", True), ("http://localhost/v1", True), ("http://127.1.2.3/v1", True),
-        ("http://10.0.0.1/v1", False), ("http://judge:8000/v1", False), ("https://127.0.0.1/v1", False), ("http://127.0.0.1.org/v1", False),
+        ("http://127.0.0.1:8000/v1", True),
+        ("http://[::1]:8000/v1", True),
+        ("http://localhost/v1", True),
+        ("http://127.1.2.3/v1", True),
+        ("http://10.0.0.1/v1", False),
+        ("http://judge:8000/v1", False),
+        ("https://127.0.0.1/v1", False),
+        ("http://127.0.0.1.org/v1", False),
     ],
-)  # fmt: skip
+)
 def test_only_this_machine_is_reached_around_the_proxies(url: str, direct: bool) -> None:
     assert (direct_client(url) is not None) == direct
 

@@ -1,14 +1,19 @@
-"""What the judge sees of a video, against the official Qwen2.5-VL video processor, and against other makers of the same thing.
+"""What the judge sees of a video, against the official Qwen2.5-VL video processor, and against
+other makers of the same thing.
 
-The official processor needs torchvision, which breaks the imports of other libraries beside torch's CPU wheel. So the comparison is in two:
+The official processor needs torchvision, which breaks the imports of other libraries beside
+torch's CPU wheel. So the comparison is in two:
 
-- `official_frames.json` holds its results (a hash of every pixel, the grid, the frames taken) for the videos of CASES. Every run of the
-  tests compares with it. This file wrote it, beside torch 2.13.0+cpu, transformers 5.23.0 and torchvision 0.28.0:
-  `FASTGRPO_TORCHVISION=FOLDER python tests/judge/test_frames.py`, FOLDER from `pip install --no-deps --target FOLDER torchvision==0.28.0`.
-- Where torchvision can be imported, by itself or from $FASTGRPO_TORCHVISION, the processor runs in another process and every pixel is
-  compared; else that test is skipped.
+- `official_frames.json` holds its results (a hash of every pixel, the grid, the frames taken)
+  for the videos of CASES. Every run of the tests compares with it. This file wrote it, beside
+  torch 2.13.0+cpu, transformers 5.23.0 and torchvision 0.28.0: `FASTGRPO_TORCHVISION=FOLDER
+  python tests/rewards/test_frames.py`, FOLDER from `pip install --no-deps --target FOLDER
+  torchvision==0.28.0`.
+- Where torchvision can be imported, by itself or from $FASTGRPO_TORCHVISION, the processor runs
+  in another process and every pixel is compared; else that test is skipped.
 
-Apart from that: sizes against transformers' own `smart_resize`, pixels against PIL and against float64 sums, patches against loops.
+Apart from that: sizes against transformers' own `smart_resize`, pixels against PIL and against
+float64 sums, patches against loops.
 """
 
 from __future__ import annotations
@@ -31,7 +36,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastgrpo.rewards.frames import (
+from fastgrpo.rewards.media.frames import (
     FrameSettings,
     _resize_in_float,
     clip_of_frames,
@@ -57,8 +62,9 @@ CASES: dict[str, tuple[int, int, int, float, FrameSettings]] = {  # frames, heig
     "right already": (8, 280, 364, 2, DEFAULT),
     "small budget": (21, 64, 90, 10, SMALL),
 }
-# Reads the cases, writes what the official processor makes of each. torchvision's compiled part does not load beside another build of
-# torch; all that the processor needs of it is that these two operators exist.
+# Reads the cases, writes what the official processor makes of each. torchvision's compiled part
+# does not load beside another build of torch; all that the processor needs of it is that these two
+# operators exist.
 SCRIPT = """
 import importlib.util, os, sys
 import torch
@@ -90,16 +96,25 @@ torch.save(results, sys.argv[2])
 
 
 def picture(num_frames: int, height: int, width: int) -> Tensor:
-    """[T, 3, H, W] uint8: edges of every height and direction, another shade in each frame and channel."""
+    """[T, 3, H, W] uint8: edges of every height and direction, another shade in each frame and
+    channel.
+    """
     y, x = torch.arange(height)[:, None], torch.arange(width)
     plane = (7 * x + 13 * y + x * y // 16 + x * x // 50).to(torch.uint8)
     shade = (29 * torch.arange(num_frames)[:, None] + 80 * torch.arange(3)).to(torch.uint8)
     return plane + shade[:, :, None, None]  # uint8 wraps
 
 
-def official(cases: dict[str, tuple[int, int, int, float, FrameSettings]], folder: Path) -> dict[str, Any] | None:
-    """The official processor's results, from a process of its own; None where there is no torchvision."""
-    asked = {name: {**asdict(how), "video": picture(*video), "video_fps": fps} for name, (*video, fps, how) in cases.items()}
+def official(
+    cases: dict[str, tuple[int, int, int, float, FrameSettings]], folder: Path
+) -> dict[str, Any] | None:
+    """The official processor's results, from a process of its own; None where there is no
+    torchvision.
+    """
+    asked = {
+        name: {**asdict(how), "video": picture(*video), "video_fps": fps}
+        for name, (*video, fps, how) in cases.items()
+    }
     torch.save(asked, folder / "cases.pt")
     command = [sys.executable, "-c", SCRIPT, str(folder / "cases.pt"), str(folder / "results.pt")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -113,15 +128,20 @@ def official(cases: dict[str, tuple[int, int, int, float, FrameSettings]], folde
 def summary(pixels: Tensor) -> dict[str, Any]:
     """A hash of every bit of float32 pixels, and some of them for the eye."""
     values = pixels.flatten()[:: max(1, pixels.numel() // 16)][:16]
-    return {"sha256": hashlib.sha256(pixels.contiguous().numpy().tobytes()).hexdigest(), "values": [round(v, 6) for v in values.tolist()]}
+    return {
+        "sha256": hashlib.sha256(pixels.contiguous().numpy().tobytes()).hexdigest(),
+        "values": [round(v, 6) for v in values.tolist()],
+    }
 
 
-# --------------------------------------------------------------------------------------------- the official processor
+# -------- the official processor
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_equal_to_what_the_official_processor_made(name: str) -> None:
-    """Every bit of every pixel (the CPU's resize of uint8 is integer arithmetic), the grid, the frames taken and their rate."""
+    """Every bit of every pixel (the CPU's resize of uint8 is integer arithmetic), the grid, the
+    frames taken and their rate.
+    """
     expected = json.loads(OFFICIAL.read_text())[name]
     *video, fps, how = CASES[name]
     clip = make_clip(picture(*video), fps, how)
@@ -136,7 +156,9 @@ def test_equal_to_what_the_official_processor_made(name: str) -> None:
 def test_equal_to_the_official_processor_as_it_runs(tmp_path: Path) -> None:
     results = official(CASES, tmp_path)
     if results is None:
-        pytest.skip("no torchvision here, nor in $FASTGRPO_TORCHVISION; official_frames.json is compared with instead")
+        pytest.skip(
+            "no torchvision here, nor in $FASTGRPO_TORCHVISION; official_frames.json is compared with instead"
+        )
     for name, (*video, fps, how) in CASES.items():
         clip = make_clip(picture(*video), fps, how)
         pixels, grid = patches(clip)
@@ -154,11 +176,19 @@ def test_the_papers_size() -> None:
     assert seconds_per_grid(clip) == pytest.approx(2 * 53 / 6 / 15)
 
 
-# ------------------------------------------------------------------------------------------------------- which frames
+# -------- which frames
 
 
-@given(st.integers(1, 5000), st.floats(1, 120), st.floats(0.5, 30), st.integers(2, 9), st.integers(0, 900))
-def test_frames_are_an_even_number_evenly_spread(total: int, fps: float, wanted: float, low: int, more: int) -> None:
+@given(
+    st.integers(1, 5000),
+    st.floats(1, 120),
+    st.floats(0.5, 30),
+    st.integers(2, 9),
+    st.integers(0, 900),
+)
+def test_frames_are_an_even_number_evenly_spread(
+    total: int, fps: float, wanted: float, low: int, more: int
+) -> None:
     how = FrameSettings(fps=wanted, min_frames=low, max_frames=low + more)
     indices = frame_indices(total, fps, how)
     if total == 1:
@@ -174,17 +204,21 @@ def test_frames_are_an_even_number_evenly_spread(total: int, fps: float, wanted:
 
 def test_no_index_past_the_end_where_the_official_arithmetic_gives_one() -> None:
     count = 14
-    assert len(torch.arange(0, 61, 61 / count)) == count + 1  # the official expression; its last index is 61
+    assert (
+        len(torch.arange(0, 61, 61 / count)) == count + 1
+    )  # the official expression; its last index is 61
     assert frame_indices(61, 8, DEFAULT) == [i * 61 // count for i in range(count)]
 
 
-# -------------------------------------------------------------------------------------------------------------- sizes
+# -------- sizes
 
 
 @given(st.integers(1, 3000), st.integers(1, 3000), st.sampled_from([2, 6, 300, 301, 500, 768]))
 @settings(max_examples=200, deadline=None)
 def test_sizes_are_those_of_smart_resize(height: int, width: int, frames: int) -> None:
-    """transformers' function, with the share of 90 % of 128,000 tokens that qwen-vl-utils gives to each frame of a long video."""
+    """transformers' function, with the share of 90 % of 128,000 tokens that qwen-vl-utils gives to
+    each frame of a long video.
+    """
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
     most = min(DEFAULT.max_pixels, int(0.9 * 128_000 * 28 * 28) * 2 // frames)
@@ -204,15 +238,19 @@ def test_long_videos_have_smaller_frames() -> None:
 
 
 def test_a_budget_that_holds_no_size_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"frames\.min_pixels, frames\.max_pixels.* 30x50.*1000 to 1100 pixels"):
+    with pytest.raises(
+        ValueError, match=r"frames\.min_pixels, frames\.max_pixels.* 30x50.*1000 to 1100 pixels"
+    ):
         clip_size(30, 50, 2, FrameSettings(min_pixels=1000, max_pixels=1100))
 
 
-# ------------------------------------------------------------------------------------------------------------- pixels
+# -------- pixels
 
 
 def bicubic(old: int, new: int) -> Tensor:
-    """[new, old] float64: the cubic kernel with a = -1/2, widened by the scale where it shrinks, rows summing to one."""
+    """[new, old] float64: the cubic kernel with a = -1/2, widened by the scale where it shrinks,
+    rows summing to one.
+    """
     scale = old / new
     wide = max(scale, 1.0)
     centres = (torch.arange(new, dtype=torch.float64) + 0.5) * scale
@@ -222,9 +260,13 @@ def bicubic(old: int, new: int) -> Tensor:
     return weights / weights.sum(1, keepdim=True)
 
 
-@pytest.mark.parametrize(("height", "width"), [(120, 90), (300, 290), (411, 530)], ids=["up", "about as it was", "down"])
+@pytest.mark.parametrize(
+    ("height", "width"), [(120, 90), (300, 290), (411, 530)], ids=["up", "about as it was", "down"]
+)
 def test_resized_pixels(height: int, width: int) -> None:
-    """The CPU's against PIL, which also rounds between its passes; the GPU's arithmetic (run here) against sums in float64."""
+    """The CPU's against PIL, which also rounds between its passes; the GPU's arithmetic (run here)
+    against sums in float64.
+    """
     import numpy
     from PIL import Image
 
@@ -233,8 +275,12 @@ def test_resized_pixels(height: int, width: int) -> None:
     made = clip_of_frames(frames, 1.0, FrameSettings(max_pixels=150_000)).frames
     assert made.shape[2:] == size
     for frame, got in zip(frames, made, strict=True):
-        image = Image.fromarray(frame.permute(1, 2, 0).numpy()).resize(size[::-1], Image.Resampling.BICUBIC)
-        assert (torch.from_numpy(numpy.array(image)).permute(2, 0, 1).int() - got.int()).abs().max() <= 2
+        image = Image.fromarray(frame.permute(1, 2, 0).numpy()).resize(
+            size[::-1], Image.Resampling.BICUBIC
+        )
+        assert (
+            torch.from_numpy(numpy.array(image)).permute(2, 0, 1).int() - got.int()
+        ).abs().max() <= 2
     exact = (bicubic(height, size[0]) @ frames.double() @ bicubic(width, size[1]).T).clamp(0, 255)
     assert (_resize_in_float(frames, size) - exact).abs().max() <= 0.51  # float32 has its error too
 
@@ -245,10 +291,16 @@ def test_patches_element_by_element() -> None:
     assert (t, h, w) == (2, *(side // 14 for side in clip.frames.shape[2:]))
     mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
     row = 0
-    for step, block_y, block_x, in_y, in_x in torch.cartesian_prod(*map(torch.arange, (t, h // 2, w // 2, 2, 2))).tolist():
+    for step, block_y, block_x, in_y, in_x in torch.cartesian_prod(
+        *map(torch.arange, (t, h // 2, w // 2, 2, 2))
+    ).tolist():
         top, left = 14 * (2 * block_y + in_y), 14 * (2 * block_x + in_x)
-        patch = clip.frames[2 * step : 2 * step + 2, :, top : top + 14, left : left + 14].double() / 255
-        expected = torch.stack([(patch[:, c] - mean[c]) / std[c] for c in range(3)])  # [channel, frame, y, x]
+        patch = (
+            clip.frames[2 * step : 2 * step + 2, :, top : top + 14, left : left + 14].double() / 255
+        )
+        expected = torch.stack(
+            [(patch[:, c] - mean[c]) / std[c] for c in range(3)]
+        )  # [channel, frame, y, x]
         assert torch.allclose(pixels[row].double(), expected.flatten(), atol=1e-6)
         row += 1
     assert row == len(pixels)
@@ -260,13 +312,19 @@ def test_float_frames_are_rounded_before_they_are_resized() -> None:
     off = (torch.rand(video.shape, generator=torch.Generator().manual_seed(0)) - 0.5) * 0.98
     assert torch.equal(make_clip(((video + off) / 255).clamp(0, 1), 2.0, DEFAULT).frames, expected)
     assert torch.equal(make_clip(video.double() / 255, 2.0, DEFAULT).frames, expected)
-    half = (video.float() / 255).half()  # 255 times a half, in half precision, would round to other numbers
+    half = (
+        video.float() / 255
+    ).half()  # 255 times a half, in half precision, would round to other numbers
     assert torch.equal(make_clip(half, 2.0, DEFAULT).frames, expected)
 
 
-@given(st.integers(1, 6), st.integers(1, 120), st.integers(1, 120), st.sampled_from([DEFAULT, SMALL]))
+@given(
+    st.integers(1, 6), st.integers(1, 120), st.integers(1, 120), st.sampled_from([DEFAULT, SMALL])
+)
 @settings(max_examples=25, deadline=None)
-def test_a_clip_made_of_a_clips_frames_is_that_clip(count: int, height: int, width: int, how: FrameSettings) -> None:
+def test_a_clip_made_of_a_clips_frames_is_that_clip(
+    count: int, height: int, width: int, how: FrameSettings
+) -> None:
     try:
         clip = clip_of_frames(picture(count, height, width), 3.5, how)
     except ValueError:  # no size in the small budget
@@ -300,11 +358,13 @@ def test_on_a_gpu_nothing_leaves_it() -> None:
     pixels, _ = patches(clip)
     assert clip.frames.is_cuda
     assert pixels.is_cuda
-    expected = _resize_in_float(video[frame_indices(9, 8.0, DEFAULT)], clip_size(200, 300, 4, DEFAULT))
+    expected = _resize_in_float(
+        video[frame_indices(9, 8.0, DEFAULT)], clip_size(200, 300, 4, DEFAULT)
+    )
     assert (clip.frames.cpu().int() - expected.int()).abs().max() <= 1
 
 
-# ------------------------------------------------------------------------------------------------------------ refusals
+# -------- refusals
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, -0.01, 1.01])
@@ -349,7 +409,15 @@ def test_what_are_no_frames(frames: Tensor, fps: float, words: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("fps", 0.0), ("fps", math.nan), ("min_frames", 1), ("max_frames", 3), ("min_pixels", 0), ("max_pixels", 100_000)]
+    ("key", "value"),
+    [
+        ("fps", 0.0),
+        ("fps", math.nan),
+        ("min_frames", 1),
+        ("max_frames", 3),
+        ("min_pixels", 0),
+        ("max_pixels", 100_000),
+    ],
 )
 def test_settings_that_make_no_sense_name_their_key(key: str, value: float) -> None:
     with pytest.raises(ValueError, match=rf"frames\.{key}: expected .*, got {value!r}"):
@@ -360,6 +428,12 @@ if __name__ == "__main__":  # writes official_frames.json
     with tempfile.TemporaryDirectory() as scratch:
         found = official(CASES, Path(scratch))
     if found is None:
-        sys.exit("expected torchvision, or its folder in FASTGRPO_TORCHVISION" + f"={os.environ.get('FASTGRPO_TORCHVISION')!r}")
-    lines = [f'  "{name}": {json.dumps({**summary(result.pop("pixels")), **result})}' for name, result in found.items()]
+        sys.exit(
+            "expected torchvision, or its folder in FASTGRPO_TORCHVISION"
+            + f"={os.environ.get('FASTGRPO_TORCHVISION')!r}"
+        )
+    lines = [
+        f'  "{name}": {json.dumps({**summary(result.pop("pixels")), **result})}'
+        for name, result in found.items()
+    ]
     OFFICIAL.write_text("{\n" + ",\n".join(lines) + "\n}\n")

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers import AttentionInterface, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
-from fastgrpo.rewards import windows
-from fastgrpo.rewards.answers import NUMBER, expected_answer
-from fastgrpo.rewards.engine import Clip, Decoding, Reply
-from fastgrpo.rewards.frames import patches, seconds_per_grid
-from fastgrpo.rewards.in_process import DTYPES, TransformersEngine
-from fastgrpo.rewards.shared_prefix import Prefix, choose, prefix_positions
-from fastgrpo.rewards.tokens import CHARACTERS, NUMBERS, next_characters, read_chat
+from fastgrpo.rewards.media.frames import patches, seconds_per_grid
+from fastgrpo.rewards.vlm import windows
+from fastgrpo.rewards.vlm.answers import NUMBER, expected_answer
+from fastgrpo.rewards.vlm.engine import Clip, Decoding, Reply
+from fastgrpo.rewards.vlm.in_process import DTYPES, TransformersEngine
+from fastgrpo.rewards.vlm.shared_prefix import Prefix, choose, prefix_positions
+from fastgrpo.rewards.vlm.tokens import CHARACTERS, NUMBERS, next_characters, read_chat
 
 CPU = torch.device("cpu")
 QUESTIONS = [
@@ -44,16 +44,27 @@ def one_thread() -> Iterator[None]:
 
 def clip(seed: int, frames: int = 4, height: int = 84, width: int = 112, fps: float = 2.0) -> Clip:
     draw = torch.Generator().manual_seed(seed)
-    small = torch.randint(0, 256, (frames, 3, height // 28, width // 28), dtype=torch.uint8, generator=draw)
+    small = torch.randint(
+        0, 256, (frames, 3, height // 28, width // 28), dtype=torch.uint8, generator=draw
+    )
     return Clip(small.repeat_interleave(28, 2).repeat_interleave(28, 3), fps)
 
 
-MIXED = [clip(0), clip(1, height=56, width=140), clip(2), clip(3, frames=6), clip(4, height=56, width=140, fps=1.0), clip(5)]
+MIXED = [
+    clip(0),
+    clip(1, height=56, width=140),
+    clip(2),
+    clip(3, frames=6),
+    clip(4, height=56, width=140, fps=1.0),
+    clip(5),
+]
 
 
 @pytest.fixture(scope="module")
 def model(qwen_folder: Path) -> Any:
-    return Qwen2_5_VLForConditionalGeneration.from_pretrained(qwen_folder, dtype=torch.float32).eval()
+    return Qwen2_5_VLForConditionalGeneration.from_pretrained(
+        qwen_folder, dtype=torch.float32
+    ).eval()
 
 
 @pytest.fixture(scope="module")
@@ -72,13 +83,20 @@ def loaded(folder: Path, **settings: Any) -> TransformersEngine:
     return engine
 
 
-def inputs_of(model: Any, tokenizer: Any, video: Clip, question: str, answer: str = "") -> dict[str, Tensor]:
+def inputs_of(
+    model: Any, tokenizer: Any, video: Clip, question: str, answer: str = ""
+) -> dict[str, Tensor]:
     """What the official processor gives for one video and one question."""
     pixels, grid = patches(video)
     message = {"role": "user", "content": [{"type": "video"}, {"type": "text", "text": question}]}
-    text = tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True) + answer
+    text = (
+        tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
+        + answer
+    )
     pad = "<|video_pad|>"
-    ids = tokenizer(text.replace(pad, pad * (grid[0] * grid[1] * grid[2] // 4)), return_tensors="pt")
+    ids = tokenizer(
+        text.replace(pad, pad * (grid[0] * grid[1] * grid[2] // 4)), return_tensors="pt"
+    )
     return {
         **ids,
         "mm_token_type_ids": (ids.input_ids == model.config.video_token_id).int() * 2,
@@ -89,14 +107,23 @@ def inputs_of(model: Any, tokenizer: Any, video: Clip, question: str, answer: st
 
 
 @torch.no_grad()
-def generate(model: Any, tokenizer: Any, video: Clip, question: str, tokens: int = 16) -> tuple[str, Tensor]:
+def generate(
+    model: Any, tokenizer: Any, video: Clip, question: str, tokens: int = 16
+) -> tuple[str, Tensor]:
     """The text of a plain greedy `generate`, and its logits [tokens, vocabulary]."""
     inputs = inputs_of(model, tokenizer, video, question)
     out = model.generate(
-        **inputs, do_sample=False, temperature=None, repetition_penalty=1.0, max_new_tokens=tokens,
-        return_dict_in_generate=True, output_logits=True,
-    )  # fmt: skip
-    return tokenizer.decode(out.sequences[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True), torch.cat(out.logits)
+        **inputs,
+        do_sample=False,
+        temperature=None,
+        repetition_penalty=1.0,
+        max_new_tokens=tokens,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    return tokenizer.decode(
+        out.sequences[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+    ), torch.cat(out.logits)
 
 
 @torch.no_grad()
@@ -109,13 +136,19 @@ def texts(replies: list[list[Reply]]) -> list[list[str]]:
     return [[reply.text for reply in row] for row in replies]
 
 
-# ------------------------------------------------------------------------------------------------------- equal to generate
+# -------- equal to generate
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 16])
-def test_the_tokens_of_plain_generate(qwen_folder: Path, model: Any, tokenizer: Any, batch_size: int) -> None:
-    long = clip(6, frames=8, height=56, width=56, fps=0.25)  # its positions in time reach beyond its questions'
-    replies = loaded(qwen_folder, batch_size=batch_size).ask([*MIXED, long], [QUESTIONS] * 7, Decoding())
+def test_the_tokens_of_plain_generate(
+    qwen_folder: Path, model: Any, tokenizer: Any, batch_size: int
+) -> None:
+    long = clip(
+        6, frames=8, height=56, width=56, fps=0.25
+    )  # its positions in time reach beyond its questions'
+    replies = loaded(qwen_folder, batch_size=batch_size).ask(
+        [*MIXED, long], [QUESTIONS] * 7, Decoding()
+    )
     compared = 0
     for video, row in zip([*MIXED, long], replies, strict=True):
         for question, reply in zip(QUESTIONS, row, strict=True):
@@ -125,16 +158,23 @@ def test_the_tokens_of_plain_generate(qwen_folder: Path, model: Any, tokenizer: 
                 assert reply.text == text
                 compared += 1
     assert compared >= 18
-    assert len({reply.text for row in replies for reply in row}) > 6  # the answers tell the videos and the questions apart
+    assert (
+        len({reply.text for row in replies for reply in row}) > 6
+    )  # the answers tell the videos and the questions apart
 
 
 @pytest.mark.parametrize("constrained", [False, True])
-def test_a_reply_depends_neither_on_the_batch_nor_on_the_order(engine: TransformersEngine, constrained: bool) -> None:
+def test_a_reply_depends_neither_on_the_batch_nor_on_the_order(
+    engine: TransformersEngine, constrained: bool
+) -> None:
     decoding = Decoding(constrained=constrained, probabilities=True)
     together = engine.ask(MIXED, [QUESTIONS] * len(MIXED), decoding)
     order = [4, 0, 5, 2, 1, 3]
     shuffled = engine.ask([MIXED[i] for i in order], [QUESTIONS[::-1]] * len(order), decoding)
-    alone = [[engine.ask([MIXED[i]], [[question]], decoding)[0][0] for question in QUESTIONS] for i in order]
+    alone = [
+        [engine.ask([MIXED[i]], [[question]], decoding)[0][0] for question in QUESTIONS]
+        for i in order
+    ]
     for place, i in enumerate(order):
         for other in (shuffled[place][::-1], alone[place]):
             for a, b in zip(together[i], other, strict=True):
@@ -155,15 +195,28 @@ def test_rows_of_other_lengths(engine: TransformersEngine) -> None:
 def test_a_clips_rate_reaches_the_answer(engine: TransformersEngine) -> None:
     """Time stands in the positions."""
     rates = [clip(3, frames=6, fps=fps) for fps in (0.5, 2.0, 4.0)]
-    told = [engine.ask([video], [QUESTIONS[:1]], Decoding(max_tokens=1, probabilities=True))[0][0].ten for video in rates]
+    told = [
+        engine.ask([video], [QUESTIONS[:1]], Decoding(max_tokens=1, probabilities=True))[0][0].ten
+        for video in rates
+    ]
     assert min(abs(told[0] - told[1]), abs(told[1] - told[2])) > 1e-6
 
 
-@pytest.mark.parametrize(("frames", "height", "width", "fps"), [(4, 84, 112, 2.0), (8, 56, 56, 1.0), (12, 56, 84, 0.5), (6, 140, 56, 1.7)])
-def test_positions_are_the_models_own(model: Any, tokenizer: Any, frames: int, height: int, width: int, fps: float) -> None:
-    """Those of transformers' get_rope_index, also where a long clip's time reaches into its question."""
+@pytest.mark.parametrize(
+    ("frames", "height", "width", "fps"),
+    [(4, 84, 112, 2.0), (8, 56, 56, 1.0), (12, 56, 84, 0.5), (6, 140, 56, 1.7)],
+)
+def test_positions_are_the_models_own(
+    model: Any, tokenizer: Any, frames: int, height: int, width: int, fps: float
+) -> None:
+    """Those of transformers' get_rope_index, also where a long clip's time reaches into its
+    question.
+    """
     video = clip(0, frames, height, width, fps)
-    if not (2 / fps).is_integer() and tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23):
+    if not (2 / fps).is_integer() and tuple(map(int, transformers.__version__.split(".")[:2])) < (
+        5,
+        23,
+    ):
         pytest.skip("this release cuts the seconds of a grid step to an integer")
     inputs = inputs_of(model, tokenizer, video, QUESTIONS[0])
     ids = inputs["input_ids"][0].tolist()
@@ -171,9 +224,11 @@ def test_positions_are_the_models_own(model: Any, tokenizer: Any, frames: int, h
     grid = (frames // 2, height // 28, width // 28)
     count = before + grid[0] * grid[1] * grid[2] + 1
     wanted, _ = model.model.get_rope_index(
-        inputs["input_ids"], inputs["mm_token_type_ids"], video_grid_thw=inputs["video_grid_thw"],
+        inputs["input_ids"],
+        inputs["mm_token_type_ids"],
+        video_grid_thw=inputs["video_grid_thw"],
         second_per_grid_ts=inputs["second_per_grid_ts"],
-    )  # fmt: skip
+    )
     interval = model.config.vision_config.tokens_per_second * seconds_per_grid(video)
     positions, start = prefix_positions(before, grid, interval, 1)
     assert torch.equal(positions, wanted[:, 0, :count])
@@ -182,13 +237,20 @@ def test_positions_are_the_models_own(model: Any, tokenizer: Any, frames: int, h
 
 
 def test_windows_of_one_length_at_once() -> None:
-    """The same as one attention for each window, which is what transformers does; lengths as they come, in 3 calls."""
+    """The same as one attention for each window, which is what transformers does; lengths as they
+    come, in 3 calls.
+    """
     draw = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, 2, 23, 8, generator=draw) for _ in range(3))
     bounds = torch.tensor([0, 4, 8, 9, 15, 19, 23], dtype=torch.int32)
     parts = [slice(int(a), int(b)) for a, b in itertools.pairwise(bounds)]
-    by_window = [torch.softmax(q[:, :, p] @ k[:, :, p].transpose(-1, -2) * 0.3, -1) @ v[:, :, p] for p in parts]
-    out, _ = windows.attend_by_length(None, q, k, v, cu_seq_lens_q=bounds, scaling=0.3, max_length_q=6)
+    by_window = [
+        torch.softmax(q[:, :, p] @ k[:, :, p].transpose(-1, -2) * 0.3, -1) @ v[:, :, p]
+        for p in parts
+    ]
+    out, _ = windows.attend_by_length(
+        None, q, k, v, cu_seq_lens_q=bounds, scaling=0.3, max_length_q=6
+    )
     torch.testing.assert_close(out, torch.cat(by_window, 2).transpose(1, 2), rtol=1e-5, atol=1e-6)
     assert AttentionInterface().get_interface(windows.NAME, None) is windows.attend_by_length
 
@@ -197,36 +259,56 @@ def test_eager_attention_says_the_same(qwen_folder: Path, engine: TransformersEn
     decoding = Decoding(max_tokens=4, probabilities=True)
     for ours, eager in zip(
         engine.ask(MIXED[:2], [QUESTIONS] * 2, decoding),
-        loaded(qwen_folder, attention="eager").ask(MIXED[:2], [QUESTIONS] * 2, decoding), strict=True,
-    ):  # fmt: skip
-        assert [reply.ten for reply in ours] == pytest.approx([reply.ten for reply in eager], abs=1e-5)
+        loaded(qwen_folder, attention="eager").ask(MIXED[:2], [QUESTIONS] * 2, decoding),
+        strict=True,
+    ):
+        assert [reply.ten for reply in ours] == pytest.approx(
+            [reply.ten for reply in eager], abs=1e-5
+        )
 
 
-# ----------------------------------------------------------------------------------------------------------- probabilities
+# -------- probabilities
 
 
-def test_probabilities_are_the_models(engine: TransformersEngine, model: Any, tokenizer: Any) -> None:
-    """Each place's, and `ten`, against a forward of all the tokens; the expectation against its formula over those."""
+def test_probabilities_are_the_models(
+    engine: TransformersEngine, model: Any, tokenizer: Any
+) -> None:
+    """Each place's, and `ten`, against a forward of all the tokens; the expectation against its
+    formula over those.
+    """
     replies = engine.ask(MIXED[:4], [QUESTIONS] * 4, Decoding(constrained=True, probabilities=True))
     ids = tokenizer.convert_tokens_to_ids(list(DIGITS))
 
     def chances(video: Clip, question: str, begun: str) -> list[float]:
-        return next_logits(model, tokenizer, video, question, begun).double().softmax(-1)[ids].tolist()
+        return (
+            next_logits(model, tokenizer, video, question, begun).double().softmax(-1)[ids].tolist()
+        )
 
     for video, row in zip(MIXED, replies, strict=False):
         for question, reply in zip(QUESTIONS, row, strict=True):
-            recomputed = [chances(video, question, reply.text[:place]) for place in range(len(reply.text))]
-            assert [list(p.values()) for p in reply.digits] == [pytest.approx(p, abs=1e-5) for p in recomputed]
+            recomputed = [
+                chances(video, question, reply.text[:place]) for place in range(len(reply.text))
+            ]
+            assert [list(p.values()) for p in reply.digits] == [
+                pytest.approx(p, abs=1e-5) for p in recomputed
+            ]
             assert all(list(p) == list(DIGITS) for p in reply.digits)
             ten = chances(video, question, "1")[0]
             assert reply.ten == pytest.approx(ten, abs=1e-5)
             first = recomputed[0][1:]
             share = [p / sum(first) for p in first]
             rest = sum(
-                sum(d * p for d, p in enumerate(recomputed[place])) / sum(recomputed[place]) / 10 ** (place - 1)
-                for place in range(2, 4) if not reply.text.startswith("10")
-            )  # fmt: skip
-            wanted = sum(d * p for d, p in enumerate(share, 1)) + 9 * share[0] * ten + (1 - share[0] * ten) * rest
+                sum(d * p for d, p in enumerate(recomputed[place]))
+                / sum(recomputed[place])
+                / 10 ** (place - 1)
+                for place in range(2, 4)
+                if not reply.text.startswith("10")
+            )
+            wanted = (
+                sum(d * p for d, p in enumerate(share, 1))
+                + 9 * share[0] * ten
+                + (1 - share[0] * ten) * rest
+            )
             assert expected_answer(reply) == pytest.approx(wanted, abs=1e-5)
 
 
@@ -237,7 +319,7 @@ def test_no_probabilities_unless_asked_for(engine: TransformersEngine) -> None:
         assert not probabilities or len(reply.digits) == 16  # a random model does not stop
 
 
-# ------------------------------------------------------------------------------------------------------------- constrained
+# -------- constrained
 
 
 def test_every_path_of_the_automaton_is_a_number_and_back() -> None:
@@ -246,7 +328,9 @@ def test_every_path_of_the_automaton_is_a_number_and_back() -> None:
 
     def paths(written: str) -> list[str]:
         following = next_characters(written)
-        return [written] if not following else [path for c in following for path in paths(written + c)]
+        return (
+            [written] if not following else [path for c in following for path in paths(written + c)]
+        )
 
     assert sorted(paths("")) == sorted(NUMBERS)
     assert not re.fullmatch(NUMBER, "0.50")
@@ -256,38 +340,56 @@ def test_every_path_of_the_automaton_is_a_number_and_back() -> None:
 def test_a_constrained_answer_is_a_number(engine: TransformersEngine) -> None:
     free = engine.ask(MIXED, [QUESTIONS] * 6, Decoding())
     assert not any(re.fullmatch(NUMBER, reply.text) for row in free for reply in row)
-    drawn = [Decoding(constrained=True, temperature=t, seed=seed) for t in (1.0, 5.0) for seed in range(3)]
+    drawn = [
+        Decoding(constrained=True, temperature=t, seed=seed)
+        for t in (1.0, 5.0)
+        for seed in range(3)
+    ]
     for decoding in (Decoding(constrained=True, max_tokens=5), *drawn):
-        for reply in (reply for row in engine.ask(MIXED, [QUESTIONS] * 6, decoding) for reply in row):
+        for reply in (
+            reply for row in engine.ask(MIXED, [QUESTIONS] * 6, decoding) for reply in row
+        ):
             assert re.fullmatch(NUMBER, reply.text)
 
 
-def test_ten_is_written_where_the_model_would(engine: TransformersEngine, qwen_folder: Path) -> None:
-    """With a model that writes 1 first and 0 from then on; without the constraint it does not stop there."""
+def test_ten_is_written_where_the_model_would(
+    engine: TransformersEngine, qwen_folder: Path
+) -> None:
+    """With a model that writes 1 first and 0 from then on; without the constraint it does not stop
+    there.
+    """
     module = Qwen2_5_VLForConditionalGeneration.from_pretrained(qwen_folder, dtype=torch.float32)
     chat = read_chat(qwen_folder)
     engine.adopt(module, chat, CPU)
     for constrained, written in ((True, "10.00"), (False, "10000000")):
         wanted = itertools.chain(chat.characters[1:2], itertools.repeat(chat.characters[0]))
         hook = module.lm_head.register_forward_hook(
-            lambda _module, _args, out, wanted=wanted: out.index_fill(-1, torch.tensor([next(wanted)]), 1000.0)
+            lambda _module, _args, out, wanted=wanted: out.index_fill(
+                -1, torch.tensor([next(wanted)]), 1000.0
+            )
         )
         decoding = Decoding(max_tokens=8, constrained=constrained)
-        assert [reply.text for reply in engine.ask(MIXED[:1], [QUESTIONS], decoding)[0]] == [written] * 3
+        assert [reply.text for reply in engine.ask(MIXED[:1], [QUESTIONS], decoding)[0]] == [
+            written
+        ] * 3
         hook.remove()
 
 
-# ----------------------------------------------------------------------------------------------------------------- sampled
+# -------- sampled
 
 
 def test_draws_have_the_softmax_distribution() -> None:
-    """Over a fine grid of quantiles each token is drawn as often as its probability says, at any temperature; -inf never."""
+    """Over a fine grid of quantiles each token is drawn as often as its probability says, at any
+    temperature; -inf never.
+    """
     logits = torch.tensor([0.3, -torch.inf, 2.0, -1.0, 0.0])
     grid = (torch.arange(10_000, dtype=torch.float64) + 0.5) / 10_000
     for temperature in (0.5, 1.0, 3.0):
         drawn = choose(logits.expand(10_000, -1), temperature, grid)
         share = torch.bincount(drawn, minlength=5) / 10_000
-        torch.testing.assert_close(share, torch.softmax(logits / temperature, -1), rtol=0, atol=2e-4)
+        torch.testing.assert_close(
+            share, torch.softmax(logits / temperature, -1), rtol=0, atol=2e-4
+        )
     assert choose(logits[None], 0.0, grid[:1]).tolist() == [2]
     edges = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
     assert choose(logits.expand(2, -1), 1.0, edges).tolist() == [0, 4]
@@ -308,11 +410,15 @@ def test_a_sampled_answer_is_of_its_seed(engine: TransformersEngine, constrained
     assert torch.equal(torch.get_rng_state(), state)
 
 
-# ------------------------------------------------------------------------------------------------- once, and nothing is kept
+# -------- once, and nothing is kept
 
 
-def watch(engine: TransformersEngine) -> tuple[list[int], list[tuple[int, int]], list[tuple[int, int]]]:
-    """Rows of patches through the vision tower; shapes of the language model's calls on embeddings, and on tokens."""
+def watch(
+    engine: TransformersEngine,
+) -> tuple[list[int], list[tuple[int, int]], list[tuple[int, int]]]:
+    """Rows of patches through the vision tower; shapes of the language model's calls on embeddings,
+    and on tokens.
+    """
     module = engine.loaded[0]  # type: ignore[index]
     patches_seen: list[int] = []
     prefilled: list[tuple[int, int]] = []
@@ -324,7 +430,9 @@ def watch(engine: TransformersEngine) -> tuple[list[int], list[tuple[int, int]],
         else:
             continued.append(tuple(kwargs["input_ids"].shape))
 
-    module.model.visual.patch_embed.register_forward_pre_hook(lambda _m, args: patches_seen.append(len(args[0])))
+    module.model.visual.patch_embed.register_forward_pre_hook(
+        lambda _m, args: patches_seen.append(len(args[0]))
+    )
     module.model.language_model.register_forward_pre_hook(language, with_kwargs=True)
     return patches_seen, prefilled, continued
 
@@ -337,35 +445,56 @@ def test_each_video_is_seen_once(qwen_folder: Path, tokenizer: Any) -> None:
     # Batches of 2: clips 0 and 2, then 5; 1 and 4; 3.
     chat = read_chat(qwen_folder)
     around = len(chat.before) + len(chat.after)
-    assert sorted(prefilled) == sorted([(2, around + 24), (1, around + 24), (2, around + 20), (1, around + 36)])
+    assert sorted(prefilled) == sorted(
+        [(2, around + 24), (1, around + 24), (2, around + 20), (1, around + 36)]
+    )
     longest = max(len(chat.question(question)) for question in QUESTIONS)
-    assert [shape for shape in continued if shape[1] > 1] == [(rows, longest) for rows in (6, 3, 6, 3)]
-    assert len(continued) == 4 * (1 + 3)  # a number is four tokens, of which the question's call gives the first
+    assert [shape for shape in continued if shape[1] > 1] == [
+        (rows, longest) for rows in (6, 3, 6, 3)
+    ]
+    assert len(continued) == 4 * (
+        1 + 3
+    )  # a number is four tokens, of which the question's call gives the first
     assert engine.counters() == {"vision_passes": 6, "prefix_passes": 6, "requests": 18}
     assert engine.counters() == {"vision_passes": 0, "prefix_passes": 0, "requests": 0}
 
 
 def test_the_prefix_cache_keeps_the_latest_videos(qwen_folder: Path) -> None:
-    """One question after the other: the video is computed for the first; a third video drives the oldest out."""
+    """One question after the other: the video is computed for the first; a third video drives the
+    oldest out.
+    """
     engine = loaded(qwen_folder, prefix_cache=2)
     patches_seen, _, _ = watch(engine)
     whole = texts(loaded(qwen_folder).ask(MIXED[:4], [QUESTIONS] * 4, Decoding()))
-    assert [engine.ask([MIXED[0]], [[question]], Decoding())[0][0].text for question in QUESTIONS] == whole[0]
+    assert [
+        engine.ask([MIXED[0]], [[question]], Decoding())[0][0].text for question in QUESTIONS
+    ] == whole[0]
     assert len(patches_seen) == 1
     copy = Clip(MIXED[0].frames.clone(), 2.0)
     engine.ask([copy, MIXED[1]], [QUESTIONS] * 2, Decoding())
     assert len(patches_seen) == 2
-    assert texts(engine.ask([MIXED[2], MIXED[0]], [QUESTIONS] * 2, Decoding())) == [whole[2], whole[0]]  # one kept, one new
+    assert texts(engine.ask([MIXED[2], MIXED[0]], [QUESTIONS] * 2, Decoding())) == [
+        whole[2],
+        whole[0],
+    ]  # one kept, one new
     assert patches_seen[2:] == [96]
     engine.ask([MIXED[1]], [QUESTIONS], Decoding())
     assert len(patches_seen) == 4
-    engine.ask([Clip(MIXED[1].frames, 1.0)], [QUESTIONS], Decoding())  # other positions, so another prefix
+    engine.ask(
+        [Clip(MIXED[1].frames, 1.0)], [QUESTIONS], Decoding()
+    )  # other positions, so another prefix
     assert len(patches_seen) == 5
     engine.ask(MIXED[:4], [QUESTIONS] * 4, Decoding())
     chat = read_chat(qwen_folder)
-    tokens = 2 * (len(chat.before) + len(chat.after)) + 20 + 36  # of clips 1 and 3, whose sizes come last
-    kept = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept_tensors(engine)}
-    assert sum(kept.values()) == tokens * 3 * 2 * 2 * 16 * 4  # layers, keys and values, heads, head size, bytes; no view of a batch
+    tokens = (
+        2 * (len(chat.before) + len(chat.after)) + 20 + 36
+    )  # of clips 1 and 3, whose sizes come last
+    kept = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept_tensors(engine)
+    }
+    assert (
+        sum(kept.values()) == tokens * 3 * 2 * 2 * 16 * 4
+    )  # layers, keys and values, heads, head size, bytes; no view of a batch
 
 
 def kept_tensors(engine: TransformersEngine) -> list[Tensor]:
@@ -374,16 +503,28 @@ def kept_tensors(engine: TransformersEngine) -> list[Tensor]:
 
 
 def bytes_alive() -> int:
-    """Of every storage that a tensor of this process holds. Other tests may have left fake ones, which have none."""
+    """Of every storage that a tensor of this process holds. Other tests may have left fake ones,
+    which have none.
+    """
     gc.collect()
-    tensors = [found for found in gc.get_objects() if issubclass(type(found), Tensor) and not isinstance(found, FakeTensor)]
-    return sum({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
+    tensors = [
+        found
+        for found in gc.get_objects()
+        if issubclass(type(found), Tensor) and not isinstance(found, FakeTensor)
+    ]
+    return sum(
+        {
+            tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+            for tensor in tensors
+        }.values()
+    )
 
 
 def test_nothing_is_kept_after_an_answer(engine: TransformersEngine) -> None:
     caches: list[weakref.ref[Any]] = []
     engine.loaded[0].model.language_model.register_forward_pre_hook(  # type: ignore[index]
-        lambda _module, _args, kwargs: caches.append(weakref.ref(kwargs["past_key_values"])), with_kwargs=True
+        lambda _module, _args, kwargs: caches.append(weakref.ref(kwargs["past_key_values"])),
+        with_kwargs=True,
     )
     engine.ask(MIXED, [QUESTIONS] * 6, Decoding(temperature=1.0))
     before = bytes_alive()
@@ -399,7 +540,9 @@ def test_gradients_are_off_and_the_trainers_stay_as_they_are(engine: Transformer
     assert not module.training
     assert not any(p.requires_grad or p.is_inference() for p in module.parameters())
     graphs: list[bool] = []
-    module.lm_head.register_forward_hook(lambda _m, _i, out: graphs.append(out.requires_grad or out.is_inference()))
+    module.lm_head.register_forward_hook(
+        lambda _m, _i, out: graphs.append(out.requires_grad or out.is_inference())
+    )
     weight = torch.randn(3, 3, requires_grad=True)
     video = clip(0)
     plain = engine.ask([video], [QUESTIONS], Decoding(probabilities=True))
@@ -419,7 +562,11 @@ def test_bfloat16(qwen_folder: Path) -> None:
     """The default: weights in bf16, the same bits again, probabilities near those of fp32."""
     engine = TransformersEngine(str(qwen_folder))
     engine.load(CPU)
-    assert {p.dtype for p in engine.loaded[0].parameters()} == {torch.bfloat16} == {DTYPES[engine.dtype]}  # type: ignore[index]
+    assert (
+        {p.dtype for p in engine.loaded[0].parameters()}
+        == {torch.bfloat16}
+        == {DTYPES[engine.dtype]}
+    )  # type: ignore[index]
     decoding = Decoding(max_tokens=1, probabilities=True)
     ours = engine.ask(MIXED, [QUESTIONS] * 6, decoding)
     assert ours == engine.ask(MIXED, [QUESTIONS] * 6, decoding)

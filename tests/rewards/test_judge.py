@@ -1,4 +1,6 @@
-"""The stage judge over an engine of a few lines: what is asked, how often, and what becomes of each answer."""
+"""The stage judge over an engine of a few lines: what is asked, how often, and what becomes of each
+answer.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +12,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastgrpo.rewards.engine import Clip, Decoding, Reply
-from fastgrpo.rewards.frames import FrameSettings, make_clip
-from fastgrpo.rewards.judge import FAILED, Reading, StageJudge
-from fastgrpo.rewards.served import ServerEngine
+from fastgrpo.rewards.media.frames import FrameSettings, make_clip
+from fastgrpo.rewards.vlm.engine import Clip, Decoding, Reply
+from fastgrpo.rewards.vlm.judge import FAILED, Reading, StageJudge
+from fastgrpo.rewards.vlm.served import ServerEngine
 
 STAGES = ("visual_quality", "temporal_smoothness", "text_alignment")
 
 
 class ScriptedEngine:
-    """rewards.engine.Engine: reply(brightness of the clip in [0, 1], stage number, decoding), and a record of every question."""
+    """rewards.engine.Engine: reply(brightness of the clip in [0, 1], stage number, decoding), and a
+    record of every question.
+    """
 
     concurrency = 2
     memory_bytes = 17
@@ -36,7 +40,9 @@ class ScriptedEngine:
     def load(self, device: torch.device) -> None:
         self.device = device
 
-    def ask(self, clips: Sequence[Clip], questions: Sequence[Sequence[str]], decoding: Decoding) -> list[list[Reply]]:
+    def ask(
+        self, clips: Sequence[Clip], questions: Sequence[Sequence[str]], decoding: Decoding
+    ) -> list[list[Reply]]:
         rows = []
         for clip, of_clip in zip(clips, questions, strict=True):
             bright = float(clip.frames.double().mean()) / 255
@@ -55,11 +61,17 @@ class ScriptedEngine:
 
 
 def stage_of(question: str) -> int:
-    """By its length: the texts grow with the stage, which `test_the_texts_can_be_told_apart` holds to."""
-    return sorted(QUESTIONS, key=len).index(question.replace("a cat", "{caption}").replace("a dog", "{caption}"))
+    """By its length: the texts grow with the stage, which `test_the_texts_can_be_told_apart` holds
+    to.
+    """
+    return sorted(QUESTIONS, key=len).index(
+        question.replace("a cat", "{caption}").replace("a dog", "{caption}")
+    )
 
 
-QUESTIONS = [question.template for question in StageJudge(ScriptedEngine(lambda *_: Reply())).questions]
+QUESTIONS = [
+    question.template for question in StageJudge(ScriptedEngine(lambda *_: Reply())).questions
+]
 
 
 def videos(*levels: float) -> Tensor:
@@ -104,7 +116,9 @@ def test_only_what_has_no_number_is_asked_again_and_then_by_chance() -> None:
     assert valid.tolist() == [True, True]
     assert (scores == 0.6).all()
     again = judge.engine.asked[6:]
-    assert [(stage_of(question), decoding.temperature) for _, question, decoding in again] == [(1, 0.9)] * 2
+    assert [(stage_of(question), decoding.temperature) for _, question, decoding in again] == [
+        (1, 0.9)
+    ] * 2
     assert again[0][2].seed != again[1][2].seed  # of the video
     assert judge.counters() == {"answers": 6, "asked_again": 2, "no_number": 0, "requests": 8}
     assert judge.counters() == {"requests": 8}  # counts begin anew
@@ -136,9 +150,13 @@ def test_a_video_whose_stage_gets_no_number_is_left_out() -> None:
     assert valid.tolist() == [True, False]
     assert scores[1].tolist() == [0.0] * 3
     assert judge.counters()["no_number"] == 1
-    stage = next(stage for stage, text in zip(STAGES, QUESTIONS, strict=True) if stage_of(text) == 2)
+    stage = next(
+        stage for stage, text in zip(STAGES, QUESTIONS, strict=True) if stage_of(text) == 2
+    )
     told = f"{stage}: expected one number in [1, 10], got '10.5'"
-    assert judge.last_errors() == {"here": "none yet", "judge": told}, "a run that stops for it says what was written"
+    assert judge.last_errors() == {"here": "none yet", "judge": told}, (
+        "a run that stops for it says what was written"
+    )
     clip = make_clip(videos(0.75)[0], 2.0, judge.frames)
     last = max(judge.answers([clip], ["a cat"])[0], key=lambda reading: reading.attempts)
     assert last == Reading(None, "10.5", "expected one number in [1, 10], got '10.5'", 2)
@@ -148,7 +166,11 @@ def test_an_answer_that_was_cut_off_within_a_number_is_asked_again() -> None:
     """Of "... 10.00" the beginning "... 1" would be the worst grade instead of the best."""
 
     def long(bright: float, stage: int, decoding: Decoding) -> Reply:
-        return Reply("10.00") if decoding.temperature else Reply("I would rate the quality of this video at 1", cut=True)
+        return (
+            Reply("10.00")
+            if decoding.temperature
+            else Reply("I would rate the quality of this video at 1", cut=True)
+        )
 
     judge = StageJudge(ScriptedEngine(long))
     scores, valid = judge.score(videos(0.5), ["a cat"], 2.0)
@@ -188,7 +210,9 @@ def test_the_expected_answer_is_read_from_probabilities() -> None:
         assert (decoding.probabilities, decoding.constrained) == (True, True)
         return Reply("8.50", ({"7": 0.4, "8": 0.4}, {}, {"5": 0.9}, {"0": 0.9}))
 
-    scores, valid = StageJudge(ScriptedEngine(torn), answer="expected").score(videos(0.5), ["a cat"], 2.0)
+    scores, valid = StageJudge(ScriptedEngine(torn), answer="expected").score(
+        videos(0.5), ["a cat"], 2.0
+    )
     assert valid.tolist() == [True]
     torch.testing.assert_close(scores, torch.full((1, 3), 0.8, dtype=torch.float64))
     mute = StageJudge(ScriptedEngine(lambda *_: Reply("8.50")), answer="expected")
@@ -226,9 +250,15 @@ def test_what_cannot_be(arguments: dict[str, Any], message: str) -> None:
         StageJudge(ScriptedEngine(number), **arguments)
 
 
-def test_an_engine_that_cannot_answer_so_is_refused_when_it_is_loaded(fake_endpoint: Callable[..., Any]) -> None:
-    """Probabilities need guided answers; without the question about nothing it would be found out after the first rollout."""
-    judge = StageJudge(ServerEngine((fake_endpoint().url,), "judge", guided="none"), answer="expected")
+def test_an_engine_that_cannot_answer_so_is_refused_when_it_is_loaded(
+    fake_endpoint: Callable[..., Any],
+) -> None:
+    """Probabilities need guided answers; without the question about nothing it would be found out
+    after the first rollout.
+    """
+    judge = StageJudge(
+        ServerEngine((fake_endpoint().url,), "judge", guided="none"), answer="expected"
+    )
     with pytest.raises(ValueError, match="guided: expected structured_outputs"):
         judge.load(torch.device("cpu"))
     judge.close()

@@ -9,20 +9,50 @@ from pathlib import Path
 
 import pytest
 
-from fastgrpo.rewards.questions import DEFAULT_QUESTIONS, Question, ask_about, read_questions
+from fastgrpo.rewards.vlm.questions import DEFAULT_QUESTIONS, Question, ask_about, read_questions
 
 ROOT = Path(__file__).resolve().parents[2]
 CAPTION = "a fox {leaps} over {0} and {caption} \\1 %s"
 # method.md, section 3: what each stage must name.
 VISUAL = ("reasonable", "sharp", "rich in detail", "pleasing")
 SUBDIMENSIONS = {
-    "visual_quality": ("Reasonableness", "anatomy", "logic", "Clarity", "Detail richness", "Aesthetics", "creativity", "Safety"),
+    "visual_quality": (
+        "Reasonableness",
+        "anatomy",
+        "logic",
+        "Clarity",
+        "Detail richness",
+        "Aesthetics",
+        "creativity",
+        "Safety",
+    ),
     "temporal_smoothness": (
-        *("Stability", "frame to frame", "Naturalness of motion", "Aesthetic quality of motion", "Fusion", "background"),
-        *("Clarity of motion", "Amplitude", "static, or nearly so", "low grade", "VISUAL QUALITY counts as well", *VISUAL),
+        *(
+            "Stability",
+            "frame to frame",
+            "Naturalness of motion",
+            "Aesthetic quality of motion",
+            "Fusion",
+            "background",
+        ),
+        *(
+            "Clarity of motion",
+            "Amplitude",
+            "static, or nearly so",
+            "low grade",
+            "VISUAL QUALITY counts as well",
+            *VISUAL,
+        ),
     ),
     "text_alignment": (
-        *("Subject:", "Motion:", "Environment:", "Style:", "Camera movement:", "VISUAL QUALITY and TEMPORAL SMOOTHNESS count as well"),
+        *(
+            "Subject:",
+            "Motion:",
+            "Environment:",
+            "Style:",
+            "Camera movement:",
+            "VISUAL QUALITY and TEMPORAL SMOOTHNESS count as well",
+        ),
         *(*VISUAL, "stable", "natural, clear and ample"),
     ),
 }
@@ -38,7 +68,9 @@ def test_a_stage_names_all_that_it_is_about(question: Question) -> None:
     assert [words for words in SUBDIMENSIONS[question.name] if words not in text] == []
     assert re.search(r"harmful content makes the grade 1\.00", text)
     assert all(re.search(rf"{mark} means \w+", text) for mark in (r"1\.00", r"5\.00", r"10\.00"))
-    assert text.endswith("Answer with one number between 1.00 and 10.00, with two decimals, and nothing else.")
+    assert text.endswith(
+        "Answer with one number between 1.00 and 10.00, with two decimals, and nothing else."
+    )
     assert text.count("{caption}") == 1
 
 
@@ -59,7 +91,9 @@ def test_what_is_shipped() -> None:
     """Each stage's hash is that of its file, and the wheel takes the files along."""
     for path, question in zip(DEFAULT_QUESTIONS, read_questions(), strict=True):
         assert question.sha256 == hashlib.sha256((ROOT / path).read_bytes()).hexdigest()
-    package_data = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["fastgrpo"]
+    package_data = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"][
+        "package-data"
+    ]["fastgrpo"]
     assert "rewards/stages/*.txt" in package_data
 
 
@@ -68,14 +102,22 @@ def test_other_questions_in_their_place(tmp_path: Path, monkeypatch: pytest.Monk
     (tmp_path / "truth.v2.txt").write_text("{caption}: {caption}? {other} {}", encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     beauty, truth = read_questions(["beauty.txt", str(tmp_path / "truth.v2.txt")])
-    assert beauty == Question("beauty", "Is it beautiful? 1–10.", hashlib.sha256((tmp_path / "beauty.txt").read_bytes()).hexdigest())
+    assert beauty == Question(
+        "beauty",
+        "Is it beautiful? 1–10.",
+        hashlib.sha256((tmp_path / "beauty.txt").read_bytes()).hexdigest(),
+    )
     assert truth.name == "truth.v2"
     assert ask_about(beauty, CAPTION) == "Is it beautiful? 1–10."
     assert ask_about(truth, CAPTION) == f"{CAPTION}: {CAPTION}? {{other}} {{}}"
 
 
-@pytest.mark.parametrize("content", [b"", b" \n\t\r\n", b"\xef\xbb\xbf\n", "naïve".encode("latin-1")])
-def test_a_file_without_a_question_is_refused_by_key_and_name(tmp_path: Path, content: bytes) -> None:
+@pytest.mark.parametrize(
+    "content", [b"", b" \n\t\r\n", b"\xef\xbb\xbf\n", "naïve".encode("latin-1")]
+)
+def test_a_file_without_a_question_is_refused_by_key_and_name(
+    tmp_path: Path, content: bytes
+) -> None:
     file = tmp_path / "stage.txt"
     file.write_bytes(content)
     with pytest.raises(ValueError, match=r"reward\.init_args\.questions: expected .*stage\.txt"):
@@ -83,9 +125,13 @@ def test_a_file_without_a_question_is_refused_by_key_and_name(tmp_path: Path, co
 
 
 def test_other_refusals(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"reward\.init_args\.questions: expected a file.*nowhere\.txt"):
+    with pytest.raises(
+        FileNotFoundError, match=r"reward\.init_args\.questions: expected a file.*nowhere\.txt"
+    ):
         read_questions([*DEFAULT_QUESTIONS, str(tmp_path / "nowhere.txt")])
-    with pytest.raises(ValueError, match=r"reward\.init_args\.questions: expected at least one file"):
+    with pytest.raises(
+        ValueError, match=r"reward\.init_args\.questions: expected at least one file"
+    ):
         read_questions([])
     (tmp_path / "text_alignment.txt").write_text("Does it fit?")
     with pytest.raises(ValueError, match=r"reward\.init_args\.questions: .*'text_alignment' twice"):

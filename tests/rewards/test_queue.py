@@ -1,4 +1,6 @@
-"""The queue in front of the judge: order, bounded memory, and every way in which a judge can be wrong."""
+"""The queue in front of the judge: order, bounded memory, and every way in which a judge can be
+wrong.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastgrpo.rewards.scoring import ScoringQueue
+from fastgrpo.rewards.queue import ScoringQueue
 
 
 class Judge:
-    """Scores (x, x / 2) of videos that are filled with x; `before` runs at each call, on the queue's thread."""
+    """Scores (x, x / 2) of videos that are filled with x; `before` runs at each call, on the
+    queue's thread.
+    """
 
     stages = ("whole", "half")
 
@@ -72,7 +76,10 @@ def test_scores_come_in_groups_in_the_order_given(opened: Callable[..., ScoringQ
 
 
 @settings(max_examples=20, deadline=None)
-@given(sizes=st.lists(st.integers(1, 4), min_size=1, max_size=6), pauses=st.lists(st.sampled_from((0.0, 0.003)), min_size=6, max_size=6))
+@given(
+    sizes=st.lists(st.integers(1, 4), min_size=1, max_size=6),
+    pauses=st.lists(st.sampled_from((0.0, 0.003)), min_size=6, max_size=6),
+)
 def test_neither_batches_nor_delays_change_the_order(sizes: list[int], pauses: list[float]) -> None:
     waits = iter(pauses)
     queue = ScoringQueue(Judge(lambda: time.sleep(next(waits))), max_pending=2)
@@ -117,8 +124,12 @@ def test_no_more_than_max_pending_wait(opened: Callable[..., ScoringQueue]) -> N
     assert queue.collect(5)[0] == [[[i / 8, i / 16] for i in range(5)]]
 
 
-def test_a_judge_is_called_as_often_at_a_time_as_it_allows(opened: Callable[..., ScoringQueue]) -> None:
-    """Three calls meet at a barrier, which one thread alone would never pass; their order is that of submission all the same."""
+def test_a_judge_is_called_as_often_at_a_time_as_it_allows(
+    opened: Callable[..., ScoringQueue],
+) -> None:
+    """Three calls meet at a barrier, which one thread alone would never pass; their order is that
+    of submission all the same.
+    """
     meet = threading.Barrier(3)
     judge = Judge(lambda: meet.wait(10))
     judge.concurrency = 3  # type: ignore[attr-defined]
@@ -139,7 +150,9 @@ def test_the_wait_for_a_place_is_measured(opened: Callable[..., ScoringQueue]) -
     queue.collect(2)
 
 
-def test_what_a_judge_counts_and_its_errors_are_handed_on(opened: Callable[..., ScoringQueue]) -> None:
+def test_what_a_judge_counts_and_its_errors_are_handed_on(
+    opened: Callable[..., ScoringQueue],
+) -> None:
     class Accountable(Judge):
         def counters(self) -> dict[str, int]:
             return {"asked": len(self.calls)}
@@ -166,7 +179,7 @@ def test_the_list_of_captions_is_taken_as_it_was(opened: Callable[..., ScoringQu
     assert judge.calls == [["a"]]
 
 
-# ------------------------------------------------------------------------------------------------------- judges that fail
+# -------- judges that fail
 
 
 class Broken(Judge):
@@ -174,14 +187,19 @@ class Broken(Judge):
 
     def __init__(self, scores: Any, valid: Any = None) -> None:
         super().__init__()
-        self.answer = torch.tensor(scores), torch.ones(len(scores), dtype=torch.bool) if valid is None else torch.tensor(valid)
+        self.answer = (
+            torch.tensor(scores),
+            torch.ones(len(scores), dtype=torch.bool) if valid is None else torch.tensor(valid),
+        )
 
     def score(self, videos: Tensor, prompts: Sequence[str], fps: float) -> tuple[Tensor, Tensor]:
         return self.answer
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_a_score_that_is_not_finite_makes_its_video_invalid(opened: Callable[..., ScoringQueue], bad: float) -> None:
+def test_a_score_that_is_not_finite_makes_its_video_invalid(
+    opened: Callable[..., ScoringQueue], bad: float
+) -> None:
     queue = opened(Broken([[0.5, 0.5], [0.5, bad], [bad, 0.5], [0.0, 1.0]]))
     queue.submit(videos(0, 0, 0, 0), ["a"] * 4, 8.0)
     scores, valid = queue.collect(4)
@@ -200,7 +218,9 @@ def test_validity_as_numbers_will_do(opened: Callable[..., ScoringQueue]) -> Non
 
 
 @pytest.mark.parametrize("bad", [-1e-9, 1.0000001, 7.5])
-def test_a_score_outside_0_to_1_is_the_judges_error(opened: Callable[..., ScoringQueue], bad: float) -> None:
+def test_a_score_outside_0_to_1_is_the_judges_error(
+    opened: Callable[..., ScoringQueue], bad: float
+) -> None:
     queue = opened(Broken([[0.5, 0.5], [0.25, bad]]))
     queue.submit(videos(0, 0), ["a"] * 2, 8.0)
     with pytest.raises(ValueError, match=r"\[0, 1\] from Broken") as caught:
@@ -215,7 +235,7 @@ def test_the_scores_of_an_invalid_video_are_not_read(opened: Callable[..., Scori
 
 
 @pytest.mark.parametrize(
-    ("scores", "valid", "came"),
+    ("scores", "valid", "got"),
     [
         ([[0.5, 0.5]], None, "(1, 2) and (1,)"),
         ([[0.5, 0.5, 0.5]] * 2, None, "(2, 3) and (2,)"),
@@ -224,12 +244,14 @@ def test_the_scores_of_an_invalid_video_are_not_read(opened: Callable[..., Scori
         ([[0.5, 0.5]] * 2, [[True], [True]], "(2, 2) and (2, 1)"),
     ],
 )
-def test_wrong_shapes_are_the_judges_error(opened: Callable[..., ScoringQueue], scores: Any, valid: Any, came: str) -> None:
+def test_wrong_shapes_are_the_judges_error(
+    opened: Callable[..., ScoringQueue], scores: Any, valid: Any, got: str
+) -> None:
     queue = opened(Broken(scores, valid))
     queue.submit(videos(0, 0), ["a"] * 2, 8.0)
     with pytest.raises(ValueError, match=r"\(2, 2\) and validity \(2,\) from Broken") as caught:
         queue.collect(2)
-    assert f"got {came}" in str(caught.value)
+    assert f"got {got}" in str(caught.value)
 
 
 def fail() -> None:
@@ -257,11 +279,15 @@ def test_a_full_queue_lets_it_out_of_submit(opened: Callable[..., ScoringQueue])
         queue.submit(videos(0.5), ["a"], 8.0)
 
 
-def test_scores_are_float64_on_the_host_without_a_gradient(opened: Callable[..., ScoringQueue]) -> None:
+def test_scores_are_float64_on_the_host_without_a_gradient(
+    opened: Callable[..., ScoringQueue],
+) -> None:
     weight = torch.tensor(0.5, requires_grad=True)
 
     class Differentiable(Judge):
-        def score(self, videos: Tensor, prompts: Sequence[str], fps: float) -> tuple[Tensor, Tensor]:
+        def score(
+            self, videos: Tensor, prompts: Sequence[str], fps: float
+        ) -> tuple[Tensor, Tensor]:
             assert not torch.is_grad_enabled()
             return (weight * torch.tensor([[0.2, 0.4]])), torch.tensor([True])
 
@@ -272,7 +298,9 @@ def test_scores_are_float64_on_the_host_without_a_gradient(opened: Callable[...,
 
 
 def test_close_closes_a_judge_that_can_be(opened: Callable[..., ScoringQueue]) -> None:
-    """A judge that waits for a server that is gone would hold up Python's exit, which waits for this thread."""
+    """A judge that waits for a server that is gone would hold up Python's exit, which waits for
+    this thread.
+    """
     gone, waits = threading.Event(), threading.Event()
 
     def wait() -> None:

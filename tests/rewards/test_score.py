@@ -1,4 +1,6 @@
-"""`python -m fastgrpo score`: a row for every file, resumed after whatever stopped it, and by one judge."""
+"""`python -m fastgrpo score`: a row for every file, resumed after whatever stopped it, and by one
+judge.
+"""
 
 from __future__ import annotations
 
@@ -20,12 +22,12 @@ import numpy as np
 import pytest
 import torch
 
-from fastgrpo.commands import score as command
-from fastgrpo.rewards.engine import Clip
-from fastgrpo.rewards.frames import FrameSettings, make_clip
-from fastgrpo.rewards.judge import StageJudge
-from fastgrpo.rewards.score_file import describe_beside, judge_hash, open_scores
-from fastgrpo.rewards.video_files import read_video
+from fastgrpo.cli import score as command
+from fastgrpo.evaluation.score_file import describe_beside, judge_hash, open_scores
+from fastgrpo.rewards.media.frames import FrameSettings, make_clip
+from fastgrpo.rewards.media.video_files import read_video
+from fastgrpo.rewards.vlm.engine import Clip
+from fastgrpo.rewards.vlm.judge import StageJudge
 
 ROOT, MODULES = Path(__file__).parents[2], Path(__file__).parent / "modules"
 STAGES = ("visual_quality", "temporal_smoothness", "text_alignment")
@@ -42,14 +44,20 @@ def clip(path: Path, greys: Sequence[int]) -> Path:
         stream: Any = container.add_stream("libx264", rate=8, options={"preset": "ultrafast"})
         stream.height, stream.width, stream.pix_fmt = 32, 48, "yuv420p"
         for grey in greys:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.full((32, 48, 3), grey, np.uint8), format="rgb24")))
+            container.mux(
+                stream.encode(
+                    av.VideoFrame.from_ndarray(np.full((32, 48, 3), grey, np.uint8), format="rgb24")
+                )
+            )
         container.mux(stream.encode())
     return path
 
 
 @pytest.fixture
 def videos(tmp_path: Path) -> Path:
-    """A folder of four videos, dark to bright, and what is none; prompts.txt with their captions beside it."""
+    """A folder of four videos, dark to bright, and what is none; prompts.txt with their captions
+    beside it.
+    """
     folder = tmp_path / "videos"
     folder.mkdir()
     for name, grey in zip("dbac", (40, 90, 140, 190), strict=True):
@@ -60,9 +68,33 @@ def videos(tmp_path: Path) -> Path:
     return folder
 
 
-def run(videos: Path | str, prompts: Path | str, out: Path, *options: str, reward: bool = True) -> int:
-    judge = ["--reward", "fastgrpo.rewards.judge.StageJudge", "--reward.init_args.engine", "grey_judges.GreyEngine"] if reward else []
-    return command.main(["--videos", str(videos), "--prompts", str(prompts), "--out", str(out), "--device", "cpu", *judge, *options])
+def run(
+    videos: Path | str, prompts: Path | str, out: Path, *options: str, reward: bool = True
+) -> int:
+    judge = (
+        [
+            "--reward",
+            "fastgrpo.rewards.vlm.judge.StageJudge",
+            "--reward.init_args.engine",
+            "grey_judges.GreyEngine",
+        ]
+        if reward
+        else []
+    )
+    return command.main(
+        [
+            "--videos",
+            str(videos),
+            "--prompts",
+            str(prompts),
+            "--out",
+            str(out),
+            "--device",
+            "cpu",
+            *judge,
+            *options,
+        ]
+    )
 
 
 def rows_of(out: Path) -> list[dict[str, Any]]:
@@ -78,10 +110,13 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: Any, **options: Any)
     return line
 
 
-# --- rows -------------------------------------------------------------------------------------------------------------
+# --- rows
+# -------------------------------------------------------------------------------------------------------------
 
 
-def test_a_folder_of_videos(tmp_path: Path, videos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_of_videos(
+    tmp_path: Path, videos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "made" / "scores.jsonl"
     assert run(videos, tmp_path / "prompts.txt", out, "--batch_size", "3") == 0
     rows = rows_of(out)
@@ -92,11 +127,13 @@ def test_a_folder_of_videos(tmp_path: Path, videos: Path, capsys: pytest.Capture
         assert tuple(row["answers"]) == tuple(row["texts"]) == tuple(row["rewards"]) == STAGES
         assert list(row["answers"].values()) == pytest.approx([1 + 9 * grey / 255] * 3, abs=0.1)
         assert row["answers"] == {stage: float(text) for stage, text in row["texts"].items()}
-        assert row["rewards"] == {stage: pytest.approx(answer / 10) for stage, answer in row["answers"].items()}
+        assert row["rewards"] == {
+            stage: pytest.approx(answer / 10) for stage, answer in row["answers"].items()
+        }
     assert "4 videos with scores, 0 with an error" in capsys.readouterr().out
     beside = json.loads(describe_beside(out).read_text())
     assert {row["judge"] for row in rows} == {beside.pop("judge")} == {judge_hash(beside)}
-    assert beside["class"] == "fastgrpo.rewards.judge.StageJudge"
+    assert beside["class"] == "fastgrpo.rewards.vlm.judge.StageJudge"
     assert beside["engine"] == {"engine": "grey", "mode": "works"}
     assert tuple(beside["stages"]) == STAGES
     assert (tmp_path / "made" / "scores.judge.json").is_file()
@@ -108,7 +145,16 @@ def test_the_judge_sees_the_frames_that_it_would_see_of_a_tensor(tmp_path: Path)
     path = clip(tmp_path / "a.mp4", range(20, 240, 10))
     engine = GreyEngine()
     (tmp_path / "p.txt").write_text("a\n")
-    assert command.score(str(path), str(tmp_path / "p.txt"), str(tmp_path / "s.jsonl"), StageJudge(engine), device="cpu") == 0
+    assert (
+        command.score(
+            str(path),
+            str(tmp_path / "p.txt"),
+            str(tmp_path / "s.jsonl"),
+            StageJudge(engine),
+            device="cpu",
+        )
+        == 0
+    )
     whole = read_video(path, lambda count, fps: list(range(count)))
     expected = make_clip(whole.frames, 8.0, FrameSettings())
     (seen,) = engine.seen
@@ -130,51 +176,89 @@ def test_another_judge_sees_all_frames(tmp_path: Path, videos: Path) -> None:
     assert described == {"judge": rows[0]["judge"], "class": "grey_judges.PlainJudge", "scale": 1.0}
 
 
-def test_a_published_model_keeps_its_own_scale_beside_the_rewards(videos: Path, tmp_path: Path) -> None:
+def test_a_published_model_keeps_its_own_scale_beside_the_rewards(
+    videos: Path, tmp_path: Path
+) -> None:
     options = ["--reward", "grey_judges.PublishedJudge"]
-    assert run(videos, tmp_path / "prompts.txt", tmp_path / "out.jsonl", *options, reward=False) == 1
+    assert (
+        run(videos, tmp_path / "prompts.txt", tmp_path / "out.jsonl", *options, reward=False) == 1
+    )
     rows = rows_of(tmp_path / "out.jsonl")
     greys = dict(zip("dbac", (40, 90, 140, 190), strict=True))
     assert rows[3]["error"] == "the judge gave no score"  # d.mp4, at -0.69
     for row, name in zip(rows[:3], "abc", strict=True):
         assert row["components"]["light"] == pytest.approx(2 * greys[name] / 255 - 1, abs=0.02)
-        assert row["rewards"]["brightness"] == pytest.approx((row["components"]["light"] + 1) / 2, abs=1e-12)
+        assert row["rewards"]["brightness"] == pytest.approx(
+            (row["components"]["light"] + 1) / 2, abs=1e-12
+        )
 
 
-def test_a_recipe_gives_its_judge(tmp_path: Path, videos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_recipe_gives_its_judge(
+    tmp_path: Path, videos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     recipe = tmp_path / "recipe.yaml"
     engine = "engine:\n      class_path: grey_judges.GreyEngine\n"
-    reward = f"reward:\n  class_path: fastgrpo.rewards.judge.StageJudge\n  init_args:\n    seed: 5\n    {engine}"
-    recipe.write_text(f"name: x\nprompts:\n  train: nowhere.txt\npolicy:\n  class_path: no.such.Policy\n{reward}")
+    reward = f"reward:\n  class_path: fastgrpo.rewards.vlm.judge.StageJudge\n  init_args:\n    seed: 5\n    {engine}"
+    recipe.write_text(
+        f"name: x\nprompts:\n  train: nowhere.txt\npolicy:\n  class_path: no.such.Policy\n{reward}"
+    )
     out = tmp_path / "s.jsonl"
-    options = [f"--config={recipe}", "--reward.init_args.max_tokens", "12", "--reward.init_args.engine.init_args.mode", "eager"]
+    options = [
+        f"--config={recipe}",
+        "--reward.init_args.max_tokens",
+        "12",
+        "--reward.init_args.engine.init_args.mode",
+        "eager",
+    ]
     assert run(videos, tmp_path / "prompts.txt", out, *options, reward=False) == 0
     described = json.loads(describe_beside(out).read_text())
     assert (described["seed"], described["max_tokens"]) == (5, 12)
     capsys.readouterr()
     recipe.write_text("name: [x\n")
-    assert "expected ',' or ']'" in refused(capsys, videos, tmp_path / "prompts.txt", out, f"--config={recipe}", reward=False)
+    assert "expected ',' or ']'" in refused(
+        capsys, videos, tmp_path / "prompts.txt", out, f"--config={recipe}", reward=False
+    )
     recipe.write_text("name: x\n")
-    assert "section reward" in refused(capsys, videos, tmp_path / "prompts.txt", out, f"--config={recipe}", reward=False)
-    assert "no_such.yaml" in refused(capsys, videos, tmp_path / "prompts.txt", out, "--config", "no_such.yaml", reward=False)
+    assert "section reward" in refused(
+        capsys, videos, tmp_path / "prompts.txt", out, f"--config={recipe}", reward=False
+    )
+    assert "no_such.yaml" in refused(
+        capsys, videos, tmp_path / "prompts.txt", out, "--config", "no_such.yaml", reward=False
+    )
 
 
-def test_bad_files_and_bad_answers_have_their_rows_and_the_rest_goes_on(tmp_path: Path, videos: Path) -> None:
+def test_bad_files_and_bad_answers_have_their_rows_and_the_rest_goes_on(
+    tmp_path: Path, videos: Path
+) -> None:
     clip(tmp_path / "short.mp4", [9])
     data = (videos / "a.mp4").read_bytes()
     (tmp_path / "empty.mp4").write_bytes(b"")
     (tmp_path / "cut.mp4").write_bytes(data[: len(data) // 2])
     (tmp_path / "text.mp4").write_text("hello")
     expected = {
-        "videos/a.mp4": "", "empty.mp4": "empty: 0 bytes", "text.mp4": "no video file", "videos/b.mp4": "broken down",
-        "missing.mp4": "found none", "cut.mp4": "damaged", "videos/c.mp4": "expected one number in [1, 10], got 'lovely'",
-        "videos/d.mp4": "text_alignment: no reply: timed out", "short.mp4": "too short: 1 frame",
-    }  # fmt: skip
-    captions = {"videos/b.mp4": "break down", "videos/c.mp4": "write prose", "videos/d.mp4": "say nothing"}
-    (tmp_path / "list.txt").write_text("\n".join(str(tmp_path / name) for name in expected) + "\n\n")
+        "videos/a.mp4": "",
+        "empty.mp4": "empty: 0 bytes",
+        "text.mp4": "no video file",
+        "videos/b.mp4": "broken down",
+        "missing.mp4": "found none",
+        "cut.mp4": "damaged",
+        "videos/c.mp4": "expected one number in [1, 10], got 'lovely'",
+        "videos/d.mp4": "text_alignment: no reply: timed out",
+        "short.mp4": "too short: 1 frame",
+    }
+    captions = {
+        "videos/b.mp4": "break down",
+        "videos/c.mp4": "write prose",
+        "videos/d.mp4": "say nothing",
+    }
+    (tmp_path / "list.txt").write_text(
+        "\n".join(str(tmp_path / name) for name in expected) + "\n\n"
+    )
     (tmp_path / "p.txt").write_text("\n".join(captions.get(name, "a caption") for name in expected))
     for stage in STAGES:
-        (tmp_path / f"{stage}.txt").write_text("How good? {caption}" if stage == "text_alignment" else "How good?")
+        (tmp_path / f"{stage}.txt").write_text(
+            "How good? {caption}" if stage == "text_alignment" else "How good?"
+        )
     questions = json.dumps([str(tmp_path / f"{stage}.txt") for stage in STAGES])
     out = tmp_path / "s.jsonl"
     options = ["--batch_size", "4", "--reward.init_args.questions", questions]
@@ -186,7 +270,10 @@ def test_bad_files_and_bad_answers_have_their_rows_and_the_rest_goes_on(tmp_path
         assert ("rewards" in row) == (error == "") == ("error" not in row)
         assert "\n" not in row.get("error", "")
     prose = rows[6]
-    assert prose["answers"] == {**dict.fromkeys(STAGES, pytest.approx(7.7, abs=0.1)), "text_alignment": None}
+    assert prose["answers"] == {
+        **dict.fromkeys(STAGES, pytest.approx(7.7, abs=0.1)),
+        "text_alignment": None,
+    }
     assert prose["texts"]["text_alignment"] == "lovely"
 
 
@@ -196,7 +283,9 @@ def test_limits_reach_the_reader(tmp_path: Path, videos: Path) -> None:
     assert all("max_frames = 5" in row["error"] for row in rows_of(out))
 
 
-def test_a_judge_that_is_lost_stops_the_command(tmp_path: Path, videos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_judge_that_is_lost_stops_the_command(
+    tmp_path: Path, videos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     names = [str(clip(videos / f"{i}.mp4", [90] * 4)) for i in range(command.GIVE_UP + 4)]
     names.insert(2, str(tmp_path / "missing.mp4"))  # says nothing about the judge
     (tmp_path / "list.txt").write_text("\n".join(names))
@@ -204,14 +293,20 @@ def test_a_judge_that_is_lost_stops_the_command(tmp_path: Path, videos: Path, ca
     out = tmp_path / "s.jsonl"
     options = ["--reward.init_args.engine.init_args.mode", "silent", "--batch_size", "1"]
     assert run(tmp_path / "list.txt", tmp_path / "p.txt", out, *options) == 1
-    assert "16 videos in a row got no reply, the last one: no reply: timed out" in capsys.readouterr().err
+    assert (
+        "16 videos in a row got no reply, the last one: no reply: timed out"
+        in capsys.readouterr().err
+    )
     assert len(rows_of(out)) == command.GIVE_UP + 1
 
 
-# --- resumed ----------------------------------------------------------------------------------------------------------
+# --- resumed
+# ----------------------------------------------------------------------------------------------------------
 
 
-def test_rows_that_are_there_are_kept(tmp_path: Path, videos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_rows_that_are_there_are_kept(
+    tmp_path: Path, videos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out, prompts = tmp_path / "s.jsonl", tmp_path / "prompts.txt"
     good = (videos / "b.mp4").read_bytes()
     (videos / "b.mp4").write_bytes(b"")
@@ -231,8 +326,12 @@ def test_rows_that_are_there_are_kept(tmp_path: Path, videos: Path, capsys: pyte
     assert len(rows_of(out)) == 4
 
 
-@pytest.mark.parametrize("broken", [b'{"video": "half', b'{"video": "x", "prompt": "y"', b"\xff\xfe"])
-def test_a_half_written_line_is_dropped_and_no_more(tmp_path: Path, videos: Path, broken: bytes) -> None:
+@pytest.mark.parametrize(
+    "broken", [b'{"video": "half', b'{"video": "x", "prompt": "y"', b"\xff\xfe"]
+)
+def test_a_half_written_line_is_dropped_and_no_more(
+    tmp_path: Path, videos: Path, broken: bytes
+) -> None:
     out, prompts = tmp_path / "s.jsonl", tmp_path / "prompts.txt"
     assert run(videos, prompts, out) == 0
     whole = out.read_bytes()
@@ -246,7 +345,9 @@ def test_a_half_written_line_is_dropped_and_no_more(tmp_path: Path, videos: Path
     assert out.read_bytes() == whole
 
 
-def test_rows_of_another_judge_are_refused(tmp_path: Path, videos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_rows_of_another_judge_are_refused(
+    tmp_path: Path, videos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out, prompts = tmp_path / "s.jsonl", tmp_path / "prompts.txt"
     assert run(videos, prompts, out) == 0
     before, beside = out.read_bytes(), describe_beside(out).read_bytes()
@@ -258,16 +359,24 @@ def test_rows_of_another_judge_are_refused(tmp_path: Path, videos: Path, capsys:
 
 
 @pytest.mark.parametrize("line", ["", "[]", "{}", '{"video": "x"}', "junk"])
-def test_a_file_of_something_else_is_refused(tmp_path: Path, videos: Path, line: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_of_something_else_is_refused(
+    tmp_path: Path, videos: Path, line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "s.jsonl"
     out.write_text(f"{line}\n")
-    assert "line 1: expected a row of scores" in refused(capsys, videos, tmp_path / "prompts.txt", out)
+    assert "line 1: expected a row of scores" in refused(
+        capsys, videos, tmp_path / "prompts.txt", out
+    )
     assert out.read_text() == f"{line}\n"
 
 
 def test_a_served_judge_is_the_same_wherever_it_is_and_with_a_server_down() -> None:
     def served(*hosts: str, version: str = "1") -> str:
-        engine = {"engine": "server", "endpoints": ["http://a", "http://b"], "servers": {host: {"version": version} for host in hosts}}
+        engine = {
+            "engine": "server",
+            "endpoints": ["http://a", "http://b"],
+            "servers": {host: {"version": version} for host in hosts},
+        }
         return judge_hash({"seed": 0, "engine": {**engine, "endpoints": list(hosts)}})
 
     assert served("http://a", "http://b") == served("http://b") == served("http://elsewhere:9")
@@ -287,18 +396,26 @@ def test_a_score_that_is_not_a_number_is_none(videos: Path) -> None:
     class Nan:
         stages = ("one",)
 
-        def score(self, frames: torch.Tensor, prompts: Sequence[str], fps: float) -> tuple[torch.Tensor, torch.Tensor]:
-            return torch.full((1, 1), float("nan"), dtype=torch.float64), torch.ones(1, dtype=torch.bool)
+        def score(
+            self, frames: torch.Tensor, prompts: Sequence[str], fps: float
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            return torch.full((1, 1), float("nan"), dtype=torch.float64), torch.ones(
+                1, dtype=torch.bool
+            )
 
     row = command.plain_row(Nan(), Clip(torch.zeros(2, 3, 28, 28, dtype=torch.uint8), 2.0), "a cat")  # type: ignore[arg-type]
     assert row == {"error": "the judge gave no score"}
 
 
-def test_two_processes_do_not_write_one_file(tmp_path: Path, videos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_two_processes_do_not_write_one_file(
+    tmp_path: Path, videos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "s.jsonl"
     with out.open("wb") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
-        assert "another process is writing" in refused(capsys, videos, tmp_path / "prompts.txt", out)
+        assert "another process is writing" in refused(
+            capsys, videos, tmp_path / "prompts.txt", out
+        )
 
 
 def test_a_row_twice_is_refused(tmp_path: Path) -> None:
@@ -308,21 +425,42 @@ def test_a_row_twice_is_refused(tmp_path: Path) -> None:
         add({"video": "v", "prompt": "p"})
         add({"video": "v", "prompt": "another"})
         add({"video": "v", "prompt": "p"})
-    with pytest.raises(ValueError, match="line 3: expected one row a video and prompt"), open_scores(path, {"a": 1}):
+    with (
+        pytest.raises(ValueError, match="line 3: expected one row a video and prompt"),
+        open_scores(path, {"a": 1}),
+    ):
         pass
 
 
-def test_killed_anywhere_and_started_again_gives_the_same_file(tmp_path: Path, videos: Path) -> None:
+def test_killed_anywhere_and_started_again_gives_the_same_file(
+    tmp_path: Path, videos: Path
+) -> None:
     names = [str(clip(videos / f"{i:02}.mp4", [20 + 5 * i] * 6)) for i in range(30)]
     names[7] = str(tmp_path / "missing.mp4")
     (tmp_path / "list.txt").write_text("\n".join(names))
     (tmp_path / "p.txt").write_text("".join(f"caption {i}\n" for i in range(30)))
-    assert run(tmp_path / "list.txt", tmp_path / "p.txt", tmp_path / "whole.jsonl", "--batch_size", "5") == 1
+    assert (
+        run(
+            tmp_path / "list.txt", tmp_path / "p.txt", tmp_path / "whole.jsonl", "--batch_size", "5"
+        )
+        == 1
+    )
     out = tmp_path / "s.jsonl"
     arguments = [
-        "--videos", str(tmp_path / "list.txt"), "--prompts", str(tmp_path / "p.txt"), "--out", str(out), "--device", "cpu",
-        "--batch_size", "2", "--reward", "fastgrpo.rewards.judge.StageJudge", "--reward.init_args.engine",
-    ]  # fmt: skip
+        "--videos",
+        str(tmp_path / "list.txt"),
+        "--prompts",
+        str(tmp_path / "p.txt"),
+        "--out",
+        str(out),
+        "--device",
+        "cpu",
+        "--batch_size",
+        "2",
+        "--reward",
+        "fastgrpo.rewards.vlm.judge.StageJudge",
+        "--reward.init_args.engine",
+    ]
     path = os.pathsep.join([str(MODULES), str(ROOT), str(ROOT / "kernels")])
     process = subprocess.Popen(
         [sys.executable, "-m", "fastgrpo", "score", *arguments, "grey_judges.SlowGreyEngine"],
@@ -330,7 +468,11 @@ def test_killed_anywhere_and_started_again_gives_the_same_file(tmp_path: Path, v
         env={**os.environ, "PYTHONPATH": path},
     )
     deadline = time.monotonic() + 120
-    while not (out.exists() and out.read_bytes().count(b"\n") >= 5) and time.monotonic() < deadline and process.poll() is None:
+    while (
+        not (out.exists() and out.read_bytes().count(b"\n") >= 5)
+        and time.monotonic() < deadline
+        and process.poll() is None
+    ):
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -342,23 +484,33 @@ def test_killed_anywhere_and_started_again_gives_the_same_file(tmp_path: Path, v
     assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 
-# --- captions ---------------------------------------------------------------------------------------------------------
+# --- captions
+# ---------------------------------------------------------------------------------------------------------
 
 
 def test_captions_by_name(tmp_path: Path, videos: Path) -> None:
     names = [str(videos / "b.mp4"), str(videos / "a.mp4")]
-    a, b = {"video": "a.mp4", "prompt": " caption a "}, {"video": str(videos / "b.mp4"), "prompt": "caption b"}
+    a, b = (
+        {"video": "a.mp4", "prompt": " caption a "},
+        {"video": str(videos / "b.mp4"), "prompt": "caption b"},
+    )
     contents = {
         "1.json": json.dumps([a, b]),
-        "2.json": json.dumps({"a.mp4": "caption a", "b.mp4": "caption b", "other.mp4": "not there"}),
-        "samples.json": json.dumps({"fps": 8, "stages": None, "samples": [{**a, "still": "a.png"}, b]}),
+        "2.json": json.dumps(
+            {"a.mp4": "caption a", "b.mp4": "caption b", "other.mp4": "not there"}
+        ),
+        "samples.json": json.dumps(
+            {"fps": 8, "stages": None, "samples": [{**a, "still": "a.png"}, b]}
+        ),
         "3.jsonl": f"{json.dumps(a)}\n\n{json.dumps(b)}\n",
         "4.jsonl": json.dumps({"prompt": "caption b"}) + "\n" + json.dumps({"prompt": "caption a"}),
         "5.txt": "caption b\ncaption a\n",
     }
     for name, content in contents.items():
         (tmp_path / name).write_text(content)
-        assert command.match_prompts(names, str(tmp_path / name)) == ["caption b", "caption a"], name
+        assert command.match_prompts(names, str(tmp_path / name)) == ["caption b", "caption a"], (
+            name
+        )
 
 
 @pytest.mark.parametrize(
@@ -366,23 +518,37 @@ def test_captions_by_name(tmp_path: Path, videos: Path) -> None:
     [
         ("p.txt", "one\ntwo\nthree\n", "for each of 4 videos, got 3 in"),
         ("p.jsonl", '{"prompt": "one"}\n', "for each of 4 videos, got 1 in"),
-        ("p.json", '{"a.mp4": "one", "c.mp4": "two", "d.mp4": "three"}', "for each of 4 videos, got 3 in .*none for 1 such as .*b.mp4"),
+        (
+            "p.json",
+            '{"a.mp4": "one", "c.mp4": "two", "d.mp4": "three"}',
+            "for each of 4 videos, got 3 in .*none for 1 such as .*b.mp4",
+        ),
         ("p.json", '[{"video": "a.mp4"}]', "entry 1: expected the texts video and prompt"),
-        ("p.json", '[{"video": "a.mp4", "prompt": "x"}, {"video": "a.mp4", "prompt": "y"}]', "expected one for a.mp4, got two"),
+        (
+            "p.json",
+            '[{"video": "a.mp4", "prompt": "x"}, {"video": "a.mp4", "prompt": "y"}]',
+            "expected one for a.mp4, got two",
+        ),
         ("p.json", "3", "entry 1: expected the texts"),
         ("p.json", "{", "cannot read .* as JSON"),
         ("p.jsonl", '{"video": "a.mp4", "prompt": "x"}\nhello\n', "cannot read .* as JSON"),
     ],
 )
 def test_captions_that_do_not_fit(
-    tmp_path: Path, videos: Path, name: str, content: str, message: str, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    videos: Path,
+    name: str,
+    content: str,
+    message: str,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     (tmp_path / name).write_text(content)
     assert re.search(message, refused(capsys, videos, tmp_path / name, tmp_path / "s.jsonl"))
     assert not (tmp_path / "s.jsonl").exists()
 
 
-# --- nothing could start ----------------------------------------------------------------------------------------------
+# --- nothing could start
+# ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -390,7 +556,10 @@ def test_captions_that_do_not_fit(
     [
         (["--videos", "/no/such/folder"], "found none at /no/such/folder"),
         (["--prompts", "no_such.txt"], "prompts: expected a file, found none"),
-        (["--reward.init_args.engine.init_args.mode", "broken"], "reward: cannot be loaded: ConnectionError: nothing there"),
+        (
+            ["--reward.init_args.engine.init_args.mode", "broken"],
+            "reward: cannot be loaded: ConnectionError: nothing there",
+        ),
         (["--reward", "no.such.Judge"], "no.such.Judge"),
         (["--batch_size", "0"], "batch_size: expected at least 1, got 0"),
         (["--readers", "0"], "readers: expected at least 1, got 0"),
@@ -399,19 +568,33 @@ def test_captions_that_do_not_fit(
         (["--batch-size", "3"], "batch-size"),
     ],
 )
-def test_nothing_could_start(tmp_path: Path, videos: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert message in refused(capsys, videos, tmp_path / "prompts.txt", tmp_path / "s.jsonl", *options)
+def test_nothing_could_start(
+    tmp_path: Path,
+    videos: Path,
+    options: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert message in refused(
+        capsys, videos, tmp_path / "prompts.txt", tmp_path / "s.jsonl", *options
+    )
     assert not (tmp_path / "s.jsonl").exists()
 
 
-def test_no_gpu_and_no_videos(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_gpu_and_no_videos(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     clip(tmp_path / "a.mp4", [9, 9])
     (tmp_path / "p.txt").write_text("a\n")
     out = tmp_path / "s.jsonl"
-    assert "expected cuda to be available" in refused(capsys, tmp_path / "a.mp4", tmp_path / "p.txt", out, "--device", "cuda")
+    assert "expected cuda to be available" in refused(
+        capsys, tmp_path / "a.mp4", tmp_path / "p.txt", out, "--device", "cuda"
+    )
     (tmp_path / "none").mkdir()
-    assert "expected at least one, got none" in refused(capsys, tmp_path / "none", tmp_path / "p.txt", out)
+    assert "expected at least one, got none" in refused(
+        capsys, tmp_path / "none", tmp_path / "p.txt", out
+    )
     (tmp_path / "list.txt").write_text(f"{tmp_path}/a.mp4\n{tmp_path}/a.mp4\n")
     (tmp_path / "two.txt").write_text("same\nsame\n")
     assert "a.mp4 2 times" in refused(capsys, tmp_path / "list.txt", tmp_path / "two.txt", out)
@@ -420,7 +603,8 @@ def test_no_gpu_and_no_videos(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert [row["prompt"] for row in rows_of(out)] == ["one", "two"]
 
 
-# --- reading ahead ----------------------------------------------------------------------------------------------------
+# --- reading ahead
+# ----------------------------------------------------------------------------------------------------
 
 
 def test_reading_ahead_keeps_the_order_and_its_bound() -> None:
@@ -432,7 +616,9 @@ def test_reading_ahead_keeps_the_order_and_its_bound() -> None:
         time.sleep(0.001 * (item % 3))
         return item * item
 
-    for taken, (item, square) in enumerate(command.read_ahead(range(40), read, threads=3, ahead=4), start=1):
+    for taken, (item, square) in enumerate(
+        command.read_ahead(range(40), read, threads=3, ahead=4), start=1
+    ):
         assert square == item * item == (taken - 1) ** 2
         assert len(started) <= taken + 4
     assert sorted(started) == list(range(40))
@@ -440,7 +626,9 @@ def test_reading_ahead_keeps_the_order_and_its_bound() -> None:
 
 def test_a_reader_that_is_left_starts_nothing_more() -> None:
     started: list[int] = []
-    ahead = command.read_ahead(range(100), lambda item: (time.sleep(0.01), started.append(item)), threads=1, ahead=8)
+    ahead = command.read_ahead(
+        range(100), lambda item: (time.sleep(0.01), started.append(item)), threads=1, ahead=8
+    )
     next(ahead)
     ahead.close()
     assert len(started) < 10

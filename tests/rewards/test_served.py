@@ -1,4 +1,6 @@
-"""The served judge against a fake server: what is sent, in which order, and what becomes of every fault."""
+"""The served judge against a fake server: what is sent, in which order, and what becomes of every
+fault.
+"""
 
 from __future__ import annotations
 
@@ -23,15 +25,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fastgrpo.rewards.answers import NUMBER
-from fastgrpo.rewards.background import BackgroundLoop
-from fastgrpo.rewards.endpoints import FAILURES
-from fastgrpo.rewards.engine import Clip, Decoding, Reply
-from fastgrpo.rewards.failures import LONGEST_ERROR
-from fastgrpo.rewards.served import FROM_ONE, ServerEngine
 from fastgrpo.rewards.server.completions import FROM_ONE as ACCEPTED_FROM_ONE
 from fastgrpo.rewards.server.completions import read_question
-from fastgrpo.rewards.transport import Video, chat_request, encode_clip
+from fastgrpo.rewards.vlm.answers import NUMBER
+from fastgrpo.rewards.vlm.background import BackgroundLoop
+from fastgrpo.rewards.vlm.endpoints import FAILURES
+from fastgrpo.rewards.vlm.engine import Clip, Decoding, Reply
+from fastgrpo.rewards.vlm.failures import LONGEST_ERROR
+from fastgrpo.rewards.vlm.served import FROM_ONE, ServerEngine
+from fastgrpo.rewards.vlm.transport import Video, chat_request, encode_clip
 
 Clips = Callable[..., Clip]
 Engines = Callable[..., ServerEngine]
@@ -45,11 +47,13 @@ def decode(url: str) -> Tensor:
             pictures = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
     else:
         assert head in ("data:video/jpeg;base64", "data:image/png;base64")
-        pictures = [np.asarray(Image.open(io.BytesIO(base64.b64decode(part)))) for part in data.split(",")]
+        pictures = [
+            np.asarray(Image.open(io.BytesIO(base64.b64decode(part)))) for part in data.split(",")
+        ]
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
 
 
-# ---------------------------------------------------------------------------------------------------------- what is sent
+# -------- what is sent
 
 
 @pytest.mark.parametrize("transport", ["frames", "images", "mp4"])
@@ -58,7 +62,9 @@ def test_frames_arrive_bit_equal_and_before_the_text(
 ) -> None:
     """mp4 too: H.264 without loss in RGB, so the tolerance is 0."""
     server, clip = fake_endpoint(), random_clip(n=4)
-    asked = server_engine(server, transport=transport).ask([clip], [["Why?", "How?"]], Decoding(max_tokens=9, temperature=0.7, seed=11))
+    asked = server_engine(server, transport=transport).ask(
+        [clip], [["Why?", "How?"]], Decoding(max_tokens=9, temperature=0.7, seed=11)
+    )
     assert asked == [[Reply("7.25"), Reply("7.25")]]
     kind = {"frames": ["video_url"], "images": ["image_url"] * 4, "mp4": ["video_url"]}[transport]
     for request, question in zip(server.requests, ("Why?", "How?"), strict=True):
@@ -66,11 +72,21 @@ def test_frames_arrive_bit_equal_and_before_the_text(
         frames = torch.cat([decode(part[part["type"]]["url"]) for part in request.media])
         assert torch.equal(frames, clip.frames)
         assert request.text == question
-        assert {key: request.body[key] for key in ("model", "max_tokens", "temperature", "seed")} == {
-            "model": "judge", "max_tokens": 9, "temperature": 0.7, "seed": 11,
-        }  # fmt: skip
-        assert request.body.get("mm_processor_kwargs") == ({"fps": 2.0} if transport == "frames" else None)
-        loading = {"frames": {"video": {"num_frames": -1, "fps": 2.0}}, "mp4": {"video": {"num_frames": 4, "fps": -1}}}
+        assert {
+            key: request.body[key] for key in ("model", "max_tokens", "temperature", "seed")
+        } == {
+            "model": "judge",
+            "max_tokens": 9,
+            "temperature": 0.7,
+            "seed": 11,
+        }
+        assert request.body.get("mm_processor_kwargs") == (
+            {"fps": 2.0} if transport == "frames" else None
+        )
+        loading = {
+            "frames": {"video": {"num_frames": -1, "fps": 2.0}},
+            "mp4": {"video": {"num_frames": 4, "fps": -1}},
+        }
         assert request.body.get("media_io_kwargs") == loading.get(transport)
 
 
@@ -100,7 +116,10 @@ def test_a_constraint_is_in_the_field_that_the_server_reads(
     judge.ask([random_clip()], [["?"]], Decoding(constrained=True))
     judge.ask([random_clip()], [["?"]], Decoding())
     names = {"structured_outputs", "guided_regex", "response_format", "logprobs", "top_logprobs"}
-    assert [{key: r.body[key] for key in names & r.body.keys()} for r in server.requests] == [field, {}]
+    assert [{key: r.body[key] for key in names & r.body.keys()} for r in server.requests] == [
+        field,
+        {},
+    ]
 
 
 @pytest.mark.parametrize("guided", ["structured_outputs", "guided_regex", "response_format"])
@@ -109,23 +128,39 @@ def test_our_own_server_reads_the_request(guided: Any, transport: Any, random_cl
     """Both halves were written apart; `completions.read_question` is the server's."""
     assert FROM_ONE == ACCEPTED_FROM_ONE
     decoding = Decoding(max_tokens=2, constrained=True, probabilities=True)
-    arguments = chat_request("judge", encode_clip(random_clip(), transport), "Why?", decoding, guided, FROM_ONE)
-    body = {key: value for key, value in arguments.items() if key != "extra_body"} | arguments["extra_body"]
+    arguments = chat_request(
+        "judge", encode_clip(random_clip(), transport), "Why?", decoding, guided, FROM_ONE
+    )
+    body = {key: value for key, value in arguments.items() if key != "extra_body"} | arguments[
+        "extra_body"
+    ]
     question = read_question(json.dumps(body).encode(), max_tokens=16)
-    assert (question.text, question.fps, question.from_one, question.top) == ("Why?", 2.0, True, True)
+    assert (question.text, question.fps, question.from_one, question.top) == (
+        "Why?",
+        2.0,
+        True,
+        True,
+    )
 
 
 def test_numbers_that_begin_with_one() -> None:
     numbers = [f"{hundredths / 100:.2f}" for hundredths in range(0, 1200)]
-    assert [n for n in numbers if re.fullmatch(FROM_ONE, n)] == [n for n in numbers if re.fullmatch(NUMBER, n) and n[0] == "1"]
+    assert [n for n in numbers if re.fullmatch(FROM_ONE, n)] == [
+        n for n in numbers if re.fullmatch(NUMBER, n) and n[0] == "1"
+    ]
 
 
 def test_pictures_are_encoded_once_a_clip(
     fake_endpoint: Any, server_engine: Engines, monkeypatch: pytest.MonkeyPatch, random_clip: Clips
 ) -> None:
     calls: list[Clip] = []
-    monkeypatch.setattr("fastgrpo.rewards.served.encode_clip", lambda clip, transport: calls.append(clip) or encode_clip(clip, transport))
-    server_engine(fake_endpoint()).ask([random_clip(i) for i in range(3)], [["a", "b", "c"]] * 3, Decoding())
+    monkeypatch.setattr(
+        "fastgrpo.rewards.vlm.served.encode_clip",
+        lambda clip, transport: calls.append(clip) or encode_clip(clip, transport),
+    )
+    server_engine(fake_endpoint()).ask(
+        [random_clip(i) for i in range(3)], [["a", "b", "c"]] * 3, Decoding()
+    )
     assert len(calls) == 3
 
 
@@ -138,12 +173,14 @@ def test_pictures_are_encoded_once_a_clip(
         (Clip(torch.zeros(2, 3, 28, 28, dtype=torch.uint8), 0.0), "fps"),
     ],
 )
-def test_what_is_no_clip_is_named(clip: Clip, words: str, fake_endpoint: Any, server_engine: Engines) -> None:
+def test_what_is_no_clip_is_named(
+    clip: Clip, words: str, fake_endpoint: Any, server_engine: Engines
+) -> None:
     with pytest.raises(ValueError, match=words):
         server_engine(fake_endpoint()).ask([clip], [["?"]], Decoding())
 
 
-# ---------------------------------------------------------------------------------------------------- order and concurrency
+# -------- order and concurrency
 
 
 def video_of(request: Any) -> str:
@@ -159,15 +196,22 @@ def answer_pixel(request: Any) -> str:
     return f"{int(decode(video_of(request))[0, 0, 0, 0])}{request.text}"
 
 
-def test_64_clips_at_a_time_none_lost_and_in_order(fake_endpoint: Any, fault: Any, server_engine: Engines, random_clip: Clips) -> None:
+def test_64_clips_at_a_time_none_lost_and_in_order(
+    fake_endpoint: Any, fault: Any, server_engine: Engines, random_clip: Clips
+) -> None:
     servers = [fake_endpoint(answer=answer_pixel) for _ in range(2)]
     for server in servers:
         server.faults.extend(fault(delay=0.1 if i % 3 == 0 else 0.0) for i in range(64))
     clips = [random_clip(i) for i in range(64)]
-    judge = server_engine(*servers, concurrency=64, requests_in_flight=64, timeout=5.0, patience=20.0)
+    judge = server_engine(
+        *servers, concurrency=64, requests_in_flight=64, timeout=5.0, patience=20.0
+    )
     replies = judge.ask(clips, [["a", "b"]] * 64, Decoding())
     assert replies == [[Reply(f"{pixel(clip)}{question}") for question in "ab"] for clip in clips]
-    assert sorted(len(server.requests) for server in servers) == [64, 64]  # the least busy one is next
+    assert sorted(len(server.requests) for server in servers) == [
+        64,
+        64,
+    ]  # the least busy one is next
     assert judge.counters() == {"requests": 128 + 2, "failed_requests": 0, "endpoints_set_aside": 0}
     assert judge.counters() == {"requests": 0, "failed_requests": 0, "endpoints_set_aside": 0}
 
@@ -191,7 +235,9 @@ def test_the_first_question_goes_ahead_and_the_others_follow_to_the_same_endpoin
         assert max(request.at_work for _, request in others) > 1
 
 
-def test_both_limits_hold_for_all_callers_together(fake_endpoint: Any, server_engine: Engines, random_clip: Clips) -> None:
+def test_both_limits_hold_for_all_callers_together(
+    fake_endpoint: Any, server_engine: Engines, random_clip: Clips
+) -> None:
     server = fake_endpoint(delay=0.05, answer=answer_pixel)
     judge = server_engine(server, concurrency=2, requests_in_flight=3, timeout=5.0)
     replies: dict[int, Any] = {}
@@ -206,17 +252,24 @@ def test_both_limits_hold_for_all_callers_together(fake_endpoint: Any, server_en
     for caller in callers:
         caller.join()
     for clips, answers in replies.values():
-        assert answers == [[Reply(f"{pixel(clip)}{question}") for question in "abc"] for clip in clips]
+        assert answers == [
+            [Reply(f"{pixel(clip)}{question}") for question in "abc"] for clip in clips
+        ]
     assert len(server.requests) == 27
     assert server.most_at_work == 3
-    videos = [{video_of(other) for other in server.requests if other.began <= r.began < other.ended} for r in server.requests]
+    videos = [
+        {video_of(other) for other in server.requests if other.began <= r.began < other.ended}
+        for r in server.requests
+    ]
     assert max(map(len, videos)) == 2
 
 
-# ------------------------------------------------------------------------------------------------------------------ faults
+# -------- faults
 
 
-COMPLETION = b'{"id": "x", "object": "chat.completion", "created": 0, "model": "judge", "choices": %s}'
+COMPLETION = (
+    b'{"id": "x", "object": "chat.completion", "created": 0, "model": "judge", "choices": %s}'
+)
 
 
 @pytest.mark.parametrize(
@@ -239,18 +292,31 @@ COMPLETION = b'{"id": "x", "object": "chat.completion", "created": 0, "model": "
         ({"body": b"null"}, "expected a chat completion"),
         ({"body": COMPLETION % b"[]"}, "expected a chat completion"),
         ({"body": COMPLETION % b"null"}, "expected a chat completion"),
-        ({"body": COMPLETION % b'[{"index": 0, "message": {"role": "assistant", "content": null}}]'}, "expected a chat completion"),
+        (
+            {
+                "body": COMPLETION
+                % b'[{"index": 0, "message": {"role": "assistant", "content": null}}]'
+            },
+            "expected a chat completion",
+        ),
     ],
 )
 def test_what_may_pass_is_tried_again(
-    broken: dict, words: str, fake_endpoint: Any, fault: Any, server_engine: Engines, random_clip: Clips
+    broken: dict,
+    words: str,
+    fake_endpoint: Any,
+    fault: Any,
+    server_engine: Engines,
+    random_clip: Clips,
 ) -> None:
     server = fake_endpoint(answer=answer_pixel)
     judge = server_engine(server)
     judge.counters()
     bad = fault(**{"body": b"{}", **broken} if "status" in broken else broken)
     server.faults.extend([fault(), bad])
-    assert judge.ask([random_clip()], [["a", "b", "c"]], Decoding()) == [[Reply(f"{pixel(random_clip())}{q}") for q in "abc"]]
+    assert judge.ask([random_clip()], [["a", "b", "c"]], Decoding()) == [
+        [Reply(f"{pixel(random_clip())}{q}") for q in "abc"]
+    ]
     assert judge.counters() == {"requests": 4, "failed_requests": 1, "endpoints_set_aside": 0}
     (url, error), *others = judge.last_errors().items()
     assert (url, others) == (server.url, [])
@@ -258,17 +324,27 @@ def test_what_may_pass_is_tried_again(
     assert re.search(words, error)
 
 
-def test_retry_after_is_waited_for(fake_endpoint: Any, fault: Any, server_engine: Engines, random_clip: Clips) -> None:
+def test_retry_after_is_waited_for(
+    fake_endpoint: Any, fault: Any, server_engine: Engines, random_clip: Clips
+) -> None:
     server = fake_endpoint()
     server.faults.append(fault(status=429, body=b"{}", headers=(("Retry-After", "0.4"),)))
     assert server_engine(server).ask([random_clip()], [["a"]], Decoding()) == [[Reply("7.25")]]
     assert server.requests[1].began - server.requests[0].ended >= 0.4
 
 
-def test_a_busy_endpoint_leaves_the_work_to_the_other(fake_endpoint: Any, fault: Any, server_engine: Engines, random_clip: Clips) -> None:
-    busy, other = fake_endpoint(always=fault(status=429, body=b"{}", headers=(("Retry-After", "60"),))), fake_endpoint()
+def test_a_busy_endpoint_leaves_the_work_to_the_other(
+    fake_endpoint: Any, fault: Any, server_engine: Engines, random_clip: Clips
+) -> None:
+    busy, other = (
+        fake_endpoint(always=fault(status=429, body=b"{}", headers=(("Retry-After", "60"),))),
+        fake_endpoint(),
+    )
     judge = server_engine(busy, other)
-    assert judge.ask([random_clip(i) for i in range(6)], [["a", "b"]] * 6, Decoding()) == [[Reply("7.25")] * 2] * 6
+    assert (
+        judge.ask([random_clip(i) for i in range(6)], [["a", "b"]] * 6, Decoding())
+        == [[Reply("7.25")] * 2] * 6
+    )
     assert len(busy.requests) < 6
     assert judge.counters()["endpoints_set_aside"] == 0
 
@@ -277,7 +353,9 @@ def test_a_busy_endpoint_leaves_the_work_to_the_other(fake_endpoint: Any, fault:
 def test_what_would_fail_again_is_an_error_at_once(
     status: int, fake_endpoint: Any, fault: Any, server_engine: Engines, random_clip: Clips
 ) -> None:
-    """Without patience: an hour of it would be the test's end. A server may repeat the whole video in its error."""
+    """Without patience: an hour of it would be the test's end. A server may repeat the whole video
+    in its error.
+    """
     server = fake_endpoint()
     judge = server_engine(server, patience=3600.0)
     judge.counters()
@@ -299,7 +377,10 @@ def test_an_endpoint_that_refuses_leaves_the_work_to_the_other(
     refusing, other = fake_endpoint(), fake_endpoint()
     judge = server_engine(refusing, other, set_aside=1.0, patience=30.0)
     refusing.always = fault(status=status, body=b"{}")
-    assert judge.ask([random_clip(i) for i in range(5)], [["a", "b"]] * 5, Decoding()) == [[Reply("7.25")] * 2] * 5
+    assert (
+        judge.ask([random_clip(i) for i in range(5)], [["a", "b"]] * 5, Decoding())
+        == [[Reply("7.25")] * 2] * 5
+    )
     assert len(other.requests) == 10
     assert judge.counters()["endpoints_set_aside"] >= 1
     assert f"status {status}" in judge.last_errors()[refusing.url]
@@ -308,16 +389,25 @@ def test_an_endpoint_that_refuses_leaves_the_work_to_the_other(
 def test_prose_is_an_answer(fake_endpoint: Any, server_engine: Engines, random_clip: Clips) -> None:
     """What it says is the judge's to read, not the engine's to ask again for."""
     server = fake_endpoint(answer=lambda request: "I rather like it.")
-    assert server_engine(server).ask([random_clip()], [["a"]], Decoding()) == [[Reply("I rather like it.")]]
+    assert server_engine(server).ask([random_clip()], [["a"]], Decoding()) == [
+        [Reply("I rather like it.")]
+    ]
     assert len(server.requests) == 1
 
 
-def test_one_of_two_endpoints_dies(fake_endpoint: Any, server_engine: Engines, random_clip: Clips) -> None:
-    dies, lives = fake_endpoint(answer=answer_pixel, delay=0.02), fake_endpoint(answer=answer_pixel, delay=0.02)
+def test_one_of_two_endpoints_dies(
+    fake_endpoint: Any, server_engine: Engines, random_clip: Clips
+) -> None:
+    dies, lives = (
+        fake_endpoint(answer=answer_pixel, delay=0.02),
+        fake_endpoint(answer=answer_pixel, delay=0.02),
+    )
     judge = server_engine(dies, lives, set_aside=0.5, patience=20.0)
     threading.Timer(0.1, dies.kill).start()
     clips = [random_clip(i) for i in range(40)]
-    assert judge.ask(clips, [["a", "b"]] * 40, Decoding()) == [[Reply(f"{pixel(clip)}{q}") for q in "ab"] for clip in clips]
+    assert judge.ask(clips, [["a", "b"]] * 40, Decoding()) == [
+        [Reply(f"{pixel(clip)}{q}") for q in "ab"] for clip in clips
+    ]
     assert list(judge.last_errors()) == [dies.url]
     counts = judge.counters()
     assert counts["endpoints_set_aside"] >= 1
@@ -326,7 +416,9 @@ def test_one_of_two_endpoints_dies(fake_endpoint: Any, server_engine: Engines, r
 
 
 @pytest.mark.timeout(60)
-def test_killed_and_restarted_while_it_is_asked(fake_endpoint: Any, server_engine: Engines, random_clip: Clips) -> None:
+def test_killed_and_restarted_while_it_is_asked(
+    fake_endpoint: Any, server_engine: Engines, random_clip: Clips
+) -> None:
     server = fake_endpoint(answer=answer_pixel, delay=0.01)
     judge = server_engine(server, patience=30.0)
     clips = [random_clip(i) for i in range(40)]
@@ -342,7 +434,9 @@ def test_killed_and_restarted_while_it_is_asked(fake_endpoint: Any, server_engin
 
     thread = threading.Thread(target=restart)
     thread.start()
-    assert judge.ask(clips, [["a", "b"]] * 40, Decoding()) == [[Reply(f"{pixel(clip)}{q}") for q in "ab"] for clip in clips]
+    assert judge.ask(clips, [["a", "b"]] * 40, Decoding()) == [
+        [Reply(f"{pixel(clip)}{q}") for q in "ab"] for clip in clips
+    ]
     thread.join()
     assert killed.is_set()
     counts = judge.counters()
@@ -352,8 +446,12 @@ def test_killed_and_restarted_while_it_is_asked(fake_endpoint: Any, server_engin
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("how", ["killed", "hung", "broken"])
-def test_all_dead_is_an_error_in_every_reply(how: str, fake_endpoint: Any, fault: Any, server_engine: Engines, random_clip: Clips) -> None:
-    """In bounded time: the questions that wait for their turn do not begin a patience of their own, most are not even sent."""
+def test_all_dead_is_an_error_in_every_reply(
+    how: str, fake_endpoint: Any, fault: Any, server_engine: Engines, random_clip: Clips
+) -> None:
+    """In bounded time: the questions that wait for their turn do not begin a patience of their own,
+    most are not even sent.
+    """
     servers = [fake_endpoint() for _ in range(2)]
     judge = server_engine(*servers, timeout=0.2, patience=0.8, concurrency=4)
     for server in servers:
@@ -364,13 +462,17 @@ def test_all_dead_is_an_error_in_every_reply(how: str, fake_endpoint: Any, fault
     assert [len(row) for row in replies] == [3] * 32
     for reply in (reply for row in replies for reply in row):
         assert (reply.text, reply.digits) == ("", ())
-        assert re.match(r"no answer in 0\.8 s and \d+ tries: .*http://127\.0\.0\.1:\d+/v1: ", reply.error)
+        assert re.match(
+            r"no answer in 0\.8 s and \d+ tries: .*http://127\.0\.0\.1:\d+/v1: ", reply.error
+        )
     assert sum("and 0 tries" in reply.error for row in replies for reply in row) > 64
     assert sorted(judge.last_errors()) == sorted(server.url for server in servers)
 
 
 @pytest.mark.timeout(60)
-def test_after_a_failure_the_next_call_has_its_own_patience(fake_endpoint: Any, server_engine: Engines, random_clip: Clips) -> None:
+def test_after_a_failure_the_next_call_has_its_own_patience(
+    fake_endpoint: Any, server_engine: Engines, random_clip: Clips
+) -> None:
     server = fake_endpoint()
     judge = server_engine(server, patience=1.0)
     server.kill()
@@ -379,7 +481,7 @@ def test_after_a_failure_the_next_call_has_its_own_patience(fake_endpoint: Any, 
     assert judge.ask([random_clip()], [["a"]], Decoding()) == [[Reply("7.25")]]
 
 
-# ------------------------------------------------------------------------------------------------------ interrupt and close
+# -------- interrupt and close
 
 
 def hung(fake_endpoint: Any, fault: Any, server_engine: Engines) -> tuple[Any, ServerEngine]:
@@ -390,11 +492,15 @@ def hung(fake_endpoint: Any, fault: Any, server_engine: Engines) -> tuple[Any, S
 
 
 @pytest.mark.timeout(30)
-def test_an_interrupt_ends_the_wait(fake_endpoint: Any, fault: Any, server_engine: Engines, random_clip: Clips) -> None:
+def test_an_interrupt_ends_the_wait(
+    fake_endpoint: Any, fault: Any, server_engine: Engines, random_clip: Clips
+) -> None:
     server, judge = hung(fake_endpoint, fault, server_engine)
     main = threading.main_thread().ident
     assert main is not None
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are started with it ignored
+    before = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a shell's background jobs are started with it ignored
     try:
         threading.Timer(0.3, signal.pthread_kill, (main, signal.SIGINT)).start()
         with pytest.raises(KeyboardInterrupt):
@@ -406,7 +512,9 @@ def test_an_interrupt_ends_the_wait(fake_endpoint: Any, fault: Any, server_engin
 
 
 @pytest.mark.timeout(30)
-def test_close_ends_the_wait_of_another_thread(fake_endpoint: Any, fault: Any, server_engine: Engines, random_clip: Clips) -> None:
+def test_close_ends_the_wait_of_another_thread(
+    fake_endpoint: Any, fault: Any, server_engine: Engines, random_clip: Clips
+) -> None:
     server, judge = hung(fake_endpoint, fault, server_engine)
     threads = threading.active_count()
     errors: list[str] = []
@@ -447,7 +555,9 @@ def test_a_loop_ends_with_its_owner() -> None:
 
 @pytest.mark.timeout(120)
 def test_what_comes_while_a_loop_closes_is_refused_and_does_not_hang() -> None:
-    """A question whose task was made after the others had been cancelled waited for ever for a loop that had stopped."""
+    """A question whose task was made after the others had been cancelled waited for ever for a loop
+    that had stopped.
+    """
 
     async def nothing() -> None:
         await asyncio.sleep(0)

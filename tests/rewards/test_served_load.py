@@ -1,4 +1,6 @@
-"""Finding the servers of a judge, the checks of its options, and the key, which is sent and seen nowhere else."""
+"""Finding the servers of a judge, the checks of its options, and the key, which is sent and seen
+nowhere else.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +16,9 @@ from typing import Any
 import pytest
 import torch
 
-from fastgrpo.rewards.engine import Clip, Decoding, Reply
-from fastgrpo.rewards.served import ServerEngine
-from fastgrpo.rewards.transport import check_transport
+from fastgrpo.rewards.vlm.engine import Clip, Decoding, Reply
+from fastgrpo.rewards.vlm.served import ServerEngine
+from fastgrpo.rewards.vlm.transport import check_transport
 
 CPU = torch.device("cpu")
 KEY = "sk-a-key-that-nobody-may-see"
@@ -24,21 +26,29 @@ Clips = Callable[..., Clip]
 Engines = Callable[..., ServerEngine]
 
 
-# -------------------------------------------------------------------------------------------------------------------- load
+# -------- load
 
 
-def test_what_the_servers_say_of_themselves_is_described(fake_endpoint: Any, server_engine: Engines) -> None:
+def test_what_the_servers_say_of_themselves_is_described(
+    fake_endpoint: Any, server_engine: Engines
+) -> None:
     first, second = fake_endpoint(), fake_endpoint(models=["other", "judge"])
     judge = server_engine(first, second, transport="images", guided="guided_regex")
     said = {"root": "there/judge", "version": "0.0.fake"}
     assert json.loads(json.dumps(judge.describe())) == {
-        "engine": "server", "model": "judge", "endpoints": [first.url, second.url], "transport": "images", "guided": "guided_regex",
+        "engine": "server",
+        "model": "judge",
+        "endpoints": [first.url, second.url],
+        "transport": "images",
+        "guided": "guided_regex",
         "servers": {first.url: said, second.url: said},
-    }  # fmt: skip
+    }
     assert (judge.memory_bytes, judge.last_errors()) == (0, {})
 
 
-def test_a_server_without_a_list_of_models_is_asked_for_its_health(fake_endpoint: Any, server_engine: Engines, random_clip: Clips) -> None:
+def test_a_server_without_a_list_of_models_is_asked_for_its_health(
+    fake_endpoint: Any, server_engine: Engines, random_clip: Clips
+) -> None:
     server = fake_endpoint(models=None)
     judge = server_engine(server)
     assert judge.describe()["servers"] == {server.url: {"version": "0.0.fake"}}
@@ -46,7 +56,9 @@ def test_a_server_without_a_list_of_models_is_asked_for_its_health(fake_endpoint
 
 
 @pytest.mark.timeout(60)
-def test_a_server_that_comes_up_late_is_waited_for(fake_endpoint: Any, server_engine: Engines, random_clip: Clips) -> None:
+def test_a_server_that_comes_up_late_is_waited_for(
+    fake_endpoint: Any, server_engine: Engines, random_clip: Clips
+) -> None:
     server = fake_endpoint()
     server.kill()
     threading.Timer(0.4, server.start).start()
@@ -56,7 +68,9 @@ def test_a_server_that_comes_up_late_is_waited_for(fake_endpoint: Any, server_en
     assert judge.ask([random_clip()], [["a"]], Decoding()) == [[Reply("7.25")]]
 
 
-def test_one_server_is_enough_and_the_other_may_come_later(fake_endpoint: Any, server_engine: Engines, random_clip: Clips) -> None:
+def test_one_server_is_enough_and_the_other_may_come_later(
+    fake_endpoint: Any, server_engine: Engines, random_clip: Clips
+) -> None:
     dead, lives = fake_endpoint(), fake_endpoint()
     dead.kill()
     judge = server_engine(dead, lives)
@@ -64,7 +78,10 @@ def test_one_server_is_enough_and_the_other_may_come_later(fake_endpoint: Any, s
     assert judge.counters()["endpoints_set_aside"] == 1
     dead.start()
     while not dead.requests:
-        assert judge.ask([random_clip(i) for i in range(2)], [["a"]] * 2, Decoding()) == [[Reply("7.25")]] * 2
+        assert (
+            judge.ask([random_clip(i) for i in range(2)], [["a"]] * 2, Decoding())
+            == [[Reply("7.25")]] * 2
+        )
 
 
 @pytest.mark.timeout(60)
@@ -72,7 +89,9 @@ def test_no_server_within_patience(fake_endpoint: Any, server_engine: Engines) -
     servers = [fake_endpoint() for _ in range(2)]
     for server in servers:
         server.kill()
-    with pytest.raises(ValueError, match=r"endpoints: expected a server of model 'judge' within 0\.5 s, got") as raised:
+    with pytest.raises(
+        ValueError, match=r"endpoints: expected a server of model 'judge' within 0\.5 s, got"
+    ) as raised:
         server_engine(*servers, patience=0.5)
     lines = str(raised.value).splitlines()[1:]
     assert [line.split(": ")[0].strip() for line in lines] == [server.url for server in servers]
@@ -85,19 +104,26 @@ def test_a_model_that_nobody_serves(fake_endpoint: Any, server_engine: Engines) 
     servers = [fake_endpoint(models=["Qwen2.5-VL-7B-Instruct"]), fake_endpoint(models=["a", "b"])]
     with pytest.raises(ValueError, match="expected a server of model 'judge'") as raised:
         server_engine(*servers, patience=3600.0)
-    assert f"{servers[0].url}: expected model 'judge', it serves 'Qwen2.5-VL-7B-Instruct'" in str(raised.value)
+    assert f"{servers[0].url}: expected model 'judge', it serves 'Qwen2.5-VL-7B-Instruct'" in str(
+        raised.value
+    )
     assert f"{servers[1].url}: expected model 'judge', it serves 'a', 'b'" in str(raised.value)
 
 
-def test_a_server_of_another_model_is_left_alone(fake_endpoint: Any, server_engine: Engines, random_clip: Clips) -> None:
+def test_a_server_of_another_model_is_left_alone(
+    fake_endpoint: Any, server_engine: Engines, random_clip: Clips
+) -> None:
     other, right = fake_endpoint(models=["other"]), fake_endpoint()
     judge = server_engine(other, right, set_aside=1.5)
-    assert judge.ask([random_clip(i) for i in range(4)], [["a", "b"]] * 4, Decoding()) == [[Reply("7.25")] * 2] * 4
+    assert (
+        judge.ask([random_clip(i) for i in range(4)], [["a", "b"]] * 4, Decoding())
+        == [[Reply("7.25")] * 2] * 4
+    )
     assert (len(other.requests), len(right.requests)) == (0, 8)
     assert "it serves 'other'" in judge.last_errors()[other.url]
 
 
-# --------------------------------------------------------------------------------------------------------------------- key
+# -------- key
 
 
 @pytest.mark.timeout(60)
@@ -117,7 +143,9 @@ def test_the_key_is_sent_and_seen_nowhere_else(
         server = fake_endpoint(key=KEY)
         judge = server_engine(server, api_key_env="JUDGE_KEY", patience=1.0)
         assert judge.ask([random_clip()], [["a", "b"]], Decoding()) == [[Reply("7.25")] * 2]
-        assert {request.headers["authorization"] for request in server.requests} == {f"Bearer {KEY}"}
+        assert {request.headers["authorization"] for request in server.requests} == {
+            f"Bearer {KEY}"
+        }
         server.key = "another"
         [[refused]] = judge.ask([random_clip()], [["a"]], Decoding())
         assert "status 401" in refused.error
@@ -126,10 +154,18 @@ def test_the_key_is_sent_and_seen_nowhere_else(
         server.key = ""
         [[broken]] = judge.ask([random_clip()], [["a"]], Decoding())
         assert "no answer" in broken.error
-        seen += [refused.error, broken.error, repr(judge), str(vars(judge)["_pool"].endpoints), json.dumps(judge.describe())]
+        seen += [
+            refused.error,
+            broken.error,
+            repr(judge),
+            str(vars(judge)["_pool"].endpoints),
+            json.dumps(judge.describe()),
+        ]
         seen += judge.last_errors().values()
         server.key = "another"
-        with pytest.raises(ValueError, match="the key is read from JUDGE_KEY, which is set") as raised:
+        with pytest.raises(
+            ValueError, match="the key is read from JUDGE_KEY, which is set"
+        ) as raised:
             server_engine(server, api_key_env="JUDGE_KEY", patience=3600.0)
         seen += [str(raised.value), repr(raised.getrepr(chain=True))]
     assert len(caplog.records) > 20
@@ -139,9 +175,13 @@ def test_the_key_is_sent_and_seen_nowhere_else(
 
 
 @pytest.mark.timeout(60)
-def test_without_a_key_a_server_that_wants_one_is_an_error_at_once(fake_endpoint: Any, server_engine: Engines) -> None:
+def test_without_a_key_a_server_that_wants_one_is_an_error_at_once(
+    fake_endpoint: Any, server_engine: Engines
+) -> None:
     servers = [fake_endpoint(key=KEY) for _ in range(2)]
-    with pytest.raises(ValueError, match="the key is read from FASTGRPO_JUDGE_TOKEN, which is not set") as raised:
+    with pytest.raises(
+        ValueError, match="the key is read from FASTGRPO_JUDGE_TOKEN, which is not set"
+    ) as raised:
         server_engine(*servers, patience=3600.0)
     assert str(raised.value).count("status 401") == 2
 
@@ -164,7 +204,9 @@ def test_a_proxy_in_the_environment_gets_neither_the_key_nor_the_request(
     for name in ("NO_PROXY", "no_proxy", "http_proxy"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HTTP_PROXY", proxy.url.removesuffix("/v1"))
-    monkeypatch.setenv("ALL_PROXY", "socks5://127.0.0.1:1")  # for which the client library lacks a package
+    monkeypatch.setenv(
+        "ALL_PROXY", "socks5://127.0.0.1:1"
+    )  # for which the client library lacks a package
     assert server_engine(server).ask([random_clip()], [["a"]], Decoding()) == [[Reply("7.25")]]
     assert (len(proxy.requests), len(server.requests)) == (0, 1)
 
@@ -190,16 +232,20 @@ def test_a_key_in_the_wrong_place_is_refused_and_not_repeated(options: dict[str,
     assert KEY not in str(raised.value)
 
 
-def test_a_key_that_no_header_can_hold_is_refused_and_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_key_that_no_header_can_hold_is_refused_and_not_repeated(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     judge = ServerEngine(("http://127.0.0.1:1",), "judge", api_key_env="JUDGE_KEY")
     for key in ("a secret", "se\ncret", "sécret"):
         monkeypatch.setenv("JUDGE_KEY", key)
-        with pytest.raises(ValueError, match="JUDGE_KEY: expected a key of printable ASCII characters") as raised:
+        with pytest.raises(
+            ValueError, match="JUDGE_KEY: expected a key of printable ASCII characters"
+        ) as raised:
             judge.load(CPU)
         assert "cret" not in str(raised.value)
 
 
-# ----------------------------------------------------------------------------------------------------------------- options
+# -------- options
 
 
 @pytest.mark.parametrize(
@@ -207,9 +253,15 @@ def test_a_key_that_no_header_can_hold_is_refused_and_not_repeated(monkeypatch: 
     [
         ({"endpoints": ()}, "endpoints: expected a list of base URLs, got none"),
         ({"endpoints": "http://a"}, "endpoints: expected a list of base URLs, got one string"),
-        ({"endpoints": ("http://a/v1", "ftp://a")}, r"endpoints\[1\]: expected http://host:port/v1"),
+        (
+            {"endpoints": ("http://a/v1", "ftp://a")},
+            r"endpoints\[1\]: expected http://host:port/v1",
+        ),
         ({"endpoints": ("a:8000",)}, r"endpoints\[0\]"),
-        ({"endpoints": ("http://a", "http://a/v1/")}, "endpoints: expected different ones, got http://a/v1, http://a/v1"),
+        (
+            {"endpoints": ("http://a", "http://a/v1/")},
+            "endpoints: expected different ones, got http://a/v1, http://a/v1",
+        ),
         ({"model": ""}, "model: expected"),
         ({"concurrency": 0}, "concurrency: expected at least 1, got 0"),
         ({"requests_in_flight": -1}, "requests_in_flight: expected at least 1, got -1"),
@@ -218,7 +270,10 @@ def test_a_key_that_no_header_can_hold_is_refused_and_not_repeated(monkeypatch: 
         ({"backoff": float("nan")}, "backoff: expected a positive number of seconds, got nan"),
         ({"set_aside": 600.0}, "set_aside: expected less than patience, 600.0"),
         ({"transport": "gif"}, "transport: expected one of frames, images, mp4, got 'gif'"),
-        ({"guided": "json"}, "guided: expected one of none, structured_outputs, guided_regex, response_format, got 'json'"),
+        (
+            {"guided": "json"},
+            "guided: expected one of none, structured_outputs, guided_regex, response_format, got 'json'",
+        ),
     ],
 )
 def test_options_are_checked(options: dict[str, Any], words: str) -> None:
@@ -242,7 +297,9 @@ def test_ask_needs_load_and_as_many_questions_as_clips(random_clip: Clips) -> No
         judge.ask([random_clip()], [["a"], ["b"]], Decoding())
 
 
-def test_nothing_to_ask_is_no_request(fake_endpoint: Any, server_engine: Engines, random_clip: Clips) -> None:
+def test_nothing_to_ask_is_no_request(
+    fake_endpoint: Any, server_engine: Engines, random_clip: Clips
+) -> None:
     server = fake_endpoint()
     judge = server_engine(server)
     assert judge.ask([], [], Decoding()) == []
@@ -252,19 +309,27 @@ def test_nothing_to_ask_is_no_request(fake_endpoint: Any, server_engine: Engines
 
 @pytest.mark.timeout(60)
 def test_python_ends_while_a_thread_of_it_waits(fake_endpoint: Any, fault: Any) -> None:
-    """With a daemon thread; one of a ThreadPoolExecutor is waited for by Python itself, and needs `close`."""
+    """With a daemon thread; one of a ThreadPoolExecutor is waited for by Python itself, and needs
+    `close`.
+    """
     server = fake_endpoint(always=fault(delay=20.0, close=True))
     script = (
         "import sys, threading, time, torch\n"
-        "from fastgrpo.rewards.engine import Clip, Decoding\n"
-        "from fastgrpo.rewards.served import ServerEngine\n"
+        "from fastgrpo.rewards.vlm.engine import Clip, Decoding\n"
+        "from fastgrpo.rewards.vlm.served import ServerEngine\n"
         "judge = ServerEngine((sys.argv[1],), 'judge')\n"
         "judge.load(torch.device('cpu'))\n"
         "clip = Clip(torch.zeros(2, 3, 28, 28, dtype=torch.uint8), 2.0)\n"
         "threading.Thread(target=judge.ask, args=([clip], [['a']], Decoding()), daemon=True).start()\n"
         "time.sleep(0.3)\n"
     )
-    done = subprocess.run([sys.executable, "-c", script, server.url], capture_output=True, text=True, timeout=50, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", script, server.url],
+        capture_output=True,
+        text=True,
+        timeout=50,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     assert len(server.requests) == 1
     assert not re.search("Fatal|never retrieved", done.stderr)

@@ -1,5 +1,6 @@
-"""Video files: every codec and container against the frames that went in, times, rotation, and bad files by the dozen. PyAV's side; DALI's
-own is in tests/dali."""
+"""Video files: every codec and container against the frames that went in, times, rotation, and bad
+files by the dozen. PyAV's side; DALI's own is in tests/dali.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from fastgrpo.rewards import dali
-from fastgrpo.rewards.video_files import CONTAINERS, Limits, Video, constant_rate, read_video
+from fastgrpo.rewards.media import dali
+from fastgrpo.rewards.media.video_files import CONTAINERS, Limits, Video, constant_rate, read_video
 
 Frames = NDArray[np.uint8]
 
@@ -43,7 +44,9 @@ def write(
                 stream.height, stream.width, stream.pix_fmt = frame.shape[0], frame.shape[1], pixels
                 stream.codec_context.time_base = Fraction(1, rate)
                 prepare(stream)
-            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgba" if frame.shape[2] == 4 else "rgb24")
+            picture = av.VideoFrame.from_ndarray(
+                np.ascontiguousarray(frame), format="rgba" if frame.shape[2] == 4 else "rgb24"
+            )
             picture.pts, picture.time_base = (i if times is None else times[i]), Fraction(1, rate)
             container.mux(stream.encode(picture))
         container.mux(stream.encode())
@@ -66,7 +69,9 @@ def every(step: int) -> Callable[[int, float], list[int]]:
     return lambda count, fps: list(range(0, count, step))
 
 
-def pyav(path: Path, indices_of: Callable[[int, float], list[int]] | None = None, **options: Any) -> Video:
+def pyav(
+    path: Path, indices_of: Callable[[int, float], list[int]] | None = None, **options: Any
+) -> Video:
     return read_video(path, indices_of or every(1), decoder="pyav", **options)
 
 
@@ -75,33 +80,59 @@ def greys(video: Video) -> list[int]:
     return (video.frames.double().mean(dim=(1, 2, 3)) / 10).round().mul(10).int().tolist()
 
 
-# --- what comes out is what went in -----------------------------------------------------------------------------------
+# --- what comes out is what went in
+# -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("name", "codec", "pixels"),
     [
-        ("a.mp4", "libx264", "yuv420p"), ("b.mp4", "libsvtav1", "yuv420p"), ("c.mp4", "libx264", "yuv420p10le"),
-        ("a.mov", "libx265", "yuv420p"), ("a.mkv", "libx264", "yuv422p"), ("a.webm", "libvpx-vp9", "yuv420p"),
-        ("b.webm", "libvpx", "yuv420p"), ("a.avi", "mjpeg", "yuvj420p"), ("b.avi", "mpeg4", "yuv420p"), ("a.mpg", "mpeg2video", "yuv420p"),
-        ("a.ts", "libx264", "yuv420p"), ("a.flv", "libx264", "yuv420p"), ("a.ogv", "libvpx", "yuv420p"), ("a.gif", "gif", "rgb8"),
+        ("a.mp4", "libx264", "yuv420p"),
+        ("b.mp4", "libsvtav1", "yuv420p"),
+        ("c.mp4", "libx264", "yuv420p10le"),
+        ("a.mov", "libx265", "yuv420p"),
+        ("a.mkv", "libx264", "yuv422p"),
+        ("a.webm", "libvpx-vp9", "yuv420p"),
+        ("b.webm", "libvpx", "yuv420p"),
+        ("a.avi", "mjpeg", "yuvj420p"),
+        ("b.avi", "mpeg4", "yuv420p"),
+        ("a.mpg", "mpeg2video", "yuv420p"),
+        ("a.ts", "libx264", "yuv420p"),
+        ("a.flv", "libx264", "yuv420p"),
+        ("a.ogv", "libvpx", "yuv420p"),
+        ("a.gif", "gif", "rgb8"),
     ],
-)  # fmt: skip
+)
 def test_every_codec_and_container(tmp_path: Path, name: str, codec: str, pixels: str) -> None:
     """The n-th frame out is the n-th in: nearer to it than to its neighbours, and near."""
     source, rate = moving(), 25 if codec == "mpeg2video" else 8
     video = pyav(write(tmp_path / name, source, codec, pixels, rate), every(3))
-    assert (video.num_frames, video.frames.shape, video.frames.dtype) == (12, (4, 3, 48, 64), torch.uint8)
-    assert video.fps == pytest.approx(rate, rel=0.01 if codec == "gif" else 1e-9)  # GIF has hundredths of a second
+    assert (video.num_frames, video.frames.shape, video.frames.dtype) == (
+        12,
+        (4, 3, 48, 64),
+        torch.uint8,
+    )
+    assert video.fps == pytest.approx(
+        rate, rel=0.01 if codec == "gif" else 1e-9
+    )  # GIF has hundredths of a second
     assert video.decoder == f"pyav {av.__version__}"
-    error = (video.frames.permute(0, 2, 3, 1)[:, None].double() - torch.from_numpy(source).double()).abs().mean(dim=(2, 3, 4))
+    error = (
+        (video.frames.permute(0, 2, 3, 1)[:, None].double() - torch.from_numpy(source).double())
+        .abs()
+        .mean(dim=(2, 3, 4))
+    )
     assert error.argmin(1).tolist() == [0, 3, 6, 9]
     assert error.amin(1).max() < 20
 
 
-@pytest.mark.parametrize(("name", "codec", "pixels"), [("a.apng", "apng", "rgb24"), ("a.mov", "png", "rgb24"), ("a.mkv", "ffv1", "bgr0")])
+@pytest.mark.parametrize(
+    ("name", "codec", "pixels"),
+    [("a.apng", "apng", "rgb24"), ("a.mov", "png", "rgb24"), ("a.mkv", "ffv1", "bgr0")],
+)
 @pytest.mark.parametrize("size", [(48, 64), (33, 47)])
-def test_without_loss_not_a_bit_differs(tmp_path: Path, name: str, codec: str, pixels: str, size: tuple[int, int]) -> None:
+def test_without_loss_not_a_bit_differs(
+    tmp_path: Path, name: str, codec: str, pixels: str, size: tuple[int, int]
+) -> None:
     source = moving(5, *size)
     video = pyav(write(tmp_path / name, source, codec, pixels), lambda count, fps: [3, 0, 0, 4])
     assert torch.equal(video.frames, torch.from_numpy(source).permute(0, 3, 1, 2)[[3, 0, 0, 4]])
@@ -110,8 +141,16 @@ def test_without_loss_not_a_bit_differs(tmp_path: Path, name: str, codec: str, p
 
 @pytest.mark.parametrize("matrix", [1, 5])
 @pytest.mark.parametrize("value_range", [1, 2])
-def test_the_colour_matrix_and_range_that_a_file_names_are_heeded(tmp_path: Path, matrix: int, value_range: int) -> None:
-    source = np.concatenate([np.full((2, 32, 16, 3), color, np.uint8) for color in ((200, 40, 40), (40, 190, 60), (50, 60, 200))], axis=2)
+def test_the_colour_matrix_and_range_that_a_file_names_are_heeded(
+    tmp_path: Path, matrix: int, value_range: int
+) -> None:
+    source = np.concatenate(
+        [
+            np.full((2, 32, 16, 3), color, np.uint8)
+            for color in ((200, 40, 40), (40, 190, 60), (50, 60, 200))
+        ],
+        axis=2,
+    )
     path = tmp_path / "a.mp4"
     with av.open(path, "w") as container:
         stream: Any = container.add_stream("libvpx-vp9", rate=8, options={"crf": "2", "b": "0"})
@@ -119,7 +158,13 @@ def test_the_colour_matrix_and_range_that_a_file_names_are_heeded(tmp_path: Path
         stream.codec_context.colorspace, stream.codec_context.color_range = matrix, value_range
         for frame in source:
             picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
-            container.mux(stream.encode(picture.reformat(format="yuv420p", dst_colorspace=matrix, dst_color_range=value_range)))
+            container.mux(
+                stream.encode(
+                    picture.reformat(
+                        format="yuv420p", dst_colorspace=matrix, dst_color_range=value_range
+                    )
+                )
+            )
         container.mux(stream.encode())
     inside = [8, 24, 40]  # away from edges, where chroma is shared
     got = pyav(path).frames[0, :, 16, inside].int()
@@ -141,7 +186,13 @@ def test_transparent_pixels_are_black(tmp_path: Path) -> None:
 @pytest.mark.parametrize("degrees", [0, 90, 180, 270])
 def test_a_turned_video_is_shown_upright(tmp_path: Path, degrees: int, mirrored: bool) -> None:
     source = moving(3)
-    path = write(tmp_path / "a.mov", source, "png", "rgb24", prepare=lambda stream: stream.set_display_rotation(degrees, hflip=mirrored))
+    path = write(
+        tmp_path / "a.mov",
+        source,
+        "png",
+        "rgb24",
+        prepare=lambda stream: stream.set_display_rotation(degrees, hflip=mirrored),
+    )
     expected = np.rot90(source, degrees // 90, axes=(1, 2))  # counter-clockwise, both
     expected = expected[:, :, ::-1] if mirrored else expected
     video = pyav(path)
@@ -149,7 +200,8 @@ def test_a_turned_video_is_shown_upright(tmp_path: Path, degrees: int, mirrored:
     assert video.frames.is_contiguous()
 
 
-# --- times ------------------------------------------------------------------------------------------------------------
+# --- times
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_only_what_is_asked_for_is_kept(tmp_path: Path) -> None:
@@ -166,8 +218,12 @@ def test_only_what_is_asked_for_is_kept(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["a.mkv", "a.mp4"])
 def test_a_variable_rate_is_seen_at_its_mean_rate(tmp_path: Path, name: str) -> None:
-    """Five frames at 0, 1, 2, 3 and 11 tenths of a second, the last one shown for as long as its format says: by hand, below."""
-    path = write(tmp_path / name, grey([40, 80, 120, 160, 200]), "libx264", rate=10, times=[0, 1, 2, 3, 11])
+    """Five frames at 0, 1, 2, 3 and 11 tenths of a second, the last one shown for as long as its
+    format says: by hand, below.
+    """
+    path = write(
+        tmp_path / name, grey([40, 80, 120, 160, 200]), "libx264", rate=10, times=[0, 1, 2, 3, 11]
+    )
     video = pyav(path)
     # 12 tenths in five parts of 2.4, whose middles are 1.2, 3.6, 6.0, 8.4 and 10.8.
     assert video.fps == pytest.approx(5 / 1.2, rel=0.02)
@@ -177,8 +233,13 @@ def test_a_variable_rate_is_seen_at_its_mean_rate(tmp_path: Path, name: str) -> 
 def test_constant_rate_by_hand() -> None:
     assert constant_rate([0.0, 0.5, 1.0, 1.5], 0.5, None) == (2.0, [0, 1, 2, 3])
     assert constant_rate([3.0, 3.5, 4.0], 0.0, 0.0) == (2.0, [0, 1, 2])
-    assert constant_rate([0.0, 0.033, 0.067, 0.1], 0.033, 30.0) == (30.0, [0, 1, 2, 3])  # milliseconds, as in WebM
-    assert constant_rate([0.0, 0.033, 0.067, 0.1], 0.033, 25.0)[0] == pytest.approx(30.0)  # the file's own rate is wrong
+    assert constant_rate([0.0, 0.033, 0.067, 0.1], 0.033, 30.0) == (
+        30.0,
+        [0, 1, 2, 3],
+    )  # milliseconds, as in WebM
+    assert constant_rate([0.0, 0.033, 0.067, 0.1], 0.033, 25.0)[0] == pytest.approx(
+        30.0
+    )  # the file's own rate is wrong
     assert constant_rate([0.0, 1.0, 2.0, 10.0], 2.0, 1.0) == (pytest.approx(4 / 12), [1, 2, 2, 3])
     assert constant_rate([0.0], 0.0, 24.0) == (24.0, [0])
     assert constant_rate([0.0], 0.5, 0.0) == (2.0, [0])
@@ -187,7 +248,11 @@ def test_constant_rate_by_hand() -> None:
 
 
 @settings(deadline=None)
-@given(st.lists(st.integers(1, 1000), min_size=1, max_size=40), st.integers(0, 1000), st.floats(-100, 100))
+@given(
+    st.lists(st.integers(1, 1000), min_size=1, max_size=40),
+    st.integers(0, 1000),
+    st.floats(-100, 100),
+)
 def test_constant_rate_takes_what_is_on_screen(gaps: list[int], tail: int, start: float) -> None:
     times = [start + sum(gaps[:i]) / 1000 for i in range(len(gaps) + 1)]
     n, mean = len(times), (times[-1] - times[0]) / len(gaps)
@@ -223,7 +288,11 @@ def test_packets_without_a_frame_are_not_counted(tmp_path: Path) -> None:
     with av.open(path, "w") as container:
         stream: Any = container.add_stream("mpeg4", rate=8, options={"g": "1"})
         stream.height, stream.width, stream.pix_fmt = 32, 48, "yuv420p"
-        packets = [packet for frame in frames for packet in stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24"))]
+        packets = [
+            packet
+            for frame in frames
+            for packet in stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24"))
+        ]
         packets += stream.encode()
         nothing = av.Packet(bytes.fromhex("000001b6") + bytes([0b01_0_1_101_1, 0b0_0111111]))
         nothing.stream, nothing.time_base = stream, packets[0].time_base
@@ -236,7 +305,8 @@ def test_packets_without_a_frame_are_not_counted(tmp_path: Path) -> None:
     assert (video.num_frames, greys(video)) == (10, list(range(20, 220, 20)))
 
 
-# --- files that are none, by the dozen --------------------------------------------------------------------------------
+# --- files that are none, by the dozen
+# --------------------------------------------------------------------------------
 
 
 def cut(path: Path, share: float) -> Path:
@@ -272,7 +342,9 @@ def image(path: Path) -> Path:
 def sound(path: Path) -> Path:
     with av.open(path, "w") as container:
         stream: Any = container.add_stream("aac", rate=16000)
-        frame = av.AudioFrame.from_ndarray(np.zeros((1, 16000), np.float32), format="fltp", layout="mono")
+        frame = av.AudioFrame.from_ndarray(
+            np.zeros((1, 16000), np.float32), format="fltp", layout="mono"
+        )
         frame.rate = 16000
         container.mux(stream.encode(frame))
         container.mux(stream.encode())
@@ -285,21 +357,32 @@ def two_sizes(path: Path) -> Path:
         stream: Any = None
         for height in (32, 48):
             encoder = av.CodecContext.create("mjpeg", "w")
-            encoder.height, encoder.width, encoder.pix_fmt, encoder.time_base = height, 64, "yuvj420p", Fraction(1, 8)
+            encoder.height, encoder.width, encoder.pix_fmt, encoder.time_base = (
+                height,
+                64,
+                "yuvj420p",
+                Fraction(1, 8),
+            )
             if stream is None:
                 stream = container.add_stream("mjpeg", rate=8)
                 stream.height, stream.width, stream.pix_fmt = height, 64, "yuvj420p"
             for i in range(2):
                 picture = av.VideoFrame.from_ndarray(grey([90], height, 64)[0], format="rgb24")
                 for packet in encoder.encode(picture):
-                    packet.stream, packet.time_base, packet.pts = stream, Fraction(1, 8), i + (height - 32) // 8
+                    packet.stream, packet.time_base, packet.pts = (
+                        stream,
+                        Fraction(1, 8),
+                        i + (height - 32) // 8,
+                    )
                     packet.dts = packet.pts
                     container.mux(packet)
     return path
 
 
 def askew(path: Path) -> Path:
-    return write(path, moving(3), "png", "rgb24", prepare=lambda stream: stream.set_display_rotation(45))
+    return write(
+        path, moving(3), "png", "rgb24", prepare=lambda stream: stream.set_display_rotation(45)
+    )
 
 
 PLAYLIST = "#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:10,\nfirst.ts\n#EXT-X-ENDLIST\n"
@@ -307,40 +390,85 @@ BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
     "missing.mp4": (lambda path: path, "expected a video file, found none"),
     "folder.mp4": (lambda path: (path.mkdir(), path)[1], "expected a video file, found none"),
     "empty.mp4": (lambda path: text(path, ""), "empty"),
-    "text.mp4": (lambda path: text(path, "not a video\n" * 100), "no video file of a format that is read"),
-    "text.txt": (lambda path: text(path, "libavformat would draw this\n" * 100), "no video file of a format that is read"),
-    "page.html": (lambda path: text(path, "<html>404</html>"), "no video file of a format that is read"),
-    "noise.webm": (lambda path: (path.write_bytes(np.random.default_rng(0).bytes(5000)), path)[1], "no video file"),
+    "text.mp4": (
+        lambda path: text(path, "not a video\n" * 100),
+        "no video file of a format that is read",
+    ),
+    "text.txt": (
+        lambda path: text(path, "libavformat would draw this\n" * 100),
+        "no video file of a format that is read",
+    ),
+    "page.html": (
+        lambda path: text(path, "<html>404</html>"),
+        "no video file of a format that is read",
+    ),
+    "noise.webm": (
+        lambda path: (path.write_bytes(np.random.default_rng(0).bytes(5000)), path)[1],
+        "no video file",
+    ),
     "playlist.m3u8": (
-        lambda path: (write(path.with_name("first.ts"), moving(), "libx264"), text(path, PLAYLIST))[1],
+        lambda path: (write(path.with_name("first.ts"), moving(), "libx264"), text(path, PLAYLIST))[
+            1
+        ],
         "no video file of a format that is read",
     ),
     "playlist.mp4": (
-        lambda path: (write(path.with_name("first.ts"), moving(), "libx264"), text(path, PLAYLIST))[1],
+        lambda path: (write(path.with_name("first.ts"), moving(), "libx264"), text(path, PLAYLIST))[
+            1
+        ],
         "no video file of a format that is read",
     ),
     "files.ffconcat": (
-        lambda path: (write(path.with_name("first.ts"), moving(), "libx264"), text(path, "ffconcat version 1.0\nfile first.ts\n"))[1],
+        lambda path: (
+            write(path.with_name("first.ts"), moving(), "libx264"),
+            text(path, "ffconcat version 1.0\nfile first.ts\n"),
+        )[1],
         "no video file of a format",
     ),
     "image.png": (image, "no video file of a format that is read"),
-    "raw.h264": (lambda path: write(path, moving(), "libx264"), "no video file of a format that is read"),
+    "raw.h264": (
+        lambda path: write(path, moving(), "libx264"),
+        "no video file of a format that is read",
+    ),
     "sound.mp4": (sound, "audio only"),
-    "one.mp4": (lambda path: write(path, moving(1), "libx264"), "too short: 1 frame, min_frames is 2"),
+    "one.mp4": (
+        lambda path: write(path, moving(1), "libx264"),
+        "too short: 1 frame, min_frames is 2",
+    ),
     "no_index.mp4": (lambda path: cut(write(path, moving(), "libx264"), 0.7), "cut off or damaged"),
-    "index_first.mp4": (lambda path: cut(write(path, moving(), "libx264", movflags="+faststart"), 0.7), "packet .* is not whole"),
-    "cut.mkv": (lambda path: cut(write(path, moving(), "libx264"), 0.8), "cut off: .* s of the length"),
-    "cut.webm": (lambda path: cut(write(path, moving(), "libvpx-vp9"), 0.6), "cut off: .* s of the length"),
+    "index_first.mp4": (
+        lambda path: cut(write(path, moving(), "libx264", movflags="+faststart"), 0.7),
+        "packet .* is not whole",
+    ),
+    "cut.mkv": (
+        lambda path: cut(write(path, moving(), "libx264"), 0.8),
+        "cut off: .* s of the length",
+    ),
+    "cut.webm": (
+        lambda path: cut(write(path, moving(), "libvpx-vp9"), 0.6),
+        "cut off: .* s of the length",
+    ),
     "cut.avi": (lambda path: cut(write(path, moving(), "mjpeg", "yuvj420p"), 0.7), "cut off"),
     "cut.flv": (lambda path: cut(write(path, moving(), "libx264"), 0.7), "cut off"),
-    "cut.gif": (lambda path: cut(write(path, moving(), "gif", "rgb8"), 0.7), "a GIF without its end"),
+    "cut.gif": (
+        lambda path: cut(write(path, moving(), "gif", "rgb8"), 0.7),
+        "a GIF without its end",
+    ),
     "header.mp4": (lambda path: cut(write(path, moving(), "libx264"), 0.02), "cut off or damaged"),
-    "zeros.webm": (lambda path: patched(write(path, moving(), "libvpx-vp9"), 600, bytes(2000)), "cut off|damaged"),
+    "zeros.webm": (
+        lambda path: patched(write(path, moving(), "libvpx-vp9"), 600, bytes(2000)),
+        "cut off|damaged",
+    ),
     "sizes.avi": (two_sizes, "change size"),
     "askew.mov": (askew, "rotated by 45 degrees"),
-    "codec.mp4": (lambda path: renamed(write(path, moving(), "libx264", "yuv420p"), b"avc1", b"zzzz"), "a codec that is not known here"),
+    "codec.mp4": (
+        lambda path: renamed(write(path, moving(), "libx264", "yuv420p"), b"avc1", b"zzzz"),
+        "a codec that is not known here",
+    ),
     "huge.gif": (
-        lambda path: patched(write(path, moving(), "gif", "rgb8"), 6, struct.pack("<HH", 15000, 15000)),
+        lambda path: patched(
+            write(path, moving(), "gif", "rgb8"), 6, struct.pack("<HH", 15000, 15000)
+        ),
         "beyond max_pixels",
     ),
 }
@@ -362,20 +490,32 @@ def test_a_bad_file_is_one_line_with_its_name(tmp_path: Path, name: str) -> None
         (Limits(min_frames=13), "too short: 12 frames, min_frames is 13"),
         (Limits(max_frames=11), "too long: more than max_frames = 11"),
         (Limits(max_seconds=1.4), r"too long: 1.5 s, max_seconds is 1.4"),
-        (Limits(max_pixels=48 * 64 - 1), "too large: 64 x 48 pixels, max_pixels is 3071|beyond max_pixels"),
+        (
+            Limits(max_pixels=48 * 64 - 1),
+            "too large: 64 x 48 pixels, max_pixels is 3071|beyond max_pixels",
+        ),
         (Limits(max_bytes=1000), "too large: .* bytes, max_bytes is 1000"),
-        (Limits(max_bytes=12 * 3 * 48 * 64 - 1), "too large: 12 frames of 64 x 48 take 110592 bytes"),
+        (
+            Limits(max_bytes=12 * 3 * 48 * 64 - 1),
+            "too large: 12 frames of 64 x 48 take 110592 bytes",
+        ),
     ],
 )
-def test_limits_are_kept_before_anything_is_decoded(tmp_path: Path, limits: Limits, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_limits_are_kept_before_anything_is_decoded(
+    tmp_path: Path, limits: Limits, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = write(tmp_path / "a.mp4", moving(), "libx264")
     assert pyav(path, limits=Limits(12, 12, 48 * 64, 1.5, 12 * 3 * 48 * 64)).num_frames == 12
-    monkeypatch.setattr("fastgrpo.rewards.video_files._decode_with_pyav", lambda *args: pytest.fail("decoded"))
+    monkeypatch.setattr(
+        "fastgrpo.rewards.media.video_files._decode_with_pyav", lambda *args: pytest.fail("decoded")
+    )
     with pytest.raises(ValueError, match=message):
         pyav(path, limits=limits)
 
 
-@pytest.mark.parametrize("key", ["min_frames", "max_frames", "max_pixels", "max_seconds", "max_bytes"])
+@pytest.mark.parametrize(
+    "key", ["min_frames", "max_frames", "max_pixels", "max_seconds", "max_bytes"]
+)
 def test_limits_are_positive(key: str) -> None:
     with pytest.raises(ValueError, match=f"limits.{key}: expected a positive number, got 0"):
         Limits(**{key: 0})
@@ -389,10 +529,13 @@ def test_indices_that_the_file_does_not_have(tmp_path: Path, indices: list[int])
 
 
 def test_what_may_be_read_opens_no_other_file() -> None:
-    assert not {"hls", "dash", "concat", "sdp", "rtsp", "image2", "tty", "rawvideo"} & set(CONTAINERS.split(","))
+    assert not {"hls", "dash", "concat", "sdp", "rtsp", "image2", "tty", "rawvideo"} & set(
+        CONTAINERS.split(",")
+    )
 
 
-# --- when DALI is asked -----------------------------------------------------------------------------------------------
+# --- when DALI is asked
+# -----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -417,14 +560,27 @@ def fake_dali(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
 def test_without_dali(tmp_path: Path, no_dali: None) -> None:
     path = write(tmp_path / "a.webm", moving(), "libvpx-vp9")
     assert read_video(path, every(4)).decoder.startswith("pyav")
-    with pytest.raises(ValueError, match=r"a\.webm: DALI does not decode it: DALI is not installed"):
+    with pytest.raises(
+        ValueError, match=r"a\.webm: DALI does not decode it: DALI is not installed"
+    ):
         read_video(path, every(4), decoder="dali")
 
 
 def test_auto_takes_dali_for_what_it_decodes(tmp_path: Path, fake_dali: list[list[int]]) -> None:
-    turned = write(tmp_path / "a.mov", moving(), "mjpeg", "yuvj420p", prepare=lambda stream: stream.set_display_rotation(90))
+    turned = write(
+        tmp_path / "a.mov",
+        moving(),
+        "mjpeg",
+        "yuvj420p",
+        prepare=lambda stream: stream.set_display_rotation(90),
+    )
     video = read_video(turned, every(4))
-    assert (video.decoder, video.num_frames, video.frames.shape, video.frames.max()) == ("dali 2.4.0 (cpu)", 12, (3, 3, 64, 48), 0)
+    assert (video.decoder, video.num_frames, video.frames.shape, video.frames.max()) == (
+        "dali 2.4.0 (cpu)",
+        12,
+        (3, 3, 64, 48),
+        0,
+    )
     assert fake_dali == [[0, 4, 8]]
     h264 = write(tmp_path / "a.mp4", moving(), "libx264")
     assert read_video(h264, every(4)).decoder.startswith("pyav")
@@ -434,7 +590,9 @@ def test_auto_takes_dali_for_what_it_decodes(tmp_path: Path, fake_dali: list[lis
     assert len(fake_dali) == 1
 
 
-def test_where_dali_fails_auto_takes_pyav(tmp_path: Path, fake_dali: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_dali_fails_auto_takes_pyav(
+    tmp_path: Path, fake_dali: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*args: Any) -> None:
         raise RuntimeError("Assert failed\nand a stack")
 
@@ -460,22 +618,47 @@ def test_where_dali_fails_auto_takes_pyav(tmp_path: Path, fake_dali: list[list[i
         ({"file_bytes": 2**31}, "cpu", "2147483648 bytes"),
     ],
 )
-def test_what_dali_refuses(fake_dali: Any, changed: dict[str, Any], device: str, message: str) -> None:
-    usual: dict[str, Any] = {"codec": "vp9", "pixels": "yuv420p", "matrix": 2, "size": (32, 48), "file_bytes": 1000}
+def test_what_dali_refuses(
+    fake_dali: Any, changed: dict[str, Any], device: str, message: str
+) -> None:
+    usual: dict[str, Any] = {
+        "codec": "vp9",
+        "pixels": "yuv420p",
+        "matrix": 2,
+        "size": (32, 48),
+        "file_bytes": 1000,
+    }
     said = dali.refusal(**(usual | changed), device=torch.device(device))
     assert (message in said) if message else not said
     assert usual["codec"] in dali.CODECS["cpu"]
 
 
-@pytest.mark.parametrize(("matrix", "coefficients"), [(1, (1.5748, 0.1873, 0.4681, 1.8556)), (9, (1.4746, 0.1646, 0.5714, 1.8814))])
+@pytest.mark.parametrize(
+    ("matrix", "coefficients"),
+    [(1, (1.5748, 0.1873, 0.4681, 1.8556)), (9, (1.4746, 0.1646, 0.5714, 1.8814))],
+)
 def test_another_matrix_than_bt601(matrix: int, coefficients: tuple[float, ...]) -> None:
-    """The coefficients are those printed in BT.709 and BT.2020, and for BT.601 in the JPEG standard."""
-    luma, blue, red = np.random.default_rng(0).uniform((0.3, -0.15, -0.15), (0.7, 0.15, 0.15), (500, 3)).T
+    """The coefficients are those printed in BT.709 and BT.2020, and for BT.601 in the JPEG
+    standard.
+    """
+    luma, blue, red = (
+        np.random.default_rng(0).uniform((0.3, -0.15, -0.15), (0.7, 0.15, 0.15), (500, 3)).T
+    )
 
-    def rgb(to_red: float, blue_to_green: float, red_to_green: float, to_blue: float) -> NDArray[np.float64]:
-        return 255 * np.stack([luma + to_red * red, luma - blue_to_green * blue - red_to_green * red, luma + to_blue * blue])
+    def rgb(
+        to_red: float, blue_to_green: float, red_to_green: float, to_blue: float
+    ) -> NDArray[np.float64]:
+        return 255 * np.stack(
+            [
+                luma + to_red * red,
+                luma - blue_to_green * blue - red_to_green * red,
+                luma + to_blue * blue,
+            ]
+        )
 
-    wrong = torch.from_numpy(rgb(1.402, 0.344136, 0.714136, 1.772).round().astype(np.uint8)).view(1, 3, 20, 25)
+    wrong = torch.from_numpy(rgb(1.402, 0.344136, 0.714136, 1.772).round().astype(np.uint8)).view(
+        1, 3, 20, 25
+    )
     right = dali.to_matrix(wrong.clone(), matrix).view(3, 500).double()
     assert (right - torch.from_numpy(rgb(*coefficients))).abs().max() < 1.6
     assert (wrong.view(3, 500) - right).abs().max() > 8

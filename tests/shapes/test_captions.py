@@ -18,7 +18,9 @@ def test_every_caption_comes_back_from_its_sentence() -> None:
     assert len({str(caption) for caption in captions}) == 48
     assert [c.parse_caption(str(caption)) for caption in captions] == captions
     assert c.parse_caption("a red square moving right") == c.Caption(colour=0, shape=0, direction=1)
-    assert c.parse_caption("a yellow triangle moving up\n") == c.Caption(colour=3, shape=2, direction=2)
+    assert c.parse_caption("a yellow triangle moving up\n") == c.Caption(
+        colour=3, shape=2, direction=2
+    )
 
 
 @pytest.mark.parametrize(
@@ -40,23 +42,28 @@ def test_a_sentence_outside_the_grammar_is_refused_with_words(text: str, complai
 
 
 def test_the_split_is_a_partition_that_shows_every_value_on_both_sides() -> None:
-    train, heldout = c.train_captions(), c.heldout_captions()
-    assert (len(train), len(heldout)) == (36, 12)
-    assert set(train) | set(heldout) == set(c.all_captions())
-    assert Counter(caption.colour for caption in heldout) == dict.fromkeys(range(4), 3)
-    assert Counter(caption.shape for caption in heldout) == dict.fromkeys(range(3), 4)
-    assert Counter(caption.direction for caption in heldout) == dict.fromkeys(range(4), 3)
-    assert len({(caption.colour, caption.shape) for caption in heldout}) == 12
+    train, validation = c.train_captions(), c.validation_captions()
+    assert (len(train), len(validation)) == (36, 12)
+    assert set(train) | set(validation) == set(c.all_captions())
+    assert Counter(caption.colour for caption in validation) == dict.fromkeys(range(4), 3)
+    assert Counter(caption.shape for caption in validation) == dict.fromkeys(range(3), 4)
+    assert Counter(caption.direction for caption in validation) == dict.fromkeys(range(4), 3)
+    assert len({(caption.colour, caption.shape) for caption in validation}) == 12
 
 
-@pytest.mark.parametrize(("name", "captions"), [("train.txt", c.train_captions()), ("heldout.txt", c.heldout_captions())])
+@pytest.mark.parametrize(
+    ("name", "captions"),
+    [("train.txt", c.train_captions()), ("validation.txt", c.validation_captions())],
+)
 def test_the_prompt_files_agree_with_the_grammar(name: str, captions: list[c.Caption]) -> None:
     text = (Path(fastgrpo.shapes.__file__).parent / name).read_text(encoding="utf-8")
     assert text == "".join(f"{caption}\n" for caption in captions)
 
 
 def _philox_normals(seed: int, count: int) -> np.ndarray:
-    """The contract of gaussian_noise in NumPy float64: NumPy's own Philox is 4x64, so the ten rounds of 4x32 are written out."""
+    """The contract of gaussian_noise in NumPy float64: NumPy's own Philox is 4x64, so the ten
+    rounds of 4x32 are written out.
+    """
     mask, out = 0xFFFFFFFF, []
     for quad in range(count // 4):
         x, k = [quad, 0, 0, 0], [seed & mask, seed >> 32]
@@ -91,10 +98,13 @@ def test_a_prompt_is_its_three_attribute_tokens_and_no_prompt_is_zeros() -> None
 
 def test_indices_and_sentences_give_the_same_tokens() -> None:
     captions = c.all_captions()
-    assert torch.equal(c.indices_to_tokens(c.caption_indices(captions)), c.text_tokens([str(caption) for caption in captions]))
+    assert torch.equal(
+        c.indices_to_tokens(c.caption_indices(captions)),
+        c.text_tokens([str(caption) for caption in captions]),
+    )
 
 
-def test_held_out_is_one_direction_of_each_colour_and_shape() -> None:
-    held = [caption for caption in c.all_captions() if c.is_held_out(caption)]
-    assert held == c.heldout_captions()
+def test_validation_is_one_direction_of_each_colour_and_shape() -> None:
+    held = [caption for caption in c.all_captions() if c.is_validation(caption)]
+    assert held == c.validation_captions()
     assert len({(caption.colour, caption.shape) for caption in held}) == len(held) == 12

@@ -9,11 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fastgrpo.policies.shapes import SHIPPED_CHECKPOINT
 from fastgrpo.shapes import render as r
 from fastgrpo.shapes.captions import all_captions, caption_indices
 from fastgrpo.shapes.codec import CODEC_FILE, Codec, fit_codec, load_codec
 from fastgrpo.shapes.judge import ShapesJudge
+from fastgrpo.shapes.policy import SHIPPED_CHECKPOINT
 
 INDICES = caption_indices(all_captions())
 PROMPTS = [str(caption) for caption in all_captions()]
@@ -25,14 +25,18 @@ def codec() -> Codec:
 
 
 def _clips(seed: int) -> torch.Tensor:
-    return r.render_clips(INDICES, r.start_positions(INDICES[:, 2], torch.Generator().manual_seed(seed)))
+    return r.render_clips(
+        INDICES, r.start_positions(INDICES[:, 2], torch.Generator().manual_seed(seed))
+    )
 
 
 def test_clean_clips_pass_the_shipped_codec_with_little_loss(codec: Codec) -> None:
     clips = _clips(11)
     latents = codec.encode(clips)
     assert latents.shape == (48, 96, 8, 1, 1)
-    quality, motion, alignment = ShapesJudge().components(codec.decode(latents), PROMPTS).mean(0).tolist()
+    quality, motion, alignment = (
+        ShapesJudge().components(codec.decode(latents), PROMPTS).mean(0).tolist()
+    )
     assert quality > 0.82
     assert motion > 0.97
     assert alignment > 0.95
@@ -40,8 +44,11 @@ def test_clean_clips_pass_the_shipped_codec_with_little_loss(codec: Codec) -> No
 
 
 def test_encode_inverts_decode(codec: Codec) -> None:
-    torch.testing.assert_close(codec.components @ codec.components.T, torch.eye(96), atol=1e-5, rtol=0)
-    # Small latents, so that no pixel is clamped: around the mean frame, lifted to the middle of the range.
+    torch.testing.assert_close(
+        codec.components @ codec.components.T, torch.eye(96), atol=1e-5, rtol=0
+    )
+    # Small latents, so that no pixel is clamped: around the mean frame, lifted to the middle of the
+    # range.
     lifted = Codec(torch.zeros(768), codec.components, codec.scale)
     latents = 0.05 * torch.randn(5, 96, 8, 1, 1, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(lifted.encode(lifted.decode(latents)), latents, atol=1e-5, rtol=0)

@@ -1,4 +1,6 @@
-"""The analytic judge: each fault lowers the score it should and leaves the others, and scores are reproducible to the bit."""
+"""The analytic judge: each fault lowers the score it should and leaves the others, and scores are
+reproducible to the bit.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,13 @@ from torch import Tensor
 
 from fastgrpo.shapes import render as r
 from fastgrpo.shapes.captions import SHAPES, all_captions, caption_indices
-from fastgrpo.shapes.judge import Measurements, ShapesJudge, attribute_posteriors, measure, motion_quality
+from fastgrpo.shapes.judge import (
+    Measurements,
+    ShapesJudge,
+    attribute_posteriors,
+    measure,
+    motion_quality,
+)
 
 CAPTIONS = all_captions()
 PROMPTS = [str(caption) for caption in CAPTIONS]
@@ -57,7 +65,9 @@ def test_a_wrong_attribute_lowers_text_alignment_only(clean: Tensor, column: int
     counts = torch.tensor([4, 3, 4])
     other = INDICES.clone()
     other[:, column] = (other[:, column] + 1) % counts[column]
-    lookup = {tuple(row): str(caption) for row, caption in zip(INDICES.tolist(), CAPTIONS, strict=True)}
+    lookup = {
+        tuple(row): str(caption) for row, caption in zip(INDICES.tolist(), CAPTIONS, strict=True)
+    }
     judge = ShapesJudge()
     right = judge.components(clean, PROMPTS)
     wrong = judge.components(clean, [lookup[tuple(row)] for row in other.tolist()])
@@ -70,7 +80,10 @@ def test_jitter_lowers_motion_quality_only(clean: Tensor) -> None:
     centres = r.centre_paths(_starts(), INDICES[:, 2])
     shift = torch.randn(centres.shape, generator=torch.Generator().manual_seed(2))
     judge = ShapesJudge()
-    before, after = judge.components(clean, PROMPTS), judge.components(_render(centres + 0.7 * shift), PROMPTS)
+    before, after = (
+        judge.components(clean, PROMPTS),
+        judge.components(_render(centres + 0.7 * shift), PROMPTS),
+    )
     assert (after[:, MQ] < before[:, MQ] - 0.1).all()
     assert after[:, MQ].mean() < 0.5
     assert (after[:, VQ] - before[:, VQ]).abs().mean() < 0.05
@@ -83,7 +96,9 @@ def test_standing_still_and_flickering_lower_motion_quality(clean: Tensor) -> No
     judge = ShapesJudge()
     before = judge.components(clean, PROMPTS)
     assert judge.components(still, PROMPTS)[:, MQ].max() < 0.01
-    torch.testing.assert_close(judge.components(still, PROMPTS)[:, VQ], before[:, VQ], atol=0.1, rtol=0)
+    torch.testing.assert_close(
+        judge.components(still, PROMPTS)[:, VQ], before[:, VQ], atol=0.1, rtol=0
+    )
     assert judge.components(flicker, PROMPTS)[:, MQ].max() < 0.6
 
 
@@ -91,7 +106,9 @@ def test_blur_and_clutter_lower_visual_quality(clean: Tensor) -> None:
     judge = ShapesJudge()
     before = judge.components(clean, PROMPTS)
     frames = torch.nn.functional.pad(clean.flatten(0, 1), (2, 2, 2, 2))
-    blurred = judge.components(torch.nn.functional.avg_pool2d(frames, 5, stride=1).view_as(clean), PROMPTS)
+    blurred = judge.components(
+        torch.nn.functional.avg_pool2d(frames, 5, stride=1).view_as(clean), PROMPTS
+    )
     cluttered_clips = clean.clone()
     cluttered_clips[..., :3, :3] = cluttered_clips[..., -3:, -3:] = 0.8
     cluttered = judge.components(cluttered_clips, PROMPTS)
@@ -103,7 +120,8 @@ def test_blur_and_clutter_lower_visual_quality(clean: Tensor) -> None:
 
 def test_two_objects_or_none_are_no_quality(clean: Tensor) -> None:
     judge = ShapesJudge()
-    # A second object where the first one is not: the picture turned by half a turn, for paths away from the middle.
+    # A second object where the first one is not: the picture turned by half a turn, for paths away
+    # from the middle.
     chosen = INDICES[:, 2] < 2
     starts = _starts()
     starts[:, 1] = torch.where(chosen, 3.5, starts[:, 1])
@@ -154,7 +172,10 @@ def test_noise_depends_on_the_pixels_alone(mixed: Tensor) -> None:
     assert (scores != exact).any(1).double().mean() > 0.8
     # The same clip under two names gets the same error; another clip another one.
     flipped = torch.cat([mixed[16:17], mixed[16:17].flip(4)])
-    assert len({*ShapesJudge(noise=0.3).score(flipped, [MIXED_PROMPTS[16]] * 2, 8)[0][:, 0].tolist()}) == 2
+    assert (
+        len({*ShapesJudge(noise=0.3).score(flipped, [MIXED_PROMPTS[16]] * 2, 8)[0][:, 0].tolist()})
+        == 2
+    )
 
 
 def test_noise_falls_as_visual_quality_rises() -> None:
@@ -172,7 +193,9 @@ def test_noise_falls_as_visual_quality_rises() -> None:
 
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
-def test_a_video_that_is_not_finite_is_invalid_and_harms_no_other(clean: Tensor, poison: float) -> None:
+def test_a_video_that_is_not_finite_is_invalid_and_harms_no_other(
+    clean: Tensor, poison: float
+) -> None:
     judge = ShapesJudge(noise=0.2)
     spoilt = clean.clone()
     spoilt[5, 2, 1, 3, 4] = poison
@@ -191,14 +214,19 @@ def test_bytes_and_floats_agree(mixed: Tensor) -> None:
     in_bytes = (mixed * 255).round().to(torch.uint8)
     from_bytes, _ = judge.score(in_bytes, MIXED_PROMPTS, 8)
     assert torch.equal(from_bytes, judge.score(in_bytes.double() / 255, MIXED_PROMPTS, 8)[0])
-    torch.testing.assert_close(from_bytes, judge.score(mixed, MIXED_PROMPTS, 8)[0], atol=0.02, rtol=0)
+    torch.testing.assert_close(
+        from_bytes, judge.score(mixed, MIXED_PROMPTS, 8)[0], atol=0.02, rtol=0
+    )
 
 
 @pytest.mark.parametrize("size", [1, 3, 16, 32])
 def test_a_score_has_the_same_bits_in_any_batch(mixed: Tensor, size: int) -> None:
     judge = ShapesJudge(noise=0.1)
     whole, _ = judge.score(mixed, MIXED_PROMPTS, 8)
-    parts = [judge.score(mixed[i : i + size], MIXED_PROMPTS[i : i + size], 8)[0] for i in range(0, 64, size)]
+    parts = [
+        judge.score(mixed[i : i + size], MIXED_PROMPTS[i : i + size], 8)[0]
+        for i in range(0, 64, size)
+    ]
     assert torch.equal(torch.cat(parts), whole)
 
 
@@ -210,7 +238,12 @@ def test_classify_names_what_is_seen(clean: Tensor) -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
-    [({"rounding": -0.1}, "rounding"), ({"rounding": 2.0}, "rounding"), ({"noise": -1.0}, "noise"), ({"noise": math.nan}, "noise")],
+    [
+        ({"rounding": -0.1}, "rounding"),
+        ({"rounding": 2.0}, "rounding"),
+        ({"noise": -1.0}, "noise"),
+        ({"noise": math.nan}, "noise"),
+    ],
 )
 def test_impossible_options_are_refused(arguments: dict[str, float], complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
@@ -218,18 +251,26 @@ def test_impossible_options_are_refused(arguments: dict[str, float], complaint: 
 
 
 def test_enlarged_videos_score_as_they_were(clean: Tensor) -> None:
-    """As samples are saved, each pixel a square; averaging takes out what a codec does inside the squares."""
+    """As samples are saved, each pixel a square; averaging takes out what a codec does inside the
+    squares.
+    """
     large = clean[:4].repeat_interleave(16, -1).repeat_interleave(16, -2)
-    assert torch.equal(ShapesJudge().score(large, PROMPTS[:4], 8)[0], ShapesJudge().score(clean[:4], PROMPTS[:4], 8)[0])
+    assert torch.equal(
+        ShapesJudge().score(large, PROMPTS[:4], 8)[0],
+        ShapesJudge().score(clean[:4], PROMPTS[:4], 8)[0],
+    )
     noisy = large.double().mul(0.8).add(0.1) + 0.05 * (-1.0) ** torch.arange(256)
     torch.testing.assert_close(
-        ShapesJudge().score(noisy, PROMPTS[:4], 8)[0], ShapesJudge().score(clean[:4].double().mul(0.8).add(0.1), PROMPTS[:4], 8)[0]
+        ShapesJudge().score(noisy, PROMPTS[:4], 8)[0],
+        ShapesJudge().score(clean[:4].double().mul(0.8).add(0.1), PROMPTS[:4], 8)[0],
     )
 
 
 def test_wrong_input_is_refused_with_words(clean: Tensor) -> None:
     judge = ShapesJudge()
-    with pytest.raises(ValueError, match=r"\[B, 8, 3, 16, 16\], or enlarged, got \[48, 4, 3, 16, 16\]"):
+    with pytest.raises(
+        ValueError, match=r"\[B, 8, 3, 16, 16\], or enlarged, got \[48, 4, 3, 16, 16\]"
+    ):
         judge.score(clean[:, :4], PROMPTS, 8)
     for height, width in ((8, 8), (16, 32), (24, 24)):
         with pytest.raises(ValueError, match="or enlarged, got"):
@@ -241,19 +282,36 @@ def test_wrong_input_is_refused_with_words(clean: Tensor) -> None:
 
 
 def test_what_is_measured_is_what_was_drawn(clean: Tensor) -> None:
-    """A shape of known place, colour and speed on black; motion quality and posteriors follow from the measurements."""
+    """A shape of known place, colour and speed on black; motion quality and posteriors follow from
+    the measurements.
+    """
     starts = torch.tensor([[4.0, 7.0]]).expand(48, 2)
-    paths = torch.stack([starts + t * torch.tensor([1.0, 0.0]) for t in range(8)], dim=1)  # one pixel a frame to the right
+    paths = torch.stack(
+        [starts + t * torch.tensor([1.0, 0.0]) for t in range(8)], dim=1
+    )  # one pixel a frame to the right
     seen = measure(_render(paths).double())
     assert isinstance(seen, Measurements)
-    torch.testing.assert_close(seen.velocity, torch.tensor([1.0, 0.0]).double().expand(48, 2), atol=0.01, rtol=0)
-    squares = INDICES[:, 1] == SHAPES.index("square")  # symmetric: the centre of brightness is where it was drawn
+    torch.testing.assert_close(
+        seen.velocity, torch.tensor([1.0, 0.0]).double().expand(48, 2), atol=0.01, rtol=0
+    )
+    squares = INDICES[:, 1] == SHAPES.index(
+        "square"
+    )  # symmetric: the centre of brightness is where it was drawn
     torch.testing.assert_close(seen.centre[squares], paths[squares].double(), atol=0.02, rtol=0)
     assert (seen.unsteadiness < 0.02).all()
-    hue = torch.nn.functional.normalize(torch.tensor(r.PALETTE)[INDICES[:, 0]].double(), dim=-1)  # soft edges darken, nothing tints
-    torch.testing.assert_close(torch.nn.functional.normalize(seen.colour, dim=-1), hue[:, None].expand(48, 8, 3), atol=1e-6, rtol=0)
+    hue = torch.nn.functional.normalize(
+        torch.tensor(r.PALETTE)[INDICES[:, 0]].double(), dim=-1
+    )  # soft edges darken, nothing tints
+    torch.testing.assert_close(
+        torch.nn.functional.normalize(seen.colour, dim=-1),
+        hue[:, None].expand(48, 8, 3),
+        atol=1e-6,
+        rtol=0,
+    )
     assert (motion_quality(seen) > 0.95).all()
-    assert (motion_quality(measure(_render(starts[:, None].expand(48, 8, 2)).double())) == 0).all()  # nothing moves
+    assert (
+        motion_quality(measure(_render(starts[:, None].expand(48, 8, 2)).double())) == 0
+    ).all()  # nothing moves
     for column, posterior in enumerate(attribute_posteriors(measure(clean.double()))):
         torch.testing.assert_close(posterior.sum(1), torch.ones(48).double())
         assert torch.equal(posterior.argmax(1), INDICES[:, column])

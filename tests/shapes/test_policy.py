@@ -14,9 +14,9 @@ from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file, save_file
 
 from fastgrpo.interfaces import Policy
-from fastgrpo.policies.shapes import SHIPPED_CHECKPOINT, ShapesPolicy, frame_positions
 from fastgrpo.shapes.captions import all_captions
 from fastgrpo.shapes.judge import ShapesJudge
+from fastgrpo.shapes.policy import SHIPPED_CHECKPOINT, ShapesPolicy, frame_positions
 from fastgrpo.shapes.pretrain import sample, start_scores
 
 PROMPTS = [str(caption) for caption in all_captions()]
@@ -34,13 +34,17 @@ def test_the_shipped_checkpoint_is_small_and_knows_no_machine() -> None:
     files = [path for path in SHIPPED_CHECKPOINT.rglob("*") if path.is_file()]
     assert {path.suffix for path in files} == {".json", ".safetensors"}
     assert sum(path.stat().st_size for path in files) <= 4e6
-    assert "_name_or_path" not in json.loads((SHIPPED_CHECKPOINT / "transformer" / "config.json").read_text())
+    assert "_name_or_path" not in json.loads(
+        (SHIPPED_CHECKPOINT / "transformer" / "config.json").read_text()
+    )
 
 
 def test_it_has_every_method_of_a_policy(policy: ShapesPolicy) -> None:
     for name, method in inspect.getmembers(Policy, inspect.isfunction):
         if not name.startswith("_"):
-            assert list(inspect.signature(getattr(ShapesPolicy, name)).parameters) == list(inspect.signature(method).parameters)
+            assert list(inspect.signature(getattr(ShapesPolicy, name)).parameters) == list(
+                inspect.signature(method).parameters
+            )
     assert isinstance(policy.transformer, WanTransformer3DModel)
     assert not policy.transformer.training
     assert {parameter.dtype for parameter in policy.transformer.parameters()} == {torch.float32}
@@ -50,7 +54,9 @@ def test_it_has_every_method_of_a_policy(policy: ShapesPolicy) -> None:
 def test_only_one_size_can_be_made(policy: ShapesPolicy) -> None:
     assert policy.latent_shape(16, 16, 8) == (96, 8, 1, 1)
     for size in ((32, 16, 8), (16, 32, 8), (16, 16, 9)):
-        with pytest.raises(ValueError, match=f"height {size[0]}, width {size[1]}, num_frames {size[2]}"):
+        with pytest.raises(
+            ValueError, match=f"height {size[0]}, width {size[1]}, num_frames {size[2]}"
+        ):
             ShapesPolicy().latent_shape(*size)
 
 
@@ -85,7 +91,9 @@ def test_guidance_works(policy: ShapesPolicy) -> None:
             for sigma, following in pairwise(sigmas):
                 steps = torch.full((48,), 1000 * sigma)
                 free = policy.velocity(x, steps, empty)
-                x = x - (sigma - following) * (free + guidance * (policy.velocity(x, steps, named) - free))
+                x = x - (sigma - following) * (
+                    free + guidance * (policy.velocity(x, steps, named) - free)
+                )
             found = torch.stack(judge.classify(policy.decode(x)), dim=1)
             wanted = torch.tensor([(c.colour, c.shape, c.direction) for c in all_captions()])
             aligned[guidance] = (found == wanted).double().mean().item()
@@ -96,7 +104,12 @@ def test_guidance_works(policy: ShapesPolicy) -> None:
 
 def test_frame_positions_go_half_way_round_the_circle() -> None:
     cosine, sine = frame_positions().double().flatten(1)
-    torch.testing.assert_close(torch.atan2(sine, cosine), torch.linspace(1, 15, 8).double() * torch.pi / 16, atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        torch.atan2(sine, cosine),
+        torch.linspace(1, 15, 8).double() * torch.pi / 16,
+        atol=1e-6,
+        rtol=0,
+    )
     torch.testing.assert_close(cosine**2 + sine**2, torch.ones(8).double(), atol=1e-6, rtol=0)
 
 
@@ -111,12 +124,19 @@ def test_the_frame_channels_tell_the_direction_of_time(policy: ShapesPolicy) -> 
 
 def test_velocity_is_differentiable_and_the_same_in_any_order(policy: ShapesPolicy) -> None:
     latents = torch.randn(16, 96, 8, 1, 1, generator=torch.Generator().manual_seed(11))
-    steps, order = torch.linspace(1000, 100, 16), torch.randperm(16, generator=torch.Generator().manual_seed(12))
+    steps, order = (
+        torch.linspace(1000, 100, 16),
+        torch.randperm(16, generator=torch.Generator().manual_seed(12)),
+    )
     velocity = policy.velocity(latents, steps, policy.encode(PROMPTS[:16]))
     assert velocity.shape == latents.shape
-    shuffled = policy.velocity(latents[order], steps[order], policy.encode([PROMPTS[i] for i in order]))
+    shuffled = policy.velocity(
+        latents[order], steps[order], policy.encode([PROMPTS[i] for i in order])
+    )
     assert torch.equal(shuffled, velocity[order])
-    (gradient,) = torch.autograd.grad(velocity.square().mean(), [policy.transformer.proj_out.weight])
+    (gradient,) = torch.autograd.grad(
+        velocity.square().mean(), [policy.transformer.proj_out.weight]
+    )
     assert gradient.abs().sum() > 0
 
 

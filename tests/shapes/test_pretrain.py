@@ -1,4 +1,6 @@
-"""The script that makes the shipped checkpoint: its command line, and that it makes the same quality again."""
+"""The script that makes the shipped checkpoint: its command line, and that it makes the same
+quality again.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastgrpo.policies.shapes import SHIPPED_CHECKPOINT, ShapesPolicy
 from fastgrpo.shapes import pretrain
 from fastgrpo.shapes.codec import CODEC_FILE, load_codec
+from fastgrpo.shapes.policy import SHIPPED_CHECKPOINT, ShapesPolicy
 
 CPU = torch.device("cpu")
 
@@ -24,7 +26,10 @@ def test_a_few_steps_write_a_checkpoint_that_loads(
     assert "pretraining" not in captured.err  # no progress bar in a log file
     policy = ShapesPolicy(str(tmp_path / "made"))
     policy.load(CPU)
-    assert sorted(path.name for path in (tmp_path / "made").iterdir()) == ["codec.safetensors", "transformer"]
+    assert sorted(path.name for path in (tmp_path / "made").iterdir()) == [
+        "codec.safetensors",
+        "transformer",
+    ]
     with pytest.raises(SystemExit):
         pretrain.main(["--output", str(tmp_path), "--steps", "0"])
     assert "expected at least 1" in capsys.readouterr().err
@@ -53,4 +58,9 @@ def test_making_the_checkpoint_again_gives_the_same_quality(tmp_path: Path, seed
     again, shipped = ShapesPolicy(str(tmp_path)), ShapesPolicy()
     again.load(CPU)
     shipped.load(CPU)
-    torch.testing.assert_close(pretrain.start_scores(again, seed=5), pretrain.start_scores(shipped, seed=5), atol=0.07, rtol=0)
+    torch.testing.assert_close(
+        pretrain.start_scores(again, seed=5),
+        pretrain.start_scores(shipped, seed=5),
+        atol=0.07,
+        rtol=0,
+    )

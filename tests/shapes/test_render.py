@@ -20,16 +20,24 @@ def _centre_of_mass(frames: Tensor) -> Tensor:
     """[..., 2] of frames [..., 3, H, W], pixel by pixel in float64."""
     mass = frames.double().sum(-3)
     axis = torch.arange(16, dtype=torch.float64)
-    return torch.stack([(mass.sum(-2) * axis).sum(-1), (mass.sum(-1) * axis).sum(-1)], dim=-1) / mass.sum((-2, -1))[..., None]
+    return (
+        torch.stack([(mass.sum(-2) * axis).sum(-1), (mass.sum(-1) * axis).sum(-1)], dim=-1)
+        / mass.sum((-2, -1))[..., None]
+    )
 
 
-@pytest.mark.parametrize(("direction", "step"), [(0, (-1, 0)), (1, (1, 0)), (2, (0, -1)), (3, (0, 1))])
+@pytest.mark.parametrize(
+    ("direction", "step"), [(0, (-1, 0)), (1, (1, 0)), (2, (0, -1)), (3, (0, 1))]
+)
 def test_an_object_moves_exactly_one_pixel_a_frame(direction: int, step: tuple[int, int]) -> None:
     chosen = INDICES[INDICES[:, 2] == direction].repeat(8, 1)
     clips = r.render_clips(chosen, r.start_positions(chosen[:, 2], _seeded(0)))
     moved = _centre_of_mass(clips).diff(dim=1)
-    # The soft tip of a triangle may reach 0.2 pixels out of the picture, which moves the rest's centre of mass by less than 0.01.
-    torch.testing.assert_close(moved, torch.tensor(step, dtype=torch.float64).expand_as(moved), atol=0.01, rtol=0)
+    # The soft tip of a triangle may reach 0.2 pixels out of the picture, which moves the rest's
+    # centre of mass by less than 0.01.
+    torch.testing.assert_close(
+        moved, torch.tensor(step, dtype=torch.float64).expand_as(moved), atol=0.01, rtol=0
+    )
     paths = r.centre_paths(r.start_positions(chosen[:, 2], _seeded(0)), chosen[:, 2])
     assert (paths.diff(dim=1) - torch.tensor(step)).abs().max() < 1e-5
 
@@ -38,8 +46,12 @@ def test_a_square_stands_where_it_is_put() -> None:
     clip = r.render_clips(torch.tensor([[3, 0, 1]]), torch.tensor([[4.0, 9.0]]))[0]
     assert clip.shape == (8, 3, 16, 16)
     assert clip.dtype == torch.float32
-    torch.testing.assert_close(_centre_of_mass(clip[0]), torch.tensor([4.0, 9.0], dtype=torch.float64), atol=1e-6, rtol=0)
-    torch.testing.assert_close(_centre_of_mass(clip[7]), torch.tensor([11.0, 9.0], dtype=torch.float64), atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        _centre_of_mass(clip[0]), torch.tensor([4.0, 9.0], dtype=torch.float64), atol=1e-6, rtol=0
+    )
+    torch.testing.assert_close(
+        _centre_of_mass(clip[7]), torch.tensor([11.0, 9.0], dtype=torch.float64), atol=1e-6, rtol=0
+    )
     assert clip[0, :, 9, 4].tolist() == [1.0, 1.0, 0.0]  # yellow
     # Pixels at |x| = 2 are 0.3 inside an edge that is 1.4 wide, those at 3 are 0.7 outside.
     row = clip[0, 0, 9, 1:8].tolist()
@@ -48,7 +60,9 @@ def test_a_square_stands_where_it_is_put() -> None:
 
 
 def test_shapes_have_the_areas_of_their_outlines() -> None:
-    axis = 7.0 + torch.arange(16) / 16  # the mean over all places inside a pixel is free of the pixel grid
+    axis = (
+        7.0 + torch.arange(16) / 16
+    )  # the mean over all places inside a pixel is free of the pixel grid
     places = torch.cartesian_prod(axis, axis)[:, None].expand(-1, 3, -1)
     coverage = r.shape_coverage(torch.arange(3).expand(256, 3), places).sum((-2, -1)).mean(0)
     square, cross, triangle = 4.6**2, 2 * 6.6 * 2.3 - 2.3**2, 6.6 * 6.4 / 2
@@ -74,8 +88,12 @@ def test_nothing_is_cut_at_the_border() -> None:
 
 def test_starts_follow_the_seed() -> None:
     directions = INDICES[:, 2]
-    assert torch.equal(r.start_positions(directions, _seeded(3)), r.start_positions(directions, _seeded(3)))
-    assert not torch.equal(r.start_positions(directions, _seeded(3)), r.start_positions(directions, _seeded(4)))
+    assert torch.equal(
+        r.start_positions(directions, _seeded(3)), r.start_positions(directions, _seeded(3))
+    )
+    assert not torch.equal(
+        r.start_positions(directions, _seeded(3)), r.start_positions(directions, _seeded(4))
+    )
 
 
 def test_replacing_draws_anew_with_the_stated_probability() -> None:
@@ -83,7 +101,12 @@ def test_replacing_draws_anew_with_the_stated_probability() -> None:
     assert torch.equal(r.replace_attributes(indices, 0.0, _seeded(0)), indices)
     changed = (r.replace_attributes(indices, 0.35, _seeded(0)) != indices).double().mean(0)
     # A value drawn anew is the old one again in 1 of 4 (3) draws.
-    torch.testing.assert_close(changed, torch.tensor([0.35 * 3 / 4, 0.35 * 2 / 3, 0.35 * 3 / 4], dtype=torch.float64), atol=0.02, rtol=0)
+    torch.testing.assert_close(
+        changed,
+        torch.tensor([0.35 * 3 / 4, 0.35 * 2 / 3, 0.35 * 3 / 4], dtype=torch.float64),
+        atol=0.02,
+        rtol=0,
+    )
 
 
 def test_without_faults_the_spoilt_renderer_is_the_clean_one() -> None:

@@ -1,4 +1,6 @@
-"""Checkpoints come back exactly, damage is named and passed over, and a kill at any moment leaves one that is whole."""
+"""Checkpoints come back exactly, damage is named and passed over, and a kill at any moment leaves
+one that is whole.
+"""
 
 from __future__ import annotations
 
@@ -15,20 +17,33 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
 
-from fastgrpo import checkpoint
-from fastgrpo.checkpoint import list_checkpoints, load, load_weights, save, verify
+from fastgrpo.training import checkpoint
+from fastgrpo.training.checkpoint import list_checkpoints, load, load_weights, save, verify
 
 
 def tensors_of(iteration: int) -> dict[str, Any]:
     """Nested as a trainer's: tensors of several dtypes, numbers, lists."""
     draw = torch.Generator().manual_seed(iteration)
     return {
-        "model": {"a.weight": torch.randn(3, 5, generator=draw), "a.bias": torch.randn(3, generator=draw).bfloat16()},
-        "optimizer": {
-            "state": {"a.weight": {"step": torch.tensor(float(iteration)), "exp_avg": torch.randn(3, 5, generator=draw).double()}},
-            "param_groups": [{"lr": 1e-3 / iteration, "betas": (0.9, 0.999), "params": ["a.weight", "a.bias"]}],
+        "model": {
+            "a.weight": torch.randn(3, 5, generator=draw),
+            "a.bias": torch.randn(3, generator=draw).bfloat16(),
         },
-        "ema": {"n_averaged": torch.tensor(iteration), "module.a.weight": torch.randn(3, 5, generator=draw)},
+        "optimizer": {
+            "state": {
+                "a.weight": {
+                    "step": torch.tensor(float(iteration)),
+                    "exp_avg": torch.randn(3, 5, generator=draw).double(),
+                }
+            },
+            "param_groups": [
+                {"lr": 1e-3 / iteration, "betas": (0.9, 0.999), "params": ["a.weight", "a.bias"]}
+            ],
+        },
+        "ema": {
+            "n_averaged": torch.tensor(iteration),
+            "module.a.weight": torch.randn(3, 5, generator=draw),
+        },
     }
 
 
@@ -41,25 +56,29 @@ def blank() -> dict[str, Any]:
     return tensors
 
 
-def assert_equal(came: Any, expected: Any) -> None:
-    assert type(came) is type(expected)
+def assert_equal(got: Any, expected: Any) -> None:
+    assert type(got) is type(expected)
     if isinstance(expected, dict):
-        assert came.keys() == expected.keys()
+        assert got.keys() == expected.keys()
         for key in expected:
-            assert_equal(came[key], expected[key])
+            assert_equal(got[key], expected[key])
     elif isinstance(expected, list | tuple):
-        assert len(came) == len(expected)
-        for one, other in zip(came, expected, strict=True):
+        assert len(got) == len(expected)
+        for one, other in zip(got, expected, strict=True):
             assert_equal(one, other)
     elif isinstance(expected, torch.Tensor):
-        assert came.dtype == expected.dtype
-        assert torch.equal(came, expected)
+        assert got.dtype == expected.dtype
+        assert torch.equal(got, expected)
     else:
-        assert came == expected
+        assert got == expected
 
 
 def state_of(iteration: int) -> dict[str, Any]:
-    return {"prompts_drawn": 4 * iteration, "pacer": {"competence": [0.1, 1 / 3, iteration / 7]}, "none": None}
+    return {
+        "prompts_drawn": 4 * iteration,
+        "pacer": {"competence": [0.1, 1 / 3, iteration / 7]},
+        "none": None,
+    }
 
 
 def write(folder: Path, *iterations: int, keep: int = 9) -> list[Path]:
@@ -97,10 +116,16 @@ def test_the_newest_are_kept_and_latest_follows(one_rank: Any, tmp_path: Path) -
         assert not os.path.isabs(os.readlink(tmp_path / "latest"))  # a run folder can be moved
         assert (tmp_path / "latest").resolve().name == f"iteration_{iteration:06d}"
     assert [p.name for p in list_checkpoints(tmp_path)] == ["iteration_000020", "iteration_000015"]
-    assert {p.name for p in tmp_path.iterdir()} == {"iteration_000015", "iteration_000020", "latest"}
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "iteration_000015",
+        "iteration_000020",
+        "latest",
+    }
 
 
-def test_checkpoints_are_listed_by_number_and_nothing_else_is(one_rank: Any, tmp_path: Path) -> None:
+def test_checkpoints_are_listed_by_number_and_nothing_else_is(
+    one_rank: Any, tmp_path: Path
+) -> None:
     for name in (
         "iteration_999999",
         "iteration_1000000",
@@ -110,7 +135,11 @@ def test_checkpoints_are_listed_by_number_and_nothing_else_is(one_rank: Any, tmp
         "latest",
     ):
         (tmp_path / name).mkdir()
-    assert [p.name for p in list_checkpoints(tmp_path)] == ["iteration_1000000", "iteration_999999", "iteration_000002"]
+    assert [p.name for p in list_checkpoints(tmp_path)] == [
+        "iteration_1000000",
+        "iteration_999999",
+        "iteration_000002",
+    ]
 
 
 def test_an_iteration_done_again_replaces_the_old_one(one_rank: Any, tmp_path: Path) -> None:
@@ -119,7 +148,7 @@ def test_an_iteration_done_again_replaces_the_old_one(one_rank: Any, tmp_path: P
     assert_loads(tmp_path, 5)
 
 
-# --------------------------------------------------------------------------------------------------------------- damage
+# -------- damage
 
 
 def truncate(file: Path) -> None:
@@ -150,7 +179,11 @@ FILES = ["__0_0.distcp", ".metadata", "state.json", "manifest.json"]
 @pytest.mark.parametrize("harm", [truncate, empty, flip, flip_last, remove])
 @pytest.mark.parametrize("name", FILES)
 def test_damage_is_named_and_the_one_before_is_taken(
-    one_rank: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, harm: Callable[[Path], None]
+    one_rank: Any,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    harm: Callable[[Path], None],
 ) -> None:
     older, newer = write(tmp_path, 1, 2)
     assert {p.name for p in newer.iterdir()} == {*FILES}
@@ -170,7 +203,9 @@ def test_damage_is_named_and_the_one_before_is_taken(
 
 
 def test_no_flipped_bit_of_the_manifest_goes_unseen(one_rank: Any, tmp_path: Path) -> None:
-    """Refused as a ValueError, whatever the flip makes of the JSON; but for white space, and a digit's other spellings."""
+    """Refused as a ValueError, whatever the flip makes of the JSON; but for white space, and a
+    digit's other spellings.
+    """
     (path,) = write(tmp_path, 1)
     manifest = path / "manifest.json"
     original = manifest.read_bytes()
@@ -187,7 +222,10 @@ def test_no_flipped_bit_of_the_manifest_goes_unseen(one_rank: Any, tmp_path: Pat
             assert json.loads(bytes(changed)) == meant
 
 
-@pytest.mark.parametrize("content", ["null", "[]", "{}", '{"files": []}', '{"files": null}', '{"files": {"state.json": 3}}'])
+@pytest.mark.parametrize(
+    "content",
+    ["null", "[]", "{}", '{"files": []}', '{"files": null}', '{"files": {"state.json": 3}}'],
+)
 def test_json_that_is_no_manifest_is_refused(one_rank: Any, tmp_path: Path, content: str) -> None:
     (path,) = write(tmp_path, 1)
     (path / "manifest.json").write_text(content)
@@ -210,7 +248,11 @@ def test_nothing_whole_is_an_error_that_says_so(one_rank: Any, tmp_path: Path) -
         with pytest.raises(ValueError, match=r"every checkpoint.*damaged") as caught:
             load(tmp_path, blank())
         assert str(tmp_path) in str(caught.value)
-    assert {p.name for p in tmp_path.iterdir()} == {"iteration_000001.refused", "iteration_000002.refused", "latest"}
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "iteration_000001.refused",
+        "iteration_000002.refused",
+        "latest",
+    }
 
 
 def test_a_second_refusal_of_one_number_keeps_both(one_rank: Any, tmp_path: Path) -> None:
@@ -222,7 +264,7 @@ def test_a_second_refusal_of_one_number_keeps_both(one_rank: Any, tmp_path: Path
         assert len([*tmp_path.glob("iteration_000002.refused*")]) == count
 
 
-# ----------------------------------------------------------------------------------------------------------------- kills
+# -------- kills
 
 
 class Killed(BaseException):
@@ -292,13 +334,19 @@ def test_a_kill_at_any_moment_of_a_save_loses_no_checkpoint(one_rank: Any, tmp_p
             verify(path)
         assert all(re.fullmatch(r"iteration_\d{6}|latest", p.name) for p in folder.iterdir())
         write(folder, 3, keep=2)
-        assert {p.name for p in folder.iterdir()} == {"iteration_000002", "iteration_000003", "latest"}
+        assert {p.name for p in folder.iterdir()} == {
+            "iteration_000002",
+            "iteration_000003",
+            "latest",
+        }
         assert_loads(folder, 3)
     assert finished
     assert moments >= 8
 
 
-def test_a_kill_while_an_iteration_is_done_again_leaves_the_one_before(one_rank: Any, tmp_path: Path) -> None:
+def test_a_kill_while_an_iteration_is_done_again_leaves_the_one_before(
+    one_rank: Any, tmp_path: Path
+) -> None:
     for moment in range(1, 100):
         folder = tmp_path / str(moment)
         write(folder, 1, 2)
@@ -314,7 +362,7 @@ def test_a_kill_while_an_iteration_is_done_again_leaves_the_one_before(one_rank:
         pytest.fail("the save never came to its end")
 
 
-# --------------------------------------------------------------------------------------------------------- weights alone
+# -------- weights alone
 
 
 @pytest.mark.parametrize("with_ema", [False, True])
@@ -329,7 +377,9 @@ def test_weights_are_loaded_or_their_average(one_rank: Any, tmp_path: Path, with
 
 
 @pytest.mark.parametrize("with_ema", [False, True])
-def test_weights_of_adapters_leave_the_frozen_ones(one_rank: Any, tmp_path: Path, with_ema: bool) -> None:
+def test_weights_of_adapters_leave_the_frozen_ones(
+    one_rank: Any, tmp_path: Path, with_ema: bool
+) -> None:
     network = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2)).requires_grad_(False)
     network[1].requires_grad_(True)
     trained = {f"1.{name}": tensor.detach() + 1.0 for name, tensor in network[1].named_parameters()}
@@ -341,23 +391,36 @@ def test_weights_of_adapters_leave_the_frozen_ones(one_rank: Any, tmp_path: Path
 
 
 def test_weights_of_another_network_are_one_clear_error(one_rank: Any, tmp_path: Path) -> None:
-    """torch's own is no Exception, so that a command would end in a traceback; as of an average that was not kept."""
+    """torch's own is no Exception, so that a command would end in a traceback; as of an average
+    that was not kept.
+    """
     path = save(tmp_path, 1, {"model": nn.Sequential(nn.Linear(3, 2)).state_dict()}, {}, 1)
     wider, deeper = nn.Sequential(nn.Linear(4, 2)), nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
-    for network, ema, problem in ((wider, False, "Size mismatch.*model.0.weight"), (deeper, False, "model.1"), (wider, True, "ema.0")):
-        with pytest.raises(ValueError, match=f"iteration_000001: expected the tensors of this network: .*{problem}"):
+    for network, ema, problem in (
+        (wider, False, "Size mismatch.*model.0.weight"),
+        (deeper, False, "model.1"),
+        (wider, True, "ema.0"),
+    ):
+        with pytest.raises(
+            ValueError, match=f"iteration_000001: expected the tensors of this network: .*{problem}"
+        ):
             load_weights(path, network, ema)
     with pytest.raises(ValueError, match=r"expected the tensors of this network: Size mismatch"):
         load(tmp_path, {"model": wider.state_dict()})
 
 
-def test_two_ranks_write_one_checkpoint_and_load_it(run_ranks: Callable[..., list[Any]], tmp_path: Path) -> None:
-    """Each rank has the same weights, as data-parallel ranks do; a fault of the newest is seen by both."""
+def test_two_ranks_write_one_checkpoint_and_load_it(
+    run_ranks: Callable[..., list[Any]], tmp_path: Path
+) -> None:
+    """Each rank has the same weights, as data-parallel ranks do; a fault of the newest is seen by
+    both.
+    """
     script = f"""
 import json, pathlib, torch
-from fastgrpo import checkpoint, parallel
+from fastgrpo.distributed import collectives
+from fastgrpo.training import checkpoint
 from fastgrpo.config import RuntimeConfig
-parallel.start(RuntimeConfig(device="cpu"))
+collectives.start(RuntimeConfig(device="cpu"))
 folder = pathlib.Path({str(tmp_path)!r})
 for i in (1, 2):
     path = checkpoint.save(folder, i, {{"model": {{"w": torch.full((4, 4), float(i))}}}}, {{"i": i}}, 3)
@@ -366,12 +429,12 @@ for _ in range(2):
     tensors = {{"model": {{"w": torch.zeros(4, 4)}}}}
     found = checkpoint.load(folder, tensors)
     answers.append([found, tensors["model"]["w"].mean().item()])
-    parallel.gather(None)
-    if parallel.rank() == 0:
+    collectives.gather(None)
+    if collectives.rank() == 0:
         (folder / "latest" / "state.json").write_text("{{}}")
-    parallel.gather(None)
+    collectives.gather(None)
 print(json.dumps(answers))
-parallel.stop()
+collectives.stop()
 """
     expected = [[[2, {"i": 2}], 2.0], [[1, {"i": 1}], 1.0]]
     assert run_ranks(script) == [expected, expected]

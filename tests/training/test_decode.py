@@ -8,15 +8,19 @@ from typing import Any
 import pytest
 import torch
 
-from fastgrpo.decode import decode
+from fastgrpo.training.decode import decode
 
 
 def test_frames_are_the_policys_without_a_gradient(tiny_policy: Any) -> None:
-    latents = torch.randn(3, 3, 2, 2, 2, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    latents = torch.randn(
+        3, 3, 2, 2, 2, generator=torch.Generator().manual_seed(0)
+    ).requires_grad_()
     frames = decode(tiny_policy(), latents)
     assert frames.shape == (3, 2, 3, 2, 2)
     assert not frames.requires_grad
-    torch.testing.assert_close(frames, (1 / (1 + (-latents.detach()).exp())).permute(0, 2, 1, 3, 4), rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        frames, (1 / (1 + (-latents.detach()).exp())).permute(0, 2, 1, 3, 4), rtol=0, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])

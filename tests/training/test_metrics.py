@@ -8,10 +8,19 @@ import statistics
 import pytest
 import torch
 
-import fastgrpo.grpo
-from fastgrpo.grpo import Group, concatenate, judge_metrics, mean, memory_metrics, reward_metrics, update_metrics, worst
-from fastgrpo.self_paced import GroupStatistics
-from fastgrpo.update import UpdateStatistics
+import fastgrpo.training.step
+from fastgrpo.algorithm.self_paced import GroupStatistics
+from fastgrpo.training.step import (
+    Group,
+    concatenate,
+    judge_metrics,
+    mean,
+    memory_metrics,
+    reward_metrics,
+    update_metrics,
+    worst,
+)
+from fastgrpo.training.update import UpdateStatistics
 
 NAN = math.nan
 
@@ -19,13 +28,20 @@ NAN = math.nan
 def test_reward_metrics_by_hand() -> None:
     seen = GroupStatistics((0.0, 0.0), (0.0, 0.0))
     usable = Group(
-        [[0.2, 0.0], [0.6, 0.0], [9.0, 9.0]], [True, True, False], seen, (0.75, 0.25), [0.15, 0.45, NAN], {0: -0.7, 1: 0.7}, [1, 0]
+        [[0.2, 0.0], [0.6, 0.0], [9.0, 9.0]],
+        [True, True, False],
+        seen,
+        (0.75, 0.25),
+        [0.15, 0.45, NAN],
+        {0: -0.7, 1: 0.7},
+        [1, 0],
     )
     alike = Group([[0.5, 0.5]] * 3, [True] * 3, seen, (0.25, 0.75), [0.5, 0.5, 0.5])
     alone = Group([[9.0, 9.0], [0.7, 0.1], [9.0, 9.0]], [False, True, False], None)
-    came = reward_metrics([usable, alike, alone], ("vq", "ta"))
+    got = reward_metrics([usable, alike, alone], ("vq", "ta"))
     vq, ta = [0.2, 0.6, 0.5, 0.5, 0.5, 0.7], [0.0, 0.0, 0.5, 0.5, 0.5, 0.1]
-    # Hoyer of (0.2, 0.6): (sqrt 2 - 0.8 / sqrt 0.4) / (sqrt 2 - 1); of equal scores 0, of zeros 0; one score has none.
+    # Hoyer of (0.2, 0.6): (sqrt 2 - 0.8 / sqrt 0.4) / (sqrt 2 - 1); of equal scores 0, of zeros 0;
+    # one score has none.
     hoyer = (math.sqrt(2) - 0.8 / math.sqrt(0.4)) / (math.sqrt(2) - 1)
     expected = {
         "reward": (0.15 + 0.45 + 1.5) / 5,
@@ -42,16 +58,16 @@ def test_reward_metrics_by_hand() -> None:
         "num_skipped_groups": 2,
         "num_invalid_videos": 3,
     }
-    assert came == pytest.approx(expected, abs=1e-12)
+    assert got == pytest.approx(expected, abs=1e-12)
 
 
 def test_reward_metrics_without_any_score_are_nan_and_not_zero() -> None:
-    came = reward_metrics([Group([[1.0], [1.0]], [False, False], None)], ("vq",))
+    got = reward_metrics([Group([[1.0], [1.0]], [False, False], None)], ("vq",))
     counted = {"frac_reward_zero_std": 0.0, "num_skipped_groups": 1, "num_invalid_videos": 2}
-    assert {k: came[k] for k in counted} == counted
+    assert {k: got[k] for k in counted} == counted
     others = {"reward", "reward_std", "rewards/vq/mean", "rewards/vq/std", "weights/vq", "hoyer/vq"}
-    assert came.keys() == counted.keys() | others
-    assert all(math.isnan(came[k]) for k in others)
+    assert got.keys() == counted.keys() | others
+    assert all(math.isnan(got[k]) for k in others)
     one = reward_metrics([Group([[0.5]], [True], None)], ("vq",))
     assert (one["rewards/vq/mean"], math.isnan(one["rewards/vq/std"])) == (0.5, True)
 
@@ -59,13 +75,27 @@ def test_reward_metrics_without_any_score_are_nan_and_not_zero() -> None:
 def test_update_metrics_by_hand() -> None:
     """The drift is the first optimizer step's alone; everything else is of all steps and ranks."""
     first = UpdateStatistics(
-        steps=[0, 3, 0, 3], ratios=[1.0, 0.75, 5.0, 7.0], log_ratios=[0.0, -0.3, 1.6, 1.9], clipped=[False, True, True, True],
-        kl=[0.1, 0.2, 0.3, 0.4], num_first=2, losses=[1.0, 2.0], grad_norms=[3.0, 5.0], skipped=[False, True],
-    )  # fmt: skip
+        steps=[0, 3, 0, 3],
+        ratios=[1.0, 0.75, 5.0, 7.0],
+        log_ratios=[0.0, -0.3, 1.6, 1.9],
+        clipped=[False, True, True, True],
+        kl=[0.1, 0.2, 0.3, 0.4],
+        num_first=2,
+        losses=[1.0, 2.0],
+        grad_norms=[3.0, 5.0],
+        skipped=[False, True],
+    )
     second = UpdateStatistics(
-        steps=[0, 11], ratios=[1.125, 1.0], log_ratios=[0.1, 0.0], clipped=[False, False], kl=[0.0, 0.6], num_first=2,
-        losses=[6.0, 0.0], grad_norms=[3.0, 5.0], skipped=[False, True],
-    )  # fmt: skip
+        steps=[0, 11],
+        ratios=[1.125, 1.0],
+        log_ratios=[0.1, 0.0],
+        clipped=[False, False],
+        kl=[0.0, 0.6],
+        num_first=2,
+        losses=[6.0, 0.0],
+        grad_norms=[3.0, 5.0],
+        skipped=[False, True],
+    )
     expected = {
         "ratio_drift": 0.25,
         "ratio_drift/step_00": 0.125,
@@ -83,22 +113,36 @@ def test_update_metrics_by_hand() -> None:
 
 @pytest.mark.parametrize("ratios", [[NAN, 1.5], [1.5, NAN]])
 def test_a_drift_that_is_nan_is_not_hidden_by_another(ratios: list[float]) -> None:
-    stats = UpdateStatistics(steps=[2, 2], ratios=ratios, log_ratios=[0.0] * 2, clipped=[False] * 2, kl=[0.0] * 2, num_first=2)
+    stats = UpdateStatistics(
+        steps=[2, 2],
+        ratios=ratios,
+        log_ratios=[0.0] * 2,
+        clipped=[False] * 2,
+        kl=[0.0] * 2,
+        num_first=2,
+    )
     assert math.isnan(update_metrics([stats])["ratio_drift/step_02"])
 
 
 def test_a_drift_that_is_nan_is_the_worst_of_all_steps() -> None:
-    stats = UpdateStatistics(steps=[2, 3, 4], ratios=[1.0, NAN, 1.5], log_ratios=[0.0] * 3, clipped=[False] * 3, kl=[0.0] * 3, num_first=3)
+    stats = UpdateStatistics(
+        steps=[2, 3, 4],
+        ratios=[1.0, NAN, 1.5],
+        log_ratios=[0.0] * 3,
+        clipped=[False] * 3,
+        kl=[0.0] * 3,
+        num_first=3,
+    )
     assert math.isnan(update_metrics([stats])["ratio_drift"])
     assert max([0.5, NAN, 2.0], key=worst) is NAN
     assert max([0.5, 2.0, 0.0], key=worst) == 2.0
 
 
 def test_no_update_is_nan_and_none_skipped() -> None:
-    came = update_metrics([UpdateStatistics(), UpdateStatistics()])
-    assert came.pop("num_skipped_updates") == 0
-    assert came.keys() == {"ratio_drift", "clip_ratio", "approx_kl", "kl", "loss", "grad_norm"}
-    assert all(math.isnan(value) for value in came.values())
+    got = update_metrics([UpdateStatistics(), UpdateStatistics()])
+    assert got.pop("num_skipped_updates") == 0
+    assert got.keys() == {"ratio_drift", "clip_ratio", "approx_kl", "kl", "loss", "grad_norm"}
+    assert all(math.isnan(value) for value in got.values())
 
 
 def test_mean_and_concatenate() -> None:
@@ -108,17 +152,29 @@ def test_mean_and_concatenate() -> None:
 
 
 def test_what_the_judges_of_all_ranks_count() -> None:
-    """Counts are summed, 0 among them; of the times that sampling stood still the longest, since the ranks wait for each other."""
-    ranks = [({"answers": 24, "no_number": 0}, 0.5), ({"answers": 21, "no_number": 0, "requests": 7}, 2.0)]
-    assert judge_metrics(ranks) == {"judge/answers": 45, "judge/no_number": 0, "judge/requests": 7, "time/backpressure": 2.0}
+    """Counts are summed, 0 among them; of the times that sampling stood still the longest, since
+    the ranks wait for each other.
+    """
+    ranks = [
+        ({"answers": 24, "no_number": 0}, 0.5),
+        ({"answers": 21, "no_number": 0, "requests": 7}, 2.0),
+    ]
+    assert judge_metrics(ranks) == {
+        "judge/answers": 45,
+        "judge/no_number": 0,
+        "judge/requests": 7,
+        "time/backpressure": 2.0,
+    }
     assert judge_metrics([({}, 0.0)]) == {"time/backpressure": 0.0}
 
 
-def test_memory_is_of_the_rank_that_takes_most_and_begins_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_is_of_the_rank_that_takes_most_and_begins_anew(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     assert memory_metrics(torch.device("cpu")) == {}
     reset = []
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3_000_000_000)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset.append)
-    monkeypatch.setattr(fastgrpo.grpo, "gather", lambda value: [value, 2 * value, 0])
+    monkeypatch.setattr(fastgrpo.training.step, "gather", lambda value: [value, 2 * value, 0])
     assert memory_metrics(torch.device("cuda", 1)) == {"memory/peak_gb": 6.0}
     assert reset == [torch.device("cuda", 1)]

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastgrpo.prompts import draw_prompts, read_prompts
+from fastgrpo.training.prompts import draw_prompts, read_prompts
 
 CAPTIONS = [f"caption {i}" for i in range(7)]
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,7 +26,8 @@ ROOT = Path(__file__).resolve().parents[2]
     [
         b"a red square\n\n  \t\na blue cross  \n  caf\xc3\xa9\n\n",
         b"a red square\r\na blue cross\r\n\r\ncaf\xc3\xa9",
-        b"\xef\xbb\xbfa red square\na blue cross\ncaf\xc3\xa9\n",  # a byte order mark is no part of a caption
+        # a byte order mark is no part of a caption
+        b"\xef\xbb\xbfa red square\na blue cross\ncaf\xc3\xa9\n",
     ],
     ids=["blank lines", "CRLF, no final newline", "byte order mark"],
 )
@@ -44,12 +45,17 @@ def test_only_line_ends_end_a_caption(tmp_path: Path) -> None:
     assert read_prompts(str(file), "prompts.train") == captions
 
 
-@pytest.mark.parametrize("content", [b"\x00\xff\xfe\x80", "naïve".encode("latin-1"), b"", b"\n \n\t\n", b"\xef\xbb\xbf\n"])
-def test_a_file_without_readable_captions_is_refused_by_key_and_name(tmp_path: Path, content: bytes) -> None:
+@pytest.mark.parametrize(
+    "content",
+    [b"\x00\xff\xfe\x80", "naïve".encode("latin-1"), b"", b"\n \n\t\n", b"\xef\xbb\xbf\n"],
+)
+def test_a_file_without_readable_captions_is_refused_by_key_and_name(
+    tmp_path: Path, content: bytes
+) -> None:
     file = tmp_path / "captions.txt"
     file.write_bytes(content)
-    with pytest.raises(ValueError, match=r"prompts\.heldout") as caught:
-        read_prompts(str(file), "prompts.heldout")
+    with pytest.raises(ValueError, match=r"prompts\.validation") as caught:
+        read_prompts(str(file), "prompts.validation")
     assert str(file) in str(caught.value)
 
 
@@ -60,17 +66,24 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         read_prompts(str(tmp_path), "prompts.train")
 
 
-# --- tables -----------------------------------------------------------------------------------------------------------
+# --- tables
+# -----------------------------------------------------------------------------------------------------------
 
 
 def test_json_lines(tmp_path: Path) -> None:
-    """The column `prompt`, or else `caption`; blank lines and blank captions are left out, line ends inside a caption are kept."""
+    """The column `prompt`, or else `caption`; blank lines and blank captions are left out, line
+    ends inside a caption are kept.
+    """
     file = tmp_path / "captions.JSONL"
     file.write_bytes(
         b'\xef\xbb\xbf{"id": 1, "caption": "not this", "prompt": " a red square "}\r\n\n  \n{"prompt": ""}\n'
         b'{"prompt": "caf\\u00e9\\nterrace"}\n{"prompt": "one\xe2\x80\xa8still one"}'
     )
-    assert read_prompts(str(file), "prompts.train") == ["a red square", "café\nterrace", "one\u2028still one"]
+    assert read_prompts(str(file), "prompts.train") == [
+        "a red square",
+        "café\nterrace",
+        "one\u2028still one",
+    ]
     file.write_text('{"caption": "a"}\n{"caption": "b", "prompt": "c"}\n')
     assert read_prompts(str(file), "prompts.train") == ["a", "b"]  # the first line decides
 
@@ -100,7 +113,9 @@ def test_a_bad_line_of_json_is_named(tmp_path: Path, content: str, words: list[s
 @pytest.mark.parametrize("name", ["captions.json", "captions.csv", "captions.TSV"])
 def test_a_table_that_would_pass_for_text_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("prompt\na red square\n")
-    with pytest.raises(ValueError, match=r"prompts\.train: expected a text file, \.jsonl or \.parquet") as caught:
+    with pytest.raises(
+        ValueError, match=r"prompts\.train: expected a text file, \.jsonl or \.parquet"
+    ) as caught:
         read_prompts(str(tmp_path / name), "prompts.train")
     assert name in str(caught.value)
 
@@ -113,29 +128,51 @@ def write_parquet(file: Path, **columns: list[Any]) -> str:
 
 
 def test_parquet(tmp_path: Path) -> None:
-    path = write_parquet(tmp_path / "a.parquet", id=[1, 2, 3, 4], caption=["w", "x", "y", "z"], prompt=["a ", "", "b\nc", "é"])
+    path = write_parquet(
+        tmp_path / "a.parquet",
+        id=[1, 2, 3, 4],
+        caption=["w", "x", "y", "z"],
+        prompt=["a ", "", "b\nc", "é"],
+    )
     assert read_prompts(path, "prompts.train") == ["a", "b\nc", "é"]
-    assert read_prompts(write_parquet(tmp_path / "b.parquet", caption=["x", "y"]), "prompts.train") == ["x", "y"]
+    assert read_prompts(
+        write_parquet(tmp_path / "b.parquet", caption=["x", "y"]), "prompts.train"
+    ) == ["x", "y"]
 
 
 def test_what_is_wrong_with_a_parquet_file_is_named(tmp_path: Path) -> None:
     for path, words in (
-        (write_parquet(tmp_path / "names.parquet", text=["a"], id=[1]), ["'prompt' or 'caption'", "['text', 'id']"]),
-        (write_parquet(tmp_path / "null.parquet", prompt=["a", "b", None]), ["row 3", "column 'prompt'", "None"]),
-        (write_parquet(tmp_path / "numbers.parquet", caption=[1, 2]), ["row 1", "column 'caption'", "got 1"]),
+        (
+            write_parquet(tmp_path / "names.parquet", text=["a"], id=[1]),
+            ["'prompt' or 'caption'", "['text', 'id']"],
+        ),
+        (
+            write_parquet(tmp_path / "null.parquet", prompt=["a", "b", None]),
+            ["row 3", "column 'prompt'", "None"],
+        ),
+        (
+            write_parquet(tmp_path / "numbers.parquet", caption=[1, 2]),
+            ["row 1", "column 'caption'", "got 1"],
+        ),
         (write_parquet(tmp_path / "empty.parquet", prompt=["", " "]), ["at least one caption"]),
     ):
-        with pytest.raises(ValueError, match=r"prompts\.heldout: ") as caught:
-            read_prompts(path, "prompts.heldout")
+        with pytest.raises(ValueError, match=r"prompts\.validation: ") as caught:
+            read_prompts(path, "prompts.validation")
         assert all(word in str(caught.value) for word in [path, *words]), caught.value
     damaged = tmp_path / "null.parquet"
     damaged.write_bytes(damaged.read_bytes()[:-9])
-    with pytest.raises(ValueError, match=r"prompts\.heldout: cannot read .*null\.parquet as parquet"):
-        read_prompts(str(damaged), "prompts.heldout")
+    with pytest.raises(
+        ValueError, match=r"prompts\.validation: cannot read .*null\.parquet as parquet"
+    ):
+        read_prompts(str(damaged), "prompts.validation")
 
 
-@pytest.mark.parametrize(("library", "path"), [("pyarrow", "captions.parquet"), ("datasets", "hub:owner/captions")])
-def test_a_library_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, library: str, path: str) -> None:
+@pytest.mark.parametrize(
+    ("library", "path"), [("pyarrow", "captions.parquet"), ("datasets", "hub:owner/captions")]
+)
+def test_a_library_that_is_not_installed_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, library: str, path: str
+) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, library, None)
     (tmp_path / "captions.parquet").write_bytes(b"PAR1")
@@ -145,7 +182,8 @@ def test_a_library_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: p
     assert path in str(caught.value)
 
 
-# --- the hub ----------------------------------------------------------------------------------------------------------
+# --- the hub
+# ----------------------------------------------------------------------------------------------------------
 
 
 class Rows:
@@ -161,7 +199,9 @@ class Rows:
 
 @pytest.fixture
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], list[Any]]:
-    """stand_in(result): put a library in the place of `datasets` whose load_dataset gives, or raises, that; its calls."""
+    """stand_in(result): put a library in the place of `datasets` whose load_dataset gives, or
+    raises, that; its calls.
+    """
 
     def put(result: Any) -> list[Any]:
         calls = []
@@ -173,7 +213,10 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], list[Any]]:
             return result
 
         library: Any = ModuleType("datasets")
-        library.load_dataset, library.exceptions = load_dataset, SimpleNamespace(DatasetsError=KeyError)
+        library.load_dataset, library.exceptions = (
+            load_dataset,
+            SimpleNamespace(DatasetsError=KeyError),
+        )
         monkeypatch.setitem(sys.modules, "datasets", library)
         return calls
 
@@ -185,7 +228,11 @@ def test_a_data_set_of_the_hub(stand_in: Callable[[Any], list[Any]]) -> None:
     assert read_prompts("hub:owner/captions", "prompts.train") == ["a", "b"]
     assert read_prompts("hub:owner/captions:validation[:2]", "prompts.train") == ["a", "b"]
     assert read_prompts("hub:owner/captions/short:test", "prompts.train") == ["a", "b"]
-    assert calls == [("owner/captions", "train"), ("owner/captions", "validation[:2]"), ("owner/captions", "short", "test")]
+    assert calls == [
+        ("owner/captions", "train"),
+        ("owner/captions", "validation[:2]"),
+        ("owner/captions", "short", "test"),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -196,11 +243,17 @@ def test_a_data_set_of_the_hub(stand_in: Callable[[Any], list[Any]]) -> None:
         ("hub:o/c", ConnectionError("no network"), ["cannot load hub:o/c", "no network"]),
         ("hub:o/c", ValueError("Unknown split"), ["cannot load hub:o/c", "Unknown split"]),
         ("hub:o/c", Rows(text=["a"]), ["hub:o/c", "'prompt' or 'caption'", "['text']"]),
-        ("hub:o/c:test", Rows(prompt=["a", None]), ["hub:o/c:test", "row 2", "column 'prompt'", "None"]),
+        (
+            "hub:o/c:test",
+            Rows(prompt=["a", None]),
+            ["hub:o/c:test", "row 2", "column 'prompt'", "None"],
+        ),
         ("hub:o/c", Rows(prompt=[]), ["hub:o/c", "at least one caption"]),
     ],
 )
-def test_what_is_wrong_with_a_data_set_is_named(stand_in: Any, path: str, result: Any, words: list[str]) -> None:
+def test_what_is_wrong_with_a_data_set_is_named(
+    stand_in: Any, path: str, result: Any, words: list[str]
+) -> None:
     stand_in(result)
     with pytest.raises(ValueError, match=r"prompts\.train: ") as caught:
         read_prompts(path, "prompts.train")
@@ -208,15 +261,19 @@ def test_what_is_wrong_with_a_data_set_is_named(stand_in: Any, path: str, result
 
 
 def test_the_datasets_library_itself(tmp_path: Path) -> None:
-    """On a folder that is called like a data set, which it takes for one. In a process of its own: it reads its settings on import."""
+    """On a folder that is called like a data set, which it takes for one. In a process of its own:
+    it reads its settings on import.
+    """
     pytest.importorskip("datasets", reason="hub: is read by the datasets library")
     folder = tmp_path / "owner" / "captions"
     folder.mkdir(parents=True)
     for split, captions in (("train", ["a", "", "b"]), ("test", ["c", None])):
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps({"caption": c}) + "\n" for c in captions))
+        (folder / f"{split}.jsonl").write_text(
+            "".join(json.dumps({"caption": c}) + "\n" for c in captions)
+        )
     script = """
 import json
-from fastgrpo.prompts import read_prompts
+from fastgrpo.training.prompts import read_prompts
 def ask(path):
     try:
         return read_prompts(path, "prompts.train")
@@ -224,8 +281,19 @@ def ask(path):
         return str(error)
 print(json.dumps([ask("hub:owner/" + name) for name in ("captions", "captions:test", "captions:none", "nowhere")]))
 """
-    own = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
-    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=os.environ | own, capture_output=True, text=True, check=True)
+    own = {
+        "HF_HOME": str(tmp_path / "home"),
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        env=os.environ | own,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     train, test, no_split, nowhere = json.loads(done.stdout.splitlines()[-1])
     assert train == ["a", "b"]
     assert "hub:owner/captions:test, row 2, column 'caption'" in test
@@ -233,7 +301,8 @@ print(json.dumps([ask("hub:owner/" + name) for name in ("captions", "captions:te
     assert "cannot load hub:owner/nowhere" in nowhere
 
 
-# --- the walk ---------------------------------------------------------------------------------------------------------
+# --- the walk
+# ---------------------------------------------------------------------------------------------------------
 
 
 def test_every_epoch_is_a_permutation_of_its_own() -> None:
@@ -241,7 +310,8 @@ def test_every_epoch_is_a_permutation_of_its_own() -> None:
     epochs = [walk[i : i + 7] for i in range(0, len(walk), 7)]
     assert all(sorted(epoch) == CAPTIONS for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) > 30  # of 40, out of 5040 orders
-    # Each place is taken by each caption now and then: 40 epochs leave one out with probability 0.002.
+    # Each place is taken by each caption now and then: 40 epochs leave one out with probability
+    # 0.002.
     assert all(len({epoch[place] for epoch in epochs}) >= 6 for place in range(7))
 
 
@@ -249,8 +319,15 @@ def test_the_seed_changes_the_order() -> None:
     assert len({tuple(draw_prompts(CAPTIONS, 0, 7, seed)) for seed in range(20)}) > 15
 
 
-@given(position=st.integers(0, 100), counts=st.lists(st.integers(0, 30), max_size=5), seed=st.integers(0, 2**63 - 1), shuffle=st.booleans())
-def test_any_split_of_a_range_draws_the_same(position: int, counts: list[int], seed: int, shuffle: bool) -> None:
+@given(
+    position=st.integers(0, 100),
+    counts=st.lists(st.integers(0, 30), max_size=5),
+    seed=st.integers(0, 2**63 - 1),
+    shuffle=st.booleans(),
+)
+def test_any_split_of_a_range_draws_the_same(
+    position: int, counts: list[int], seed: int, shuffle: bool
+) -> None:
     whole = draw_prompts(CAPTIONS, position, sum(counts), seed, shuffle)
     parts, at = [], position
     for count in counts:
@@ -263,7 +340,9 @@ def test_any_split_of_a_range_draws_the_same(position: int, counts: list[int], s
 
 
 def test_without_shuffling_the_files_order_repeats() -> None:
-    assert draw_prompts(CAPTIONS, 5, 6, seed=1, shuffle=False) == [CAPTIONS[i] for i in (5, 6, 0, 1, 2, 3)]
+    assert draw_prompts(CAPTIONS, 5, 6, seed=1, shuffle=False) == [
+        CAPTIONS[i] for i in (5, 6, 0, 1, 2, 3)
+    ]
 
 
 def test_the_list_itself_stays_as_it_was() -> None:

@@ -1,4 +1,5 @@
-"""The exact savings: what each one leaves out of the work, that it changes no bit, and where it does, by how much it may.
+"""The exact savings: what each one leaves out of the work, that it changes no bit, and where it
+does, by how much it may.
 
 The first step shared has more tests in test_rollout.py.
 """
@@ -20,9 +21,14 @@ from torch import Tensor
 from fastgrpo.config import RolloutConfig, UpdateConfig
 from fastgrpo.policies.pretrained import LoRA
 from fastgrpo.policies.wan import WanPolicy
-from fastgrpo.rollout import sample_groups, start_rollout
-from fastgrpo.trajectory import WITHOUT_ADAPTERS, Rollout, branch_velocities, branch_velocity
-from fastgrpo.update import (
+from fastgrpo.training.rollout import sample_groups, start_rollout
+from fastgrpo.training.trajectory import (
+    WITHOUT_ADAPTERS,
+    Rollout,
+    branch_velocities,
+    branch_velocity,
+)
+from fastgrpo.training.update import (
     MicroBatch,
     Pair,
     UpdateStatistics,
@@ -38,17 +44,27 @@ EPS = torch.finfo(torch.float32).eps
 PROMPTS = ["a cat", "a dog"]
 SMALL = {"height": 2, "width": 2, "num_frames": 2}
 WAN = {"height": 32, "width": 48, "num_frames": 9}
-PAIRS = [Pair(0, 0, 1.5), Pair(1, 2, -0.5), Pair(3, 1, -7.0), Pair(2, 3, 0.25), Pair(0, 4, 1.5)]  # the third is clamped to -5
+PAIRS = [
+    Pair(0, 0, 1.5),
+    Pair(1, 2, -0.5),
+    Pair(3, 1, -7.0),
+    Pair(2, 3, 0.25),
+    Pair(0, 4, 1.5),
+]  # the third is clamped to -5
 
 
 @pytest.fixture(scope="module")
-def make_wan(wan_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., WanPolicy]:
+def make_wan(
+    wan_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., WanPolicy]:
     """make_wan(lora): a loaded WanPolicy whose prompts are embedded, one for each `lora`."""
     cache = str(tmp_path_factory.mktemp("cache"))
 
     @functools.cache
     def loaded(lora: LoRA | None = None) -> WanPolicy:
-        policy = WanPolicy(str(wan_folder), max_sequence_length=16, text_cache=cache, text_dtype="fp32", lora=lora)
+        policy = WanPolicy(
+            str(wan_folder), max_sequence_length=16, text_cache=cache, text_dtype="fp32", lora=lora
+        )
         policy.embed(PROMPTS, CPU)
         policy.load(CPU)
         return policy
@@ -56,11 +72,20 @@ def make_wan(wan_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Call
     return loaded
 
 
-def sampled(policy: Any, dtype: torch.dtype = torch.float32, share_first_step: bool = True, **settings: Any) -> Rollout:
+def sampled(
+    policy: Any, dtype: torch.dtype = torch.float32, share_first_step: bool = True, **settings: Any
+) -> Rollout:
     size = WAN if isinstance(policy, WanPolicy) else SMALL
-    small = {"num_inference_steps": 6, "num_generations": 2, "micro_batch_size": 1, "guidance_scale": 3.0}
+    small = {
+        "num_inference_steps": 6,
+        "num_generations": 2,
+        "micro_batch_size": 1,
+        "guidance_scale": 3.0,
+    }
     cfg = RolloutConfig(**(size | small | settings))
-    rollout = start_rollout(policy, PROMPTS, cfg, seed=3, iteration=1, first_slot=0, device=CPU, compute_dtype=dtype)
+    rollout = start_rollout(
+        policy, PROMPTS, cfg, seed=3, iteration=1, first_slot=0, device=CPU, compute_dtype=dtype
+    )
     rollout.latents.fill_(math.nan)  # what is not written shows
     for _ in sample_groups(policy, rollout, share_first_step=share_first_step):
         pass
@@ -79,18 +104,29 @@ def moved(policy: Any, by: float = 0.02, seed: int = 1) -> Any:
 
 
 class Watched:
-    """A policy whose forwards are written down: which branch, whether it keeps a graph, what comes back into it, what it keeps alive."""
+    """A policy whose forwards are written down: which branch, whether it keeps a graph, what comes
+    back into it, what it keeps alive.
+    """
 
     def __init__(self, policy: Any, rollout: Rollout) -> None:
         self.policy, self.transformer = policy, policy.transformer
-        self.uncond = None if rollout.unconditional is None else next(iter(rollout.unconditional.values()))[0]
+        self.uncond = (
+            None if rollout.unconditional is None else next(iter(rollout.unconditional.values()))[0]
+        )
         self.calls: list[str] = []
         self.gradients: dict[str, Tensor] = {}
         self.now = self.peak = 0
 
     def velocity(self, latents: Tensor, timesteps: Tensor, conditioning: Any) -> Tensor:
-        branch = "cond" if self.uncond is None or not torch.equal(next(iter(conditioning.values()))[0], self.uncond) else "uncond"
-        with torch.autograd.graph.saved_tensors_hooks(functools.partial(Kept, self), lambda kept: kept.tensor):
+        branch = (
+            "cond"
+            if self.uncond is None
+            or not torch.equal(next(iter(conditioning.values()))[0], self.uncond)
+            else "uncond"
+        )
+        with torch.autograd.graph.saved_tensors_hooks(
+            functools.partial(Kept, self), lambda kept: kept.tensor
+        ):
             velocity = self.policy.velocity(latents, timesteps, conditioning)
         self.calls.append(branch + ("+" if velocity.requires_grad else ""))
         if velocity.requires_grad:
@@ -102,7 +138,11 @@ class Kept:
     """A tensor that a forward keeps for its backward; counted as long as it lives."""
 
     def __init__(self, watched: Watched, tensor: Tensor) -> None:
-        self.watched, self.tensor, self.size = watched, tensor, tensor.numel() * tensor.element_size()
+        self.watched, self.tensor, self.size = (
+            watched,
+            tensor,
+            tensor.numel() * tensor.element_size(),
+        )
         watched.now += self.size
         watched.peak = max(watched.peak, watched.now)
 
@@ -121,14 +161,25 @@ class Outcome:
 
 
 def backward_of(
-    policy: Any, rollout: Rollout, pairs: Sequence[Pair], cfg: UpdateConfig, *, on_policy: bool, reference: Any = None
+    policy: Any,
+    rollout: Rollout,
+    pairs: Sequence[Pair],
+    cfg: UpdateConfig,
+    *,
+    on_policy: bool,
+    reference: Any = None,
 ) -> Outcome:
     watched, stats = Watched(policy, rollout), UpdateStatistics()
     trained = [p for p in policy.transformer.parameters() if p.requires_grad]
     magnitudes = [torch.zeros_like(p) for p in trained]
-    hooks = [p.register_hook(functools.partial(add_magnitude, m)) for p, m in zip(trained, magnitudes, strict=True)]
+    hooks = [
+        p.register_hook(functools.partial(add_magnitude, m))
+        for p, m in zip(trained, magnitudes, strict=True)
+    ]
     policy.transformer.zero_grad(set_to_none=True)
-    loss = accumulate_gradients(watched, rollout, pairs, len(pairs), 7.0, cfg, reference, stats, on_policy=on_policy)
+    loss = accumulate_gradients(
+        watched, rollout, pairs, len(pairs), 7.0, cfg, reference, stats, on_policy=on_policy
+    )
     for hook in hooks:
         hook.remove()
     return Outcome([p.grad.clone() for p in trained], magnitudes, loss, stats, watched)
@@ -142,28 +193,39 @@ def same_bits(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-# ------------------------------------------------------------------------------------------------------- the first step shared
+# -------- the first step shared
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("micro_batch_size", [1, 2])
-def test_wan_shares_its_first_step(make_wan: Any, dtype: torch.dtype, micro_batch_size: int) -> None:
+def test_wan_shares_its_first_step(
+    make_wan: Any, dtype: torch.dtype, micro_batch_size: int
+) -> None:
     policy = make_wan()
-    settings = {"num_inference_steps": 2, "num_generations": 4, "micro_batch_size": micro_batch_size}
-    shared, alone = (sampled(policy, dtype, share_first_step=share, **settings) for share in (True, False))
+    settings = {
+        "num_inference_steps": 2,
+        "num_generations": 4,
+        "micro_batch_size": micro_batch_size,
+    }
+    shared, alone = (
+        sampled(policy, dtype, share_first_step=share, **settings) for share in (True, False)
+    )
     assert torch.equal(shared.latents, alone.latents)
     assert torch.equal(shared.log_probs, alone.log_probs)
     # The update's forward at the first step still has the rollout's bits.
-    outcome = backward_of(policy, shared, [Pair(v, 0, 1.0) for v in range(8)], UpdateConfig(), on_policy=True)
+    outcome = backward_of(
+        policy, shared, [Pair(v, 0, 1.0) for v in range(8)], UpdateConfig(), on_policy=True
+    )
     assert outcome.stats.ratios == [1.0] * 8
 
 
-# ------------------------------------------------------------------------------------------------------ branch after branch
+# -------- branch after branch
 
 
 REFERENCE = ["cond", "uncond"]
 ORDERS = [
-    # guidance, settings, on-policy, KL, forwards of one micro-batch in their order; + keeps a graph and is back-propagated
+    # guidance, settings, on-policy, KL, forwards of one micro-batch in their order; + keeps a graph
+    # and is back-propagated
     (1.0, {}, True, False, ["cond+"]),
     (1.0, {}, False, True, ["cond", "cond+"]),
     (3.0, {"branchwise": False}, True, False, ["cond+", "uncond+"]),
@@ -178,81 +240,146 @@ ORDERS = [
 
 @pytest.mark.parametrize(("guidance_scale", "settings", "on_policy", "kl", "expected"), ORDERS)
 def test_forwards_and_their_order(
-    tiny_policy: Any, guidance_scale: float, settings: Any, on_policy: bool, kl: bool, expected: list[str]
+    tiny_policy: Any,
+    guidance_scale: float,
+    settings: Any,
+    on_policy: bool,
+    kl: bool,
+    expected: list[str],
 ) -> None:
-    """One after the other, whatever the transitions are, so that ranks keep step; with no pair at all too."""
+    """One after the other, whatever the transitions are, so that ranks keep step; with no pair at
+    all too.
+    """
     policy = tiny_policy()
     rollout = sampled(policy, guidance_scale=guidance_scale, micro_batch_size=2)
-    reference = {name: p.detach().clone() for name, p in policy.transformer.named_parameters()} if kl else None
+    reference = (
+        {name: p.detach().clone() for name, p in policy.transformer.named_parameters()}
+        if kl
+        else None
+    )
     cfg = UpdateConfig(kl_coef=0.5 if kl else 0.0, **settings)
     for pairs, passes in ((PAIRS, 3), ([], 2)):
         watched, stats = Watched(policy, rollout), UpdateStatistics()
         num_pairs = max(len(pairs), 3)
-        accumulate_gradients(watched, rollout, pairs, num_pairs, 7.0, cfg, reference, stats, on_policy=on_policy)  # type: ignore[arg-type]
+        accumulate_gradients(
+            watched, rollout, pairs, num_pairs, 7.0, cfg, reference, stats, on_policy=on_policy
+        )  # type: ignore[arg-type]
         assert watched.calls == expected * passes
         assert stats.ratios == [1.0] * len(pairs)
     assert all(torch.isfinite(p.grad).all() for p in policy.transformer.parameters())
 
 
-@pytest.mark.parametrize("variant", ["all", "sliding", "single", "cps", "cond_only", "KL", "micro-batch of 3"])
-def test_off_policy_one_micro_batch_is_the_joint_backward_to_the_bit(tiny_policy: Any, variant: str) -> None:
+@pytest.mark.parametrize(
+    "variant", ["all", "sliding", "single", "cps", "cond_only", "KL", "micro-batch of 3"]
+)
+def test_off_policy_one_micro_batch_is_the_joint_backward_to_the_bit(
+    tiny_policy: Any, variant: str
+) -> None:
     """Both add the same two terms to a gradient of zero."""
     base = tiny_policy()
     window = {"sde_window": variant, "window_size": 3} if variant in ("sliding", "single") else {}
     size = 3 if variant.startswith("micro") else 1
-    rollout = sampled(base, sde="cps" if variant == "cps" else "dance", micro_batch_size=size, **window)
-    policy, reference = moved(base), {name: p.detach().clone() for name, p in base.transformer.named_parameters()}
-    cfg = UpdateConfig(clip_range=0.02, cfg_grad="cond_only" if variant == "cond_only" else "both", kl_coef=0.3 if variant == "KL" else 0.0)
+    rollout = sampled(
+        base, sde="cps" if variant == "cps" else "dance", micro_batch_size=size, **window
+    )
+    policy, reference = (
+        moved(base),
+        {name: p.detach().clone() for name, p in base.transformer.named_parameters()},
+    )
+    cfg = UpdateConfig(
+        clip_range=0.02,
+        cfg_grad="cond_only" if variant == "cond_only" else "both",
+        kl_coef=0.3 if variant == "KL" else 0.0,
+    )
     for video in range(4):
-        pairs = [Pair(video, rollout.trainable_steps[video // 2][0], -0.7), Pair(3, rollout.trainable_steps[1][-1], 2.0)][: min(size, 2)]
+        pairs = [
+            Pair(video, rollout.trainable_steps[video // 2][0], -0.7),
+            Pair(3, rollout.trainable_steps[1][-1], 2.0),
+        ][: min(size, 2)]
         branchwise, joint = (
             backward_of(
-                policy, rollout, pairs, dataclasses.replace(cfg, branchwise=on), on_policy=False,
+                policy,
+                rollout,
+                pairs,
+                dataclasses.replace(cfg, branchwise=on),
+                on_policy=False,
                 reference=reference if variant == "KL" else None,
-            ) for on in (True, False)
-        )  # fmt: skip
+            )
+            for on in (True, False)
+        )
         assert same_bits(branchwise.gradients, joint.gradients)
         assert (branchwise.loss, branchwise.stats) == (joint.loss, joint.stats)
         assert any(g.abs().max() > 0 for g in joint.gradients)
 
 
 @pytest.mark.parametrize("cfg_grad", ["both", "cond_only"])
-def test_off_policy_many_micro_batches_differ_by_the_order_of_a_sum(tiny_policy: Any, cfg_grad: str) -> None:
-    """n terms added in fp32 in any order are within (n - 1) eps / 2 of the sum of their magnitudes from the exact sum, either way."""
+def test_off_policy_many_micro_batches_differ_by_the_order_of_a_sum(
+    tiny_policy: Any, cfg_grad: str
+) -> None:
+    """n terms added in fp32 in any order are within (n - 1) eps / 2 of the sum of their magnitudes
+    from the exact sum, either way.
+    """
     base = tiny_policy()
     rollout, policy = sampled(base), moved(base)
     cfg = UpdateConfig(clip_range=0.02, cfg_grad=cfg_grad)
     branchwise, joint = (
-        backward_of(policy, rollout, PAIRS, dataclasses.replace(cfg, branchwise=on), on_policy=False) for on in (True, False)
+        backward_of(
+            policy, rollout, PAIRS, dataclasses.replace(cfg, branchwise=on), on_policy=False
+        )
+        for on in (True, False)
     )
     terms = len(PAIRS) * (2 if cfg_grad == "both" else 1)
-    for one, other, magnitude in zip(branchwise.gradients, joint.gradients, branchwise.magnitudes, strict=True):
+    for one, other, magnitude in zip(
+        branchwise.gradients, joint.gradients, branchwise.magnitudes, strict=True
+    ):
         assert ((one - other).abs() <= (terms - 1) * EPS * magnitude).all()
-    assert same_bits(branchwise.gradients, joint.gradients) == (cfg_grad == "cond_only")  # one term a micro-batch: the same sum
+    assert same_bits(branchwise.gradients, joint.gradients) == (
+        cfg_grad == "cond_only"
+    )  # one term a micro-batch: the same sum
     assert (branchwise.loss, branchwise.stats) == (joint.loss, joint.stats)
 
 
-def allowed_difference(rollout: Rollout, batch: MicroBatch, gradient: Tensor, share: float, divisor: float) -> Tensor:
+def allowed_difference(
+    rollout: Rollout, batch: MicroBatch, gradient: Tensor, share: float, divisor: float
+) -> Tensor:
     """By how much dL/dv from the noise may differ from dL/dv from the stored states.
 
-    dL/dv = share A b e / (s^2 P) (cps: 2 A b e / P), and the noise gives s eps for e = x' - mean. The mean has the same bits in both; x'
-    is mean + s eps, rounded to fp32: by at most eps/2 |x'|. That is eps |x'| / (2 s) of the noise's deviation. The rest are roundings
-    of products: of e itself and of the few factors, in fp32 and to the velocity's dtype.
+    dL/dv = share A b e / (s^2 P) (cps: 2 A b e / P), and the noise gives s eps for e = x' -
+    mean. The mean has the same bits in both; x' is mean + s eps, rounded to fp32: by at most
+    eps/2 |x'|. That is eps |x'| / (2 s) of the noise's deviation. The rest are roundings of
+    products: of e itself and of the few factors, in fp32 and to the velocity's dtype.
     """
-    b, std, advantage = (c.double().view(-1, *[1] * len(rollout.latent_shape)) for c in (batch.b, batch.std, batch.advantages.clamp(-5, 5)))
-    slope = (share * advantage * b / math.prod(rollout.latent_shape) / divisor).abs() * (std**-2 if rollout.normalized else 2)
-    return slope * EPS / 2 * batch.next_latents.double().abs() + (6 * EPS + torch.finfo(gradient.dtype).eps) * gradient.double().abs()
+    b, std, advantage = (
+        c.double().view(-1, *[1] * len(rollout.latent_shape))
+        for c in (batch.b, batch.std, batch.advantages.clamp(-5, 5))
+    )
+    slope = (share * advantage * b / math.prod(rollout.latent_shape) / divisor).abs() * (
+        std**-2 if rollout.normalized else 2
+    )
+    return (
+        slope * EPS / 2 * batch.next_latents.double().abs()
+        + (6 * EPS + torch.finfo(gradient.dtype).eps) * gradient.double().abs()
+    )
 
 
 @pytest.mark.parametrize("sde", ["dance", "flow", "linear", "cps"])
 @pytest.mark.parametrize("sde_window", ["all", "sliding", "single"])
-def test_on_policy_it_is_the_joint_backward_but_for_the_rounding_of_the_states(tiny_policy: Any, sde: str, sde_window: str) -> None:
+def test_on_policy_it_is_the_joint_backward_but_for_the_rounding_of_the_states(
+    tiny_policy: Any, sde: str, sde_window: str
+) -> None:
     policy = tiny_policy()
     rollout = sampled(policy, sde=sde, sde_window=sde_window, window_size=3)
     cfg = UpdateConfig()
-    for pair in [Pair(v, step, (1.5, -0.5, -7.0, 0.25)[v]) for v in range(4) for step in rollout.trainable_steps[v // 2]]:
+    for pair in [
+        Pair(v, step, (1.5, -0.5, -7.0, 0.25)[v])
+        for v in range(4)
+        for step in rollout.trainable_steps[v // 2]
+    ]:
         known, joint = (
-            backward_of(policy, rollout, [pair], dataclasses.replace(cfg, branchwise=on), on_policy=True) for on in (True, False)
+            backward_of(
+                policy, rollout, [pair], dataclasses.replace(cfg, branchwise=on), on_policy=True
+            )
+            for on in (True, False)
         )
         assert known.stats == joint.stats
         assert known.stats.ratios == [1.0]
@@ -263,15 +390,26 @@ def test_on_policy_it_is_the_joint_backward_but_for_the_rounding_of_the_states(t
             bounds[branch] = allowed_difference(rollout, batch, other, share, 7.0)
             assert other.abs().max() > 0
             assert ((one.double() - other.double()).abs() <= bounds[branch]).all()
-        # What a parameter gets is J^T dL/dv summed over both branches, in 24 and more fp32 terms: the same bound, carried through |J|^T.
+        # What a parameter gets is J^T dL/dv summed over both branches, in 24 and more fp32 terms:
+        # the same bound, carried through |J|^T.
         limits = [torch.zeros_like(p, dtype=torch.float64) for p in policy.transformer.parameters()]
         for branch in ("cond", "uncond"):
             velocity = branch_velocity(
-                policy, rollout, batch.latents, batch.videos, batch.steps, conditional=branch == "cond"
-            ).flatten()  # fmt: skip
-            arriving = bounds[branch].flatten() + 64 * EPS * joint.watched.gradients[branch].double().abs().flatten()
+                policy,
+                rollout,
+                batch.latents,
+                batch.videos,
+                batch.steps,
+                conditional=branch == "cond",
+            ).flatten()
+            arriving = (
+                bounds[branch].flatten()
+                + 64 * EPS * joint.watched.gradients[branch].double().abs().flatten()
+            )
             for output, amount in zip(velocity, arriving, strict=True):
-                rows = torch.autograd.grad(output, [*policy.transformer.parameters()], retain_graph=True)
+                rows = torch.autograd.grad(
+                    output, [*policy.transformer.parameters()], retain_graph=True
+                )
                 for limit, row in zip(limits, rows, strict=True):
                     limit += row.double().abs() * amount
         for one, other, limit in zip(known.gradients, joint.gradients, limits, strict=True):
@@ -280,35 +418,56 @@ def test_on_policy_it_is_the_joint_backward_but_for_the_rounding_of_the_states(t
 
 @pytest.mark.parametrize(
     ("dtype", "lora", "micro_batch_size"),
-    [(torch.float32, None, 1), (torch.bfloat16, None, 1), (torch.bfloat16, LoRA(rank=4), 1), (torch.float32, LoRA(rank=4), 2)],
+    [
+        (torch.float32, None, 1),
+        (torch.bfloat16, None, 1),
+        (torch.bfloat16, LoRA(rank=4), 1),
+        (torch.float32, LoRA(rank=4), 2),
+    ],
 )
 def test_wan(make_wan: Any, dtype: torch.dtype, lora: LoRA | None, micro_batch_size: int) -> None:
-    """On-policy: what goes into the branches is within its bound, and what comes of it has the bits of the joint graph's backward."""
+    """On-policy: what goes into the branches is within its bound, and what comes of it has the bits
+    of the joint graph's backward.
+    """
     policy = make_wan(lora)
     if lora is not None:  # B starts at zero
         policy = moved(policy, 0.05)
     rollout = sampled(policy, dtype, num_inference_steps=4, micro_batch_size=micro_batch_size)
     pairs = [Pair(0, 2, 1.5), Pair(3, 0, -0.8)][:micro_batch_size]
     cfg = UpdateConfig()
-    known, joint = (backward_of(policy, rollout, pairs, dataclasses.replace(cfg, branchwise=on), on_policy=True) for on in (True, False))
+    known, joint = (
+        backward_of(policy, rollout, pairs, dataclasses.replace(cfg, branchwise=on), on_policy=True)
+        for on in (True, False)
+    )
     assert known.stats.ratios == joint.stats.ratios == [1.0] * len(pairs)
     assert known.loss == joint.loss
     batch = micro_batch(rollout, pairs)
     for branch, share in (("cond", 3.0), ("uncond", -2.0)):
         one, other = known.watched.gradients[branch], joint.watched.gradients[branch]
-        assert ((one.double() - other.double()).abs() <= allowed_difference(rollout, batch, other, share, 7.0)).all()
+        assert (
+            (one.double() - other.double()).abs()
+            <= allowed_difference(rollout, batch, other, share, 7.0)
+        ).all()
 
     trained = [p for p in policy.transformer.parameters() if p.requires_grad]
     velocities = branch_velocities(policy, rollout, batch.latents, batch.videos, batch.steps)
     gradients = known_gradients(rollout, batch, cfg, micro_batch_size / 7.0, velocities[0].dtype)
     assert same_bits(known.gradients, torch.autograd.grad(velocities, trained, gradients))  # type: ignore[arg-type]
 
-    # Off-policy, and with a KL where the adapters are what is trained: the joint backward to the bit.
+    # Off-policy, and with a KL where the adapters are what is trained: the joint backward to the
+    # bit.
     other_weights = moved(policy, 1e-3, seed=2)
     reference = None if lora is None else WITHOUT_ADAPTERS
     off = UpdateConfig(clip_range=0.02, kl_coef=0.0 if reference is None else 0.1)
     branchwise, joint = (
-        backward_of(other_weights, rollout, pairs, dataclasses.replace(off, branchwise=on), on_policy=False, reference=reference)
+        backward_of(
+            other_weights,
+            rollout,
+            pairs,
+            dataclasses.replace(off, branchwise=on),
+            on_policy=False,
+            reference=reference,
+        )
         for on in (True, False)
     )
     assert same_bits(branchwise.gradients, joint.gradients)
@@ -323,13 +482,17 @@ def test_activations_of_one_branch_live_at_a_time(make_wan: Any, dtype: torch.dt
     pairs = [Pair(0, 1, 1.5), Pair(2, 0, -0.5)]
     alone = Watched(policy, rollout)
     batch = micro_batch(rollout, pairs[:1])
-    velocity = branch_velocity(alone, rollout, batch.latents, batch.videos, batch.steps, conditional=True)  # type: ignore[arg-type]
+    velocity = branch_velocity(
+        alone, rollout, batch.latents, batch.videos, batch.steps, conditional=True
+    )  # type: ignore[arg-type]
     one_branch = alone.now
     velocity.sum().backward()
     assert alone.now == 0
     assert one_branch > 100 * batch.latents.numel()
     peaks = {
-        name: backward_of(policy, rollout, pairs, UpdateConfig(**settings), on_policy=on_policy).watched.peak
+        name: backward_of(
+            policy, rollout, pairs, UpdateConfig(**settings), on_policy=on_policy
+        ).watched.peak
         for name, settings, on_policy in (
             ("joint", {"branchwise": False}, True),
             ("on-policy", {}, True),
@@ -337,23 +500,35 @@ def test_activations_of_one_branch_live_at_a_time(make_wan: Any, dtype: torch.dt
             ("one branch trained", {"cfg_grad": "cond_only"}, False),
         )
     }
-    assert peaks == {"joint": 2 * one_branch, "on-policy": one_branch, "off-policy": one_branch, "one branch trained": one_branch}
+    assert peaks == {
+        "joint": 2 * one_branch,
+        "on-policy": one_branch,
+        "off-policy": one_branch,
+        "one branch trained": one_branch,
+    }
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("micro_batch_size", [1, 3])
-def test_a_branch_alone_has_the_bits_it_has_beside_the_other(make_wan: Any, dtype: torch.dtype, micro_batch_size: int) -> None:
+def test_a_branch_alone_has_the_bits_it_has_beside_the_other(
+    make_wan: Any, dtype: torch.dtype, micro_batch_size: int
+) -> None:
     policy = make_wan()
     rollout = sampled(policy, dtype, num_inference_steps=3, micro_batch_size=micro_batch_size)
-    batch = micro_batch(rollout, [Pair(3, 1, 1.0), Pair(0, 0, 1.0), Pair(2, 1, 1.0)][:micro_batch_size])
+    batch = micro_batch(
+        rollout, [Pair(3, 1, 1.0), Pair(0, 0, 1.0), Pair(2, 1, 1.0)][:micro_batch_size]
+    )
     at = batch.latents, batch.videos, batch.steps
     with torch.no_grad():
         together = branch_velocities(policy, rollout, *at)
-        alone = [branch_velocity(policy, rollout, *at, conditional=conditional) for conditional in (True, False)]
+        alone = [
+            branch_velocity(policy, rollout, *at, conditional=conditional)
+            for conditional in (True, False)
+        ]
     assert same_bits(alone, together)  # type: ignore[arg-type]
 
 
-# ------------------------------------------------------------------------------------------------------- within an iteration
+# -------- within an iteration
 
 
 class Steps(torch.optim.SGD):
@@ -368,16 +543,26 @@ class Steps(torch.optim.SGD):
         super().step(closure)
 
 
-def test_only_until_a_weight_has_moved_is_the_gradient_taken_for_known(tiny_policy: Any, one_rank: Any) -> None:
+def test_only_until_a_weight_has_moved_is_the_gradient_taken_for_known(
+    tiny_policy: Any, one_rank: Any
+) -> None:
     policy, seen = tiny_policy(), {}
     rollout = sampled(policy)
-    advantages, cfg = {0: 1.5, 1: -0.5, 2: -1.0, 3: 0.25}, UpdateConfig(gradient_accumulation=2, clip_range=0.02, max_grad_norm=1e9)
+    advantages, cfg = (
+        {0: 1.5, 1: -0.5, 2: -1.0, 3: 0.25},
+        UpdateConfig(gradient_accumulation=2, clip_range=0.02, max_grad_norm=1e9),
+    )
     for branchwise in (True, False):
         trained = copy.deepcopy(policy)
         watched, optimizer = Watched(trained, rollout), Steps(trained)
         stats = update(
-            watched, optimizer, rollout, [0, 1, 2, 3], advantages, dataclasses.replace(cfg, branchwise=branchwise)  # type: ignore[arg-type]
-        )  # fmt: skip
+            watched,
+            optimizer,
+            rollout,
+            [0, 1, 2, 3],
+            advantages,
+            dataclasses.replace(cfg, branchwise=branchwise),  # type: ignore[arg-type]
+        )
         seen[branchwise] = stats, optimizer.seen, watched.calls
     first = 2 * 3  # videos, and int(0.6 * 5) steps of each
     assert seen[True][2] == ["cond+", "uncond+"] * first + ["uncond", "cond+", "uncond+"] * first
@@ -386,19 +571,28 @@ def test_only_until_a_weight_has_moved_is_the_gradient_taken_for_known(tiny_poli
         assert stats.num_first == first
         assert stats.ratios[:first] == [1.0] * first
         assert 1.0 not in stats.ratios[first:]
-    for one, other in zip(seen[True][1], seen[False][1], strict=True):  # and on the whole the two train alike
+    for one, other in zip(
+        seen[True][1], seen[False][1], strict=True
+    ):  # and on the whole the two train alike
         for p, q in zip(one, other, strict=True):
             torch.testing.assert_close(p, q, rtol=0, atol=2e-5 * q.abs().max().item())
 
 
 @pytest.mark.parametrize("fault", ["state", "log-probability"])
-def test_a_step_left_out_leaves_the_next_one_on_policy(tiny_policy: Any, one_rank: Any, fault: str) -> None:
-    """What is not finite shows in the loss, though not in the gradient that is known from the noise."""
+def test_a_step_left_out_leaves_the_next_one_on_policy(
+    tiny_policy: Any, one_rank: Any, fault: str
+) -> None:
+    """What is not finite shows in the loss, though not in the gradient that is known from the
+    noise.
+    """
     policy = tiny_policy()
     rollout = sampled(policy)
     (rollout.latents if fault == "state" else rollout.log_probs)[0] = math.nan
     watched, optimizer = Watched(policy, rollout), Steps(policy)
-    advantages, cfg = {0: 1.5, 1: -0.5, 2: -1.0, 3: 0.25}, UpdateConfig(gradient_accumulation=2, max_grad_norm=1e9)
+    advantages, cfg = (
+        {0: 1.5, 1: -0.5, 2: -1.0, 3: 0.25},
+        UpdateConfig(gradient_accumulation=2, max_grad_norm=1e9),
+    )
     stats = update(watched, optimizer, rollout, [0, 1, 2, 3], advantages, cfg)  # type: ignore[arg-type]
     assert stats.skipped == [True, False]
     assert watched.calls == ["cond+", "uncond+"] * 12
@@ -408,12 +602,16 @@ def test_a_step_left_out_leaves_the_next_one_on_policy(tiny_policy: Any, one_ran
 
 
 def test_a_ratio_that_is_not_1_shows(tiny_policy: Any) -> None:
-    """Then the gradient is that of ratio 1 all the same, and the statistics have the ratio that the forward gave."""
+    """Then the gradient is that of ratio 1 all the same, and the statistics have the ratio that the
+    forward gave.
+    """
     base = tiny_policy()
     rollout, policy = sampled(base), moved(base)
     batch = micro_batch(rollout, PAIRS[:1])
     watched = Watched(policy, rollout)
-    _, (ratio, *_) = backpropagate(watched, rollout, PAIRS[:1], UpdateConfig(), None, scale=1 / 7.0, on_policy=True)  # type: ignore[arg-type]
+    _, (ratio, *_) = backpropagate(
+        watched, rollout, PAIRS[:1], UpdateConfig(), None, scale=1 / 7.0, on_policy=True
+    )  # type: ignore[arg-type]
     joint = backward_of(policy, rollout, PAIRS[:1], UpdateConfig(branchwise=False), on_policy=True)
     assert ratio.tolist() == joint.stats.ratios != [1.0]
     expected = known_gradients(rollout, batch, UpdateConfig(), 1 / 7.0, torch.float32)
@@ -424,14 +622,14 @@ SHARDED = """
 import json, os, torch
 from conftest import TinyPolicy
 from torch.distributed.tensor import DTensor
-from fastgrpo import parallel
+from fastgrpo.distributed import collectives
 from fastgrpo.config import ParallelConfig, RolloutConfig, RuntimeConfig, UpdateConfig
-from fastgrpo.rollout import sample_groups, start_rollout
-from fastgrpo.sharding import prepare
-from fastgrpo.update import Pair, UpdateStatistics, accumulate_gradients
+from fastgrpo.training.rollout import sample_groups, start_rollout
+from fastgrpo.distributed.sharding import prepare
+from fastgrpo.training.update import Pair, UpdateStatistics, accumulate_gradients
 
-device = parallel.start(RuntimeConfig(device="cpu"))
-rank, found = parallel.rank(), {}
+device = collectives.start(RuntimeConfig(device="cpu"))
+rank, found = collectives.rank(), {}
 cfg = RolloutConfig(height=2, width=2, num_frames=2, num_inference_steps=6, num_generations=2, micro_batch_size=1, guidance_scale=3.0)
 for shard in ("none", "full"):
     policy = TinyPolicy()
@@ -439,23 +637,26 @@ for shard in ("none", "full"):
     rollout = start_rollout(policy, ["a cat", "a dog"], cfg, seed=3, iteration=1, first_slot=2 * rank, device=device)
     for _ in sample_groups(policy, rollout):
         pass
-    pairs = [Pair(0, 0, 1.5), Pair(1, 2, -0.5), Pair(3, 1, -7.0)][: 3 - 2 * rank]  # one rank has fewer
+    # one rank has fewer
+    pairs = [Pair(0, 0, 1.5), Pair(1, 2, -0.5), Pair(3, 1, -7.0)][: 3 - 2 * rank]
     for name, branchwise, on_policy in (("joint", False, True), ("known", True, True), ("off-policy", True, False)):
         policy.transformer.zero_grad(set_to_none=True)
         policy.batch_sizes.clear()
         stats, update = UpdateStatistics(), UpdateConfig(branchwise=branchwise)
         accumulate_gradients(policy, rollout, pairs, 3, 7.0, update, None, stats, on_policy=on_policy)
         parameters = list(policy.transformer.parameters())
-        parallel.average_gradients(parameters)
+        collectives.average_gradients(parameters)
         whole = [p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad for p in parameters]
         found[f"{shard} {name}"] = [[g.flatten().tolist() for g in whole], stats.ratios, len(policy.batch_sizes)]
 print(json.dumps(found))
-parallel.stop()
+collectives.stop()
 """
 
 
 def test_sharded_ranks_keep_step_and_get_the_same_gradients(run_ranks: Any) -> None:
-    """FSDP2 over two processes: each order of the branches against the joint backward of whole copies."""
+    """FSDP2 over two processes: each order of the branches against the joint backward of whole
+    copies.
+    """
     first, second = run_ranks(SHARDED)
     expected = [torch.tensor(g) for g in first["none joint"][0]]
     for key, (gradients, ratios, forwards) in first.items():
@@ -463,20 +664,27 @@ def test_sharded_ranks_keep_step_and_get_the_same_gradients(run_ranks: Any) -> N
         assert gradients == second[key][0]
         assert ratios + second[key][1] == [1.0] * 4
         for one, other in zip(gradients, expected, strict=True):  # eps |x'| / (2 s) is about 1e-6
-            torch.testing.assert_close(torch.tensor(one), other, rtol=0, atol=1e-5 * other.abs().max().item())
+            torch.testing.assert_close(
+                torch.tensor(one), other, rtol=0, atol=1e-5 * other.abs().max().item()
+            )
 
 
-# ----------------------------------------------------------------------------------------------------------- un-tiled decode
+# -------- un-tiled decode
 
 
 def test_the_decode_is_the_untiled_fp32_one_and_tiles_blend(make_wan: Any) -> None:
     policy = make_wan()
     latents = torch.randn(2, 16, 2, 8, 8, generator=torch.Generator().manual_seed(0))
-    mean, std = (torch.tensor(row)[:, None, None, None] for row in (policy.vae.config.latents_mean, policy.vae.config.latents_std))
+    mean, std = (
+        torch.tensor(row)[:, None, None, None]
+        for row in (policy.vae.config.latents_mean, policy.vae.config.latents_std)
+    )
     assert not policy.vae.use_tiling
     untiled = policy.decode(latents)
     with torch.no_grad():
         exact = torch.cat([policy.vae.decode((x * std + mean)[None]).sample for x in latents])
-    torch.testing.assert_close(untiled, (exact / 2 + 0.5).clamp(0, 1).transpose(1, 2), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        untiled, (exact / 2 + 0.5).clamp(0, 1).transpose(1, 2), rtol=0, atol=1e-5
+    )
     policy.vae.enable_tiling(32, 32, 24, 24)  # of 64 x 64 pixels
     assert (policy.decode(latents) - untiled).abs().max() > 1e-3

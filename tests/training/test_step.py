@@ -1,4 +1,6 @@
-"""One step as the paper puts it, with each quantity recomputed here from the videos, and the state that lives through a run."""
+"""One step as the paper puts it, with each quantity recomputed here from the videos, and the state
+that lives through a run.
+"""
 
 from __future__ import annotations
 
@@ -12,36 +14,61 @@ from typing import Any
 import pytest
 import torch
 
-from fastgrpo import grpo
-from fastgrpo.config import EvaluationConfig, PacingConfig, PromptsConfig, RolloutConfig, TrainConfig, UpdateConfig
-from fastgrpo.grpo import Trainer
-from fastgrpo.rewards.scoring import ScoringQueue
+from fastgrpo.config import (
+    EvaluationConfig,
+    PacingConfig,
+    PromptsConfig,
+    RolloutConfig,
+    TrainConfig,
+    UpdateConfig,
+)
+from fastgrpo.rewards.queue import ScoringQueue
+from fastgrpo.training import step
+from fastgrpo.training.step import Trainer
 
 CPU = torch.device("cpu")
 CAPTIONS = ["a cat", "a dog", "a fish", "a cow", "a horse"]
 NAN = math.nan
 ROLLOUT = {
-    "num_prompts": 2, "num_generations": 6, "height": 2, "width": 2, "num_frames": 2, "num_inference_steps": 5,
-    "guidance_scale": 3.0, "micro_batch_size": 4,
-}  # fmt: skip
+    "num_prompts": 2,
+    "num_generations": 6,
+    "height": 2,
+    "width": 2,
+    "num_frames": 2,
+    "num_inference_steps": 5,
+    "guidance_scale": 3.0,
+    "micro_batch_size": 4,
+}
 UPDATE = {"num_best": 2, "num_worst": 1, "gradient_accumulation": 3, "learning_rate": 0.01}
 
 
 @pytest.fixture
 def make(one_rank: Any, tiny_policy: Any, tiny_judge: Any) -> Iterator[Callable[..., Trainer]]:
-    """make(rollout={...}, update={...}, pacing={...}, captions=[...]): a trainer of the tiny policy."""
+    """make(rollout={...}, update={...}, pacing={...}, captions=[...]): a trainer of the tiny
+    policy.
+    """
     judges: list[ScoringQueue] = []
 
     def build(
-        rollout: Any = None, update: Any = None, pacing: Any = None, captions: list[str] = CAPTIONS, shuffle: bool = True,
-        reward: Any = None, **top: Any,
-    ) -> Trainer:  # fmt: skip
+        rollout: Any = None,
+        update: Any = None,
+        pacing: Any = None,
+        captions: list[str] = CAPTIONS,
+        shuffle: bool = True,
+        reward: Any = None,
+        **top: Any,
+    ) -> Trainer:
         policy, reward = tiny_policy(), reward or tiny_judge()
         config = TrainConfig(
-            policy=policy, reward=reward, prompts=PromptsConfig(train="-", shuffle=shuffle),
-            rollout=RolloutConfig(**(ROLLOUT | (rollout or {}))), update=UpdateConfig(**(UPDATE | (update or {}))),
-            pacing=PacingConfig(**({"thresholds": (0.5, 0.5)} | (pacing or {}))), evaluation=EvaluationConfig(), **top,
-        )  # fmt: skip
+            policy=policy,
+            reward=reward,
+            prompts=PromptsConfig(train="-", shuffle=shuffle),
+            rollout=RolloutConfig(**(ROLLOUT | (rollout or {}))),
+            update=UpdateConfig(**(UPDATE | (update or {}))),
+            pacing=PacingConfig(**({"thresholds": (0.5, 0.5)} | (pacing or {}))),
+            evaluation=EvaluationConfig(),
+            **top,
+        )
         judges.append(ScoringQueue(reward))
         return Trainer(config, policy, judges[-1], list(captions), CPU, torch.float32)
 
@@ -62,31 +89,43 @@ def all_equal(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
     return all(torch.equal(p, q) for p, q in zip(one, other, strict=True))
 
 
-# ------------------------------------------------------------------------------------------------------- one step, redone
+# -------- one step, redone
 
 
 def watch_update(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What each call of `update` was handed: rollout, chosen, advantages."""
     calls: list[Any] = []
 
-    def watched(policy: Any, optimizer: Any, rollout: Any, chosen: Any, advantages: Any, *args: Any, **kwargs: Any) -> Any:
+    def watched(
+        policy: Any,
+        optimizer: Any,
+        rollout: Any,
+        chosen: Any,
+        advantages: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
         calls.append((rollout, chosen, advantages, kwargs))
         return real(policy, optimizer, rollout, chosen, advantages, *args, **kwargs)
 
-    real = grpo.update
-    monkeypatch.setattr(grpo, "update", watched)
+    real = step.update
+    monkeypatch.setattr(step, "update", watched)
     return calls
 
 
 def channel_means(trainer: Trainer, rollout: Any) -> list[list[float]]:
-    """The judge's scores [B][3], from the stored trajectories: x0 at the last step, logistic, mean of each channel."""
+    """The judge's scores [B][3], from the stored trajectories: x0 at the last step, logistic, mean
+    of each channel.
+    """
     policy, scores = trainer.policy, []
     for video in range(rollout.num_videos):
         x, sigma = rollout.latents[video, -2][None], float(rollout.sigmas[-2])
         t = torch.tensor([float(int(1000 * sigma))])
         with torch.no_grad():
             text, none = policy.encode([rollout.prompts[video // 6]]), policy.encode([""])
-            v = policy.velocity(x, t, none) + 3.0 * (policy.velocity(x, t, text) - policy.velocity(x, t, none))
+            v = policy.velocity(x, t, none) + 3.0 * (
+                policy.velocity(x, t, text) - policy.velocity(x, t, none)
+            )
         scores.append(torch.sigmoid(x - sigma * v)[0].double().mean(dim=(1, 2, 3)).tolist())
     return scores
 
@@ -117,21 +156,44 @@ def test_a_step_trains_the_best_and_the_worst_of_each_group(
     assert metrics["ratio_drift"] == 0.0
     assert metrics["num_skipped_updates"] == 0
     assert metrics["reward"] == pytest.approx(statistics.fmean(rewards), abs=1e-6)
-    assert metrics["reward_std"] == pytest.approx((statistics.stdev(rewards[:6]) + statistics.stdev(rewards[6:])) / 2, abs=1e-6)
+    assert metrics["reward_std"] == pytest.approx(
+        (statistics.stdev(rewards[:6]) + statistics.stdev(rewards[6:])) / 2, abs=1e-6
+    )
     for k, name in enumerate(("red", "green", "blue")):
-        assert metrics[f"rewards/{name}/mean"] == pytest.approx(statistics.fmean(row[k] for row in scores), abs=1e-6)
+        assert metrics[f"rewards/{name}/mean"] == pytest.approx(
+            statistics.fmean(row[k] for row in scores), abs=1e-6
+        )
         assert metrics[f"weights/{name}"] == (k == stage - 1)
-        assert metrics[f"competence/{name}"] == pytest.approx(metrics[f"rewards/{name}/mean"], abs=1e-9)
+        assert metrics[f"competence/{name}"] == pytest.approx(
+            metrics[f"rewards/{name}/mean"], abs=1e-9
+        )
     assert not all_equal(weights(trainer), weights(untouched))
     assert metrics["iteration"] == 1
-    assert {"time/rollout", "time/reward", "time/update", "step_time", "learning_rate"} <= metrics.keys()
+    assert {
+        "time/rollout",
+        "time/reward",
+        "time/update",
+        "step_time",
+        "learning_rate",
+    } <= metrics.keys()
     assert trainer.step(2)["iteration"] == 2
     assert not {*calls[1][0].noise_seeds.tolist()} & {*rollout.noise_seeds.tolist()}
 
 
-def test_the_reward_is_the_self_paced_mixture(make: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two stages below their thresholds and above: weights as Eqs. 6 and 9 written out, and advantages of the mixture."""
-    trainer = make(pacing={"thresholds": (0.4, 0.55), "gate_temperature": 0.1, "sparsity_weight": 0.7, "sharpness": 2.0})
+def test_the_reward_is_the_self_paced_mixture(
+    make: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two stages below their thresholds and above: weights as Eqs. 6 and 9 written out, and
+    advantages of the mixture.
+    """
+    trainer = make(
+        pacing={
+            "thresholds": (0.4, 0.55),
+            "gate_temperature": 0.1,
+            "sparsity_weight": 0.7,
+            "sharpness": 2.0,
+        }
+    )
     untouched = make()
     calls = watch_update(monkeypatch)
     metrics = trainer.step(1)
@@ -142,22 +204,32 @@ def test_the_reward_is_the_self_paced_mixture(make: Callable[..., Trainer], monk
     saturation = []
     for k in range(3):
         indices = [
-            (math.sqrt(6) - sum(row[k] for row in g) / math.sqrt(sum(row[k] ** 2 for row in g))) / (math.sqrt(6) - 1) for g in groups
+            (math.sqrt(6) - sum(row[k] for row in g) / math.sqrt(sum(row[k] ** 2 for row in g)))
+            / (math.sqrt(6) - 1)
+            for g in groups
         ]
         saturation.append(1 - statistics.fmean(indices))
     H = [1 / (1 + math.exp(-(means[k] - tau) / 0.1)) for k, tau in enumerate((0.4, 0.55))]
-    gates = [1 - H[0], H[0] - H[0] * H[1] + 0.7 * (saturation[0] - saturation[1]), H[0] * H[1] + 0.7 * (saturation[1] - saturation[2])]
+    gates = [
+        1 - H[0],
+        H[0] - H[0] * H[1] + 0.7 * (saturation[0] - saturation[1]),
+        H[0] * H[1] + 0.7 * (saturation[1] - saturation[2]),
+    ]
     total = sum(math.exp(2 * g) for g in gates)
     w = [math.exp(2 * g) / total for g in gates]
     assert min(w) > 0.05
-    assert [metrics[f"weights/{name}"] for name in ("red", "green", "blue")] == pytest.approx(w, abs=1e-5)
+    assert [metrics[f"weights/{name}"] for name in ("red", "green", "blue")] == pytest.approx(
+        w, abs=1e-5
+    )
     for g, group in enumerate(groups):
         mixed = [sum(a * b for a, b in zip(w, row, strict=True)) for row in group]
         expected = [(r - statistics.fmean(mixed)) / statistics.stdev(mixed) for r in mixed]
         assert [advantages[6 * g + i] for i in range(6)] == pytest.approx(expected, abs=2e-3)
 
 
-def test_a_group_without_scores_is_skipped_and_counted(make: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_group_without_scores_is_skipped_and_counted(
+    make: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls = watch_update(monkeypatch)
     trainer = make(captions=["an unseen cat", "a dog"], shuffle=False)
     metrics = trainer.step(1)
@@ -165,7 +237,11 @@ def test_a_group_without_scores_is_skipped_and_counted(make: Callable[..., Train
     assert sorted(advantages) == [*range(6, 12)]
     assert {*chosen} <= {*range(6, 12)}
     assert len(chosen) == 3
-    assert (metrics["num_skipped_groups"], metrics["num_invalid_videos"], metrics["frac_reward_zero_std"]) == (1, 6, 0.0)
+    assert (
+        metrics["num_skipped_groups"],
+        metrics["num_invalid_videos"],
+        metrics["frac_reward_zero_std"],
+    ) == (1, 6, 0.0)
 
 
 def test_a_video_without_a_score_is_in_no_mean_and_not_trained(
@@ -174,7 +250,9 @@ def test_a_video_without_a_score_is_in_no_mean_and_not_trained(
     seen: list[tuple[list[list[float]], list[bool]]] = []
 
     class Blind(tiny_judge):  # type: ignore[misc]
-        def score(self, videos: torch.Tensor, prompts: Any, fps: float) -> tuple[torch.Tensor, torch.Tensor]:
+        def score(
+            self, videos: torch.Tensor, prompts: Any, fps: float
+        ) -> tuple[torch.Tensor, torch.Tensor]:
             scores, _ = super().score(videos, prompts, fps)
             valid = torch.tensor([len(seen) + i not in (1, 2, 7) for i in range(len(videos))])
             seen.extend(zip(scores.tolist(), valid.tolist(), strict=True))  # type: ignore[arg-type]
@@ -214,7 +292,9 @@ def test_equal_videos_are_no_signal(make: Callable[..., Trainer]) -> None:
     assert all_equal(weights(trainer), before)
 
 
-def test_prompts_are_walked_through_and_dealt_in_blocks(make: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prompts_are_walked_through_and_dealt_in_blocks(
+    make: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch
+) -> None:
     trainer = make(rollout={"num_prompts": 4}, shuffle=False)
     assert trainer.next_prompts() == (range(4), CAPTIONS[:4])
     trainer.prompts_drawn = 3
@@ -242,7 +322,7 @@ def test_updates_skipped_in_a_row_are_counted_over_iterations(make: Callable[...
     assert trainer.skipped_in_a_row == 0
 
 
-# --------------------------------------------------------------------------------------------- learning rate, EMA, reference
+# -------- learning rate, EMA, reference
 
 
 @pytest.mark.parametrize(
@@ -254,17 +334,28 @@ def test_updates_skipped_in_a_row_are_counted_over_iterations(make: Callable[...
         ("cosine", [1 / 2, 1, *[(1 + math.cos(math.pi * i / 4)) / 2 for i in range(4)]]),
     ],
 )
-def test_learning_rate_follows_the_iterations(make: Callable[..., Trainer], schedule: str, factors: list[float]) -> None:
-    """Two iterations of warm-up and six in all; the schedule is a function of the iteration, whatever was run before."""
+def test_learning_rate_follows_the_iterations(
+    make: Callable[..., Trainer], schedule: str, factors: list[float]
+) -> None:
+    """Two iterations of warm-up and six in all; the schedule is a function of the iteration,
+    whatever was run before.
+    """
     warmup = 0 if schedule == "constant" else 2
-    trainer = make(update={"lr_scheduler": schedule, "warmup_iterations": warmup, "learning_rate": 0.5}, iterations=6)
+    trainer = make(
+        update={"lr_scheduler": schedule, "warmup_iterations": warmup, "learning_rate": 0.5},
+        iterations=6,
+    )
     for iteration in (1, 2, 3, 4, 5, 6, 2):
         trainer.set_learning_rate(iteration)
-        assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(0.5 * factors[iteration - 1], abs=1e-12)
+        assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(
+            0.5 * factors[iteration - 1], abs=1e-12
+        )
     assert trainer.step(4)["learning_rate"] == pytest.approx(0.5 * factors[3])
 
 
-def test_optimizer_state_is_there_from_the_start_at_step_0(make: Callable[..., Trainer], tiny_policy: Any) -> None:
+def test_optimizer_state_is_there_from_the_start_at_step_0(
+    make: Callable[..., Trainer], tiny_policy: Any
+) -> None:
     trainer = make()
     assert all_equal(weights(trainer), [p.detach() for p in tiny_policy().transformer.parameters()])
     assert len(trainer.optimizer.state) == 3
@@ -275,7 +366,9 @@ def test_optimizer_state_is_there_from_the_start_at_step_0(make: Callable[..., T
     assert trainer.optimizer.param_groups[0]["lr"] == 0.01
 
 
-def test_ema_is_taken_after_each_optimizer_step(make: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ema_is_taken_after_each_optimizer_step(
+    make: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch
+) -> None:
     trainer = make(update={"ema_decay": 0.75})
     seen, expected = [], weights(trainer)  # the average starts at the base weights
     average = trainer.average_weights
@@ -296,7 +389,9 @@ def test_ema_is_taken_after_each_optimizer_step(make: Callable[..., Trainer], mo
     assert make().sampling_weights is None
 
 
-def test_reference_is_a_frozen_copy_of_the_first_weights(make: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reference_is_a_frozen_copy_of_the_first_weights(
+    make: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls = watch_update(monkeypatch)
     trainer = make(update={"kl_coef": 0.1})
     before = weights(trainer)
@@ -309,11 +404,13 @@ def test_reference_is_a_frozen_copy_of_the_first_weights(make: Callable[..., Tra
     assert make().reference is None
 
 
-# ------------------------------------------------------------------------------------------------------------------ state
+# -------- state
 
 
 @pytest.mark.parametrize("ema_decay", [0.0, 0.5])
-def test_a_trainer_goes_on_from_its_state_to_the_bit(make: Callable[..., Trainer], ema_decay: float) -> None:
+def test_a_trainer_goes_on_from_its_state_to_the_bit(
+    make: Callable[..., Trainer], ema_decay: float
+) -> None:
     settings: dict[str, Any] = {
         "update": {"ema_decay": ema_decay, "lr_scheduler": "linear", "kl_coef": 0.01},
         "pacing": {"gate_temperature": 0.1},
@@ -352,17 +449,17 @@ def test_a_resume_takes_rates_from_the_configuration(make: Callable[..., Trainer
     assert all(m.any() for m in moments)
 
 
-# --------------------------------------------------------------------------------------------------------------- two ranks
+# -------- two ranks
 
 
 TWO_RANKS = """
 import json, torch
 from conftest import TinyJudge, TinyPolicy
-from fastgrpo import parallel
+from fastgrpo.distributed import collectives
 from fastgrpo.config import EvaluationConfig, PacingConfig, PromptsConfig, RolloutConfig, RuntimeConfig, TrainConfig, UpdateConfig
-from fastgrpo.grpo import Trainer
-from fastgrpo.rewards.scoring import ScoringQueue
-device = parallel.start(RuntimeConfig(device="cpu"))
+from fastgrpo.training.step import Trainer
+from fastgrpo.rewards.queue import ScoringQueue
+device = collectives.start(RuntimeConfig(device="cpu"))
 answers = []
 for captions in {captions!r}:
     policy, reward = TinyPolicy(), TinyJudge()
@@ -372,16 +469,20 @@ for captions in {captions!r}:
     trainer = Trainer(config, policy, judge, captions, device, torch.float32)
     trainer.optimizer = torch.optim.SGD(policy.transformer.parameters(), lr=1.0)
     metrics = trainer.step(1)
-    passes = parallel.gather(len(policy.batch_sizes))
+    passes = collectives.gather(len(policy.batch_sizes))
     answers.append([metrics, [p.flatten().tolist() for p in policy.transformer.parameters()], passes, trainer.prompts_drawn])
     judge.close()
 print(json.dumps(answers))
-parallel.stop()
+collectives.stop()
 """
 
 
-def test_two_ranks_make_the_step_of_one(run_ranks: Callable[..., list[Any]], make: Callable[..., Trainer]) -> None:
-    """Four prompts on two ranks against one; then with no score for any video of the second rank, which keeps step all the same."""
+def test_two_ranks_make_the_step_of_one(
+    run_ranks: Callable[..., list[Any]], make: Callable[..., Trainer]
+) -> None:
+    """Four prompts on two ranks against one; then with no score for any video of the second rank,
+    which keeps step all the same.
+    """
     both = [CAPTIONS[:4], [*CAPTIONS[:2], "an unseen cow", "an unseen horse"]]
     rollout = ROLLOUT | {"num_prompts": 4}
     update = UPDATE | {"gradient_accumulation": 6, "max_grad_norm": 1e9, "learning_rate": 0.05}
@@ -391,15 +492,26 @@ def test_two_ranks_make_the_step_of_one(run_ranks: Callable[..., list[Any]], mak
         assert here[1] == there[1]
         assert here[2][0] == here[2][1]
         assert here[3] == there[3] == 4
-        alone = make(rollout=rollout, update=update | {"gradient_accumulation": 12}, captions=captions, shuffle=False)
+        alone = make(
+            rollout=rollout,
+            update=update | {"gradient_accumulation": 12},
+            captions=captions,
+            shuffle=False,
+        )
         alone.optimizer = torch.optim.SGD(alone.policy.transformer.parameters(), lr=1.0)
         before = weights(alone)
         metrics = alone.step(1)
-        of_the_rollout = [k for k in metrics if k.startswith(("reward", "weights", "competence", "hoyer", "num_", "frac_", "ratio_drift"))]
+        of_the_rollout = [
+            k
+            for k in metrics
+            if k.startswith(
+                ("reward", "weights", "competence", "hoyer", "num_", "frac_", "ratio_drift")
+            )
+        ]
         assert {k: here[0][k] for k in of_the_rollout} == {k: metrics[k] for k in of_the_rollout}
         assert here[0]["ratio_drift"] == 0.0
         assert here[0]["grad_norm"] == pytest.approx(metrics["grad_norm"], rel=1e-5)
-        for came, p, q in zip(here[1], weights(alone), before, strict=True):
-            moved = (torch.tensor(came).view_as(q) - q, p - q)
+        for got, p, q in zip(here[1], weights(alone), before, strict=True):
+            moved = (torch.tensor(got).view_as(q) - q, p - q)
             assert moved[1].abs().max() > 1e-4
             torch.testing.assert_close(*moved, rtol=1e-3, atol=1e-6)

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from fastgrpo.timing import Stopwatch
+from fastgrpo.training.timing import Stopwatch
 
 
 @pytest.fixture
@@ -27,7 +27,12 @@ def test_phases_add_up_and_the_rest_is_in_the_step_alone(clock: list[float]) -> 
         with watch.phase("reward"):
             clock[0] += 4.0
     clock[0] += 8.0
-    assert watch.metrics() == {"time/rollout": 1.25, "time/reward": 4.0, "time/update": 6.0, "step_time": 15.75}
+    assert watch.metrics() == {
+        "time/rollout": 1.25,
+        "time/reward": 4.0,
+        "time/update": 6.0,
+        "step_time": 15.75,
+    }
     assert watch.seconds["update"] == 6.0
 
 

@@ -13,15 +13,32 @@ from pathlib import Path
 
 import pytest
 
-from fastgrpo.tracking import MetricsLog, check_trackers, console_line, evaluation_line, read_metrics, stage_names, truncate_metrics
+from fastgrpo.training.tracking import (
+    MetricsLog,
+    check_trackers,
+    console_line,
+    evaluation_line,
+    read_metrics,
+    stage_names,
+    truncate_metrics,
+)
 
 STAGES = ("visual_quality", "temporal_coherence", "text_alignment")
 
 
 def training_row(iteration: int) -> dict[str, float]:
-    row: dict[str, float] = {"iteration": iteration, "reward": 0.1 * iteration, "ratio_drift": 0.0, "clip_ratio": 0.25, "grad_norm": 1.5}
+    row: dict[str, float] = {
+        "iteration": iteration,
+        "reward": 0.1 * iteration,
+        "ratio_drift": 0.0,
+        "clip_ratio": 0.25,
+        "grad_norm": 1.5,
+    }
     for index, stage in enumerate(STAGES):
-        row |= {f"rewards/{stage}/mean": 0.5 - 0.1 * index, f"weights/{stage}": (0.7, 0.2, 0.1)[index]}
+        row |= {
+            f"rewards/{stage}/mean": 0.5 - 0.1 * index,
+            f"weights/{stage}": (0.7, 0.2, 0.1)[index],
+        }
     return row | {"time/rollout": 0.26, "time/reward": 0.03, "time/update": 0.21}
 
 
@@ -30,7 +47,10 @@ def tensorboard_scalars(run: Path) -> dict[str, list[tuple[int, float]]]:
 
     events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0})
     events.Reload()
-    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    return {
+        tag: [(event.step, event.value) for event in events.Scalars(tag)]
+        for tag in events.Tags()["scalars"]
+    }
 
 
 def test_rows_come_back_and_are_on_disk_before_close(tmp_path: Path) -> None:
@@ -48,13 +68,28 @@ def test_what_is_not_finite_is_null_in_strict_json(tmp_path: Path) -> None:
         log.log({"iteration": 1, "a": math.nan, "b": math.inf, "c": -math.inf, "d": 0.5, "e": None})
     text = (tmp_path / "metrics.jsonl").read_text()
 
-    def refuse(name: str) -> None:
+    def fail(name: str) -> None:
         raise AssertionError(f"{name} is not JSON")
 
-    assert json.loads(text, parse_constant=refuse) == {"iteration": 1, "a": None, "b": None, "c": None, "d": 0.5, "e": None}
+    assert json.loads(text, parse_constant=fail) == {
+        "iteration": 1,
+        "a": None,
+        "b": None,
+        "c": None,
+        "d": 0.5,
+        "e": None,
+    }
 
 
-@pytest.mark.parametrize("row", [{"reward": 1.0}, {"iteration": 1.5}, {"iteration": 1, "x": "0.5"}, {"iteration": 1, "x": True}])
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"reward": 1.0},
+        {"iteration": 1.5},
+        {"iteration": 1, "x": "0.5"},
+        {"iteration": 1, "x": True},
+    ],
+)
 def test_a_row_that_is_no_row_is_refused_and_leaves_no_trace(tmp_path: Path, row: dict) -> None:
     with MetricsLog(tmp_path) as log, pytest.raises(ValueError, match="metrics row"):
         log.log(row)
@@ -80,7 +115,16 @@ def test_a_whole_last_line_without_newline_is_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "broken", ['{"iteration": 2, "r"', "[1]", '{"r": 1}', "", '{"iteration": 2, "r": NaN}', "\x00\x00", '{"iteration": "2"}']
+    "broken",
+    [
+        '{"iteration": 2, "r"',
+        "[1]",
+        '{"r": 1}',
+        "",
+        '{"iteration": 2, "r": NaN}',
+        "\x00\x00",
+        '{"iteration": "2"}',
+    ],
 )
 def test_any_other_broken_line_is_named(tmp_path: Path, broken: str) -> None:
     path = tmp_path / "metrics.jsonl"
@@ -106,7 +150,9 @@ def test_truncate_keeps_bytes_and_leaves_a_missing_file_missing(tmp_path: Path) 
     assert os.listdir(tmp_path) == ["metrics.jsonl"]
 
 
-def test_truncate_swaps_a_synced_file_in_and_never_writes_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_truncate_swaps_a_synced_file_in_and_never_writes_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "metrics.jsonl"
     whole = b'{"iteration": 1}\n{"iteration": 2}\n'
     path.write_bytes(whole)
@@ -115,7 +161,9 @@ def test_truncate_swaps_a_synced_file_in_and_never_writes_the_old_one(tmp_path: 
 
     def recorded_fsync(descriptor: int) -> None:
         is_file = stat.S_ISREG(os.fstat(descriptor).st_mode)
-        calls.append(("fsync", Path(f"/proc/self/fd/{descriptor}").read_bytes() if is_file else b"folder"))
+        calls.append(
+            ("fsync", Path(f"/proc/self/fd/{descriptor}").read_bytes() if is_file else b"folder")
+        )
         fsync(descriptor)
 
     def recorded_replace(source: Path, target: Path) -> None:
@@ -133,11 +181,13 @@ def test_truncate_swaps_a_synced_file_in_and_never_writes_the_old_one(tmp_path: 
 
 
 def test_a_kill_at_any_file_operation_of_truncate_leaves_old_or_new(tmp_path: Path) -> None:
-    """A process kills itself just before the n-th time that it opens, renames or removes something in the folder."""
+    """A process kills itself just before the n-th time that it opens, renames or removes something
+    in the folder.
+    """
     path = tmp_path / "metrics.jsonl"
     whole, kept = b'{"iteration": 1}\n{"iteration": 2}\n', b'{"iteration": 1}\n'
     script = (
-        "import os, signal, sys\nfrom pathlib import Path\nfrom fastgrpo.tracking import truncate_metrics\n"
+        "import os, signal, sys\nfrom pathlib import Path\nfrom fastgrpo.training.tracking import truncate_metrics\n"
         "path, left = Path(sys.argv[1]), int(sys.argv[2])\n"
         "def hook(event, arguments):\n"
         "    global left\n"
@@ -150,7 +200,11 @@ def test_a_kill_at_any_file_operation_of_truncate_leaves_old_or_new(tmp_path: Pa
     found = []
     for operations in range(20):
         path.write_bytes(whole)
-        code = subprocess.run([sys.executable, "-c", script, str(path), str(operations)], env=_environment(), timeout=120).returncode
+        code = subprocess.run(
+            [sys.executable, "-c", script, str(path), str(operations)],
+            env=_environment(),
+            timeout=120,
+        ).returncode
         found.append(path.read_bytes())
         assert found[-1] in (whole, kept)
         truncate_metrics(path, 1)  # what a killed one left behind does not disturb the next
@@ -169,7 +223,9 @@ def test_a_used_folder_needs_a_resume(tmp_path: Path) -> None:
         log.log({"iteration": 1})
     with pytest.raises(FileExistsError, match="resume"):
         MetricsLog(tmp_path)
-    with MetricsLog(tmp_path, last_iteration=-1) as log:  # killed before its first checkpoint: starts over
+    with MetricsLog(
+        tmp_path, last_iteration=-1
+    ) as log:  # killed before its first checkpoint: starts over
         log.log({"iteration": 1, "again": 1})
     assert read_metrics(tmp_path / "metrics.jsonl") == [{"iteration": 1, "again": 1}]
 
@@ -177,7 +233,9 @@ def test_a_used_folder_needs_a_resume(tmp_path: Path) -> None:
 def test_tensorboard_shows_what_was_logged(tmp_path: Path) -> None:
     with MetricsLog(tmp_path, ["tensorboard", "tensorboard"]) as log:
         for i in range(5):
-            log.log({"iteration": i, "reward": 0.1 * i, "rewards/a/mean": -float(i), "bad": math.nan})
+            log.log(
+                {"iteration": i, "reward": 0.1 * i, "rewards/a/mean": -float(i), "bad": math.nan}
+            )
     scalars = tensorboard_scalars(tmp_path)
     assert scalars == {
         "reward": [(i, pytest.approx(0.1 * i)) for i in range(5)],
@@ -188,7 +246,9 @@ def test_tensorboard_shows_what_was_logged(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("cut_bytes", [0, 7])
 def test_tensorboard_after_a_resume_shows_each_step_once(tmp_path: Path, cut_bytes: int) -> None:
-    """Rows 4 and 5 were logged, the checkpoint is of 3; with cut_bytes, the kill also tore the last event."""
+    """Rows 4 and 5 were logged, the checkpoint is of 3; with cut_bytes, the kill also tore the last
+    event.
+    """
     with MetricsLog(tmp_path, ["tensorboard"]) as log:
         for i in range(1, 6):
             log.log({"iteration": i, "reward": float(i)})
@@ -199,7 +259,9 @@ def test_tensorboard_after_a_resume_shows_each_step_once(tmp_path: Path, cut_byt
             log.log({"iteration": i, "reward": 10.0 * i})
     expected = [(1, 1.0), (2, 2.0), (3, 3.0), (4, 40.0), (5, 50.0), (6, 60.0), (7, 70.0)]
     assert tensorboard_scalars(tmp_path) == {"reward": expected}
-    assert [(row["iteration"], row["reward"]) for row in read_metrics(tmp_path / "metrics.jsonl")] == expected
+    assert [
+        (row["iteration"], row["reward"]) for row in read_metrics(tmp_path / "metrics.jsonl")
+    ] == expected
 
 
 def test_tensorboard_starts_over(tmp_path: Path) -> None:
@@ -211,20 +273,36 @@ def test_tensorboard_starts_over(tmp_path: Path) -> None:
 
 
 def test_trackers_leave_torch_distributed_and_the_environment_alone(tmp_path: Path) -> None:
-    """Under torchrun's variables accelerate would open a process group of its own and wait for the other rank."""
+    """Under torchrun's variables accelerate would open a process group of its own and wait for the
+    other rank.
+    """
     script = (
-        "import os, sys, torch\nfrom pathlib import Path\nfrom fastgrpo.tracking import MetricsLog\n"
+        "import os, sys, torch\nfrom pathlib import Path\nfrom fastgrpo.training.tracking import MetricsLog\n"
         "threads, before = torch.get_num_threads(), dict(os.environ)\n"
         "with MetricsLog(Path(sys.argv[1]), ['tensorboard']) as log:\n    log.log({'iteration': 1, 'reward': 0.5})\n"
         "assert not torch.distributed.is_initialized()\n"
         "assert dict(os.environ) == before and torch.get_num_threads() == threads\n"
     )
-    launcher = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
-    subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True, timeout=120, env=_environment() | launcher)
+    launcher = {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "1",
+    }
+    subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)],
+        check=True,
+        timeout=120,
+        env=_environment() | launcher,
+    )
     assert tensorboard_scalars(tmp_path) == {"reward": [(1, 0.5)]}
 
 
-def test_a_tracker_of_ones_own_gets_scalars_and_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tracker_of_ones_own_gets_scalars_and_configuration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The way that wandb and the like go, with a recording tracker in wandb's place."""
     import accelerate.tracking
 
@@ -256,7 +334,10 @@ def test_a_tracker_of_ones_own_gets_scalars_and_configuration(tmp_path: Path, mo
     assert seen == [
         ("init", "p", {"name": "mine", "dir": str(run), "id": identity, "resume": None}),
         ("start",),
-        ("config", {"seed": 1, "rollout.eta": 0.5, "rollout.policy.layers": "(1, 2)", "none": "None"}),
+        (
+            "config",
+            {"seed": 1, "rollout.eta": 0.5, "rollout.policy.layers": "(1, 2)", "none": "None"},
+        ),
         ("log", {"reward": 0.5}, 3),
         ("finish",),
     ]
@@ -271,13 +352,20 @@ def test_a_tracker_of_ones_own_gets_scalars_and_configuration(tmp_path: Path, mo
         MetricsLog(tmp_path / "other", ["wandb"])
 
 
-def test_unknown_and_missing_trackers_are_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_and_missing_trackers_are_one_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import accelerate.tracking
 
-    with pytest.raises(ValueError, match=r"tracking\.trackers: expected names among .*tensorboard.*got 'tensorbord'"):
+    with pytest.raises(
+        ValueError,
+        match=r"tracking\.trackers: expected names among .*tensorboard.*got 'tensorbord'",
+    ):
         check_trackers(["tensorbord"])
     monkeypatch.setattr(accelerate.tracking, "_available_trackers", ["tensorboard"])
-    with pytest.raises(ValueError, match=r"'comet_ml' is not installed here; `pip install comet-ml`"):
+    with pytest.raises(
+        ValueError, match=r"'comet_ml' is not installed here; `pip install comet-ml`"
+    ):
         MetricsLog(tmp_path / "run", ["tensorboard", "comet_ml"])
     assert not (tmp_path / "run").exists()
     check_trackers(())
@@ -286,7 +374,9 @@ def test_unknown_and_missing_trackers_are_one_error(tmp_path: Path, monkeypatch:
 def test_stage_names_come_from_the_first_row_that_has_them() -> None:
     assert stage_names([]) == ()
     assert stage_names([{"iteration": 1, "reward": 0.5}]) == ()
-    assert stage_names([{"iteration": 0, "eval/rewards/b/mean": 0.1, "eval/rewards/a/mean": 0.1}, training_row(1)]) == ("b", "a")
+    assert stage_names(
+        [{"iteration": 0, "eval/rewards/b/mean": 0.1, "eval/rewards/a/mean": 0.1}, training_row(1)]
+    ) == ("b", "a")
     assert stage_names([training_row(1)]) == STAGES
 
 
@@ -307,7 +397,9 @@ def test_console_lines_align_and_fit() -> None:
         assert part in lines[0]
     assert "|ratio-1| 3e-07" in lines[1]
     small = console_line(training_row(7), STAGES)
-    assert [i for i, c in enumerate(small) if c == "("] == [i for i, c in enumerate(lines[0]) if c == "("]
+    assert [i for i, c in enumerate(small) if c == "("] == [
+        i for i, c in enumerate(lines[0]) if c == "("
+    ]
     assert "reward -" in lines[2]
 
 
@@ -318,7 +410,10 @@ def test_console_line_with_short_or_many_stages() -> None:
     line = console_line({"iteration": 1, "reward": 0.5}, many)
     assert len(line) < 200
     assert line.endswith("…")
-    alike = console_line({"iteration": 1, "reward": 0.5, "rewards/total_aesthetics/mean": 0.1}, ["text_alignment", "total_aesthetics"])
+    alike = console_line(
+        {"iteration": 1, "reward": 0.5, "rewards/total_aesthetics/mean": 0.1},
+        ["text_alignment", "total_aesthetics"],
+    )
     assert "TA1 -" in alike  # both are TA
     assert "TA2 0.100" in alike
 
@@ -339,9 +434,11 @@ def test_the_console_says_what_was_skipped() -> None:
     assert "groups" not in line
 
 
-def test_a_row_with_evaluation_only_gives_the_held_out_scores() -> None:
+def test_a_row_with_evaluation_only_gives_the_validation_scores() -> None:
     row = {"iteration": 0, **{f"eval/rewards/{stage}/mean": 0.36 for stage in STAGES}}
-    assert evaluation_line(row, STAGES) == "iteration     0  held-out  VQ 0.360  TC 0.360  TA 0.360"
+    assert (
+        evaluation_line(row, STAGES) == "iteration     0  validation  VQ 0.360  TC 0.360  TA 0.360"
+    )
 
 
 def _environment() -> dict[str, str]:

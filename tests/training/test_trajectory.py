@@ -1,4 +1,6 @@
-"""Seeds that follow from words, coefficients by video and step, and the forward that rollout and update share."""
+"""Seeds that follow from words, coefficients by video and step, and the forward that rollout and
+update share.
+"""
 
 from __future__ import annotations
 
@@ -13,22 +15,36 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastgrpo.config import RolloutConfig
-from fastgrpo.rollout import start_rollout
-from fastgrpo.trajectory import WITHOUT_ADAPTERS, Rollout, branch_velocities, derive_seed, local_part, using_weights
+from fastgrpo.training.rollout import start_rollout
+from fastgrpo.training.trajectory import (
+    WITHOUT_ADAPTERS,
+    Rollout,
+    branch_velocities,
+    derive_seed,
+    local_part,
+    using_weights,
+)
 
 SMALL = {"height": 2, "width": 2, "num_frames": 2, "num_inference_steps": 5, "num_generations": 3}
 
 
 def rollout_of(policy: Any, prompts: list[str], **overrides: Any) -> Rollout:
     cfg = RolloutConfig(**(SMALL | overrides))
-    return start_rollout(policy, prompts, cfg, seed=1, iteration=1, first_slot=0, device=torch.device("cpu"))
+    return start_rollout(
+        policy, prompts, cfg, seed=1, iteration=1, first_slot=0, device=torch.device("cpu")
+    )
 
 
 def test_seeds_are_pinned() -> None:
-    """Another value would be another run from the same configuration: `b2sum -l 64` of the words as Python writes them, halved."""
+    """Another value would be another run from the same configuration: `b2sum -l 64` of the words as
+    Python writes them, halved.
+    """
     assert derive_seed(0, "sde", 1, 0, 0) == 5293668079599536886
     assert derive_seed(2**62, "first", 7, 3, 15) == 3791523811210728182
-    assert derive_seed("epoch") == int.from_bytes(hashlib.blake2b(b"('epoch',)", digest_size=8).digest(), "little") // 2
+    assert (
+        derive_seed("epoch")
+        == int.from_bytes(hashlib.blake2b(b"('epoch',)", digest_size=8).digest(), "little") // 2
+    )
 
 
 def test_seeds_of_different_words_differ() -> None:
@@ -47,7 +63,9 @@ def test_a_seed_is_a_non_negative_int64_and_a_function_of_its_words(words: list[
 
 def test_coefficients_are_looked_up_by_prompt_and_step(tiny_policy: Any) -> None:
     rollout = rollout_of(tiny_policy(), ["a", "b", "c"])
-    rollout.a, rollout.b, rollout.std = (torch.arange(15, dtype=torch.float64).view(3, 5) + shift for shift in (0, 100, 200))
+    rollout.a, rollout.b, rollout.std = (
+        torch.arange(15, dtype=torch.float64).view(3, 5) + shift for shift in (0, 100, 200)
+    )
     a, b, std = rollout.coefficients(torch.tensor([0, 2, 3, 8, 8]), torch.tensor([4, 0, 1, 2, 4]))
     assert a.tolist() == [4.0, 0.0, 6.0, 12.0, 14.0]  # prompts 0, 0, 1, 2, 2
     assert b.tolist() == [104.0, 100.0, 106.0, 112.0, 114.0]
@@ -70,9 +88,15 @@ def test_branches_are_the_policys_own_velocities(tiny_policy: Any, rounding: str
     videos, steps = torch.tensor([7, 0, 3, 7]), torch.tensor([2, 2, 4, 1])
     conditional, unconditional = branch_velocities(policy, rollout, x, videos, steps)
 
-    shifted = [5 * t / (1 + 4 * t) for t in (1.0, 0.8, 0.6, 0.4, 0.2)]  # method.md section 1, N 5, shift 5
+    shifted = [
+        5 * t / (1 + 4 * t) for t in (1.0, 0.8, 0.6, 0.4, 0.2)
+    ]  # method.md section 1, N 5, shift 5
     times = torch.tensor(
-        [1000 * shifted[i] // 1 if rounding == "trunc" else 1000 * shifted[i] for i in steps.tolist()], dtype=torch.float32
+        [
+            1000 * shifted[i] // 1 if rounding == "trunc" else 1000 * shifted[i]
+            for i in steps.tolist()
+        ],
+        dtype=torch.float32,
     )
     assert torch.equal(conditional, policy.velocity(x, times, policy.encode(["c", "a", "b", "c"])))
     assert unconditional is not None
@@ -85,7 +109,9 @@ def test_without_guidance_there_is_one_branch_and_one_forward(tiny_policy: Any) 
     rollout = rollout_of(policy, ["a"], guidance_scale=1.0)
     assert rollout.unconditional is None
     policy.batch_sizes.clear()
-    _, unconditional = branch_velocities(policy, rollout, torch.zeros(2, 3, 2, 2, 2), torch.tensor([0, 1]), torch.tensor([0, 1]))
+    _, unconditional = branch_velocities(
+        policy, rollout, torch.zeros(2, 3, 2, 2, 2), torch.tensor([0, 1]), torch.tensor([0, 1])
+    )
     assert unconditional is None
     assert policy.batch_sizes == [2]
 
@@ -93,7 +119,10 @@ def test_without_guidance_there_is_one_branch_and_one_forward(tiny_policy: Any) 
 def test_bf16_runs_the_forward_and_leaves_the_weights(tiny_policy: Any) -> None:
     policy = tiny_policy()
     rollout = rollout_of(policy, ["a"], guidance_scale=2.0)
-    x, at = torch.randn(2, 3, 2, 2, 2, generator=torch.Generator().manual_seed(0)), (torch.tensor([0, 1]), torch.tensor([1, 1]))
+    x, at = (
+        torch.randn(2, 3, 2, 2, 2, generator=torch.Generator().manual_seed(0)),
+        (torch.tensor([0, 1]), torch.tensor([1, 1])),
+    )
     full = branch_velocities(policy, rollout, x, *at)
     rollout.compute_dtype = torch.bfloat16
     half = branch_velocities(policy, rollout, x, *at)
@@ -108,7 +137,9 @@ def test_bf16_runs_the_forward_and_leaves_the_weights(tiny_policy: Any) -> None:
 def test_branches_carry_gradients_to_the_weights(tiny_policy: Any) -> None:
     policy = tiny_policy()
     rollout = rollout_of(policy, ["a"], guidance_scale=2.0)
-    branches = branch_velocities(policy, rollout, torch.ones(1, 3, 2, 2, 2), torch.tensor([0]), torch.tensor([0]))
+    branches = branch_velocities(
+        policy, rollout, torch.ones(1, 3, 2, 2, 2), torch.tensor([0]), torch.tensor([0])
+    )
     for branch in branches:
         assert branch is not None
         (gradient,) = torch.autograd.grad(branch.sum(), [policy.transformer.A])
@@ -124,7 +155,12 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 
 def test_other_weights_for_a_while(tiny_policy: Any) -> None:
-    policy, own, other, third = tiny_policy(0), weights_of(tiny_policy(0)), weights_of(tiny_policy(1)), weights_of(tiny_policy(2))
+    policy, own, other, third = (
+        tiny_policy(0),
+        weights_of(tiny_policy(0)),
+        weights_of(tiny_policy(1)),
+        weights_of(tiny_policy(2)),
+    )
     given, network = {name: w.clone() for name, w in other.items()}, policy.transformer
     with using_weights(policy, given):
         assert same(weights_of(policy), other)
@@ -142,7 +178,10 @@ def test_other_weights_for_a_while(tiny_policy: Any) -> None:
 
 def test_own_weights_come_back_after_an_error(tiny_policy: Any) -> None:
     policy = tiny_policy(0)
-    with pytest.raises(RuntimeError, match="inside"), using_weights(policy, weights_of(tiny_policy(1))):
+    with (
+        pytest.raises(RuntimeError, match="inside"),
+        using_weights(policy, weights_of(tiny_policy(1))),
+    ):
         raise RuntimeError("inside")
     assert same(weights_of(policy), weights_of(tiny_policy(0)))
 
@@ -153,7 +192,9 @@ def test_without_adapters_a_lora_is_off(tiny_policy: Any) -> None:
 
     torch.manual_seed(0)
     shape = {"num_attention_heads": 2, "attention_head_dim": 12, "ffn_dim": 32, "num_layers": 1}
-    network = WanTransformer3DModel(in_channels=4, out_channels=4, text_dim=8, freq_dim=16, **shape).eval()
+    network = WanTransformer3DModel(
+        in_channels=4, out_channels=4, text_dim=8, freq_dim=16, **shape
+    ).eval()
     inputs = {"hidden_states": torch.randn(1, 4, 1, 4, 4), "timestep": torch.tensor([500.0])}
     inputs |= {"encoder_hidden_states": torch.randn(1, 3, 8)}
     policy = tiny_policy()

@@ -1,4 +1,6 @@
-"""The update against one large float64 statement of Eq. 11, and what it does with what is short, wrong or missing."""
+"""The update against one large float64 statement of Eq. 11, and what it does with what is short,
+wrong or missing.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from fastgrpo.config import RolloutConfig, UpdateConfig
-from fastgrpo.rollout import sample_groups, start_rollout
-from fastgrpo.trajectory import Rollout, branch_velocities
-from fastgrpo.update import (
+from fastgrpo.training.rollout import sample_groups, start_rollout
+from fastgrpo.training.trajectory import Rollout, branch_velocities
+from fastgrpo.training.update import (
     Pair,
     UpdateStatistics,
     accumulate_gradients,
@@ -41,7 +43,9 @@ def make_rollout(policy: Any, **overrides: Any) -> Rollout:
         "guidance_scale": 1.0,
     }
     cfg = RolloutConfig(**(small | overrides))
-    rollout = start_rollout(policy, ["a cat", "a dog"], cfg, seed=3, iteration=1, first_slot=0, device=CPU)
+    rollout = start_rollout(
+        policy, ["a cat", "a dog"], cfg, seed=3, iteration=1, first_slot=0, device=CPU
+    )
     for _ in sample_groups(policy, rollout):
         pass
     return rollout
@@ -69,10 +73,12 @@ class Recorder(torch.optim.SGD):
         super().step(closure)
 
 
-# --------------------------------------------------------------------------------------------------- Eq. 11, written out
+# -------- Eq. 11, written out
 
 
-def velocity(policy: Any, rollout: Rollout, video: int, step: int, guidance_scale: float, cfg_grad: str) -> Tensor:
+def velocity(
+    policy: Any, rollout: Rollout, video: int, step: int, guidance_scale: float, cfg_grad: str
+) -> Tensor:
     x = rollout.latents[video, step].double()[None]
     t = rollout.timesteps[step].view(1)
     prompt = rollout.prompts[video // rollout.num_generations]
@@ -80,23 +86,38 @@ def velocity(policy: Any, rollout: Rollout, video: int, step: int, guidance_scal
     if guidance_scale == 1:
         return cond
     empty = policy.velocity(x, t, {"text": policy.encode([""])["text"].double()})
-    return guidance_scale * cond + (1 - guidance_scale) * (empty.detach() if cfg_grad == "cond_only" else empty)
+    return guidance_scale * cond + (1 - guidance_scale) * (
+        empty.detach() if cfg_grad == "cond_only" else empty
+    )
 
 
-def objective(policy: Any, rollout: Rollout, pairs: Sequence[tuple[int, int]], cfg: UpdateConfig, reference: Any = None) -> Tensor:
-    """Sum over (video, step) of -min(rho A, clip(rho) A) + kl_coef KL, float64 throughout (method.md section 2)."""
+def objective(
+    policy: Any,
+    rollout: Rollout,
+    pairs: Sequence[tuple[int, int]],
+    cfg: UpdateConfig,
+    reference: Any = None,
+) -> Tensor:
+    """Sum over (video, step) of -min(rho A, clip(rho) A) + kl_coef KL, float64 throughout
+    (method.md section 2).
+    """
     total = torch.zeros((), dtype=torch.float64)
     w = rollout.guidance_scale
     for video, step in pairs:
         x, after = rollout.latents[video, step].double(), rollout.latents[video, step + 1].double()
-        a, b, s = (table[video // rollout.num_generations, step] for table in (rollout.a, rollout.b, rollout.std))
+        a, b, s = (
+            table[video // rollout.num_generations, step]
+            for table in (rollout.a, rollout.b, rollout.std)
+        )
         v = velocity(policy, rollout, video, step, w, cfg.cfg_grad)[0]
         mean = a * x + b * v
         density = -((after - mean) ** 2) / (2 * s**2) - s.log() - math.log(2 * math.pi) / 2
         new = density.mean() if rollout.normalized else -((after - mean) ** 2).mean()
         ratio = (new - rollout.log_probs[video, step].double()).exp()
         A = max(-cfg.adv_clip, min(cfg.adv_clip, ADVANTAGES[video]))
-        total = total - torch.minimum(ratio * A, ratio.clamp(1 - cfg.clip_range, 1 + cfg.clip_range) * A)
+        total = total - torch.minimum(
+            ratio * A, ratio.clamp(1 - cfg.clip_range, 1 + cfg.clip_range) * A
+        )
         if reference is not None:
             with torch.no_grad():
                 fixed = a * x + b * velocity(reference, rollout, video, step, w, "both")[0]
@@ -105,7 +126,12 @@ def objective(policy: Any, rollout: Rollout, pairs: Sequence[tuple[int, int]], c
 
 
 def expected_gradients(
-    policy: Any, rollout: Rollout, pairs: Sequence[tuple[int, int]], divisor: float, cfg: UpdateConfig, reference: Any = None
+    policy: Any,
+    rollout: Rollout,
+    pairs: Sequence[tuple[int, int]],
+    divisor: float,
+    cfg: UpdateConfig,
+    reference: Any = None,
 ) -> tuple[list[Tensor], float]:
     exact, fixed = copy.deepcopy(policy), copy.deepcopy(reference)
     exact.transformer.double()
@@ -119,9 +145,11 @@ def copy_of(policy: Any) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in policy.transformer.named_parameters()}
 
 
-def assert_same_gradients(came: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
-    """Every entry within 1e-4 of the largest: x' - mean loses up to |x'| 6e-8 / s of its size in fp32, and loss terms cancel."""
-    for one, other in zip(came, expected, strict=True):
+def assert_same_gradients(got: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+    """Every entry within 1e-4 of the largest: x' - mean loses up to |x'| 6e-8 / s of its size in
+    fp32, and loss terms cancel.
+    """
+    for one, other in zip(got, expected, strict=True):
         assert one.shape == other.shape
         largest = other.abs().max().item()
         assert largest > 1e-3
@@ -129,10 +157,14 @@ def assert_same_gradients(came: Sequence[Tensor], expected: Sequence[Tensor]) ->
 
 
 def all_pairs(rollout: Rollout, videos: Sequence[int], cfg: UpdateConfig) -> list[tuple[int, int]]:
-    from fastgrpo.trajectory import derive_seed
+    from fastgrpo.training.trajectory import derive_seed
 
     seeds = [derive_seed("trained steps", int(rollout.noise_seeds[v])) for v in videos]
-    return [(v, step) for v, seed in zip(videos, seeds, strict=True) for step in trained_steps(rollout, v, cfg.timestep_fraction, seed)]
+    return [
+        (v, step)
+        for v, seed in zip(videos, seeds, strict=True)
+        for step in trained_steps(rollout, v, cfg.timestep_fraction, seed)
+    ]
 
 
 CASES = [
@@ -151,15 +183,24 @@ CASES = [
 
 @pytest.mark.parametrize(("guidance_scale", "cfg_grad", "sde", "by", "clip_range"), CASES)
 def test_gradient_is_that_of_the_objective(
-    tiny_policy: Any, one_rank: Any, guidance_scale: float, cfg_grad: str, sde: str, by: float, clip_range: float
+    tiny_policy: Any,
+    one_rank: Any,
+    guidance_scale: float,
+    cfg_grad: str,
+    sde: str,
+    by: float,
+    clip_range: float,
 ) -> None:
     base = tiny_policy()
     rollout = make_rollout(base, guidance_scale=guidance_scale, sde=sde)
     policy = moved(base, by)
     cfg = UpdateConfig(
-        cfg_grad=cfg_grad, clip_range=clip_range, gradient_accumulation=6, max_grad_norm=1e9,
+        cfg_grad=cfg_grad,
+        clip_range=clip_range,
+        gradient_accumulation=6,
+        max_grad_norm=1e9,
         branchwise=not by,  # which takes the first step's weights for the rollout's
-    )  # fmt: skip
+    )
     optimizer = Recorder(policy)
     chosen = [4, 1, 5, 0, 3, 2]
     stats = update(policy, optimizer, rollout, chosen, ADVANTAGES, cfg)
@@ -168,7 +209,9 @@ def test_gradient_is_that_of_the_objective(
     expected, loss = expected_gradients(policy, rollout, pairs, 6 * 3, cfg)
     assert_same_gradients(optimizer.seen[0], expected)
     assert stats.losses == pytest.approx([loss], rel=1e-4, abs=1e-6)
-    assert stats.grad_norms == pytest.approx([math.sqrt(sum(g.square().sum().item() for g in expected))], rel=1e-4)
+    assert stats.grad_norms == pytest.approx(
+        [math.sqrt(sum(g.square().sum().item() for g in expected))], rel=1e-4
+    )
     assert stats.steps == [step for _, step in pairs]
     if by:
         assert 0 < sum(stats.clipped) < len(pairs)  # both kinds are among them
@@ -179,10 +222,14 @@ def test_gradient_is_that_of_the_objective(
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 2, 3, 5, 7])
-def test_micro_batches_of_any_size_give_the_gradient_of_one_sum(tiny_policy: Any, micro_batch_size: int) -> None:
+def test_micro_batches_of_any_size_give_the_gradient_of_one_sum(
+    tiny_policy: Any, micro_batch_size: int
+) -> None:
     """13 pairs are filled up in all of these sizes but one."""
     base = tiny_policy()
-    rollout = dataclasses.replace(make_rollout(base, guidance_scale=3.0), micro_batch_size=micro_batch_size)
+    rollout = dataclasses.replace(
+        make_rollout(base, guidance_scale=3.0), micro_batch_size=micro_batch_size
+    )
     policy, cfg = moved(base, 0.02), UpdateConfig(clip_range=1e-3)
     numbers = [(v, i) for v in range(6) for i in (0, 2, 4)][:13]
     pairs = [Pair(v, i, ADVANTAGES[v]) for v, i in numbers]
@@ -193,16 +240,32 @@ def test_micro_batches_of_any_size_give_the_gradient_of_one_sum(tiny_policy: Any
     assert_same_gradients([p.grad for p in policy.transformer.parameters()], expected)
     assert loss == pytest.approx(exact, rel=1e-4)
     assert {*policy.batch_sizes} == {micro_batch_size}
-    assert [len(values) for values in (stats.steps, stats.ratios, stats.log_ratios, stats.clipped, stats.kl)] == [13] * 5
-    for ratio, log_ratio, clipped, pair in zip(stats.ratios, stats.log_ratios, stats.clipped, pairs, strict=True):
+    assert [
+        len(values)
+        for values in (stats.steps, stats.ratios, stats.log_ratios, stats.clipped, stats.kl)
+    ] == [13] * 5
+    for ratio, log_ratio, clipped, pair in zip(
+        stats.ratios, stats.log_ratios, stats.clipped, pairs, strict=True
+    ):
         assert math.log(ratio) == pytest.approx(log_ratio, abs=1e-6)
         assert clipped == (ratio > 1.001 if pair.advantage > 0 else ratio < 0.999)
     # Beyond either edge, with an advantage of either sign.
-    assert len({(ratio > 1, pair.advantage > 0) for ratio, pair in zip(stats.ratios, pairs, strict=True) if abs(ratio - 1) > 1e-3}) == 4
+    assert (
+        len(
+            {
+                (ratio > 1, pair.advantage > 0)
+                for ratio, pair in zip(stats.ratios, pairs, strict=True)
+                if abs(ratio - 1) > 1e-3
+            }
+        )
+        == 4
+    )
 
 
 @pytest.mark.parametrize(("num_pairs", "passes"), [(0, 0), (1, 1), (4, 2), (9, 5)])
-def test_passes_beyond_the_pairs_run_and_change_nothing(tiny_policy: Any, num_pairs: int, passes: int) -> None:
+def test_passes_beyond_the_pairs_run_and_change_nothing(
+    tiny_policy: Any, num_pairs: int, passes: int
+) -> None:
     """A rank short of videos keeps step with the others."""
     base = tiny_policy()
     rollout, policy, cfg = make_rollout(base), moved(base, 0.05), UpdateConfig(kl_coef=0.3)
@@ -212,7 +275,12 @@ def test_passes_beyond_the_pairs_run_and_change_nothing(tiny_policy: Any, num_pa
     for one, count in ((few, len(pairs)), (many, num_pairs)):
         one.batch_sizes.clear()
         stats = UpdateStatistics()
-        results.append((accumulate_gradients(one, rollout, pairs, count, 3.0, cfg, copy_of(base), stats), stats))
+        results.append(
+            (
+                accumulate_gradients(one, rollout, pairs, count, 3.0, cfg, copy_of(base), stats),
+                stats,
+            )
+        )
     assert len(many.batch_sizes) == 2 * passes  # the policy and the reference
     assert results[0] == results[1]
     for p, q in zip(few.transformer.parameters(), many.transformer.parameters(), strict=True):
@@ -232,7 +300,9 @@ def test_a_pass_without_any_pair_gives_zero_gradients_and_not_none(tiny_policy: 
 
 
 def test_chunks_of_the_accumulation_are_divided_alike(tiny_policy: Any, one_rank: Any) -> None:
-    """Five videos in twos: the last optimizer step has one video, and its loss is divided by two all the same."""
+    """Five videos in twos: the last optimizer step has one video, and its loss is divided by two
+    all the same.
+    """
     policy = tiny_policy()
     rollout = make_rollout(policy)
     cfg = UpdateConfig(gradient_accumulation=2, max_grad_norm=1e9, clip_range=0.02)
@@ -242,18 +312,28 @@ def test_chunks_of_the_accumulation_are_divided_alike(tiny_policy: Any, one_rank
     assert stats.skipped == [False] * 3
     assert stats.num_first == 2 * 3
     for chunk, gradients in zip(([0, 1], [2, 4], [5]), optimizer.seen, strict=True):
-        expected, _ = expected_gradients(policy, rollout, all_pairs(rollout, chunk, cfg), 2 * 3, cfg)
+        expected, _ = expected_gradients(
+            policy, rollout, all_pairs(rollout, chunk, cfg), 2 * 3, cfg
+        )
         assert_same_gradients(gradients, expected)
 
 
 def test_the_second_optimizer_step_is_off_policy(tiny_policy: Any, one_rank: Any) -> None:
-    """Its gradient is that of the weights that the first has made, against the log-probabilities of the rollout."""
+    """Its gradient is that of the weights that the first has made, against the log-probabilities of
+    the rollout.
+    """
     policy = tiny_policy()
     rollout = make_rollout(policy, guidance_scale=3.0)
     cfg = UpdateConfig(gradient_accumulation=3, max_grad_norm=1e9, clip_range=0.02)
     optimizer, between = Recorder(policy, lr=0.02), []
     stats = update(
-        policy, optimizer, rollout, [0, 1, 2, 3, 4, 5], ADVANTAGES, cfg, after_step=lambda: between.append(copy.deepcopy(policy))
+        policy,
+        optimizer,
+        rollout,
+        [0, 1, 2, 3, 4, 5],
+        ADVANTAGES,
+        cfg,
+        after_step=lambda: between.append(copy.deepcopy(policy)),
     )
     assert stats.ratios[: stats.num_first] == [1.0] * 9
     assert 1.0 not in stats.ratios[stats.num_first :]
@@ -261,29 +341,46 @@ def test_the_second_optimizer_step_is_off_policy(tiny_policy: Any, one_rank: Any
     expected, loss = expected_gradients(between[0], rollout, pairs, 9, cfg)
     assert_same_gradients(optimizer.seen[1], expected)
     assert stats.losses[1] == pytest.approx(loss, rel=1e-4)
-    assert all(torch.equal(p, q) for p, q in zip(between[1].transformer.parameters(), policy.transformer.parameters(), strict=True))
+    assert all(
+        torch.equal(p, q)
+        for p, q in zip(
+            between[1].transformer.parameters(), policy.transformer.parameters(), strict=True
+        )
+    )
 
 
-# ------------------------------------------------------------------------------------------------------------------- KL
+# -------- KL
 
 
-@pytest.mark.parametrize(("guidance_scale", "cfg_grad"), [(1.0, "both"), (3.0, "both"), (3.0, "cond_only")])
-def test_kl_pulls_to_the_reference(tiny_policy: Any, one_rank: Any, guidance_scale: float, cfg_grad: str) -> None:
+@pytest.mark.parametrize(
+    ("guidance_scale", "cfg_grad"), [(1.0, "both"), (3.0, "both"), (3.0, "cond_only")]
+)
+def test_kl_pulls_to_the_reference(
+    tiny_policy: Any, one_rank: Any, guidance_scale: float, cfg_grad: str
+) -> None:
     base = tiny_policy()
     rollout = make_rollout(base, guidance_scale=guidance_scale)
     policy, reference = moved(base, 0.05), moved(base, 0.1, seed=2)
-    cfg = UpdateConfig(kl_coef=0.7, cfg_grad=cfg_grad, clip_range=0.02, gradient_accumulation=6, max_grad_norm=1e9)
+    cfg = UpdateConfig(
+        kl_coef=0.7, cfg_grad=cfg_grad, clip_range=0.02, gradient_accumulation=6, max_grad_norm=1e9
+    )
     optimizer, own, target = Recorder(policy), copy_of(policy), copy_of(reference)
-    stats = update(policy, optimizer, rollout, [0, 1, 2, 3, 4, 5], ADVANTAGES, cfg, reference=target)
+    stats = update(
+        policy, optimizer, rollout, [0, 1, 2, 3, 4, 5], ADVANTAGES, cfg, reference=target
+    )
     pairs = all_pairs(rollout, range(6), cfg)
     expected, loss = expected_gradients(policy, rollout, pairs, 18, cfg, reference)
     assert_same_gradients(optimizer.seen[0], expected)
     without, _ = expected_gradients(policy, rollout, pairs, 18, cfg)
-    assert (expected[0] - without[0]).abs().max() > 0.01 * expected[0].abs().max()  # the KL has a part in it
+    assert (expected[0] - without[0]).abs().max() > 0.01 * expected[
+        0
+    ].abs().max()  # the KL has a part in it
     assert stats.losses == pytest.approx([loss], rel=1e-4)
     assert all(kl > 0 for kl in stats.kl)
     for weights, network in ((own, policy), (target, reference)):  # each has its own again
-        assert all(torch.equal(weights[name], p) for name, p in network.transformer.named_parameters())
+        assert all(
+            torch.equal(weights[name], p) for name, p in network.transformer.named_parameters()
+        )
 
 
 def test_kl_to_equal_weights_is_zero(tiny_policy: Any, one_rank: Any) -> None:
@@ -298,7 +395,7 @@ def test_kl_to_equal_weights_is_zero(tiny_policy: Any, one_rank: Any) -> None:
         torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
 
 
-# ------------------------------------------------------------------------------------------------- what each part gets
+# -------- what each part gets
 
 
 def test_advantages_are_clamped(tiny_policy: Any) -> None:
@@ -320,7 +417,9 @@ def test_gradients_are_clipped_to_the_norm(tiny_policy: Any, one_rank: Any) -> N
     rollout = make_rollout(policy)
     free, tight = Recorder(policy), Recorder(policy)
     for optimizer, bound in ((free, 1e9), (tight, 0.01)):
-        stats = update(policy, optimizer, rollout, [0, 1], ADVANTAGES, UpdateConfig(max_grad_norm=bound))
+        stats = update(
+            policy, optimizer, rollout, [0, 1], ADVANTAGES, UpdateConfig(max_grad_norm=bound)
+        )
     norm = math.sqrt(sum(g.square().sum().item() for g in free.seen[0]))
     assert norm > 0.01
     assert stats.grad_norms == pytest.approx([norm], rel=1e-5)  # before clipping
@@ -336,7 +435,7 @@ def test_nothing_chosen_is_no_step(tiny_policy: Any, one_rank: Any) -> None:
     assert optimizer.seen == policy.batch_sizes == []
 
 
-# ------------------------------------------------------------------------------------------------------- trained steps
+# -------- trained steps
 
 
 def test_nine_of_fifteen_steps_and_never_the_last(tiny_policy: Any) -> None:
@@ -348,13 +447,18 @@ def test_nine_of_fifteen_steps_and_never_the_last(tiny_policy: Any) -> None:
     assert counts[15] == 0
     # 300 draws, each step in 0.6 of them: standard deviation 8.5.
     assert all(140 < count < 220 for count in counts[:15])
-    assert all(trained_steps(rollout, 0, 0.6, seed) == drawn[seed] for seed in range(300))  # by seed, whatever the video
+    assert all(
+        trained_steps(rollout, 0, 0.6, seed) == drawn[seed] for seed in range(300)
+    )  # by seed, whatever the video
 
 
 @pytest.mark.parametrize(
-    ("num_steps", "fraction", "expected"), [(16, 0.6, 9), (16, 1.0, 15), (16, 0.5, 7), (16, 0.01, 1), (2, 0.6, 1), (6, 0.6, 3)]
+    ("num_steps", "fraction", "expected"),
+    [(16, 0.6, 9), (16, 1.0, 15), (16, 0.5, 7), (16, 0.01, 1), (2, 0.6, 1), (6, 0.6, 3)],
 )
-def test_the_share_is_rounded_down_to_at_least_one(tiny_policy: Any, num_steps: int, fraction: float, expected: int) -> None:
+def test_the_share_is_rounded_down_to_at_least_one(
+    tiny_policy: Any, num_steps: int, fraction: float, expected: int
+) -> None:
     rollout = make_rollout(tiny_policy(), num_inference_steps=num_steps)
     assert len(trained_steps(rollout, 0, fraction, 0)) == expected
 
@@ -376,14 +480,19 @@ def test_videos_of_a_group_train_steps_of_their_own(tiny_policy: Any, one_rank: 
 def test_a_window_is_trained_whole(tiny_policy: Any, window: str) -> None:
     rollout = make_rollout(tiny_policy(), sde_window=window, window_size=3)
     for video in range(6):
-        assert trained_steps(rollout, video, 0.6, video) == list(rollout.trainable_steps[video // 3])
+        assert trained_steps(rollout, video, 0.6, video) == list(
+            rollout.trainable_steps[video // 3]
+        )
     assert {len(steps) for steps in rollout.trainable_steps} == {3 if window == "sliding" else 1}
 
 
 def test_a_window_trains_by_the_same_objective(tiny_policy: Any, one_rank: Any) -> None:
     base = tiny_policy()
     rollout = make_rollout(base, sde_window="single", guidance_scale=3.0)
-    policy, cfg = moved(base, 0.02), UpdateConfig(gradient_accumulation=6, max_grad_norm=1e9, clip_range=0.02, branchwise=False)
+    policy, cfg = (
+        moved(base, 0.02),
+        UpdateConfig(gradient_accumulation=6, max_grad_norm=1e9, clip_range=0.02, branchwise=False),
+    )
     optimizer = Recorder(policy)
     stats = update(policy, optimizer, rollout, range(6), ADVANTAGES, cfg)
     assert stats.skipped == [False]  # the ODE steps' NaN is nowhere
@@ -391,17 +500,31 @@ def test_a_window_trains_by_the_same_objective(tiny_policy: Any, one_rank: Any) 
     assert_same_gradients(optimizer.seen[0], expected_gradients(policy, rollout, pairs, 6, cfg)[0])
 
 
-# ------------------------------------------------------------------------------------------------------- what is not finite
+# -------- what is not finite
 
 
 def scale_gradient(parameter: nn.Parameter, factor: float) -> None:
-    parameter.register_hook(lambda grad: torch.full_like(grad, factor) if math.isnan(factor) or factor == 0 else grad * factor)
+    parameter.register_hook(
+        lambda grad: (
+            torch.full_like(grad, factor) if math.isnan(factor) or factor == 0 else grad * factor
+        )
+    )
 
 
 @pytest.mark.parametrize(
-    "fault", ["NaN state", "infinite state", "NaN log-probability", "infinite gradient", "NaN gradient", "infinite loss alone"]
+    "fault",
+    [
+        "NaN state",
+        "infinite state",
+        "NaN log-probability",
+        "infinite gradient",
+        "NaN gradient",
+        "infinite loss alone",
+    ],
 )
-def test_what_is_not_finite_skips_the_step_and_touches_nothing(tiny_policy: Any, one_rank: Any, fault: str) -> None:
+def test_what_is_not_finite_skips_the_step_and_touches_nothing(
+    tiny_policy: Any, one_rank: Any, fault: str
+) -> None:
     policy = tiny_policy()
     rollout = make_rollout(policy, sde_window="single")
     (step,) = rollout.trainable_steps[0]
@@ -419,17 +542,25 @@ def test_what_is_not_finite_skips_the_step_and_touches_nothing(tiny_policy: Any,
         scale_gradient(policy.transformer.B, math.inf if fault == "infinite gradient" else math.nan)
     optimizer = torch.optim.AdamW(policy.transformer.parameters(), lr=0.01)
     for p in policy.transformer.parameters():  # a state to keep
-        optimizer.state[p] = {"step": torch.tensor(3.0), "exp_avg": torch.full_like(p, 0.1), "exp_avg_sq": torch.full_like(p, 0.2)}
+        optimizer.state[p] = {
+            "step": torch.tensor(3.0),
+            "exp_avg": torch.full_like(p, 0.1),
+            "exp_avg_sq": torch.full_like(p, 0.2),
+        }
     before = copy.deepcopy((policy.transformer.state_dict(), optimizer.state_dict()))
     made: list[int] = []
     cfg = UpdateConfig(gradient_accumulation=3)
-    stats = update(policy, optimizer, rollout, [0, 1, 2], ADVANTAGES, cfg, after_step=lambda: made.append(1))
+    stats = update(
+        policy, optimizer, rollout, [0, 1, 2], ADVANTAGES, cfg, after_step=lambda: made.append(1)
+    )
     assert stats.skipped == [True]
     assert made == []
     for name, value in policy.transformer.state_dict().items():
         assert torch.equal(value, before[0][name])
     for number, state in optimizer.state_dict()["state"].items():
-        assert {k: v.tolist() for k, v in state.items()} == {k: v.tolist() for k, v in before[1]["state"][number].items()}
+        assert {k: v.tolist() for k, v in state.items()} == {
+            k: v.tolist() for k, v in before[1]["state"][number].items()
+        }
     assert all(p.grad is None for p in policy.transformer.parameters())
     assert not (math.isfinite(stats.losses[0]) and math.isfinite(stats.grad_norms[0]))
 
@@ -442,7 +573,15 @@ def test_a_skipped_step_leaves_the_next_one_alone(tiny_policy: Any, one_rank: An
     update(policy, alone, rollout, [3, 4, 5], ADVANTAGES, cfg)
     rollout.latents[0] = math.nan
     optimizer, made = Recorder(policy), []
-    stats = update(policy, optimizer, rollout, [0, 1, 2, 3, 4, 5], ADVANTAGES, cfg, after_step=lambda: made.append(1))
+    stats = update(
+        policy,
+        optimizer,
+        rollout,
+        [0, 1, 2, 3, 4, 5],
+        ADVANTAGES,
+        cfg,
+        after_step=lambda: made.append(1),
+    )
     assert stats.skipped == [True, False]
     assert made == [1]
     assert all(torch.equal(p, q) for p, q in zip(optimizer.seen[0], alone.seen[0], strict=True))

@@ -1,4 +1,6 @@
-"""Held-out captions: the same noise every time, over any number of ranks; what is shown is what was scored."""
+"""Validation captions: the same noise every time, over any number of ranks; what is shown is what was
+scored.
+"""
 
 from __future__ import annotations
 
@@ -11,26 +13,47 @@ import pytest
 import torch
 
 from fastgrpo.config import RolloutConfig
-from fastgrpo.heldout import HeldOut, sample_heldout
-from fastgrpo.rewards.scoring import ScoringQueue
+from fastgrpo.rewards.queue import ScoringQueue
+from fastgrpo.training.validation import ValidationSet, sample_validation
 
 PROMPTS = ["a cat", "a dog", "an unseen fish", "a cow", "a horse"]
-SETTING = {"height": 2, "width": 2, "num_frames": 2, "num_inference_steps": 4, "num_generations": 2, "micro_batch_size": 3, "sde": "ode"}
+SETTING = {
+    "height": 2,
+    "width": 2,
+    "num_frames": 2,
+    "num_inference_steps": 4,
+    "num_generations": 2,
+    "micro_batch_size": 3,
+    "sde": "ode",
+}
 
 
 @pytest.fixture
 def sample(one_rank: Any, tiny_judge: Any) -> Any:
-    """sample(policy, prompts, ...): a HeldOut of this process alone."""
+    """sample(policy, prompts, ...): a ValidationSet of this process alone."""
 
     def run(
-        policy: Any, prompts: list[str] = PROMPTS, *, seed: int = 3, num_videos: int = 5, weights: Any = None, **overrides: Any
-    ) -> HeldOut:
+        policy: Any,
+        prompts: list[str] = PROMPTS,
+        *,
+        seed: int = 3,
+        num_videos: int = 5,
+        weights: Any = None,
+        **overrides: Any,
+    ) -> ValidationSet:
         judge = ScoringQueue(tiny_judge())
         try:
-            return sample_heldout(
-                policy, judge, prompts, RolloutConfig(**(SETTING | overrides)), seed=seed, num_videos=num_videos,
-                device=torch.device("cpu"), compute_dtype=torch.float32, weights=weights,
-            )  # fmt: skip
+            return sample_validation(
+                policy,
+                judge,
+                prompts,
+                RolloutConfig(**(SETTING | overrides)),
+                seed=seed,
+                num_videos=num_videos,
+                device=torch.device("cpu"),
+                compute_dtype=torch.float32,
+                weights=weights,
+            )
         finally:
             judge.close()
 
@@ -38,16 +61,26 @@ def sample(one_rank: Any, tiny_judge: Any) -> Any:
 
 
 def test_scores_are_those_of_the_videos_shown(sample: Any, tiny_policy: Any) -> None:
-    heldout = sample(tiny_policy())
-    assert heldout.prompts == PROMPTS
-    assert [len(scores) for scores in heldout.scores_PGK] == [2] * 5
-    assert heldout.valid_PG == [[True, True], [True, True], [False, False], [True, True], [True, True]]
-    assert heldout.videos.shape == (5, 2, 3, 2, 2)
-    assert heldout.videos.dtype == torch.uint8
-    means = heldout.videos.double().mean(dim=(1, 3, 4)) / 255  # the judge's scores are channel means
+    validation = sample(tiny_policy())
+    assert validation.prompts == PROMPTS
+    assert [len(scores) for scores in validation.scores_PGK] == [2] * 5
+    assert validation.valid_PG == [
+        [True, True],
+        [True, True],
+        [False, False],
+        [True, True],
+        [True, True],
+    ]
+    assert validation.videos.shape == (5, 2, 3, 2, 2)
+    assert validation.videos.dtype == torch.uint8
+    means = (
+        validation.videos.double().mean(dim=(1, 3, 4)) / 255
+    )  # the judge's scores are channel means
     for prompt in range(5):
-        assert heldout.scores_PGK[prompt][0] == pytest.approx(means[prompt].tolist(), abs=0.5 / 255)
-    assert len({tuple(video.flatten().tolist()) for video in heldout.videos}) == 5
+        assert validation.scores_PGK[prompt][0] == pytest.approx(
+            means[prompt].tolist(), abs=0.5 / 255
+        )
+    assert len({tuple(video.flatten().tolist()) for video in validation.videos}) == 5
 
 
 def test_noise_is_fixed_by_seed_and_number(sample: Any, tiny_policy: Any) -> None:
@@ -60,18 +93,22 @@ def test_noise_is_fixed_by_seed_and_number(sample: Any, tiny_policy: Any) -> Non
     assert fewer.scores_PGK == first.scores_PGK[:2]
     assert sample(policy, seed=4, same_noise=False).scores_PGK != first.scores_PGK
     assert first.scores_PGK[0][0] != first.scores_PGK[0][1]
-    one = sample(policy)  # and one noise a group where the rollouts have it so: equal videos, as the ODE has no other
+    one = sample(
+        policy
+    )  # and one noise a group where the rollouts have it so: equal videos, as the ODE has no other
     assert one.scores_PGK[0][0] == one.scores_PGK[0][1]
     assert one.scores_PGK[0][0] == first.scores_PGK[0][0]
 
 
 def test_evaluation_noise_is_not_the_trainings(sample: Any, tiny_policy: Any) -> None:
-    from fastgrpo.rollout import start_rollout
+    from fastgrpo.training.rollout import start_rollout
 
     seen: list[torch.Tensor] = []
 
     class Watched(tiny_policy):  # type: ignore[misc]
-        def velocity(self, latents: torch.Tensor, timesteps: torch.Tensor, conditioning: Any) -> torch.Tensor:
+        def velocity(
+            self, latents: torch.Tensor, timesteps: torch.Tensor, conditioning: Any
+        ) -> torch.Tensor:
             if timesteps[0] == 1000:
                 seen.append(latents[0].clone())
             return super().velocity(latents, timesteps, conditioning)
@@ -80,14 +117,26 @@ def test_evaluation_noise_is_not_the_trainings(sample: Any, tiny_policy: Any) ->
     sample(policy, PROMPTS[:1], num_generations=1, micro_batch_size=1, guidance_scale=1.0)
     for iteration in (0, 1):
         cfg = RolloutConfig(**(SETTING | {"micro_batch_size": 1}))
-        training = start_rollout(policy, PROMPTS[:1], cfg, seed=3, iteration=iteration, first_slot=0, device=torch.device("cpu"))
+        training = start_rollout(
+            policy,
+            PROMPTS[:1],
+            cfg,
+            seed=3,
+            iteration=iteration,
+            first_slot=0,
+            device=torch.device("cpu"),
+        )
         from fastgrpo_kernels import gaussian_noise
 
-        assert not torch.equal(gaussian_noise(training.first_seeds[:1], 0, training.latent_shape)[0], seen[0])
+        assert not torch.equal(
+            gaussian_noise(training.first_seeds[:1], 0, training.latent_shape)[0], seen[0]
+        )
 
 
 @pytest.mark.parametrize("num_videos", [0, 1, 3, 5, 9])
-def test_the_first_video_of_each_of_the_first_prompts_is_kept(sample: Any, tiny_policy: Any, num_videos: int) -> None:
+def test_the_first_video_of_each_of_the_first_prompts_is_kept(
+    sample: Any, tiny_policy: Any, num_videos: int
+) -> None:
     everything, some = sample(tiny_policy()), sample(tiny_policy(), num_videos=num_videos)
     assert len(some.videos) == min(num_videos, 5)
     if num_videos:
@@ -98,8 +147,11 @@ def test_the_first_video_of_each_of_the_first_prompts_is_kept(sample: Any, tiny_
 def test_other_weights_are_used_for_a_while(sample: Any, tiny_policy: Any) -> None:
     policy, other = tiny_policy(seed=0), tiny_policy(seed=1)
     before = sample(policy).scores_PGK
-    came = sample(policy, weights={name: p.detach().clone() for name, p in other.transformer.named_parameters()})
-    assert came.scores_PGK == sample(other).scores_PGK != before
+    got = sample(
+        policy,
+        weights={name: p.detach().clone() for name, p in other.transformer.named_parameters()},
+    )
+    assert got.scores_PGK == sample(other).scores_PGK != before
     assert sample(policy).scores_PGK == before
 
 
@@ -107,39 +159,48 @@ def test_what_is_not_finite_is_invalid_and_shown_black(sample: Any, tiny_policy:
     policy = tiny_policy()
     with torch.no_grad():
         policy.transformer.A[0, 0] = math.nan
-    heldout = sample(policy, ["a cat"])
-    assert heldout.valid_PG == [[False, False]]
-    assert not heldout.videos.any()
+    validation = sample(policy, ["a cat"])
+    assert validation.valid_PG == [[False, False]]
+    assert not validation.videos.any()
 
 
 def test_stage_means_are_over_valid_videos() -> None:
     nothing = [math.nan, math.nan]
-    heldout = HeldOut(["a", "b"], [[[0.25, 0.5], nothing], [[0.75, 1.0], [0.5, 0.0]]], [[True, False], [True, False]], torch.empty(0))
-    assert heldout.stage_means(2) == [0.5, 0.75]
-    none = HeldOut(["a"], [[nothing]], [[False]], torch.empty(0))
+    validation = ValidationSet(
+        ["a", "b"],
+        [[[0.25, 0.5], nothing], [[0.75, 1.0], [0.5, 0.0]]],
+        [[True, False], [True, False]],
+        torch.empty(0),
+    )
+    assert validation.stage_means(2) == [0.5, 0.75]
+    none = ValidationSet(["a"], [[nothing]], [[False]], torch.empty(0))
     assert all(math.isnan(mean) for mean in none.stage_means(2))
     assert len(none.stage_means(2)) == 2
 
 
-def test_two_ranks_give_what_one_gives(run_ranks: Callable[..., list[Any]], sample: Any, tiny_policy: Any) -> None:
-    """Five prompts, then one, over two ranks: all scores in order, each prompt once, on both; the same number of passes on each."""
+def test_two_ranks_give_what_one_gives(
+    run_ranks: Callable[..., list[Any]], sample: Any, tiny_policy: Any
+) -> None:
+    """Five prompts, then one, over two ranks: all scores in order, each prompt once, on both; the
+    same number of passes on each.
+    """
     script = f"""
 import json, torch
 from conftest import TinyJudge, TinyPolicy
-from fastgrpo import parallel
+from fastgrpo.distributed import collectives
 from fastgrpo.config import RolloutConfig, RuntimeConfig
-from fastgrpo.heldout import sample_heldout
-from fastgrpo.rewards.scoring import ScoringQueue
-device = parallel.start(RuntimeConfig(device="cpu"))
+from fastgrpo.training.validation import sample_validation
+from fastgrpo.rewards.queue import ScoringQueue
+device = collectives.start(RuntimeConfig(device="cpu"))
 judge, answers = ScoringQueue(TinyJudge()), []
 for prompts, num_videos in (({PROMPTS!r}, 4), (["a cat"], 1)):
     policy = TinyPolicy()
     cfg = RolloutConfig(**{SETTING!r})
-    h = sample_heldout(policy, judge, prompts, cfg, seed=3, num_videos=num_videos, device=device, compute_dtype=torch.float32)
-    answers.append([h.prompts, h.scores_PGK, h.valid_PG, h.videos.tolist(), parallel.gather(len(policy.batch_sizes))])
+    h = sample_validation(policy, judge, prompts, cfg, seed=3, num_videos=num_videos, device=device, compute_dtype=torch.float32)
+    answers.append([h.prompts, h.scores_PGK, h.valid_PG, h.videos.tolist(), collectives.gather(len(policy.batch_sizes))])
 print(json.dumps(answers))
 judge.close()
-parallel.stop()
+collectives.stop()
 """
     first, second = run_ranks(script)
     assert first == second

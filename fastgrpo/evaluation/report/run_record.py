@@ -1,4 +1,6 @@
-"""What a run folder holds, read for a report: while the run is going as well, so anything but the folder itself may still be missing."""
+"""What a run folder holds, read for a report: while the run is going as well, so anything but the
+folder itself may still be missing.
+"""
 
 from __future__ import annotations
 
@@ -13,16 +15,20 @@ from typing import Any
 
 import yaml
 
-from fastgrpo.self_paced import smooth
-from fastgrpo.tracking import Row, read_metrics, stage_names
+from fastgrpo.algorithm.self_paced import smooth
+from fastgrpo.training.tracking import Row, read_metrics, stage_names
 
 NAMES_OF_THE_RUN = ("name", "output_dir", "resume")
-"""Keys of the configuration that differ between any two runs and change nothing of what they compute."""
+"""Keys of the configuration that differ between any two runs and change nothing of what they
+compute.
+"""
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """One run folder: metrics.jsonl, config.yaml, those that a resume replaced, and judge.json, each empty where the file is not there."""
+    """One run folder: metrics.jsonl, config.yaml, those that a resume replaced, and judge.json,
+    each empty where the file is not there.
+    """
 
     folder: Path
     label: str
@@ -47,12 +53,18 @@ class RunRecord:
     def thresholds(self) -> list[float]:
         """Those that paced the run: the modes without gates have none."""
         pacing = self.config.get("pacing") or {}
-        return list(pacing.get("thresholds") or []) if pacing.get("mode", "self_paced") in ("self_paced", "two_stage") else []
+        return (
+            list(pacing.get("thresholds") or [])
+            if pacing.get("mode", "self_paced") in ("self_paced", "two_stage")
+            else []
+        )
 
     @property
     def samples(self) -> list[Path]:
         """Finished sample folders, oldest first."""
-        return sorted(path.parent for path in (self.folder / "samples").glob("iteration_*/samples.json"))
+        return sorted(
+            path.parent for path in (self.folder / "samples").glob("iteration_*/samples.json")
+        )
 
 
 @dataclass(frozen=True)
@@ -60,8 +72,8 @@ class Scores:
     """First and last mean score of each stage of a run; None where there is none."""
 
     iterations: tuple[int, int]
-    held_out: bool
-    """Over held-out captions; False: smoothed, over those of the training."""
+    validation: bool
+    """Over validation captions; False: smoothed, over those of the training."""
     first: dict[str, float | None]
     last: dict[str, float | None]
 
@@ -70,7 +82,8 @@ def read_runs(folders: Sequence[Path]) -> list[RunRecord]:
     """Read run folders, each once.
 
     Raises:
-        ValueError: none given, one given twice, no run folder (neither config.yaml nor metrics.jsonl), or a file in it that is broken.
+        ValueError: none given, one given twice, no run folder (neither config.yaml nor
+            metrics.jsonl), or a file in it that is broken.
     """
     if not folders:
         raise ValueError("report: expected at least one run folder, got none")
@@ -80,8 +93,12 @@ def read_runs(folders: Sequence[Path]) -> list[RunRecord]:
             raise ValueError(f"report: expected different runs, got {folder} {count} times")
     for folder in folders:
         if not ((folder / "metrics.jsonl").is_file() or (folder / "config.yaml").is_file()):
-            raise ValueError(f"report: expected a run folder with config.yaml or metrics.jsonl, got {folder}")
-    return [_read_run(folder, label) for folder, label in zip(folders, _labels(resolved), strict=True)]
+            raise ValueError(
+                f"report: expected a run folder with config.yaml or metrics.jsonl, got {folder}"
+            )
+    return [
+        _read_run(folder, label) for folder, label in zip(folders, _labels(resolved), strict=True)
+    ]
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -96,10 +113,16 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def config_differences(configs: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
-    """Dotted key -> its value in each configuration, for the keys that are not the same in all; `Missing` where one has no such key."""
+    """Dotted key -> its value in each configuration, for the keys that are not the same in all;
+    `Missing` where one has no such key.
+    """
     flat = [flatten(config) for config in configs]
     keys = list(dict.fromkeys(key for config in flat for key in config))
-    rows = {key: [config.get(key, Missing) for config in flat] for key in keys if key not in NAMES_OF_THE_RUN}
+    rows = {
+        key: [config.get(key, Missing) for config in flat]
+        for key in keys
+        if key not in NAMES_OF_THE_RUN
+    }
     return {key: row for key, row in rows.items() if any(value != row[0] for value in row)}
 
 
@@ -108,36 +131,50 @@ class Missing:
 
 
 def judged_alike(runs: Sequence[RunRecord]) -> bool:
-    """Whether one judge scored the same held-out captions with the same sampler in all runs: only then do scores compare."""
+    """Whether one judge scored the same validation captions with the same sampler in all runs: only
+    then do scores compare.
+    """
 
     def what(run: RunRecord) -> Any:
-        sampler = (run.config.get("evaluation") or {}).get("sde"), (run.config.get("evaluation") or {}).get("num_generations")
+        sampler = (
+            (run.config.get("evaluation") or {}).get("sde"),
+            (run.config.get("evaluation") or {}).get("num_generations"),
+        )
         prompts = run.config.get("prompts") or {}
-        return run.config.get("reward"), run.judge, prompts.get("heldout"), sampler
+        return run.config.get("reward"), run.judge, prompts.get("validation"), sampler
 
     return all(what(run) == what(runs[0]) for run in runs)
 
 
 def scores_of(run: RunRecord, window: int) -> Scores | None:
-    """First and last held-out scores, or where fewer than two evaluations were made the training scores smoothed over `window` iterations.
+    """First and last validation scores, or where fewer than two evaluations were made the training
+    scores smoothed over `window` iterations.
 
     None where there are not two points of either.
     """
-    for held_out in (True, False):
-        series = {stage: _series(run.rows, f"{'eval/' if held_out else ''}rewards/{stage}/mean") for stage in run.stages}
+    for validation in (True, False):
+        series = {
+            stage: _series(run.rows, f"{'eval/' if validation else ''}rewards/{stage}/mean")
+            for stage in run.stages
+        }
         iterations = sorted({iteration for points in series.values() for iteration in points})
         if len(iterations) < 2:
             continue
-        if not held_out:
-            series = {stage: dict(zip(points, smooth(list(points.values()), window), strict=True)) for stage, points in series.items()}
+        if not validation:
+            series = {
+                stage: dict(zip(points, smooth(list(points.values()), window), strict=True))
+                for stage, points in series.items()
+            }
         ends = iterations[0], iterations[-1]
         first, last = ({stage: points.get(end) for stage, points in series.items()} for end in ends)
-        return Scores(ends, held_out, first, last)
+        return Scores(ends, validation, first, last)
     return None
 
 
 def judge_totals(run: RunRecord) -> dict[str, float]:
-    """Sum over the run of what the judge counts (`judge/...`) and of the videos without a score, in the order of the rows."""
+    """Sum over the run of what the judge counts (`judge/...`) and of the videos without a score, in
+    the order of the rows.
+    """
     totals: dict[str, float] = {}
     for row in run.trained:
         for key, value in row.items():
@@ -147,12 +184,19 @@ def judge_totals(run: RunRecord) -> dict[str, float]:
 
 
 def _series(rows: Sequence[Row], key: str) -> dict[int, float]:
-    return {row["iteration"]: float(row[key]) for row in rows if row.get(key) is not None and math.isfinite(row[key])}
+    return {
+        row["iteration"]: float(row[key])
+        for row in rows
+        if row.get(key) is not None and math.isfinite(row[key])
+    }
 
 
 def _read_run(folder: Path, label: str) -> RunRecord:
     metrics = folder / "metrics.jsonl"
-    numbered = {path: re.fullmatch(r"config\.until_(\d+)\.yaml", path.name) for path in sorted(folder.glob("config.until_*.yaml"))}
+    numbered = {
+        path: re.fullmatch(r"config\.until_(\d+)\.yaml", path.name)
+        for path in sorted(folder.glob("config.until_*.yaml"))
+    }
     return RunRecord(
         folder=folder,
         label=label,

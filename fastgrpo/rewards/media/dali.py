@@ -1,8 +1,10 @@
-"""Decoding of video files by NVIDIA's DALI (2.4): NVDEC on a GPU, libavcodec on the CPU, which has fewer codecs there.
+"""Decoding of video files by NVIDIA's DALI (2.4): NVDEC on a GPU, libavcodec on the CPU, which has
+fewer codecs there.
 
-Colours. DALI takes every file for BT.601, and knows full range from limited. PyAV's swscale heeds the matrix that a file names, and takes
-one that names none for BT.601. So the frames of a file that names BT.709 or BT.2020 are put right here by a 3 x 3 matrix. What is left
-between the two decoders is stated and measured in tests/dali.
+Colours. DALI takes every file for BT.601, and knows full range from limited. PyAV's swscale
+heeds the matrix that a file names, and takes one that names none for BT.601. So the frames of a
+file that names BT.709 or BT.2020 are put right here by a 3 x 3 matrix. What is left between the
+two decoders is stated and measured in tests/dali.
 
 Only the CPU path has been run, not the one with NVDEC.
 """
@@ -21,7 +23,11 @@ CODECS = {"cpu": ("vp8", "vp9", "mjpeg"), "cuda": ("vp8", "vp9", "mjpeg", "h264"
 """What DALI decodes on each device."""
 
 _BT601 = (2, 5, 6)  # AVColorSpace: unspecified, BT.470BG, SMPTE 170M
-_LUMA = {5: (0.299, 0.114), 1: (0.2126, 0.0722), 9: (0.2627, 0.0593)}  # the weights of red and blue in BT.601, 709 and 2020
+_LUMA = {
+    5: (0.299, 0.114),
+    1: (0.2126, 0.0722),
+    9: (0.2627, 0.0593),
+}  # the weights of red and blue in BT.601, 709 and 2020
 
 
 @functools.cache
@@ -33,11 +39,19 @@ def version() -> str:
         return ""
 
 
-def refusal(codec: str, pixels: str, matrix: int, size: tuple[int, int], file_bytes: int, device: torch.device) -> str:
+def refusal(
+    codec: str,
+    pixels: str,
+    matrix: int,
+    size: tuple[int, int],
+    file_bytes: int,
+    device: torch.device,
+) -> str:
     """Why DALI does not decode such a file, or an empty text.
 
     Args:
-        codec, pixels: libavcodec's names of the codec and of the pixel format. matrix: AVColorSpace. size: height and width.
+        codec, pixels: libavcodec's names of the codec and of the pixel format. matrix:
+            AVColorSpace. size: height and width.
     """
     if not version():
         return 'DALI is not installed (pip install "fastgrpo[dali]")'
@@ -51,7 +65,8 @@ def refusal(codec: str, pixels: str, matrix: int, size: tuple[int, int], file_by
 
 
 def decode(file: Path, indices: list[int], device: torch.device, matrix: int) -> Tensor:
-    """The frames [n, 3, H, W] uint8 of these indices, in that order, on the device; matrix: AVColorSpace of the file.
+    """The frames [n, 3, H, W] uint8 of these indices, in that order, on the device; matrix:
+    AVColorSpace of the file.
 
     Raises:
         RuntimeError: whatever DALI has against the file, an index past its end among it.
@@ -61,13 +76,16 @@ def decode(file: Path, indices: list[int], device: torch.device, matrix: int) ->
     with where, dali.EvalMode.sync_full:
         data = dali.tensor(np.fromfile(file, dtype=np.uint8))
         # pad_mode: otherwise a frame that is not there comes back black.
-        decoded = dali.decoders.video(data, device=where.device_type, frames=indices, pad_mode="none").torch(copy=True)
+        decoded = dali.decoders.video(
+            data, device=where.device_type, frames=indices, pad_mode="none"
+        ).torch(copy=True)
     frames: Tensor = decoded.permute(0, 3, 1, 2).contiguous()
     return frames if matrix in _BT601 else to_matrix(frames, matrix)
 
 
 def to_matrix(frames: Tensor, matrix: int) -> Tensor:
-    """Frames [n, 3, H, W] uint8, in place, that were made from YCbCr as if by BT.601, as if made by `matrix` (1: BT.709, 9: BT.2020).
+    """Frames [n, 3, H, W] uint8, in place, that were made from YCbCr as if by BT.601, as if made by
+    `matrix` (1: BT.709, 9: BT.2020).
 
     Exact but for rounding, where the first conversion did not clip.
     """
@@ -82,4 +100,6 @@ def _to_rgb(matrix: int) -> Tensor:
     red, blue = _LUMA[matrix]
     green = 1 - red - blue
     to_green = [1, -2 * blue * (1 - blue) / green, -2 * red * (1 - red) / green]
-    return torch.tensor([[1, 0, 2 * (1 - red)], to_green, [1, 2 * (1 - blue), 0]], dtype=torch.float64)
+    return torch.tensor(
+        [[1, 0, 2 * (1 - red)], to_green, [1, 2 * (1 - blue), 0]], dtype=torch.float64
+    )

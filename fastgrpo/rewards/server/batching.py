@@ -1,6 +1,8 @@
-"""Questions of many clients to one engine: a thread takes what waits, and asks what is decoded alike in one call.
+"""Questions of many clients to one engine: a thread takes what waits, and asks what is decoded
+alike in one call.
 
-Questions about one clip go together, so that the engine sees the clip once; a question whose client has gone is not asked.
+Questions about one clip go together, so that the engine sees the clip once; a question whose
+client has gone is not asked.
 """
 
 from __future__ import annotations
@@ -14,10 +16,12 @@ from typing import Any, Literal
 
 import torch
 
-from fastgrpo.rewards.engine import Clip, Decoding, Engine, Reply
+from fastgrpo.rewards.vlm.engine import Clip, Decoding, Engine, Reply
 
 FAILURES = 3
-"""Calls of the engine that fail one after the other before it counts as broken; one that succeeds mends it."""
+"""Calls of the engine that fail one after the other before it counts as broken; one that succeeds
+mends it.
+"""
 
 
 class UnavailableError(Exception):
@@ -26,7 +30,9 @@ class UnavailableError(Exception):
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """One question about one clip. key: equal for equal clips. reply: cancelled by a client that has gone."""
+    """One question about one clip. key: equal for equal clips. reply: cancelled by a client that
+    has gone.
+    """
 
     key: str
     clip: Clip
@@ -38,14 +44,19 @@ class Job:
 class Batcher:
     """Owns the engine, and the only thread that calls it.
 
-    batch_size: questions of one call at most. linger: seconds that the first question of an idle engine waits for others of its kind.
-    ended: why the thread has ended, if not because of `stop`. described: what the engine says of itself, once it is loaded.
-    settled: set when it is loaded, or cannot be.
+    batch_size: questions of one call at most. linger: seconds that the first question of an idle
+    engine waits for others of its kind. ended: why the thread has ended, if not because of
+    `stop`. described: what the engine says of itself, once it is loaded. settled: set when it is
+    loaded, or cannot be.
     """
 
-    def __init__(self, engine: Engine, device: torch.device, batch_size: int = 64, linger: float = 0.01) -> None:
+    def __init__(
+        self, engine: Engine, device: torch.device, batch_size: int = 64, linger: float = 0.01
+    ) -> None:
         if batch_size < 1 or not 0 <= linger < 10:
-            raise ValueError(f"expected a batch_size of at least 1 and a linger of 0 to 10 seconds, got {batch_size} and {linger}")
+            raise ValueError(
+                f"expected a batch_size of at least 1 and a linger of 0 to 10 seconds, got {batch_size} and {linger}"
+            )
         self.engine, self.device, self.batch_size, self.linger = engine, device, batch_size, linger
         self.ended: BaseException | None = None
         self.described: dict[str, Any] = {}
@@ -63,7 +74,9 @@ class Batcher:
 
     @property
     def state(self) -> Literal["loading", "ready", "broken", "stopping"]:
-        """loading; ready; broken: not loaded, its thread ended, or FAILURES calls failed in a row; stopping."""
+        """loading; ready; broken: not loaded, its thread ended, or FAILURES calls failed in a row;
+        stopping.
+        """
         if self._stopping:
             return "stopping"
         if self.ended is not None or self._failures >= FAILURES:
@@ -76,7 +89,9 @@ class Batcher:
         return len(self._waiting)
 
     def submit(self, job: Job) -> None:
-        """Queue a question; `job.reply` gets the answer, or the error. UnavailableError: the engine takes none now."""
+        """Queue a question; `job.reply` gets the answer, or the error. UnavailableError: the engine
+        takes none now.
+        """
         with self._changed:
             if not self._loaded or self._stopping or self.ended is not None:
                 raise UnavailableError(f"the judge is {self.state}")
@@ -84,7 +99,9 @@ class Batcher:
             self._changed.notify()
 
     def stop(self, grace: float) -> None:
-        """Take no more questions; what is queued is answered, or after `grace` seconds refused. Returns at once."""
+        """Take no more questions; what is queued is answered, or after `grace` seconds refused.
+        Returns at once.
+        """
         with self._changed:
             if self._stopping:
                 return
@@ -110,7 +127,9 @@ class Batcher:
         except BaseException as error:  # whatever it is, those who wait must hear of it
             with self._changed:
                 self.ended = error
-            if self._loaded or not isinstance(error, ValueError | OSError | ImportError):  # what `load` says in words
+            if self._loaded or not isinstance(
+                error, ValueError | OSError | ImportError
+            ):  # what `load` says in words
                 traceback.print_exc()
         finally:
             self.settled.set()
@@ -139,7 +158,11 @@ class Batcher:
 
     def _linger(self) -> None:
         end = time.monotonic() + self.linger
-        while (left := end - time.monotonic()) > 0 and len(self._waiting) < self.batch_size and not self._stopping:
+        while (
+            (left := end - time.monotonic()) > 0
+            and len(self._waiting) < self.batch_size
+            and not self._stopping
+        ):
             self._changed.wait(left)
 
     def _answer(self, jobs: list[Job]) -> None:
@@ -150,7 +173,11 @@ class Batcher:
         groups = list(clips.values())
         try:
             with torch.no_grad():
-                replies = self.engine.ask([g[0].clip for g in groups], [[j.question for j in g] for g in groups], jobs[0].decoding)
+                replies = self.engine.ask(
+                    [g[0].clip for g in groups],
+                    [[j.question for j in g] for g in groups],
+                    jobs[0].decoding,
+                )
             for group, row in zip(groups, replies, strict=True):
                 for job, reply in zip(group, row, strict=True):
                     _settle(job, reply)
@@ -172,7 +199,9 @@ class Batcher:
 
 
 def _settle(job: Job, outcome: Reply | Exception) -> None:
-    """Give a waiting client its answer, unless it has gone, or was refused when the server began to end."""
+    """Give a waiting client its answer, unless it has gone, or was refused when the server began to
+    end.
+    """
     try:
         if isinstance(outcome, Reply):
             job.reply.set_result(outcome)

@@ -1,7 +1,9 @@
-"""Data URLs to frames, from a client that is not trusted: nothing is fetched, and no size is believed before it is checked.
+"""Data URLs to frames, from a client that is not trusted: nothing is fetched, and no size is
+believed before it is checked.
 
-An image's size is read from its header before a pixel of it is decoded, frames are counted before the first is opened, and a video file
-is decoded as MP4 only: FFmpeg's other formats hold names of files and addresses that it would open.
+An image's size is read from its header before a pixel of it is decoded, frames are counted
+before the first is opened, and a video file is decoded as MP4 only: FFmpeg's other formats hold
+names of files and addresses that it would open.
 """
 
 from __future__ import annotations
@@ -20,8 +22,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fastgrpo.rewards.engine import Clip
-from fastgrpo.rewards.frames import FrameSettings, clip_of_frames, make_clip
+from fastgrpo.rewards.media.frames import FrameSettings, clip_of_frames, make_clip
+from fastgrpo.rewards.vlm.engine import Clip
 
 IMAGES = ("data:image/png", "data:image/jpeg")
 """Data URLs of one frame."""
@@ -48,10 +50,13 @@ class MediaLimits:
                 raise ValueError(f"{key}: expected at least 1, got {getattr(self, key)}")
 
 
-def clip_of_urls(urls: Sequence[str], fps: float, settings: FrameSettings, limits: MediaLimits) -> Clip:
+def clip_of_urls(
+    urls: Sequence[str], fps: float, settings: FrameSettings, limits: MediaLimits
+) -> Clip:
     """The clip of one video: a single data URL of a video, or one of an image for each frame.
 
-    fps: frames a second of a list of images, which are all looked at; of a file, which has its own rate, how many are looked at.
+    fps: frames a second of a list of images, which are all looked at; of a file, which has its
+    own rate, how many are looked at.
 
     Raises:
         ValueError: anything else, in words for the client.
@@ -59,13 +64,19 @@ def clip_of_urls(urls: Sequence[str], fps: float, settings: FrameSettings, limit
     kinds = {url[:99].partition(",")[0].partition(";")[0].lower() for url in urls}
     unknown = kinds - {*IMAGES, IMAGE_LIST, VIDEO_FILE}
     if unknown or not kinds:
-        raise ValueError(f"expected URLs that start with {', '.join((*IMAGES, IMAGE_LIST))} or {VIDEO_FILE}; others are never fetched")
+        raise ValueError(
+            f"expected URLs that start with {', '.join((*IMAGES, IMAGE_LIST))} or {VIDEO_FILE}; others are never fetched"
+        )
     if kinds <= set(IMAGES):
         return clip_of_frames(_stack([_payload(url) for url in urls], limits), fps, settings)
     if len(urls) != 1:
-        raise ValueError(f"expected one video, or nothing but its frames as images, got {len(urls)} parts")
+        raise ValueError(
+            f"expected one video, or nothing but its frames as images, got {len(urls)} parts"
+        )
     if kinds == {IMAGE_LIST}:
-        return clip_of_frames(_stack(_payload(urls[0]).split(",", limits.max_frames), limits), fps, settings)
+        return clip_of_frames(
+            _stack(_payload(urls[0]).split(",", limits.max_frames), limits), fps, settings
+        )
     video, rate = _decode_file(_bytes(_payload(urls[0]), "the video"), limits)
     return make_clip(video, rate, dataclasses.replace(settings, fps=fps))
 
@@ -95,7 +106,9 @@ def _stack(payloads: Sequence[str], limits: MediaLimits) -> Tensor:
             _check_video(len(payloads), image.height, image.width, limits)
         elif (image.height, image.width) != tuple(frames[0].shape[1:]):
             size = f"{image.height}x{image.width}"
-            raise ValueError(f"frame {number} is {size}, frame 0 {frames[0].shape[1]}x{frames[0].shape[2]}: expected one size")
+            raise ValueError(
+                f"frame {number} is {size}, frame 0 {frames[0].shape[1]}x{frames[0].shape[2]}: expected one size"
+            )
         frames.append(_pixels(image, f"frame {number}"))
     return torch.stack(frames)
 
@@ -105,12 +118,18 @@ def _open(data: bytes, what: str, limits: MediaLimits) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data), formats=("PNG", "JPEG"))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{what} is not a PNG or JPEG image that can be decoded: {error}") from error
+        raise ValueError(
+            f"{what} is not a PNG or JPEG image that can be decoded: {error}"
+        ) from error
     if image.width * image.height > limits.max_pixels:
-        raise ValueError(f"{what} is {image.height}x{image.width}: expected at most {limits.max_pixels} pixels")
+        raise ValueError(
+            f"{what} is {image.height}x{image.width}: expected at most {limits.max_pixels} pixels"
+        )
     count = getattr(image, "n_frames", 1)
     if image.mode not in ("RGB", "L") or count != 1:
-        raise ValueError(f"{what}: expected one RGB or grey image of 8 bits, got {count} of mode {image.mode}")
+        raise ValueError(
+            f"{what}: expected one RGB or grey image of 8 bits, got {count} of mode {image.mode}"
+        )
     return image
 
 
@@ -119,7 +138,11 @@ def _pixels(image: Image.Image, what: str) -> Tensor:
         data = bytearray(image.convert("RGB").tobytes())
     except (OSError, ValueError, SyntaxError, struct.error, zlib.error, IndexError) as error:
         raise ValueError(f"{what} cannot be decoded: {error}") from error
-    return torch.frombuffer(data, dtype=torch.uint8).view(image.height, image.width, 3).permute(2, 0, 1)
+    return (
+        torch.frombuffer(data, dtype=torch.uint8)
+        .view(image.height, image.width, 3)
+        .permute(2, 0, 1)
+    )
 
 
 def _check_video(count: int, height: int, width: int, limits: MediaLimits) -> None:
@@ -134,7 +157,9 @@ def _decode_file(data: bytes, limits: MediaLimits) -> tuple[Tensor, float]:
     try:
         import av
     except ImportError:
-        raise ValueError(f"this server has no PyAV, which {VIDEO_FILE} needs: send images as {IMAGE_LIST}") from None
+        raise ValueError(
+            f"this server has no PyAV, which {VIDEO_FILE} needs: send images as {IMAGE_LIST}"
+        ) from None
     try:
         with av.open(io.BytesIO(data), mode="r", format="mp4") as container:
             if not container.streams.video:
@@ -142,10 +167,13 @@ def _decode_file(data: bytes, limits: MediaLimits) -> tuple[Tensor, float]:
             stream = container.streams.video[0]
             if stream.codec_context is None:
                 raise ValueError("the video is of a codec that is not known here")
-            # Frames may grow on the way: the decoder itself refuses those far above. It counts whole blocks, of up to 128 x 128.
+            # Frames may grow on the way: the decoder itself refuses those far above. It counts
+            # whole blocks, of up to 128 x 128.
             stream.codec_context.options = {"max_pixels": str(2 * limits.max_pixels + (1 << 16))}
             rate = stream.average_rate
-            _check_video(max(stream.frames, 1), stream.height, stream.width, limits)  # what it says, before anything is decoded
+            _check_video(
+                max(stream.frames, 1), stream.height, stream.width, limits
+            )  # what it says, before anything is decoded
             frames = list(_frames(container.decode(stream), limits))
     except (av.FFmpegError, EOFError) as error:
         raise ValueError(f"the video cannot be decoded: {error}") from error
@@ -161,6 +189,8 @@ def _frames(decoded: Iterator[Any], limits: MediaLimits) -> Iterator[Tensor]:
         if number >= limits.max_frames:
             raise ValueError(f"expected at most {limits.max_frames} frames, got more")
         if (frame.height, frame.width) != size:
-            raise ValueError(f"frame {number} is {frame.height}x{frame.width}, frame 0 {size[0]}x{size[1]}: expected one size")
+            raise ValueError(
+                f"frame {number} is {frame.height}x{frame.width}, frame 0 {size[0]}x{size[1]}: expected one size"
+            )
         _check_video(number + 1, *size, limits)
         yield _pixels(frame.to_image(), f"frame {number}")

@@ -1,4 +1,6 @@
-"""What can go wrong with a request to a server, sorted by what to do about it, in words that hold no key."""
+"""What can go wrong with a request to a server, sorted by what to do about it, in words that hold
+no key.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ class TryAgain(Exception):
 
 
 class Refused(Exception):
-    """A request failed in a way that it would fail again. status: that of the answer, 0 for what is no HTTP error."""
+    """A request failed in a way that it would fail again. status: that of the answer, 0 for what is
+    no HTTP error.
+    """
 
     def __init__(self, message: str, status: int = 0) -> None:
         super().__init__(message)
@@ -41,22 +45,31 @@ class Refused(Exception):
 
 
 def failure_of(error: Exception, url: str, key: str) -> TryAgain | Refused:
-    """What an exception of the client library means: one line with the endpoint and the status, `key` hidden.
+    """What an exception of the client library means: one line with the endpoint and the status,
+    `key` hidden.
 
-    error: TimeoutError, openai.OpenAIError, or a ValueError or RecursionError for an answer that is no JSON or not what was asked for.
+    error: TimeoutError, openai.OpenAIError, or a ValueError or RecursionError for an answer that
+    is no JSON or not what was asked for.
     """
     if isinstance(error, openai.APIStatusError):
-        status, message = error.status_code, _clean(f"status {error.status_code}: {error}", url, key)
+        status, message = (
+            error.status_code,
+            _clean(f"status {error.status_code}: {error}", url, key),
+        )
         if status < 500 and status not in TRY_AGAIN:
             return Refused(message, status)
         pause = retry_after(error.response.headers.get("retry-after", ""))
         return TryAgain(message, busy=status == 429 or pause > 0, pause=pause)
     cause = f" ({error.__cause__})" if error.__cause__ else ""
-    return TryAgain(_clean(f"{type(error).__name__}: {str(error) or 'no answer in time'}{cause}", url, key))
+    return TryAgain(
+        _clean(f"{type(error).__name__}: {str(error) or 'no answer in time'}{cause}", url, key)
+    )
 
 
 def retry_after(header: str) -> float:
-    """Seconds that a Retry-After header asks for, as a number or as a date; 0 for one that is neither."""
+    """Seconds that a Retry-After header asks for, as a number or as a date; 0 for one that is
+    neither.
+    """
     try:
         seconds = float(header)
     except ValueError:
@@ -68,6 +81,8 @@ def retry_after(header: str) -> float:
 
 
 def _clean(error: str, url: str, key: str) -> str:
-    hidden = error.replace(key, "***") if key else error  # before it is cut: half a key is no better
+    hidden = (
+        error.replace(key, "***") if key else error
+    )  # before it is cut: half a key is no better
     line = " ".join(hidden.split())
     return f"{url}: {line if len(line) <= LONGEST_ERROR else line[:LONGEST_ERROR] + ' ...'}"

@@ -1,4 +1,6 @@
-"""The questions that a judge is asked, one a stage: text files, which a recipe can replace by others."""
+"""The questions that a judge is asked, one a stage: text files, which a recipe can replace by
+others.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,10 @@ from dataclasses import dataclass
 
 from fastgrpo.config import find_file
 
-DEFAULT_QUESTIONS = tuple(f"fastgrpo/rewards/stages/{name}.txt" for name in ("visual_quality", "temporal_smoothness", "text_alignment"))
+DEFAULT_QUESTIONS = tuple(
+    f"fastgrpo/rewards/vlm/stages/{name}.txt"
+    for name in ("visual_quality", "temporal_smoothness", "text_alignment")
+)
 """The three stages of method.md, section 3, easiest first, in this project's own words."""
 _KEY = "reward.init_args.questions"
 _CAPTION = "{caption}"
@@ -16,7 +21,9 @@ _CAPTION = "{caption}"
 
 @dataclass(frozen=True)
 class Question:
-    """name: the stage, its file's stem. template: the text, `{caption}` where a video's caption goes. sha256: of the file's bytes, hex."""
+    """name: the stage, its file's stem. template: the text, `{caption}` where a video's caption
+    goes. sha256: of the file's bytes, hex.
+    """
 
     name: str
     template: str
@@ -24,10 +31,12 @@ class Question:
 
 
 def read_questions(paths: Sequence[str] = DEFAULT_QUESTIONS) -> list[Question]:
-    """The questions in UTF-8 files, in the order given, white space stripped at their ends; paths as `config.find_file` takes them.
+    """The questions in UTF-8 files, in the order given, white space stripped at their ends; paths
+    as `config.find_file` takes them.
 
     Raises:
-        FileNotFoundError: a file is not there. ValueError: no files; one that is empty or not UTF-8; two of one stem. They name the key.
+        FileNotFoundError: a file is not there. ValueError: no files; one that is empty or not
+            UTF-8; two of one stem. They name the key.
     """
     if not paths:
         raise ValueError(f"{_KEY}: expected at least one file, got none")
@@ -42,11 +51,15 @@ def read_questions(paths: Sequence[str] = DEFAULT_QUESTIONS) -> list[Question]:
         if not template:
             raise ValueError(f"{_KEY}: expected a question in {file}, which is empty")
         if file.stem in questions:
-            raise ValueError(f"{_KEY}: expected files of different names, which name the stages, got {file.stem!r} twice")
+            raise ValueError(
+                f"{_KEY}: expected files of different names, which name the stages, got {file.stem!r} twice"
+            )
         questions[file.stem] = Question(file.stem, template, hashlib.sha256(content).hexdigest())
     return list(questions.values())
 
 
 def ask_about(question: Question, caption: str) -> str:
-    """The question about a video with this caption, which is taken word for word; a template without `{caption}` does not tell it."""
+    """The question about a video with this caption, which is taken word for word; a template
+    without `{caption}` does not tell it.
+    """
     return question.template.replace(_CAPTION, caption)

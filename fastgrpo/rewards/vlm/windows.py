@@ -1,7 +1,9 @@
-"""Attention of the vision tower's windows: those of one length as a batch, where transformers calls torch once for each window.
+"""Attention of the vision tower's windows: those of one length as a batch, where transformers calls
+torch once for each window.
 
-Qwen2.5-VL's tower attends within windows of at most 64 patches in all but four of its layers: some 120 windows a layer for 6 frames of
-476x840, and as many launches. Here there is one for each of their few lengths, over all videos at once.
+Qwen2.5-VL's tower attends within windows of at most 64 patches in all but four of its layers:
+some 120 windows a layer for 6 frames of 476x840, and as many launches. Here there is one for
+each of their few lengths, over all videos at once.
 """
 
 from __future__ import annotations
@@ -15,13 +17,25 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 NAME = "fastgrpo_flash_by_length"
-"""transformers hands all windows at once, by their boundaries, to an attention function with `flash` in its name."""
+"""transformers hands all windows at once, by their boundaries, to an attention function with
+`flash` in its name.
+"""
 
 
 def attend_by_length(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: None = None, *, cu_seq_lens_q: Tensor, scaling: float, **_: Any
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: None = None,
+    *,
+    cu_seq_lens_q: Tensor,
+    scaling: float,
+    **_: Any,
 ) -> tuple[Tensor, None]:
-    """Attention [1, S, heads, size] of query, key and value [1, heads, S, size] within the sequences that cu_seq_lens_q [n + 1] bounds."""
+    """Attention [1, S, heads, size] of query, key and value [1, heads, S, size] within the
+    sequences that cu_seq_lens_q [n + 1] bounds.
+    """
     bounds = cu_seq_lens_q.tolist()
     starts: dict[int, list[int]] = {}
     for start, end in pairwise(bounds):
@@ -29,7 +43,9 @@ def attend_by_length(
     out = torch.empty_like(query[0].transpose(0, 1), memory_format=torch.contiguous_format)
     for length, first in starts.items():
         places = (torch.tensor(first)[:, None] + torch.arange(length)).to(query.device)
-        q, k, v = (tensor[0].transpose(0, 1)[places].transpose(1, 2) for tensor in (query, key, value))  # [n, heads, length, size]
+        q, k, v = (
+            tensor[0].transpose(0, 1)[places].transpose(1, 2) for tensor in (query, key, value)
+        )  # [n, heads, length, size]
         out[places] = scaled_dot_product_attention(q, k, v, scale=scaling).transpose(1, 2)
     return out[None], None
 

@@ -1,12 +1,16 @@
-"""The gated residual x + gate y, alone and with the LayerNorm and modulation that follow it, forward and backward.
+"""The gated residual x + gate y, alone and with the LayerNorm and modulation that follow it,
+forward and backward.
 
-Shapes: x, y [B, L, C], B samples of L tokens of C channels. One program a row forward. The fused op makes, in one pass,
+Shapes: x, y [B, L, C], B samples of L tokens of C channels. One program a row forward. The fused
+op makes, in one pass,
     residual = round(x + gate y)          modulated = LN(residual) (1 + scale) + shift
-and normalises the residual as it is stored, in the arithmetic of `ln_modulate.py`: the bits of the two ops one after the other.
+and normalises the residual as it is stored, in the arithmetic of `ln_modulate.py`: the bits of
+the two ops one after the other.
 
-Backward of the fused op, with r = dresidual + the LayerNorm's gradient (see `ln_modulate.py`), which stays in fp32 where the
-two ops would round it in between:
-    dx = r      dy = gate r      dgate = sum over L of y r      dscale, dshift as in `ln_modulate.py`
+Backward of the fused op, with r = dresidual + the LayerNorm's gradient (see `ln_modulate.py`),
+which stays in fp32 where the two ops would round it in between:
+    dx = r      dy = gate r      dgate = sum over L of y r      dscale, dshift as in
+    `ln_modulate.py`
 Sums over L are made in two stages, by parts that depend on L alone.
 """
 
@@ -18,8 +22,8 @@ import torch
 from torch import Tensor
 
 from fastgrpo_kernels import checks, reference
-from fastgrpo_kernels.dispatch import choose, jit, tl
-from fastgrpo_kernels.ln_modulate import (
+from fastgrpo_kernels.dispatch import jit, select_backend, tl
+from fastgrpo_kernels.norm.ln_modulate import (
     BACKWARD_VALUES,
     aligned,
     backward_shape,
@@ -37,16 +41,21 @@ from fastgrpo_kernels.ln_modulate import (
 )
 
 FUSED_BACKWARD_VALUES = 24
-"""As BACKWARD_VALUES: three sums want more registers than 16 warps can have. For the same reason scale and gate are read anew for
-each row, and come with it."""
+"""As BACKWARD_VALUES: three sums want more registers than 16 warps can have. For the same reason
+scale and gate are read anew for each row, and come with it.
+"""
 
 
 @jit
 def _gate_residual_fwd_kernel(
     x, y, gate, out, L, gate_b, gate_l, C: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr
-):  # fmt: skip
+):
     program = tl.program_id(0)
-    row, sample, token = program.to(tl.int64), (program // L).to(tl.int64), (program % L).to(tl.int64)
+    row, sample, token = (
+        program.to(tl.int64),
+        (program // L).to(tl.int64),
+        (program % L).to(tl.int64),
+    )
     cols = tl.max_contiguous(tl.arange(0, BLOCK), WIDTH)
     inside = cols < C
     gate_row = load_shared(gate + sample * gate_b + token * gate_l, cols, inside)
@@ -56,9 +65,22 @@ def _gate_residual_fwd_kernel(
 
 @jit
 def _gate_residual_bwd_kernel(
-    dout, y, gate, dy, dgate, L, num_parts, rows_per_part, gate_b, gate_l,
-    C: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr, NEEDS_GATE: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
+    dout,
+    y,
+    gate,
+    dy,
+    dgate,
+    L,
+    num_parts,
+    rows_per_part,
+    gate_b,
+    gate_l,
+    C: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TOKENS: tl.constexpr,
+    NEEDS_GATE: tl.constexpr,
+    STAGES: tl.constexpr,
+):
     program = tl.program_id(0)
     sample, first = (program // num_parts).to(tl.int64), (program % num_parts) * rows_per_part
     cols = tl.arange(0, BLOCK)
@@ -84,11 +106,34 @@ def _gate_residual_bwd_kernel(
 
 @jit
 def _gate_residual_ln_modulate_fwd_kernel(
-    x, y, gate, scale, shift, residual, out, means, rstds, L, gate_b, gate_l, scale_b, scale_l, shift_b, shift_l, eps,
-    C: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, GATED: tl.constexpr,
-):  # fmt: skip
+    x,
+    y,
+    gate,
+    scale,
+    shift,
+    residual,
+    out,
+    means,
+    rstds,
+    L,
+    gate_b,
+    gate_l,
+    scale_b,
+    scale_l,
+    shift_b,
+    shift_l,
+    eps,
+    C: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr,
+    GATED: tl.constexpr,
+):
     program = tl.program_id(0)
-    row, sample, token = program.to(tl.int64), (program // L).to(tl.int64), (program % L).to(tl.int64)
+    row, sample, token = (
+        program.to(tl.int64),
+        (program // L).to(tl.int64),
+        (program % L).to(tl.int64),
+    )
     cols = tl.max_contiguous(tl.arange(0, BLOCK), WIDTH)
     inside = cols < C
     added = load_once(y + row * C, cols, inside)
@@ -106,11 +151,35 @@ def _gate_residual_ln_modulate_fwd_kernel(
 
 @jit
 def _gate_residual_ln_modulate_bwd_kernel(
-    dresidual, dout, residual, means, rstds, y, gate, scale, dx, dy, dgate, dscale, dshift,
-    L, num_parts, rows_per_part, gate_b, gate_l, scale_b, scale_l,
-    C: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr, GATED: tl.constexpr, WRITES_Y: tl.constexpr,
-    NEEDS_GATE: tl.constexpr, NEEDS_PARAMS: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
+    dresidual,
+    dout,
+    residual,
+    means,
+    rstds,
+    y,
+    gate,
+    scale,
+    dx,
+    dy,
+    dgate,
+    dscale,
+    dshift,
+    L,
+    num_parts,
+    rows_per_part,
+    gate_b,
+    gate_l,
+    scale_b,
+    scale_l,
+    C: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TOKENS: tl.constexpr,
+    GATED: tl.constexpr,
+    WRITES_Y: tl.constexpr,
+    NEEDS_GATE: tl.constexpr,
+    NEEDS_PARAMS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
     program = tl.program_id(0)
     sample, first = (program // num_parts).to(tl.int64), (program % num_parts) * rows_per_part
     cols = tl.arange(0, BLOCK)
@@ -154,7 +223,7 @@ def _gate_residual_ln_modulate_bwd_kernel(
         tl.store(dshift + part + cols, dshift_sum, mask=inside)
 
 
-# ------------------------------------------------------------------------------------------------------ x + gate y
+# -------- x + gate y
 
 
 @torch.library.custom_op("fastgrpo_triton::gate_residual", mutates_args=())
@@ -165,7 +234,9 @@ def _gate_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     if x.numel():
         gate, gate_b, gate_l = strided(gate)
         with torch.cuda.device_of(x):
-            _gate_residual_fwd_kernel[(x.shape[0] * x.shape[1],)](x, y, gate, out, x.shape[1], gate_b, gate_l, **forward_shape(x))
+            _gate_residual_fwd_kernel[(x.shape[0] * x.shape[1],)](
+                x, y, gate, out, x.shape[1], gate_b, gate_l, **forward_shape(x)
+            )
     return out
 
 
@@ -175,7 +246,9 @@ def _(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("fastgrpo_triton::gate_residual_backward", mutates_args=())
-def _gate_residual_backward(dout: Tensor, y: Tensor, gate: Tensor, needs_gate: bool) -> tuple[Tensor, Tensor]:
+def _gate_residual_backward(
+    dout: Tensor, y: Tensor, gate: Tensor, needs_gate: bool
+) -> tuple[Tensor, Tensor]:
     """Gradients of y and gate; the latter is empty, [0], unless needs_gate."""
     dout, y = aligned(dout), aligned(y)
     dy, tokens = torch.empty_like(y), gate.shape[1] != 1
@@ -185,7 +258,18 @@ def _gate_residual_backward(dout: Tensor, y: Tensor, gate: Tensor, needs_gate: b
         gates, gate_b, gate_l = strided(gate)
         with torch.cuda.device_of(y):
             _gate_residual_bwd_kernel[(y.shape[0] * num_parts,)](
-                dout, y, gates, dy, *written, y.shape[1], num_parts, rows, gate_b, gate_l, NEEDS_GATE=needs_gate, **shape
+                dout,
+                y,
+                gates,
+                dy,
+                *written,
+                y.shape[1],
+                num_parts,
+                rows,
+                gate_b,
+                gate_l,
+                NEEDS_GATE=needs_gate,
+                **shape,
             )
     return dy, finish(written, [gate.dtype], tokens)[0]
 
@@ -212,7 +296,7 @@ def _backward(ctx: Any, dout: Tensor | None) -> tuple[Tensor | None, ...]:
 _gate_residual.register_autograd(_backward, setup_context=_save)
 
 
-# ------------------------------------------------------------------------------------- with LayerNorm and modulation
+# -------- with LayerNorm and modulation
 
 
 @torch.library.custom_op("fastgrpo_triton::gate_residual_ln_modulate", mutates_args=())
@@ -224,39 +308,81 @@ def _gate_residual_ln_modulate(
     Residual and modulated, and mean and 1 / standard deviation of the residual's rows, fp32 [B, L].
     """
     x, y = aligned(x), aligned(y)
-    residual, out, means, rstds = torch.empty_like(x), torch.empty_like(x), row_values(x), row_values(x)
+    residual, out, means, rstds = (
+        torch.empty_like(x),
+        torch.empty_like(x),
+        row_values(x),
+        row_values(x),
+    )
     if x.numel():
         (scale, scale_b, scale_l), (shift, shift_b, shift_l) = strided(scale), strided(shift)
         gates, gate_b, gate_l = (x, 0, 0) if gate is None else strided(gate)
         with torch.cuda.device_of(x):
             _gate_residual_ln_modulate_fwd_kernel[(means.numel(),)](
-                x, y, gates, scale, shift, residual, out, means, rstds,
-                x.shape[1], gate_b, gate_l, scale_b, scale_l, shift_b, shift_l, eps, GATED=gate is not None, **forward_shape(x),
-            )  # fmt: skip
+                x,
+                y,
+                gates,
+                scale,
+                shift,
+                residual,
+                out,
+                means,
+                rstds,
+                x.shape[1],
+                gate_b,
+                gate_l,
+                scale_b,
+                scale_l,
+                shift_b,
+                shift_l,
+                eps,
+                GATED=gate is not None,
+                **forward_shape(x),
+            )
     return residual, out, means, rstds
 
 
 @_gate_residual_ln_modulate.register_fake
 def _(
     x: Tensor, y: Tensor, gate: Tensor | None, scale: Tensor, shift: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty(x.shape), row_values(x), row_values(x)
 
 
 @torch.library.custom_op("fastgrpo_triton::gate_residual_ln_modulate_backward", mutates_args=())
 def _gate_residual_ln_modulate_backward(
-    dresidual: Tensor, dout: Tensor, residual: Tensor, means: Tensor, rstds: Tensor, y: Tensor, gate: Tensor | None,
-    scale: Tensor, shift_dtype: torch.dtype, needs_gate: bool, needs_params: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    dresidual: Tensor,
+    dout: Tensor,
+    residual: Tensor,
+    means: Tensor,
+    rstds: Tensor,
+    y: Tensor,
+    gate: Tensor | None,
+    scale: Tensor,
+    shift_dtype: torch.dtype,
+    needs_gate: bool,
+    needs_params: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, y, gate, scale and shift.
 
-    Empty, [0]: that of y where x's serves, that of gate unless needs_gate, the last two unless needs_params.
+    Empty, [0]: that of y where x's serves, that of gate unless needs_gate, the last two unless
+    needs_params.
     """
     dresidual, dout, residual, y = aligned(dresidual), aligned(dout), aligned(residual), aligned(y)
     tokens, writes_y = scale.shape[1] != 1, gate is not None or y.dtype != residual.dtype
     dx, dy = torch.empty_like(residual), torch.empty_like(y) if writes_y else y.new_empty(0)
-    dtypes, needed = [scale.dtype if gate is None else gate.dtype, scale.dtype, shift_dtype], [needs_gate, needs_params, needs_params]
-    operands = [dresidual, dout, residual, scale, *[y] * needs_gate, *([] if gate is None else [gate])]
+    dtypes, needed = (
+        [scale.dtype if gate is None else gate.dtype, scale.dtype, shift_dtype],
+        [needs_gate, needs_params, needs_params],
+    )
+    operands = [
+        dresidual,
+        dout,
+        residual,
+        scale,
+        *[y] * needs_gate,
+        *([] if gate is None else [gate]),
+    ]
     num_parts, rows, shape = backward_shape(y, tokens, any(needed), FUSED_BACKWARD_VALUES, operands)
     written = new_gradients(y, dtypes, needed, tokens, num_parts)
     if y.numel():
@@ -264,26 +390,63 @@ def _gate_residual_ln_modulate_backward(
         gates, gate_b, gate_l = (scales, 0, 0) if gate is None else strided(gate)
         with torch.cuda.device_of(y):
             _gate_residual_ln_modulate_bwd_kernel[(y.shape[0] * num_parts,)](
-                dresidual, dout, residual, means, rstds, y, gates, scales, dx, dy, *written,
-                y.shape[1], num_parts, rows, gate_b, gate_l, scale_b, scale_l,
-                GATED=gate is not None, WRITES_Y=writes_y, NEEDS_GATE=needs_gate, NEEDS_PARAMS=needs_params, **shape,
-            )  # fmt: skip
+                dresidual,
+                dout,
+                residual,
+                means,
+                rstds,
+                y,
+                gates,
+                scales,
+                dx,
+                dy,
+                *written,
+                y.shape[1],
+                num_parts,
+                rows,
+                gate_b,
+                gate_l,
+                scale_b,
+                scale_l,
+                GATED=gate is not None,
+                WRITES_Y=writes_y,
+                NEEDS_GATE=needs_gate,
+                NEEDS_PARAMS=needs_params,
+                **shape,
+            )
     dgate, dscale, dshift = finish(written, dtypes, tokens)
     return dx, dy, dgate, dscale, dshift
 
 
 @_gate_residual_ln_modulate_backward.register_fake
 def _(
-    dresidual: Tensor, dout: Tensor, residual: Tensor, means: Tensor, rstds: Tensor, y: Tensor, gate: Tensor | None,
-    scale: Tensor, shift_dtype: torch.dtype, needs_gate: bool, needs_params: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    dresidual: Tensor,
+    dout: Tensor,
+    residual: Tensor,
+    means: Tensor,
+    rstds: Tensor,
+    y: Tensor,
+    gate: Tensor | None,
+    scale: Tensor,
+    shift_dtype: torch.dtype,
+    needs_gate: bool,
+    needs_params: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     dy = y.new_empty(y.shape if gate is not None or y.dtype != residual.dtype else (0,))
     dgate = (scale if gate is None else gate).new_empty(scale.shape if needs_gate else (0,))
     shape = scale.shape if needs_params else (0,)
-    return residual.new_empty(residual.shape), dy, dgate, scale.new_empty(shape), scale.new_empty(shape, dtype=shift_dtype)
+    return (
+        residual.new_empty(residual.shape),
+        dy,
+        dgate,
+        scale.new_empty(shape),
+        scale.new_empty(shape, dtype=shift_dtype),
+    )
 
 
-def _save_fused(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+def _save_fused(
+    ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]
+) -> None:
     _, y, gate, scale, shift, _ = inputs
     residual, _, means, rstds = output
     ctx.save_for_backward(residual, means, rstds, y, gate, scale)
@@ -291,41 +454,54 @@ def _save_fused(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor,
     ctx.set_materialize_grads(False)
 
 
-def _backward_fused(ctx: Any, dresidual: Tensor | None, dout: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+def _backward_fused(
+    ctx: Any, dresidual: Tensor | None, dout: Tensor | None, *_: None
+) -> tuple[Tensor | None, ...]:
     residual, *saved = ctx.saved_tensors
     if dresidual is None and dout is None:
         return (None,) * 6
     dresidual = torch.zeros_like(residual) if dresidual is None else dresidual
     dout = torch.zeros_like(residual) if dout is None else dout
-    needs_gate, needs_params = ctx.needs_input_grad[2], ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
+    needs_gate, needs_params = (
+        ctx.needs_input_grad[2],
+        ctx.needs_input_grad[3] or ctx.needs_input_grad[4],
+    )
     dx, dy, dgate, dscale, dshift = _gate_residual_ln_modulate_backward(
         dresidual, dout, residual, *saved, ctx.shift_dtype, needs_gate, needs_params
     )
     dy = dx if saved[3] is None and saved[2].dtype == dx.dtype else dy
-    return dx, dy, dgate if needs_gate else None, *((dscale, dshift) if needs_params else (None, None)), None
+    return (
+        dx,
+        dy,
+        dgate if needs_gate else None,
+        *((dscale, dshift) if needs_params else (None, None)),
+        None,
+    )
 
 
 _gate_residual_ln_modulate.register_autograd(_backward_fused, setup_context=_save_fused)
 
 
-# ---------------------------------------------------------------------------------------------- the public functions
+# -------- the public functions
 
 
-def gate_residual(x: Tensor, y: Tensor, gate: Tensor, *, implementation: str | None = None) -> Tensor:
+def gate_residual(x: Tensor, y: Tensor, gate: Tensor, *, backend: str | None = None) -> Tensor:
     """x + gate y, the gated residual of a diffusion transformer.
 
-    x, y: [B, L, C] tokens, any float dtypes (Wan under a bf16 attention: y bf16, gate fp32). gate: [C], [B, C], or [B or 1,
-    L or 1, C] (one a token: Wan 2.2 ti2v), any float dtype; slices and chunks of a larger tensor are read where they lie.
-    implementation: a forced family, see `dispatch.py`.
-    Returns x's shape and dtype, rounded once from fp32 (float64 for float64 x). Differentiable in x, y and gate; each
-    gradient has its input's dtype, and sums over tokens are fp32. A sample's bits do not depend on the rest of the batch.
-    ValueError: a shape, dtype or device that does not fit, or a family that cannot serve.
+    x, y: [B, L, C] tokens, any float dtypes (Wan under a bf16 attention: y bf16, gate fp32).
+    gate: [C], [B, C], or [B or 1, L or 1, C] (one a token: Wan 2.2 ti2v), any float dtype;
+    slices and chunks of a larger tensor are read where they lie. backend: a forced
+    backend, see `dispatch.py`. Returns x's shape and dtype, rounded once from fp32 (float64 for
+    float64 x). Differentiable in x, y and gate; each gradient has its input's dtype, and sums
+    over tokens are fp32. A sample's bits do not depend on the rest of the batch. ValueError: a
+    shape, dtype or device that does not fit, or a backend that cannot serve.
 
-    In diffusers 0.42: the lines `hidden_states = hidden_states + ... * gate` after the self-attention and the feed-forward of
-    WanTransformerBlock.forward, of HunyuanVideoTransformerBlock.forward (both streams) and, after `proj_out`, of
+    In diffusers 0.42: the lines `hidden_states = hidden_states + ... * gate` after the
+    self-attention and the feed-forward of WanTransformerBlock.forward, of
+    HunyuanVideoTransformerBlock.forward (both streams) and, after `proj_out`, of
     HunyuanVideoSingleTransformerBlock.forward.
     """
-    if choose("gate_residual", x, implementation) == "reference":
+    if select_backend("gate_residual", x, backend) == "reference":
         return reference.gate_residual(x, y, gate)
     checks.check_sequence("x", x)
     checks.check_like("y", y, x)
@@ -340,24 +516,29 @@ def gate_residual_ln_modulate(
     shift: Tensor,
     *,
     eps: float = 1e-6,
-    implementation: str | None = None,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`gate_residual` and `ln_modulate` of its result, in one pass and with the same bits: (residual, modulated).
+    """`gate_residual` and `ln_modulate` of its result, in one pass and with the same bits:
+    (residual, modulated).
 
-    x, y: [B, L, C] tokens, any float dtypes. gate: as for `gate_residual`, or None for x + y. scale, shift, eps: as for
-    `ln_modulate`, which reads the residual as stored. implementation: a forced family, see `dispatch.py`.
-    Returns both in x's shape and dtype. Differentiable in x, y, gate, scale and shift; each gradient has its input's dtype.
-    Between the LayerNorm and the residual gradients stay in fp32, so they are closer to the exact ones than the two ops'.
-    ValueError: a shape, dtype or device that does not fit, or a family that cannot serve.
+    x, y: [B, L, C] tokens, any float dtypes. gate: as for `gate_residual`, or None for x + y.
+    scale, shift, eps: as for `ln_modulate`, which reads the residual as stored. backend:
+    a forced backend, see `dispatch.py`. Returns both in x's shape and dtype. Differentiable in x,
+    y, gate, scale and shift; each gradient has its input's dtype. Between the LayerNorm and the
+    residual gradients stay in fp32, so they are closer to the exact ones than the two ops'.
+    ValueError: a shape, dtype or device that does not fit, or a backend that cannot serve.
 
-    In diffusers 0.42: in WanTransformerBlock.forward from the gated residual of the self-attention to `norm2` (affine:
-    scale = weight - 1, shift = bias), and from the residual of the cross-attention (gate None) to the modulated `norm3`; in
-    HunyuanVideoTransformerBlock.forward step 3, "Modulation and residual connection", of either stream. A block's last
-    residual can be fused with the next block's `norm1`.
+    In diffusers 0.42: in WanTransformerBlock.forward from the gated residual of the
+    self-attention to `norm2` (affine: scale = weight - 1, shift = bias), and from the residual
+    of the cross-attention (gate None) to the modulated `norm3`; in
+    HunyuanVideoTransformerBlock.forward step 3, "Modulation and residual connection", of either
+    stream. A block's last residual can be fused with the next block's `norm1`.
     """
-    if choose("gate_residual_ln_modulate", x, implementation) == "reference":
+    if select_backend("gate_residual_ln_modulate", x, backend) == "reference":
         return reference.gate_residual_ln_modulate(x, y, gate, scale, shift, eps=eps)
     checks.check_sequence("x", x)
     checks.check_like("y", y, x)
     *gates, scale, shift = common_tokens(x, gate=gate, scale=scale, shift=shift)
-    return _gate_residual_ln_modulate(x.contiguous(), y.contiguous(), gates[0] if gates else None, scale, shift, eps)[:2]
+    return _gate_residual_ln_modulate(
+        x.contiguous(), y.contiguous(), gates[0] if gates else None, scale, shift, eps
+    )[:2]

@@ -1,12 +1,14 @@
 """Counter-based Gaussian noise: a pure function of (sample seed, step, element).
 
-Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) followed by Box-Muller. Nothing
-is drawn from a stream, so a trajectory does not depend on how the batch was split, on the rank, or on the world size.
+Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) followed
+by Box-Muller. Nothing is drawn from a stream, so a trajectory does not depend on how the batch
+was split, on the rank, or on the world size.
 
     key = (seed low word, seed high word)     counter = (quad low word, quad high word, step, 0)     quad = element // 4
     words 0, 1 -> elements 4q, 4q+1 = r cos, r sin      words 2, 3 -> elements 4q+2, 4q+3
 
-Words are 32-bit unsigned integers held in int64 tensors, because torch has no unsigned arithmetic on every device.
+Words are 32-bit unsigned integers held in int64 tensors, because torch has no unsigned
+arithmetic on every device.
 """
 
 from __future__ import annotations
@@ -30,19 +32,23 @@ _ROUNDS = 10
 def philox_4x32_10(counter: Words, key: tuple[Tensor, Tensor]) -> Words:
     """The four output words of Philox-4x32-10, broadcast over its inputs.
 
-    counter, key: int64 tensors that broadcast together, values in [0, 2^32). Returns four int64 tensors, values in [0,
-    2^32). ValueError for another number of words or another dtype; the range is the caller's promise.
+    counter, key: int64 tensors that broadcast together, values in [0, 2^32). Returns four int64
+    tensors, values in [0, 2^32). ValueError for another number of words or another dtype; the
+    range is the caller's promise.
     """
     if len(counter) != 4 or len(key) != 2:
-        raise ValueError(f"expected 4 counter words and 2 key words, came {len(counter)} and {len(key)}")
+        raise ValueError(
+            f"expected 4 counter words and 2 key words, got {len(counter)} and {len(key)}"
+        )
     for word in (*counter, *key):
         if word.dtype != torch.int64:
-            raise ValueError(f"counter and key: expected int64 words, came {word.dtype}")
+            raise ValueError(f"counter and key: expected int64 words, got {word.dtype}")
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(_ROUNDS):
-        # The 64-bit product may wrap to a negative int64: its bits are right, and the mask after the arithmetic shift
-        # drops the copies of the sign. c1 and c3 are masked only when they have been mixed in (next round, or below).
+        # The 64-bit product may wrap to a negative int64: its bits are right, and the mask after
+        # the arithmetic shift drops the copies of the sign. c1 and c3 are masked only when they
+        # have been mixed in (next round, or below).
         product0, product1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
         c0, c1 = ((product1 >> 32) ^ c1 ^ k0) & _WORD, product1
         c2, c3 = ((product0 >> 32) ^ c3 ^ k1) & _WORD, product0
@@ -51,46 +57,55 @@ def philox_4x32_10(counter: Words, key: tuple[Tensor, Tensor]) -> Words:
 
 
 def uniform(words: Tensor) -> Tensor:
-    """((word >> 9) + 1/2) * 2^-23: float64 in the open interval (0, 1), symmetric about 1/2 and exact in fp32 too.
+    """((word >> 9) + 1/2) * 2^-23: float64 in the open interval (0, 1), symmetric about 1/2 and
+    exact in fp32 too.
 
     words: int64, values in [0, 2^32). ValueError for another dtype.
     """
     if words.dtype != torch.int64:
-        raise ValueError(f"words: expected int64, came {words.dtype}")
+        raise ValueError(f"words: expected int64, got {words.dtype}")
     return ((words >> 9).double() + 0.5) * 2.0**-23
 
 
 def box_muller(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Two independent standard normals (fp32) from two uniforms: r cos(2 pi v), r sin(2 pi v) with r = sqrt(-2 ln u).
+    """Two independent standard normals (fp32) from two uniforms: r cos(2 pi v), r sin(2 pi v) with
+    r = sqrt(-2 ln u).
 
-    u, v: float64 of one shape, values from `uniform`. ValueError for another dtype or unequal shapes.
+    u, v: float64 of one shape, values from `uniform`. ValueError for another dtype or unequal
+    shapes.
 
-    The radius, the cosine and the sine are taken in float64 and rounded to fp32. No value that `uniform` can give brings
-    them within 20 float64 ulps of a rounding boundary (tests/ops/test_philox.py tries all 2^23), so every library's
-    functions, vectorised or not, give the same fp32 bits. (torch's own fp32 square root is an ulp off for one CPU value
-    in five.) Their product is correctly rounded by IEEE 754.
+    The radius, the cosine and the sine are taken in float64 and rounded to fp32. No value that
+    `uniform` can give brings them within 20 float64 ulps of a rounding boundary
+    (tests/ops/test_philox.py tries all 2^23), so every library's functions, vectorised or not,
+    give the same fp32 bits. (torch's own fp32 square root is an ulp off for one CPU value in
+    five.) Their product is correctly rounded by IEEE 754.
     """
     if u.dtype != torch.float64 or v.dtype != torch.float64:
-        raise ValueError(f"u, v: expected float64, came {u.dtype} and {v.dtype}")
+        raise ValueError(f"u, v: expected float64, got {u.dtype} and {v.dtype}")
     if u.shape != v.shape:
-        raise ValueError(f"u, v: expected one shape, came {tuple(u.shape)} and {tuple(v.shape)}")
+        raise ValueError(f"u, v: expected one shape, got {tuple(u.shape)} and {tuple(v.shape)}")
     radius = torch.sqrt(-2.0 * torch.log(u)).float()
     angle = v * (2.0 * math.pi)
     return radius * torch.cos(angle).float(), radius * torch.sin(angle).float()
 
 
-def gaussian_noise(seeds: Tensor, step: int | Tensor, shape: Sequence[int], device: torch.device | str | None = None) -> Tensor:
+def gaussian_noise(
+    seeds: Tensor,
+    step: int | Tensor,
+    shape: Sequence[int],
+    device: torch.device | str | None = None,
+) -> Tensor:
     """Standard normal noise [B, *shape], fp32 on `device` (default: where the seeds are).
 
-    seeds: [B] int64, every value allowed (the 64 bits are the key). step: one int for all, or [B] int64; 0 <= step <
-    2^32 (not checked on a device tensor, which would make the host wait). shape: of one sample, without the batch.
-    The bits of a sample depend on its seed and step alone.
-    ValueError for another dtype, a step outside the range, or lengths that disagree.
+    seeds: [B] int64, every value allowed (the 64 bits are the key). step: one int for all, or
+    [B] int64; 0 <= step < 2^32 (not checked on a device tensor, which would make the host wait).
+    shape: of one sample, without the batch. The bits of a sample depend on its seed and step
+    alone. ValueError for another dtype, a step outside the range, or lengths that disagree.
     """
     key = checks.seed_vector(seeds, None, device)[:, None]
     sizes = tuple(shape)
     if any(not isinstance(size, int) or size < 1 for size in sizes):
-        raise ValueError(f"shape: expected positive sizes of one sample, came {sizes}")
+        raise ValueError(f"shape: expected positive sizes of one sample, got {sizes}")
     batch, numel, target = key.shape[0], math.prod(sizes), key.device
     # Rows [B, 1] against columns [1, quads].
     quad = torch.arange((numel + 3) // 4, device=target)[None]
@@ -98,5 +113,7 @@ def gaussian_noise(seeds: Tensor, step: int | Tensor, shape: Sequence[int], devi
     counter = (quad & _WORD, quad >> 32, step_word, torch.zeros_like(step_word))
     w0, w1, w2, w3 = philox_4x32_10(counter, (key & _WORD, (key >> 32) & _WORD))
     radius_words, angle_words = torch.stack((w0, w2), dim=-1), torch.stack((w1, w3), dim=-1)
-    pairs = torch.stack(box_muller(uniform(radius_words), uniform(angle_words)), dim=-1)  # [B, quads, 2, 2]
+    pairs = torch.stack(
+        box_muller(uniform(radius_words), uniform(angle_words)), dim=-1
+    )  # [B, quads, 2, 2]
     return pairs.reshape(batch, 4 * quad.shape[1])[:, :numel].reshape(batch, *sizes)

@@ -1,12 +1,14 @@
-"""sde_log_prob: the log-probability of a stored transition, and its gradient in both velocities, each in one pass.
+"""sde_log_prob: the log-probability of a stored transition, and its gradient in both velocities,
+each in one pass.
 
     v = v_uncond + w (v_cond - v_uncond)      mean = a x + b v      e = x' - mean          (method.md section 1)
     logp = mean over a sample's elements of [ -e^2 / (2 s^2) - ln s - ln(2 pi) / 2 ]      cps: -mean of e^2
     dlogp/dv = b e / (s^2 P)      cps: 2 b e / P            times w for v_cond, 1 - w for v_uncond
 
-Shapes: B samples of P elements each, [B, ...], seen as [B, P]; a, b, s and log-probabilities are [B]; T tiles a sample.
-Forward: one program a tile, which leaves the tile's sum of squares, then a small one that adds them up. Backward: one program a
-tile reads the tensors again (e is made, not stored) and writes both gradients.
+Shapes: B samples of P elements each, [B, ...], seen as [B, P]; a, b, s and log-probabilities are
+[B]; T tiles a sample. Forward: one program a tile, which leaves the tile's sum of squares, then
+a small one that adds them up. Backward: one program a tile reads the tensors again (e is made,
+not stored) and writes both gradients.
 """
 
 from __future__ import annotations
@@ -18,8 +20,8 @@ from torch import Tensor
 
 from fastgrpo_kernels import checks, reference
 from fastgrpo_kernels.checks import Coefficient
-from fastgrpo_kernels.dispatch import choose, has_library, jit, tl
-from fastgrpo_kernels.transition import (
+from fastgrpo_kernels.dispatch import has_library, jit, select_backend, tl
+from fastgrpo_kernels.sde.transition import (
     LAUNCH,
     TILE,
     empty_partials,
@@ -34,23 +36,61 @@ from fastgrpo_kernels.transition import (
 
 @jit
 def _sde_log_prob_kernel(
-    latents, next_latents, velocity, velocity_uncond, a, b, std, partials, P, num_tiles, guidance_scale,
-    GUIDED: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
+    latents,
+    next_latents,
+    velocity,
+    velocity_uncond,
+    a,
+    b,
+    std,
+    partials,
+    P,
+    num_tiles,
+    guidance_scale,
+    GUIDED: tl.constexpr,
+    TILE: tl.constexpr,
+):
     row, _, offset, lanes, inside = locate(num_tiles, P, TILE)
     mean = transition_mean(
-        latents, velocity, velocity_uncond, tl.load(a + row), tl.load(b + row), guidance_scale, offset, lanes, inside, GUIDED
-    )  # fmt: skip
+        latents,
+        velocity,
+        velocity_uncond,
+        tl.load(a + row),
+        tl.load(b + row),
+        guidance_scale,
+        offset,
+        lanes,
+        inside,
+        GUIDED,
+    )
     error = tl.load(next_latents + offset + lanes, mask=inside, other=0.0).to(tl.float32) - mean
-    tl.store(partials + tl.program_id(0), exact_sum(error * error, tl.load(std + row)))  # a lane outside adds nothing: it loads zeros
+    tl.store(
+        partials + tl.program_id(0), exact_sum(error * error, tl.load(std + row))
+    )  # a lane outside adds nothing: it loads zeros
 
 
 @jit
 def _sde_log_prob_backward_kernel(
-    grad_log_probs, grad_loss, latents, next_latents, velocity, velocity_uncond, a, b, std, grad_velocity, grad_uncond,
-    P, num_tiles, guidance_scale,
-    OF_LOSS: tl.constexpr, GUIDED: tl.constexpr, NEEDS_UNCOND: tl.constexpr, NORMALIZED: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
+    grad_log_probs,
+    grad_loss,
+    latents,
+    next_latents,
+    velocity,
+    velocity_uncond,
+    a,
+    b,
+    std,
+    grad_velocity,
+    grad_uncond,
+    P,
+    num_tiles,
+    guidance_scale,
+    OF_LOSS: tl.constexpr,
+    GUIDED: tl.constexpr,
+    NEEDS_UNCOND: tl.constexpr,
+    NORMALIZED: tl.constexpr,
+    TILE: tl.constexpr,
+):
     row, _, offset, lanes, inside = locate(num_tiles, P, TILE)
     gradient, slope, deviation = tl.load(grad_log_probs + row), tl.load(b + row), tl.load(std + row)
     if OF_LOSS:
@@ -60,8 +100,21 @@ def _sde_log_prob_backward_kernel(
     if NORMALIZED:
         s = tl.where(stochastic, deviation, 1.0).to(tl.float64)
         weight = -1.0 / (2.0 * s * s * P)
-    c = tl.where(stochastic, (gradient.to(tl.float64) * weight).to(tl.float32), 0.0)  # dL/d(e^2); an ODE row has none
-    mean = transition_mean(latents, velocity, velocity_uncond, tl.load(a + row), slope, guidance_scale, offset, lanes, inside, GUIDED)
+    c = tl.where(
+        stochastic, (gradient.to(tl.float64) * weight).to(tl.float32), 0.0
+    )  # dL/d(e^2); an ODE row has none
+    mean = transition_mean(
+        latents,
+        velocity,
+        velocity_uncond,
+        tl.load(a + row),
+        slope,
+        guidance_scale,
+        offset,
+        lanes,
+        inside,
+        GUIDED,
+    )
     error = tl.load(next_latents + offset + lanes, mask=inside, other=0.0).to(tl.float32) - mean
     guided = (c * (2.0 * error)) * -slope
     cond = guided
@@ -69,7 +122,11 @@ def _sde_log_prob_backward_kernel(
         cond = guided * guidance_scale
     tl.store(grad_velocity + offset + lanes, cond.to(grad_velocity.dtype.element_ty), mask=inside)
     if NEEDS_UNCOND:
-        tl.store(grad_uncond + offset + lanes, (guided - cond).to(grad_uncond.dtype.element_ty), mask=inside)
+        tl.store(
+            grad_uncond + offset + lanes,
+            (guided - cond).to(grad_uncond.dtype.element_ty),
+            mask=inside,
+        )
 
 
 def transition_error(
@@ -85,9 +142,21 @@ def transition_error(
     """P, and the tiles' sums of squared errors, float64 [B, T]. Not for an empty batch."""
     P, partials = empty_partials(latents)
     _sde_log_prob_kernel[(partials.numel(),)](
-        latents, next_latents, velocity, velocity if velocity_uncond is None else velocity_uncond, a, b, std,
-        partials, P, partials.shape[1], guidance_scale, GUIDED=velocity_uncond is not None, TILE=TILE, **LAUNCH,
-    )  # fmt: skip
+        latents,
+        next_latents,
+        velocity,
+        velocity if velocity_uncond is None else velocity_uncond,
+        a,
+        b,
+        std,
+        partials,
+        P,
+        partials.shape[1],
+        guidance_scale,
+        GUIDED=velocity_uncond is not None,
+        TILE=TILE,
+        **LAUNCH,
+    )
     return P, partials
 
 
@@ -106,7 +175,9 @@ def _sde_log_prob(
     if not latents.shape[0]:
         return torch.empty_like(std)
     with torch.cuda.device_of(latents):
-        P, partials = transition_error(latents, next_latents, velocity, velocity_uncond, a, b, std, guidance_scale)
+        P, partials = transition_error(
+            latents, next_latents, velocity, velocity_uncond, a, b, std, guidance_scale
+        )
         return finish_log_probs(partials, std, P, normalized)
 
 
@@ -125,7 +196,9 @@ def _sde_log_prob_backward(
     normalized: bool,
     needs_uncond: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of both velocities; the second is empty, [0], unless needed. grad_log_probs [B], times grad_loss [] where there is one."""
+    """Gradients of both velocities; the second is empty, [0], unless needed. grad_log_probs [B],
+    times grad_loss [] where there is one.
+    """
     grad_velocity = torch.empty_like(velocity)
     grad_uncond = torch.empty_like(velocity) if needs_uncond else velocity.new_empty(0)
     if not latents.shape[0]:
@@ -134,15 +207,31 @@ def _sde_log_prob_backward(
     num_tiles = -(-P // TILE)
     with torch.cuda.device_of(latents):
         _sde_log_prob_backward_kernel[(latents.shape[0] * num_tiles,)](
-            grad_log_probs, grad_log_probs if grad_loss is None else grad_loss, latents, next_latents,
-            velocity, velocity if velocity_uncond is None else velocity_uncond, a, b, std, grad_velocity, grad_uncond,
-            P, num_tiles, guidance_scale, OF_LOSS=grad_loss is not None, GUIDED=velocity_uncond is not None,
-            NEEDS_UNCOND=needs_uncond, NORMALIZED=normalized, TILE=TILE, **LAUNCH,
-        )  # fmt: skip
+            grad_log_probs,
+            grad_log_probs if grad_loss is None else grad_loss,
+            latents,
+            next_latents,
+            velocity,
+            velocity if velocity_uncond is None else velocity_uncond,
+            a,
+            b,
+            std,
+            grad_velocity,
+            grad_uncond,
+            P,
+            num_tiles,
+            guidance_scale,
+            OF_LOSS=grad_loss is not None,
+            GUIDED=velocity_uncond is not None,
+            NEEDS_UNCOND=needs_uncond,
+            NORMALIZED=normalized,
+            TILE=TILE,
+            **LAUNCH,
+        )
     return grad_velocity, grad_uncond
 
 
-# ------------------------------------------------------------------------------------------------ shapes and autograd
+# -------- shapes and autograd
 
 
 def _sde_log_prob_fake(
@@ -173,7 +262,9 @@ def _sde_log_prob_backward_fake(
     normalized: bool,
     needs_uncond: bool,
 ) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(velocity), torch.empty_like(velocity) if needs_uncond else velocity.new_empty(0)
+    return torch.empty_like(velocity), torch.empty_like(
+        velocity
+    ) if needs_uncond else velocity.new_empty(0)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -181,11 +272,16 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*tensors)
 
 
-def _register(namespace: str, family: str) -> None:
+def _register(namespace: str, backend: str) -> None:
     def backward(ctx: Any, grad_log_probs: Tensor) -> tuple[Tensor | None, ...]:
         needs_uncond = ctx.needs_input_grad[3]
-        cond, uncond = operation(family, "sde_log_prob_backward")(
-            grad_log_probs.contiguous(), None, *ctx.saved_tensors, ctx.guidance_scale, ctx.normalized, needs_uncond
+        cond, uncond = operation(backend, "sde_log_prob_backward")(
+            grad_log_probs.contiguous(),
+            None,
+            *ctx.saved_tensors,
+            ctx.guidance_scale,
+            ctx.normalized,
+            needs_uncond,
         )
         return None, None, cond, uncond if needs_uncond else None, *[None] * 5
 
@@ -199,7 +295,7 @@ if has_library():
     _register("fastgrpo", "cpp")
 
 
-# ---------------------------------------------------------------------------------------------------------- public
+# -------- public
 
 
 def sde_log_prob(
@@ -214,22 +310,36 @@ def sde_log_prob(
     guidance_scale: float = 1.0,
     cfg_grad: str = "both",
     normalized: bool = True,
-    implementation: str | None = None,
+    backend: str | None = None,
 ) -> Tensor:
-    """Log-probability [B] of the stored transition x -> x', averaged over elements; differentiable in both velocities.
+    """Log-probability [B] of the stored transition x -> x', averaged over elements; differentiable
+    in both velocities.
 
-    next_latents: x', shape and dtype of latents. cfg_grad as `guided_velocity`, the rest as `sde_step`. Latents and
-    coefficients are data: no gradient reaches them. The bits are those that `sde_step` gave for this transition, in whichever
-    family. With e = x' - mean and P elements per sample, d logp / dv = b e / (s^2 P). normalized=False is the log-probability
-    of `cps`, -mean(e^2), with d logp / dv = 2 b e / P. NaN, and no gradient, where std == 0. Once differentiable; float64 twice.
-    ValueError as `sde_step`. Source: method.md section 1.
+    next_latents: x', shape and dtype of latents. cfg_grad as `guided_velocity`, the rest as
+    `sde_step`. Latents and coefficients are data: no gradient reaches them. The bits are those
+    that `sde_step` gave for this transition, in whichever backend. With e = x' - mean and P
+    elements per sample, d logp / dv = b e / (s^2 P). normalized=False is the log-probability of
+    `cps`, -mean(e^2), with d logp / dv = 2 b e / P. NaN, and no gradient, where std == 0. Once
+    differentiable; float64 twice. ValueError as `sde_step`. Source: method.md section 1.
     """
-    family = choose("sde_log_prob", latents, implementation)
-    if family == "reference":
+    backend = select_backend("sde_log_prob", latents, backend)
+    if backend == "reference":
         return reference.sde_log_prob(
-            latents, next_latents, velocity, a, b, std,
-            velocity_uncond=velocity_uncond, guidance_scale=guidance_scale, cfg_grad=cfg_grad, normalized=normalized,
-        )  # fmt: skip
-    x, *rest = transition_arguments(latents, velocity, velocity_uncond, a, b, std, guidance_scale, cfg_grad)
+            latents,
+            next_latents,
+            velocity,
+            a,
+            b,
+            std,
+            velocity_uncond=velocity_uncond,
+            guidance_scale=guidance_scale,
+            cfg_grad=cfg_grad,
+            normalized=normalized,
+        )
+    x, *rest = transition_arguments(
+        latents, velocity, velocity_uncond, a, b, std, guidance_scale, cfg_grad
+    )
     checks.check_stored(next_latents, latents)
-    return operation(family, "sde_log_prob")(x, next_latents.detach().contiguous(), *rest, float(guidance_scale), normalized)
+    return operation(backend, "sde_log_prob")(
+        x, next_latents.detach().contiguous(), *rest, float(guidance_scale), normalized
+    )

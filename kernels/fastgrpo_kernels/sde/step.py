@@ -1,12 +1,14 @@
-"""sde_step: one step of the rollout in one pass. Guidance, affine step, noise, rounding to storage, log-probability.
+"""sde_step: one step of the rollout in one pass. Guidance, affine step, noise, rounding to storage,
+log-probability.
 
     v    = v_uncond + w (v_cond - v_uncond)          classifier-free guidance
     mean = a x + b v            x' = mean + s eps    eps ~ N(0, I)          (Eqs. 1 and 2 of the paper; method.md section 1)
     logp = mean over a sample's elements of [ -(x' - mean)^2 / (2 s^2) - ln s - ln(2 pi) / 2 ]
 
-Shapes: B samples of P elements each, [B, ...], seen as [B, P]; a, b, s are [B]; T tiles a sample. The noise is made in registers from
-(seed, step, element), so with bf16 velocities and fp32 latents 12 bytes an element move. Kernels: one program a tile, which
-leaves the tile's sum of squares, then a small one that adds them up to a log-probability.
+Shapes: B samples of P elements each, [B, ...], seen as [B, P]; a, b, s are [B]; T tiles a
+sample. The noise is made in registers from (seed, step, element), so with bf16 velocities and
+fp32 latents 12 bytes an element move. Kernels: one program a tile, which leaves the tile's sum
+of squares, then a small one that adds them up to a log-probability.
 """
 
 from __future__ import annotations
@@ -16,8 +18,9 @@ from torch import Tensor
 
 from fastgrpo_kernels import checks, reference
 from fastgrpo_kernels.checks import Coefficient
-from fastgrpo_kernels.dispatch import choose, has_library, jit, tl
-from fastgrpo_kernels.transition import (
+from fastgrpo_kernels.dispatch import has_library, jit, select_backend, tl
+from fastgrpo_kernels.random.triton_philox import normal_tile
+from fastgrpo_kernels.sde.transition import (
     LAUNCH,
     TILE,
     empty_partials,
@@ -28,19 +31,40 @@ from fastgrpo_kernels.transition import (
     transition_arguments,
     transition_mean,
 )
-from fastgrpo_kernels.triton_random import normal_tile
 
 
 @jit
 def _sde_step_kernel(
-    latents, velocity, velocity_uncond, a, b, std, seeds, steps, next_latents, partials, P, num_tiles, guidance_scale,
-    GUIDED: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
+    latents,
+    velocity,
+    velocity_uncond,
+    a,
+    b,
+    std,
+    seeds,
+    steps,
+    next_latents,
+    partials,
+    P,
+    num_tiles,
+    guidance_scale,
+    GUIDED: tl.constexpr,
+    TILE: tl.constexpr,
+):
     row, first, offset, lanes, inside = locate(num_tiles, P, TILE)
     s = tl.load(std + row)
     mean = transition_mean(
-        latents, velocity, velocity_uncond, tl.load(a + row), tl.load(b + row), guidance_scale, offset, lanes, inside, GUIDED
-    )  # fmt: skip
+        latents,
+        velocity,
+        velocity_uncond,
+        tl.load(a + row),
+        tl.load(b + row),
+        guidance_scale,
+        offset,
+        lanes,
+        inside,
+        GUIDED,
+    )
     noise = normal_tile(tl.load(seeds + row), tl.load(steps + row), first, TILE)
     stored = (mean + s * noise).to(next_latents.dtype.element_ty)
     tl.store(next_latents + offset + lanes, stored, mask=inside)
@@ -67,9 +91,23 @@ def _sde_step(
     P, partials = empty_partials(latents)
     with torch.cuda.device_of(latents):
         _sde_step_kernel[(partials.numel(),)](
-            latents, velocity, velocity if velocity_uncond is None else velocity_uncond, a, b, std, seeds, steps,
-            next_latents, partials, P, partials.shape[1], guidance_scale, GUIDED=velocity_uncond is not None, TILE=TILE, **LAUNCH,
-        )  # fmt: skip
+            latents,
+            velocity,
+            velocity if velocity_uncond is None else velocity_uncond,
+            a,
+            b,
+            std,
+            seeds,
+            steps,
+            next_latents,
+            partials,
+            P,
+            partials.shape[1],
+            guidance_scale,
+            GUIDED=velocity_uncond is not None,
+            TILE=TILE,
+            **LAUNCH,
+        )
         return next_latents, finish_log_probs(partials, std, P, normalized)
 
 
@@ -106,27 +144,42 @@ def sde_step(
     velocity_uncond: Tensor | None = None,
     guidance_scale: float = 1.0,
     normalized: bool = True,
-    implementation: str | None = None,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """One step of the rollout: x' = a x + b v + s eps, with the log-probability of the x' that is stored. No gradient.
+    """One step of the rollout: x' = a x + b v + s eps, with the log-probability of the x' that is
+    stored. No gradient.
 
-    latents: x [B, ...], float. velocity, velocity_uncond: shape of latents, any float dtype. a, b, std: numbers or [B],
-    std not negative. seeds [B] int64 and step (int or [B] int64): key of the noise, see `gaussian_noise`. normalized:
-    False for `cps`, see `sde_log_prob`. implementation: a family of `dispatch.FAMILIES`, or None for its choice.
-    Returns x' like latents, rounded to their dtype BEFORE its log-probability [B] is taken (fp32; float64 for float64),
-    so that the first training pass over unchanged weights gives a ratio of exactly 1. A row with std == 0 is an ODE
-    step: x' = mean, and its log-probability, which does not exist, is NaN.
-    Same bits in every family but for the noise, which on a GPU may differ by 2^-21 of itself (`triton_random`).
-    ValueError for shapes, dtypes or lengths that disagree, or a family that cannot serve; the values of device tensors are
-    not checked, for which the host would have to wait. Source: method.md section 1, Eqs. 1 and 2 of the paper.
+    latents: x [B, ...], float. velocity, velocity_uncond: shape of latents, any float dtype. a,
+    b, std: numbers or [B], std not negative. seeds [B] int64 and step (int or [B] int64): key of
+    the noise, see `gaussian_noise`. normalized: False for `cps`, see `sde_log_prob`.
+    backend: a backend of `dispatch.BACKENDS`, or None for its choice. Returns x' like
+    latents, rounded to their dtype BEFORE its log-probability [B] is taken (fp32; float64 for
+    float64), so that the first training pass over unchanged weights gives a ratio of exactly 1.
+    A row with std == 0 is an ODE step: x' = mean, and its log-probability, which does not exist,
+    is NaN. Same bits in every backend but for the noise, which on a GPU may differ by 2^-21 of
+    itself (`triton_random`). ValueError for shapes, dtypes or lengths that disagree, or a backend
+    that cannot serve; the values of device tensors are not checked, for which the host would
+    have to wait. Source: method.md section 1, Eqs. 1 and 2 of the paper.
     """
-    family = choose("sde_step", latents, implementation)
-    if family == "reference":
+    backend = select_backend("sde_step", latents, backend)
+    if backend == "reference":
         return reference.sde_step(
-            latents, velocity, a, b, std, seeds=seeds, step=step,
-            velocity_uncond=velocity_uncond, guidance_scale=guidance_scale, normalized=normalized,
-        )  # fmt: skip
-    arguments = transition_arguments(latents, velocity, velocity_uncond, a, b, std, guidance_scale, "both")
+            latents,
+            velocity,
+            a,
+            b,
+            std,
+            seeds=seeds,
+            step=step,
+            velocity_uncond=velocity_uncond,
+            guidance_scale=guidance_scale,
+            normalized=normalized,
+        )
+    arguments = transition_arguments(
+        latents, velocity, velocity_uncond, a, b, std, guidance_scale, "both"
+    )
     seeds = checks.seed_vector(seeds, latents.shape[0], latents.device)
     steps = checks.step_vector(step, latents.shape[0], latents.device)
-    return operation(family, "sde_step")(*arguments, seeds, steps, float(guidance_scale), normalized)
+    return operation(backend, "sde_step")(
+        *arguments, seeds, steps, float(guidance_scale), normalized
+    )

@@ -1,9 +1,12 @@
-"""What the operations of one transition share: their arguments, and in Triton the tiles, the mean, the exact sum and the log-probability.
+"""What the operations of one transition share: their arguments, and in Triton the tiles, the mean,
+the exact sum and the log-probability.
 
-Every product and sum is rounded on its own (launch with enable_fp_fusion=False), in the order of `reference.py`, and the sum over
-elements is exact, see `reference._exact_row_sum`: so neither the tile nor the family shows in the bits.
+Every product and sum is rounded on its own (launch with enable_fp_fusion=False), in the order of
+`reference.py`, and the sum over elements is exact, see `reference._exact_row_sum`: so neither
+the tile nor the backend shows in the bits.
 
-Shapes: B samples of P elements, T = ceil(P / TILE) tiles each. Programs are numbered sample by sample, B T of them.
+Shapes: B samples of P elements, T = ceil(P / TILE) tiles each. Programs are numbered sample by
+sample, B T of them.
 """
 
 from __future__ import annotations
@@ -22,9 +25,9 @@ TILE = 1024
 LAUNCH: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": False}
 
 
-def operation(family: str, name: str) -> Any:
-    """torch.ops' operation of this name in a family other than the reference."""
-    return getattr(torch.ops.fastgrpo_triton if family == "triton" else torch.ops.fastgrpo, name)
+def operation(backend: str, name: str) -> Any:
+    """torch.ops' operation of this name in a backend other than the reference."""
+    return getattr(torch.ops.fastgrpo_triton if backend == "triton" else torch.ops.fastgrpo, name)
 
 
 def transition_arguments(
@@ -37,22 +40,39 @@ def transition_arguments(
     guidance_scale: float,
     cfg_grad: str,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor]:
-    """Checked, contiguous, and as the operations want them: velocities of one dtype of at most 32 bits, coefficients fp32 [B]."""
+    """Checked, contiguous, and as the operations want them: velocities of one dtype of at most 32
+    bits, coefficients fp32 [B].
+    """
     checks.check_transition(latents, velocity, velocity_uncond, guidance_scale, cfg_grad)
     coefficients = checks.coefficients(a, b, std, latents)
-    dtype = velocity.dtype if velocity_uncond is None else torch.promote_types(velocity.dtype, velocity_uncond.dtype)
+    dtype = (
+        velocity.dtype
+        if velocity_uncond is None
+        else torch.promote_types(velocity.dtype, velocity_uncond.dtype)
+    )
     dtype = torch.float32 if dtype == torch.float64 else dtype
     if velocity_uncond is not None:
-        velocity_uncond = (velocity_uncond if cfg_grad == "both" else velocity_uncond.detach()).to(dtype).contiguous()
-    return latents.detach().contiguous(), velocity.to(dtype).contiguous(), velocity_uncond, *coefficients
+        velocity_uncond = (
+            (velocity_uncond if cfg_grad == "both" else velocity_uncond.detach())
+            .to(dtype)
+            .contiguous()
+        )
+    return (
+        latents.detach().contiguous(),
+        velocity.to(dtype).contiguous(),
+        velocity_uncond,
+        *coefficients,
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------- a tile
+# -------- a tile
 
 
 @jit
 def locate(num_tiles, P, TILE: tl.constexpr):
-    """Of this program: the row, its tile's first element and that one's place in [B, P], all int64; lanes [TILE], and which are inside."""
+    """Of this program: the row, its tile's first element and that one's place in [B, P], all int64;
+    lanes [TILE], and which are inside.
+    """
     program = tl.program_id(0)
     row = (program // num_tiles).to(tl.int64)
     first = (program % num_tiles).to(tl.int64) * TILE
@@ -61,8 +81,21 @@ def locate(num_tiles, P, TILE: tl.constexpr):
 
 
 @jit
-def transition_mean(latents, velocity, velocity_uncond, a, b, guidance_scale, offset, lanes, inside, GUIDED: tl.constexpr):
-    """a x + b v of a tile, fp32, v = v_uncond + w (v_cond - v_uncond). a, b: scalars. The tile's place as from `locate`."""
+def transition_mean(
+    latents,
+    velocity,
+    velocity_uncond,
+    a,
+    b,
+    guidance_scale,
+    offset,
+    lanes,
+    inside,
+    GUIDED: tl.constexpr,
+):
+    """a x + b v of a tile, fp32, v = v_uncond + w (v_cond - v_uncond). a, b: scalars. The tile's
+    place as from `locate`.
+    """
     x = tl.load(latents + offset + lanes, mask=inside, other=0.0).to(tl.float32)
     v = tl.load(velocity + offset + lanes, mask=inside, other=0.0).to(tl.float32)
     if GUIDED:
@@ -73,24 +106,34 @@ def transition_mean(latents, velocity, velocity_uncond, a, b, guidance_scale, of
 
 @jit
 def exact_sum(terms, std):
-    """Sum of fp32 terms, each rounded to a multiple of 2^(2k - 24), k = floor(log2 std): float64, no order shows in its bits."""
+    """Sum of fp32 terms, each rounded to a multiple of 2^(2k - 24), k = floor(log2 std): float64,
+    no order shows in its bits.
+    """
     k = ((std.to(tl.int32, bitcast=True) >> 23) & 255) - 127
-    magic = (((2 * k + 1051).to(tl.int64) << 52) | 0x8000000000000).to(tl.float64, bitcast=True)  # 1.5 * 2^(2k + 28)
+    magic = (((2 * k + 1051).to(tl.int64) << 52) | 0x8000000000000).to(
+        tl.float64, bitcast=True
+    )  # 1.5 * 2^(2k + 28)
     return tl.sum((terms.to(tl.float64) + magic) - magic)
 
 
-# ------------------------------------------------------------------------------------------------ the log-probability
+# -------- the log-probability
 
 
 @jit
-def log_probs_of(partials, std, P, num_tiles, rows, present, NORMALIZED: tl.constexpr, COLUMNS: tl.constexpr):
-    """Log-probabilities, fp32, of these rows (int64) where present, from their tiles' sums [B, T]; NaN where std == 0."""
+def log_probs_of(
+    partials, std, P, num_tiles, rows, present, NORMALIZED: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """Log-probabilities, fp32, of these rows (int64) where present, from their tiles' sums [B, T];
+    NaN where std == 0.
+    """
     columns = tl.arange(0, COLUMNS)
     sums = tl.zeros(rows.shape, tl.float64)
     for start in range(0, num_tiles, COLUMNS):
         column = (start + columns)[None, :]
         mask = present[:, None] & (column < num_tiles)
-        sums += tl.sum(tl.load(partials + rows[:, None] * num_tiles + column, mask=mask, other=0.0), axis=1)
+        sums += tl.sum(
+            tl.load(partials + rows[:, None] * num_tiles + column, mask=mask, other=0.0), axis=1
+        )
     deviation = tl.load(std + rows, mask=present, other=1.0)
     stochastic = deviation > 0
     error = sums / P
@@ -101,10 +144,24 @@ def log_probs_of(partials, std, P, num_tiles, rows, present, NORMALIZED: tl.cons
 
 
 @jit
-def _log_prob_kernel(partials, std, log_probs, P, num_tiles, B, NORMALIZED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _log_prob_kernel(
+    partials,
+    std,
+    log_probs,
+    P,
+    num_tiles,
+    B,
+    NORMALIZED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     present = rows < B
-    tl.store(log_probs + rows, log_probs_of(partials, std, P, num_tiles, rows, present, NORMALIZED, COLUMNS), mask=present)
+    tl.store(
+        log_probs + rows,
+        log_probs_of(partials, std, P, num_tiles, rows, present, NORMALIZED, COLUMNS),
+        mask=present,
+    )
 
 
 def empty_partials(samples: Tensor) -> tuple[int, Tensor]:
@@ -114,7 +171,9 @@ def empty_partials(samples: Tensor) -> tuple[int, Tensor]:
 
 
 def finishing_block(num_tiles: int) -> dict[str, int]:
-    """Rows and columns of tiles' sums that a finishing program adds up at a time; a formula of T alone."""
+    """Rows and columns of tiles' sums that a finishing program adds up at a time; a formula of T
+    alone.
+    """
     columns = min(triton.next_power_of_2(num_tiles), 2048)
     return {"ROWS": max(128 // columns, 1), "COLUMNS": columns}
 
@@ -125,5 +184,7 @@ def finish_log_probs(partials: Tensor, std: Tensor, P: int, normalized: bool) ->
     block = finishing_block(num_tiles)
     log_probs = torch.empty_like(std)
     grid = (triton.cdiv(batch, block["ROWS"]),)
-    _log_prob_kernel[grid](partials, std, log_probs, P, num_tiles, batch, NORMALIZED=normalized, **block, **LAUNCH)
+    _log_prob_kernel[grid](
+        partials, std, log_probs, P, num_tiles, batch, NORMALIZED=normalized, **block, **LAUNCH
+    )
     return log_probs

@@ -1,4 +1,6 @@
-"""The trainer without its figures, which take three times as long as a tiny run: an empty report.html in their place."""
+"""The trainer without its figures, which take three times as long as a tiny run: an empty
+report.html in their place.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Judges of the test runs, named in their recipes by dotted path; a process finds them through PYTHONPATH."""
+"""Judges of the test runs, named in their recipes by dotted path; a process finds them through
+PYTHONPATH.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +13,19 @@ import torch
 from torch import Tensor
 
 from fastgrpo.interfaces import Conditioning
-from fastgrpo.policies.shapes import ShapesPolicy
 from fastgrpo.shapes.judge import ShapesJudge
+from fastgrpo.shapes.policy import ShapesPolicy
 
 
 class SmoothJudge(ShapesJudge):
-    """Brightness, times movement, times redness: no two videos score the same, so that no group is without signal."""
+    """Brightness, times movement, times redness: no two videos score the same, so that no group is
+    without signal.
+    """
 
     def score(self, videos: Tensor, prompts: Sequence[str], fps: float) -> tuple[Tensor, Tensor]:
-        scores = torch.tensor([self.score_one(video.double()) for video in videos], dtype=torch.float64)
+        scores = torch.tensor(
+            [self.score_one(video.double()) for video in videos], dtype=torch.float64
+        )
         valid = torch.isfinite(scores).all(1)
         return torch.where(valid[:, None], scores, 0.0), valid
 
@@ -38,7 +44,9 @@ class RedJudge(SmoothJudge):
 
 
 class CaptionJudge(SmoothJudge):
-    """Has no score for captions with `blind` in them, and one and the same score for those with `flat` in them."""
+    """Has no score for captions with `blind` in them, and one and the same score for those with
+    `flat` in them.
+    """
 
     def __init__(self, blind: str = "", flat: str = "") -> None:
         super().__init__()

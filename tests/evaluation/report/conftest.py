@@ -1,4 +1,6 @@
-"""Small run folders, the report's page as a parser sees it, and a browser that looks at it where there is one."""
+"""Small run folders, the report's page as a parser sees it, and a browser that looks at it where
+there is one.
+"""
 
 from __future__ import annotations
 
@@ -18,17 +20,17 @@ from typing import Any
 import pytest
 import torch
 
-from fastgrpo import figures
+from fastgrpo.training import figures
 
 STAGES = ("visual_quality", "temporal_coherence", "text_alignment")
 CONFIG = """\
 policy:
-  class_path: fastgrpo.policies.shapes.ShapesPolicy
+  class_path: fastgrpo.shapes.policy.ShapesPolicy
   init_args: {}
 reward:
   class_path: fastgrpo.shapes.judge.ShapesJudge
 prompts:
-  heldout: heldout.txt
+  validation: validation.txt
 name: demo
 iterations: 20
 rollout:
@@ -43,25 +45,53 @@ update:
   - 0.999
 """
 VOID = {"meta", "img", "br", "link", "input", "hr", "source"}
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+CHROMIUM = (
+    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+)
 
 
 @pytest.fixture(scope="session")
 def make_run() -> Callable[..., Path]:
-    """make_run(folder, iterations=20, config=CONFIG, evaluate=True, gain=0.01, **metrics): a run; further metrics join every row."""
+    """make_run(folder, iterations=20, config=CONFIG, evaluate=True, gain=0.01, **metrics): a run;
+    further metrics join every row.
+    """
 
     def make(
-        run: Path, iterations: int = 20, config: str = CONFIG, evaluate: bool = True, gain: float = 0.01, metrics: dict | None = None
+        run: Path,
+        iterations: int = 20,
+        config: str = CONFIG,
+        evaluate: bool = True,
+        gain: float = 0.01,
+        metrics: dict | None = None,
     ) -> Path:
         run.mkdir(parents=True)
         (run / "config.yaml").write_text(config)
-        first = {"iteration": 0, **{f"eval/rewards/{stage}/mean": 0.3 - 0.1 * j for j, stage in enumerate(STAGES)}}
+        first = {
+            "iteration": 0,
+            **{f"eval/rewards/{stage}/mean": 0.3 - 0.1 * j for j, stage in enumerate(STAGES)},
+        }
         rows: list[dict[str, Any]] = [first] if evaluate else []
         for i in range(1, iterations + 1):
-            row: dict[str, Any] = {"iteration": i, "reward": 0.3, "grad_norm": 1.0, "clip_ratio": 0.0, "ratio_drift": 0.0}
-            row |= {"ratio_drift/step_00": 0.0, "time/rollout": 3.0, "time/reward": 0.5, "time/update": 2.5, "step_time": 6.0}
+            row: dict[str, Any] = {
+                "iteration": i,
+                "reward": 0.3,
+                "grad_norm": 1.0,
+                "clip_ratio": 0.0,
+                "ratio_drift": 0.0,
+            }
+            row |= {
+                "ratio_drift/step_00": 0.0,
+                "time/rollout": 3.0,
+                "time/reward": 0.5,
+                "time/update": 2.5,
+                "step_time": 6.0,
+            }
             for j, stage in enumerate(STAGES):
-                row |= {f"rewards/{stage}/mean": gain * i + 0.1 * j, f"weights/{stage}": 1 / 3, f"competence/{stage}": 0.3}
+                row |= {
+                    f"rewards/{stage}/mean": gain * i + 0.1 * j,
+                    f"weights/{stage}": 1 / 3,
+                    f"competence/{stage}": 0.3,
+                }
                 row |= {f"hoyer/{stage}": 0.2, f"saturation/{stage}": 0.8}
                 if evaluate and i == 20:
                     row[f"eval/rewards/{stage}/mean"] = 0.5 + 20 * gain - 0.1 * j
@@ -75,18 +105,29 @@ def make_run() -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def add_samples() -> Callable[..., None]:
-    """add_samples(run, iteration, prompts, level, scores=True): a folder of sample videos, all of one grey."""
+    """add_samples(run, iteration, prompts, level, scores=True): a folder of sample videos, all of
+    one grey.
+    """
 
     def add(run: Path, iteration: int, prompts: list[str], level: int, scores: bool = True) -> None:
         videos = torch.full((len(prompts), 8, 3, 16, 16), level, dtype=torch.uint8)
         table = [[level / 255, 0.5, math.nan]] * len(prompts) if scores else None
-        figures.save_samples(run / "samples" / f"iteration_{iteration:06d}", videos, prompts, 8, table, STAGES if scores else None)
+        figures.save_samples(
+            run / "samples" / f"iteration_{iteration:06d}",
+            videos,
+            prompts,
+            8,
+            table,
+            STAGES if scores else None,
+        )
 
     return add
 
 
 class Page(HTMLParser):
-    """Tags with their attributes, the text, the tables by their id, and whether every tag is closed in order."""
+    """Tags with their attributes, the text, the tables by their id, and whether every tag is closed
+    in order.
+    """
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -130,14 +171,20 @@ class Page(HTMLParser):
         return {attributes["id"] for _, attributes in self.tags if "id" in attributes}
 
     def assert_self_contained(self) -> None:
-        """Nothing names a place outside the page, and the page itself forbids the browser to look for one."""
+        """Nothing names a place outside the page, and the page itself forbids the browser to look
+        for one.
+        """
         assert not any(tag in ("iframe", "base", "object", "embed") for tag, _ in self.tags)
         for tag, attributes in self.tags:
             for name in ("src", "href", "srcset", "poster", "action", "data", "background"):
                 reference = str(attributes.get(name, "data:"))
                 assert reference.startswith("data:") or (tag == "a" and reference[1:] in self.ids())
             assert "url(" not in str(attributes.get("style", ""))
-        policy = next(str(a["content"]) for tag, a in self.tags if a.get("http-equiv") == "Content-Security-Policy")
+        policy = next(
+            str(a["content"])
+            for tag, a in self.tags
+            if a.get("http-equiv") == "Content-Security-Policy"
+        )
         assert policy.startswith("default-src 'none';")
         assert "http" not in policy
 
@@ -150,7 +197,9 @@ def parse() -> Callable[[Path], Page]:
 
 @dataclass
 class Visit:
-    """What a browser saw: the value of the script, what the console said, and every address that was asked for, data: left out."""
+    """What a browser saw: the value of the script, what the console said, and every address that
+    was asked for, data: left out.
+    """
 
     value: Any
     console: list[str]
@@ -159,31 +208,59 @@ class Visit:
 
 @pytest.fixture(scope="session")
 def browse() -> Callable[..., Visit]:
-    """browse(path, script, width=1280, scheme="light"): a script's value in a page in headless Chromium; skips where there is none."""
+    """browse(path, script, width=1280, scheme="light"): a script's value in a page in headless
+    Chromium; skips where there is none.
+    """
     if CHROMIUM is None:
         pytest.skip("no chromium here: the page was not looked at in a browser")
 
     def visit(path: Path, script: str, width: int = 1280, scheme: str = "light") -> Visit:
         with Browser(path.parent / ".chromium") as browser:
-            browser.call("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=width < 600)
-            browser.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+            browser.call(
+                "Emulation.setDeviceMetricsOverride",
+                width=width,
+                height=900,
+                deviceScaleFactor=1,
+                mobile=width < 600,
+            )
+            browser.call(
+                "Emulation.setEmulatedMedia",
+                features=[{"name": "prefers-color-scheme", "value": scheme}],
+            )
             for domain in ("Page", "Runtime", "Log", "Network"):
                 browser.call(f"{domain}.enable")
             browser.call("Page.navigate", url=path.as_uri())
             browser.wait_for("Page.loadEventFired")
             # Two frames drawn, so that what the page has started is under way.
             script = f"new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done))).then(async () => {{ {script} }})"
-            result = browser.call("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True)
+            result = browser.call(
+                "Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True
+            )
             assert "exceptionDetails" not in result, result
-            said = [e for e in browser.events if e["method"] in ("Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded")]
-            asked = [e["params"]["request"]["url"] for e in browser.events if e["method"] == "Network.requestWillBeSent"]
-            return Visit(result["result"].get("value"), [json.dumps(e) for e in said], [u for u in asked if not u.startswith("data:")])
+            said = [
+                e
+                for e in browser.events
+                if e["method"]
+                in ("Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded")
+            ]
+            asked = [
+                e["params"]["request"]["url"]
+                for e in browser.events
+                if e["method"] == "Network.requestWillBeSent"
+            ]
+            return Visit(
+                result["result"].get("value"),
+                [json.dumps(e) for e in said],
+                [u for u in asked if not u.startswith("data:")],
+            )
 
     return visit
 
 
 class Browser:
-    """Headless Chromium over two pipes (--remote-debugging-pipe: JSON messages that end with a zero byte), with one empty page."""
+    """Headless Chromium over two pipes (--remote-debugging-pipe: JSON messages that end with a zero
+    byte), with one empty page.
+    """
 
     def __init__(self, profile: Path) -> None:
         read_end, self._write = os.pipe()
@@ -194,12 +271,28 @@ class Browser:
             os.dup2(first, 3)
             os.dup2(second, 4)
 
-        quiet = ["--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-quic"]
-        command = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", *quiet, f"--user-data-dir={profile}"]
+        quiet = [
+            "--no-first-run",
+            "--disable-background-networking",
+            "--disable-component-update",
+            "--disable-sync",
+            "--disable-quic",
+        ]
+        command = [
+            str(CHROMIUM),
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            *quiet,
+            f"--user-data-dir={profile}",
+        ]
         self._process = subprocess.Popen(
-            [*command, "--remote-debugging-pipe", "about:blank"], preexec_fn=as_three_and_four, close_fds=False,
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
+            [*command, "--remote-debugging-pipe", "about:blank"],
+            preexec_fn=as_three_and_four,
+            close_fds=False,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         os.close(read_end)
         os.close(write_end)
         self._rest, self._number, self._session = b"", 0, ""
@@ -207,7 +300,9 @@ class Browser:
 
     def __enter__(self) -> Browser:
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
-        self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)[
+            "sessionId"
+        ]
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -218,7 +313,9 @@ class Browser:
 
     def call(self, method: str, **parameters: Any) -> Any:
         self._number += 1
-        message = {"id": self._number, "method": method, "params": parameters} | ({"sessionId": self._session} if self._session else {})
+        message = {"id": self._number, "method": method, "params": parameters} | (
+            {"sessionId": self._session} if self._session else {}
+        )
         os.write(self._write, json.dumps(message).encode() + b"\0")
         while (answer := self._receive()).get("id") != self._number:
             self.events.append(answer)
@@ -231,7 +328,9 @@ class Browser:
 
     def _receive(self) -> dict[str, Any]:
         while b"\0" not in self._rest:
-            assert select.select([self._read], [], [], 60)[0], f"chromium said nothing for a minute; before: {self.events[-3:]}"
+            assert select.select([self._read], [], [], 60)[0], (
+                f"chromium said nothing for a minute; before: {self.events[-3:]}"
+            )
             received = os.read(self._read, 1 << 20)
             assert received, "chromium has ended"
             self._rest += received

@@ -1,4 +1,6 @@
-"""The page in a real browser: every figure is there, videos play, nothing is asked for, nothing overflows, everything is legible."""
+"""The page in a real browser: every figure is there, videos play, nothing is asked for, nothing
+overflows, everything is legible.
+"""
 
 from __future__ import annotations
 
@@ -9,22 +11,40 @@ from typing import Any
 
 import pytest
 
-from fastgrpo.commands import report
+from fastgrpo.cli import report
 
-PROMPTS = ["a red square moving right", "a word-that-is-longer-than-any-telephone-is-wide-and-has-no-place-to-break_" * 2]
-JUDGE = {"judge/asked_again": 2, "judge/answers": 96, "time/backpressure": 0.5, "num_invalid_videos": 1}
+PROMPTS = [
+    "a red square moving right",
+    "a word-that-is-longer-than-any-telephone-is-wide-and-has-no-place-to-break_" * 2,
+]
+JUDGE = {
+    "judge/asked_again": 2,
+    "judge/answers": 96,
+    "time/backpressure": 0.5,
+    "num_invalid_videos": 1,
+}
 ALL = ["reward", "weights", "hoyer", "ratio_drift", "stability", "time", "memory", "judge"]
 
 
 @pytest.fixture(scope="module")
-def pages(tmp_path_factory: pytest.TempPathFactory, make_run: Callable[..., Path], add_samples: Callable[..., None]) -> dict[str, Path]:
+def pages(
+    tmp_path_factory: pytest.TempPathFactory,
+    make_run: Callable[..., Path],
+    add_samples: Callable[..., None],
+) -> dict[str, Path]:
     """A report of one run, and one of six."""
     folder = tmp_path_factory.mktemp("runs")
     runs = []
     for index in range(6):
-        run = make_run(folder / f"run_{index}_with_a_long_name", gain=0.002 * index, metrics=JUDGE | {"memory/peak_gb": 40 + index})
+        run = make_run(
+            folder / f"run_{index}_with_a_long_name",
+            gain=0.002 * index,
+            metrics=JUDGE | {"memory/peak_gb": 40 + index},
+        )
         (run / "config.yaml").write_text((run / "config.yaml").read_text() + f"seed: {index}\n")
-        (run / "judge.json").write_text(json.dumps({"stages": {"visual_quality": "0123456789abcdef" * 4}, "seed": index}))
+        (run / "judge.json").write_text(
+            json.dumps({"stages": {"visual_quality": "0123456789abcdef" * 4}, "seed": index})
+        )
         add_samples(run, 20, PROMPTS, 100 + 20 * index)
         runs.append(run)
     add_samples(runs[0], 0, PROMPTS, 40)
@@ -64,14 +84,19 @@ def test_all_is_there_and_plays_and_nothing_is_asked_for(
     assert (seen["playing"], seen["paused"]) == (videos, videos)
     assert seen["words"] == ["Pause all videos", "Play all videos"]
     assert seen["headings"][0] == 1
-    assert all(later - earlier <= 1 for earlier, later in zip(seen["headings"], seen["headings"][1:], strict=False))
+    assert all(
+        later - earlier <= 1
+        for earlier, later in zip(seen["headings"], seen["headings"][1:], strict=False)
+    )
     assert seen["headings"].count(1) == 1
     assert visit.console == []
     assert visit.requests == [pages[which].as_uri()]
 
 
 @pytest.mark.parametrize("which", ["one", "six"])
-def test_a_phone_shows_it_without_scrolling_sideways(pages: dict[str, Path], browse: Callable[..., Any], which: str) -> None:
+def test_a_phone_shows_it_without_scrolling_sideways(
+    pages: dict[str, Path], browse: Callable[..., Any], which: str
+) -> None:
     visit = browse(
         pages[which],
         """
@@ -93,8 +118,12 @@ def test_a_phone_shows_it_without_scrolling_sideways(pages: dict[str, Path], bro
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_text_is_legible_and_figures_follow_the_colour_scheme(pages: dict[str, Path], browse: Callable[..., Any], scheme: str) -> None:
-    """Contrast of every text with what is behind it is at least 4.5 (WCAG 2.2, AA); a figure's own paper is the card's."""
+def test_text_is_legible_and_figures_follow_the_colour_scheme(
+    pages: dict[str, Path], browse: Callable[..., Any], scheme: str
+) -> None:
+    """Contrast of every text with what is behind it is at least 4.5 (WCAG 2.2, AA); a figure's own
+    paper is the card's.
+    """
     visit = browse(
         pages["six"],
         """

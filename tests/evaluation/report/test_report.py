@@ -1,4 +1,6 @@
-"""The report: one page that parses, refers to nothing outside itself, and says what runs have and have not, and how they differ."""
+"""The report: one page that parses, refers to nothing outside itself, and says what runs have and
+have not, and how they differ.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +14,9 @@ import av
 import pytest
 from PIL import Image
 
-from fastgrpo import figures
-from fastgrpo.analysis import report_media, run_figures
-from fastgrpo.commands import report
+from fastgrpo.cli import report
+from fastgrpo.evaluation.report import report_media, run_figures
+from fastgrpo.training import figures
 
 FIGURES = ["reward", "weights", "hoyer", "ratio_drift", "stability", "time"]
 Make = Callable[..., Path]
@@ -38,7 +40,9 @@ def sources(page: Any, tag: str, kind: str) -> list[bytes]:
     return [payload(url, kind) for url in page.sources(tag) if url.startswith(f"data:{kind}")]
 
 
-def test_a_finished_run_on_one_page(tmp_path: Path, make_run: Make, add_samples: Add, parse: Parse) -> None:
+def test_a_finished_run_on_one_page(
+    tmp_path: Path, make_run: Make, add_samples: Add, parse: Parse
+) -> None:
     counts = {"judge/asked_again": 1, "time/backpressure": 0.5, "memory/peak_gb": 61.5}
     run = make_run(tmp_path / "demo", metrics=counts)
     prompts = ["a red square moving right", "a <b>blue</b> & yellow cross"]
@@ -47,7 +51,11 @@ def test_a_finished_run_on_one_page(tmp_path: Path, make_run: Make, add_samples:
     path = report.write_report(run)
     assert path == run / "report" / "report.html"
     drawn = [*FIGURES, "memory", "judge"]
-    names = {"contact_sheet.png", "report.html", *(f"{name}.{kind}" for name in drawn for kind in ("png", "svg"))}
+    names = {
+        "contact_sheet.png",
+        "report.html",
+        *(f"{name}.{kind}" for name in drawn for kind in ("png", "svg")),
+    }
     assert {file.name for file in path.parent.iterdir()} == names
 
     page = parse(path)
@@ -55,9 +63,14 @@ def test_a_finished_run_on_one_page(tmp_path: Path, make_run: Make, add_samples:
     assert page.ids() >= {*drawn, "contact_sheet", "summary", "configuration"}
     assert not page.ids() & {"runs", "final_scores", "attached"}
     on_page = sources(page, "img", "image/svg+xml")
-    for name, svg in zip(drawn, on_page, strict=True):  # the file is for a paper; on the page it follows the reader's colour scheme
+    for name, svg in zip(
+        drawn, on_page, strict=True
+    ):  # the file is for a paper; on the page it follows the reader's colour scheme
         text = svg.decode()
-        style = text[text.index("<style>@media (prefers-color-scheme: dark)") : text.index("</style>") + len("</style>")]
+        style = text[
+            text.index("<style>@media (prefers-color-scheme: dark)") : text.index("</style>")
+            + len("</style>")
+        ]
         assert text.replace(style, "", 1) == (path.parent / f"{name}.svg").read_text()
         assert Image.open(path.parent / f"{name}.png").width == round(8.6 * 160)
     assert sources(page, "img", "image/png") == [(path.parent / "contact_sheet.png").read_bytes()]
@@ -65,9 +78,15 @@ def test_a_finished_run_on_one_page(tmp_path: Path, make_run: Make, add_samples:
     videos = sources(page, "video", "video/mp4")
     folders = ["iteration_000000", "iteration_000020"] * 2
     stems = ["00_a-red-square-moving-right"] * 2 + ["01_a-b-blue-b-yellow-cross"] * 2
-    assert videos == [(run / "samples" / folder / f"{stem}.mp4").read_bytes() for folder, stem in zip(folders, stems, strict=True)]
+    assert videos == [
+        (run / "samples" / folder / f"{stem}.mp4").read_bytes()
+        for folder, stem in zip(folders, stems, strict=True)
+    ]
     shown = [attributes for tag, attributes in page.tags if tag == "video"]
-    assert all({"controls", "autoplay", "loop", "muted", "playsinline"} <= set(attributes) for attributes in shown)
+    assert all(
+        {"controls", "autoplay", "loop", "muted", "playsinline"} <= set(attributes)
+        for attributes in shown
+    )
     assert shown[1]["aria-label"] == "a red square moving right, iteration 20"
 
     for words in (
@@ -85,52 +104,86 @@ def test_a_finished_run_on_one_page(tmp_path: Path, make_run: Make, add_samples:
         "thresholds 0.54, 0.35",
         "betas 0.9, 0.999",
         "same_noise yes",
-        "class_path fastgrpo.policies.shapes.ShapesPolicy",
+        "class_path fastgrpo.shapes.policy.ShapesPolicy",
     ):
         assert words in page.text
     assert page.tables["judge_totals"] == [["sum of", "demo"], ["judge/asked_again", "20"]]
     assert not any("notice" in str(attributes.get("class")) for _, attributes in page.tags)
     alt = next(str(attributes["alt"]) for tag, attributes in page.tags if tag == "img")
-    # Smoothed over 10 iterations, the ends are the means of 0.01 i over the first five and over the last six.
-    assert alt.startswith("Stage rewards: visual quality 0.03 to 0.175, temporal coherence 0.13 to 0.275, ")
+    # Smoothed over 10 iterations, the ends are the means of 0.01 i over the first five and over the
+    # last six.
+    assert alt.startswith(
+        "Stage rewards: visual quality 0.03 to 0.175, temporal coherence 0.13 to 0.275, "
+    )
     assert "visual quality (markers) 0.3 to 0.7" in alt
     assert alt.endswith("iteration 0 to 20.")
 
 
-def test_thresholds_and_window_reach_the_curves(tmp_path: Path, make_run: Make, parse: Parse, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_thresholds_and_window_reach_the_curves(
+    tmp_path: Path, make_run: Make, parse: Parse, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen = []
     topics = run_figures.topics
-    monkeypatch.setattr(run_figures, "topics", lambda runs, window: seen.append(topics(runs, window)) or seen[-1][:1])
+    monkeypatch.setattr(
+        run_figures,
+        "topics",
+        lambda runs, window: seen.append(topics(runs, window)) or seen[-1][:1],
+    )
     report.write_report(make_run(tmp_path / "paced"), smoothing_window=3)
     joint = make_run(tmp_path / "joint")
-    (joint / "config.yaml").write_text((joint / "config.yaml").read_text().replace("self_paced", "joint"))
+    (joint / "config.yaml").write_text(
+        (joint / "config.yaml").read_text().replace("self_paced", "joint")
+    )
     report.write_report(joint)
-    assert [[value for value, _ in drawn[0].panels[0].levels] for drawn in seen] == [[0.54, 0.35], []]
+    assert [[value for value, _ in drawn[0].panels[0].levels] for drawn in seen] == [
+        [0.54, 0.35],
+        [],
+    ]
     assert "the mean over 3." in parse(tmp_path / "paced" / "report" / "report.html").text
 
 
 def test_a_run_without_evaluation_is_summed_up_by_its_training_scores(
     tmp_path: Path, make_run: Make, parse: Parse, one_figure: None
 ) -> None:
-    page = parse(report.write_report(make_run(tmp_path / "run", evaluate=False), smoothing_window=1))
+    page = parse(
+        report.write_report(make_run(tmp_path / "run", evaluate=False), smoothing_window=1)
+    )
     assert "0.010 → 0.200 +0.190" in page.text
-    assert "on the training captions (mean over 1 iterations): iteration 1 → iteration 20" in page.text
+    assert (
+        "on the training captions (mean over 1 iterations): iteration 1 → iteration 20" in page.text
+    )
 
 
 def test_a_run_with_no_rows_says_so(tmp_path: Path, make_run: Make, parse: Parse) -> None:
     page = parse(report.write_report(make_run(tmp_path / "run", iterations=0, evaluate=False)))
     page.assert_self_contained()
     assert not page.sources("img")
-    for words in ("Nothing has been measured yet", "No curves yet", "No sample videos yet", "0 of 20 iterations", "thresholds 0.54, 0.35"):
+    for words in (
+        "Nothing has been measured yet",
+        "No curves yet",
+        "No sample videos yet",
+        "0 of 20 iterations",
+        "thresholds 0.54, 0.35",
+    ):
         assert words in page.text
 
 
 @pytest.mark.parametrize(
     ("iterations", "words"),
-    [(0, "Only the untrained model has been evaluated"), (1, "still going, or was stopped"), (7, "7 of 20 iterations")],
+    [
+        (0, "Only the untrained model has been evaluated"),
+        (1, "still going, or was stopped"),
+        (7, "7 of 20 iterations"),
+    ],
 )
 def test_a_run_in_progress(
-    tmp_path: Path, make_run: Make, add_samples: Add, parse: Parse, one_figure: None, iterations: int, words: str
+    tmp_path: Path,
+    make_run: Make,
+    add_samples: Add,
+    parse: Parse,
+    one_figure: None,
+    iterations: int,
+    words: str,
 ) -> None:
     run = make_run(tmp_path / "run", iterations=iterations)
     add_samples(run, 0, ["a red square"], 40, scores=False)
@@ -145,7 +198,9 @@ def test_a_run_in_progress(
     assert not (run / "report" / "contact_sheet.png").exists()
 
 
-def test_the_page_follows_the_run(tmp_path: Path, make_run: Make, add_samples: Add, parse: Parse, one_figure: None) -> None:
+def test_the_page_follows_the_run(
+    tmp_path: Path, make_run: Make, add_samples: Add, parse: Parse, one_figure: None
+) -> None:
     """Built again, it shows what has come since; a sheet or a figure that no longer holds goes."""
     run = make_run(tmp_path / "run")
     add_samples(run, 0, ["a"], 40)
@@ -161,7 +216,9 @@ def test_the_page_follows_the_run(tmp_path: Path, make_run: Make, add_samples: A
     assert "untrained and iteration 20 share no caption" in parse(report.write_report(run)).text
 
 
-def test_without_a_configuration(tmp_path: Path, make_run: Make, parse: Parse, one_figure: None) -> None:
+def test_without_a_configuration(
+    tmp_path: Path, make_run: Make, parse: Parse, one_figure: None
+) -> None:
     run = make_run(tmp_path / "run")
     (run / "config.yaml").unlink()
     page = parse(report.write_report(run))
@@ -169,11 +226,16 @@ def test_without_a_configuration(tmp_path: Path, make_run: Make, parse: Parse, o
     assert "has no config.yaml" in page.text
 
 
-def test_troubles_are_counted(tmp_path: Path, make_run: Make, parse: Parse, one_figure: None) -> None:
+def test_troubles_are_counted(
+    tmp_path: Path, make_run: Make, parse: Parse, one_figure: None
+) -> None:
     run = make_run(tmp_path / "run")
     lines = (run / "metrics.jsonl").read_text().splitlines()
     for line in (3, 5):
-        lines[line] = json.dumps(json.loads(lines[line]) | {"num_skipped_updates": 1, "num_invalid_videos": 3.0, "num_skipped_groups": 0})
+        lines[line] = json.dumps(
+            json.loads(lines[line])
+            | {"num_skipped_updates": 1, "num_invalid_videos": 3.0, "num_skipped_groups": 0}
+        )
     (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     text = parse(report.write_report(run)).text
     assert "2 updates were skipped because the loss or a gradient was not finite" in text
@@ -181,11 +243,17 @@ def test_troubles_are_counted(tmp_path: Path, make_run: Make, parse: Parse, one_
     assert "groups gave no signal" not in text
 
 
-def test_what_a_resume_changed_is_said(tmp_path: Path, make_run: Make, parse: Parse, one_figure: None) -> None:
-    """The configuration up to iteration 5, that up to 12, and the present one, each against the next."""
+def test_what_a_resume_changed_is_said(
+    tmp_path: Path, make_run: Make, parse: Parse, one_figure: None
+) -> None:
+    """The configuration up to iteration 5, that up to 12, and the present one, each against the
+    next.
+    """
     run = make_run(tmp_path / "run")
     now = (run / "config.yaml").read_text()
-    (run / "config.until_000005.yaml").write_text(now.replace("height: 16", "height: 8").replace("iterations: 20", "iterations: 10"))
+    (run / "config.until_000005.yaml").write_text(
+        now.replace("height: 16", "height: 8").replace("iterations: 20", "iterations: 10")
+    )
     (run / "config.until_000012.yaml").write_text(now.replace("iterations: 20", "iterations: 12"))
     (run / "judge.json").write_text('{"answer": "parsed", "stages": {"vq": "abc"}}')
     page = parse(report.write_report(run))
@@ -199,7 +267,12 @@ def test_what_a_resume_changed_is_said(tmp_path: Path, make_run: Make, parse: Pa
 
 
 def test_large_videos_are_shown_as_stills(
-    tmp_path: Path, make_run: Make, add_samples: Add, parse: Parse, one_figure: None, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    make_run: Make,
+    add_samples: Add,
+    parse: Parse,
+    one_figure: None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     run = make_run(tmp_path / "run")
     for iteration in (0, 20):
@@ -213,27 +286,45 @@ def test_large_videos_are_shown_as_stills(
     (tmp_path / "still.jpg").write_bytes(sources(page, "img", "image/jpeg")[0])
     assert Image.open(tmp_path / "still.jpg").size == (128, 16)
     monkeypatch.setattr(report_media, "MAX_VIDEO_BYTES", size - 1)
-    monkeypatch.setattr(report_media, "MAX_SHEET_BYTES", 100)  # a sheet too large for the page is a JPEG there
+    monkeypatch.setattr(
+        report_media, "MAX_SHEET_BYTES", 100
+    )  # a sheet too large for the page is a JPEG there
     page = parse(report.write_report(run))
     assert not page.sources("video")
     (tmp_path / "sheet.jpg").write_bytes(sources(page, "img", "image/jpeg")[-1])
-    assert Image.open(tmp_path / "sheet.jpg").size == Image.open(run / "report" / "contact_sheet.png").size
+    assert (
+        Image.open(tmp_path / "sheet.jpg").size
+        == Image.open(run / "report" / "contact_sheet.png").size
+    )
 
 
-def test_an_embedded_video_decodes(tmp_path: Path, make_run: Make, add_samples: Add, parse: Parse, one_figure: None) -> None:
+def test_an_embedded_video_decodes(
+    tmp_path: Path, make_run: Make, add_samples: Add, parse: Parse, one_figure: None
+) -> None:
     run = make_run(tmp_path / "run")
     add_samples(run, 0, ["a"], 100)
-    (tmp_path / "a.mp4").write_bytes(sources(parse(report.write_report(run)), "video", "video/mp4")[0])
+    (tmp_path / "a.mp4").write_bytes(
+        sources(parse(report.write_report(run)), "video", "video/mp4")[0]
+    )
     with av.open(str(tmp_path / "a.mp4")) as container:
         assert sum(1 for _ in container.decode(video=0)) == 8
 
 
-def test_several_runs_side_by_side(tmp_path: Path, make_run: Make, add_samples: Add, parse: Parse) -> None:
-    """Three runs with final scores known by hand, 0.5 + 20 gain - 0.1 j; the third has no evaluation and another judge."""
+def test_several_runs_side_by_side(
+    tmp_path: Path, make_run: Make, add_samples: Add, parse: Parse
+) -> None:
+    """Three runs with final scores known by hand, 0.5 + 20 gain - 0.1 j; the third has no
+    evaluation and another judge.
+    """
     first = make_run(tmp_path / "a" / "first", gain=0.01)
     second = make_run(tmp_path / "b" / "second", gain=0.0175)
     third = make_run(tmp_path / "b" / "third", iterations=4, evaluate=False)
-    changed = (second / "config.yaml").read_text().replace("[0.54, 0.35]", "[0.6, 0.35]").replace("name: demo", "name: other")
+    changed = (
+        (second / "config.yaml")
+        .read_text()
+        .replace("[0.54, 0.35]", "[0.6, 0.35]")
+        .replace("name: demo", "name: other")
+    )
     (second / "config.yaml").write_text(changed)
     (third / "config.yaml").write_text((third / "config.yaml").read_text() + "seed: 3\n")
     (third / "judge.json").write_text('{"answer": "expected"}')
@@ -244,7 +335,15 @@ def test_several_runs_side_by_side(tmp_path: Path, make_run: Make, add_samples: 
     assert path == tmp_path / "a" / "report" / "report.html"
     page = parse(path)
     page.assert_self_contained()
-    assert page.ids() >= {*FIGURES, "runs", "summary", "differences", "final_scores", "videos", "configuration"}
+    assert page.ids() >= {
+        *FIGURES,
+        "runs",
+        "summary",
+        "differences",
+        "final_scores",
+        "videos",
+        "configuration",
+    }
     assert page.tables["final_scores"] == [
         ["run", "visual quality", "temporal coherence", "text alignment", "iteration"],
         ["first", "0.700", "0.600", "0.500", "20"],
@@ -265,9 +364,14 @@ def test_several_runs_side_by_side(tmp_path: Path, make_run: Make, add_samples: 
     columns = ["untrained (first)", "first · 20", "second · 20"]
     labels = [str(attributes["aria-label"]) for tag, attributes in page.tags if tag == "video"]
     assert labels == [
-        *(f"a, {name}" for name in columns), *(f"b, {name}" for name in columns), *(f"only in the first, {name}" for name in columns[:2])
-    ]  # fmt: skip
-    files = [first / "samples/iteration_000000/00_a.mp4", first / "samples/iteration_000020/00_a.mp4"]
+        *(f"a, {name}" for name in columns),
+        *(f"b, {name}" for name in columns),
+        *(f"only in the first, {name}" for name in columns[:2]),
+    ]
+    files = [
+        first / "samples/iteration_000000/00_a.mp4",
+        first / "samples/iteration_000020/00_a.mp4",
+    ]
     files.append(second / "samples/iteration_000020/01_a.mp4")
     assert sources(page, "video", "video/mp4")[:3] == [file.read_bytes() for file in files]
 
@@ -275,8 +379,13 @@ def test_several_runs_side_by_side(tmp_path: Path, make_run: Make, add_samples: 
 def test_runs_without_any_evaluation_are_compared_by_training_scores(
     tmp_path: Path, make_run: Make, parse: Parse, one_figure: None
 ) -> None:
-    """Window 1: the last score itself, 0.01 * 20 and 0.02 * 10. The runs end at different iterations, and that is said."""
-    runs = [make_run(tmp_path / "a", evaluate=False), make_run(tmp_path / "b", iterations=10, gain=0.02, evaluate=False)]
+    """Window 1: the last score itself, 0.01 * 20 and 0.02 * 10. The runs end at different
+    iterations, and that is said.
+    """
+    runs = [
+        make_run(tmp_path / "a", evaluate=False),
+        make_run(tmp_path / "b", iterations=10, gain=0.02, evaluate=False),
+    ]
     page = parse(report.write_report(*runs, smoothing_window=1))
     assert page.tables["final_scores"][1:] == [
         ["a", "0.200", "0.300", "0.400", "20"],
@@ -287,8 +396,14 @@ def test_runs_without_any_evaluation_are_compared_by_training_scores(
     assert "Nothing but their names: the configurations are equal." in page.text
 
 
-def test_runs_that_have_not_begun_are_no_trouble(tmp_path: Path, make_run: Make, parse: Parse) -> None:
-    page = parse(report.write_report(*(make_run(tmp_path / name, iterations=0, evaluate=False) for name in "ab")))
+def test_runs_that_have_not_begun_are_no_trouble(
+    tmp_path: Path, make_run: Make, parse: Parse
+) -> None:
+    page = parse(
+        report.write_report(
+            *(make_run(tmp_path / name, iterations=0, evaluate=False) for name in "ab")
+        )
+    )
     page.assert_self_contained()
     assert "a: Nothing has been measured yet" in page.text
     assert "No sample videos yet" in page.text
@@ -296,30 +411,47 @@ def test_runs_that_have_not_begun_are_no_trouble(tmp_path: Path, make_run: Make,
 
 
 def test_attached_folders(tmp_path: Path, make_run: Make, parse: Parse, one_figure: None) -> None:
-    """A calibration beside the run is found by its name, other folders are given; figures as SVG where there are both."""
-    run, calibration, bias = make_run(tmp_path / "run"), tmp_path / "run-calibrate", tmp_path / "bias"
+    """A calibration beside the run is found by its name, other folders are given; figures as SVG
+    where there are both.
+    """
+    run, calibration, bias = (
+        make_run(tmp_path / "run"),
+        tmp_path / "run-calibrate",
+        tmp_path / "bias",
+    )
     calibration.mkdir()
     bias.mkdir()
-    figures.save_figure(run_figures.reward_curves([{"iteration": 1, "reward": 0.5}], []), calibration / "curves")
+    figures.save_figure(
+        run_figures.reward_curves([{"iteration": 1, "reward": 0.5}], []), calibration / "curves"
+    )
     (calibration / "thresholds.yaml").write_text("pacing:\n  thresholds: [0.6, 0.4]\n")
     Image.new("RGB", (3, 2)).save(bias / "kappa.png")
     (bias / "kappa.csv").write_text("judge,kappa\nours,0.5\n<script>,0.25\n" + "more,1\n" * 100)
     page = parse(report.write_report(run, attach=[bias]))
     page.assert_self_contained()
-    assert payload(page.sources("img")[1], "image/svg+xml").decode().endswith((calibration / "curves.svg").read_text()[-1000:])
+    assert (
+        payload(page.sources("img")[1], "image/svg+xml")
+        .decode()
+        .endswith((calibration / "curves.svg").read_text()[-1000:])
+    )
     assert sources(page, "img", "image/png") == [(bias / "kappa.png").read_bytes()]
     table = page.tables["None"]
     assert table[:3] == [["judge", "kappa"], ["ours", "0.5"], ["<script>", "0.25"]]
     assert table[100] == ["… and 3 rows more in the file"]
     assert "run-calibrate/thresholds.yaml" in page.text
     assert "thresholds: [0.6, 0.4]" in page.text
-    with pytest.raises(ValueError, match=r"attach: expected a folder with figures .* got .*nowhere"):
+    with pytest.raises(
+        ValueError, match=r"attach: expected a folder with figures .* got .*nowhere"
+    ):
         report.write_report(run, attach=[tmp_path / "nowhere"])
 
 
 def test_what_is_no_run_is_refused(tmp_path: Path, make_run: Make) -> None:
     for folder in (tmp_path / "nowhere", tmp_path):
-        with pytest.raises(ValueError, match=r"report: expected a run folder with config\.yaml or metrics\.jsonl, got"):
+        with pytest.raises(
+            ValueError,
+            match=r"report: expected a run folder with config\.yaml or metrics\.jsonl, got",
+        ):
             report.write_report(folder)
     with pytest.raises(ValueError, match="at least one run"):
         report.write_report()
@@ -335,7 +467,11 @@ def test_what_is_no_run_is_refused(tmp_path: Path, make_run: Make) -> None:
     with pytest.raises(ValueError, match=r"judge\.json"):
         report.write_report(run)
     (run / "judge.json").unlink()
-    for broken, words in (("a: [1", r"config\.yaml"), ("- 1", "expected a mapping, got list"), ("", "expected a mapping, got NoneType")):
+    for broken, words in (
+        ("a: [1", r"config\.yaml"),
+        ("- 1", "expected a mapping, got list"),
+        ("", "expected a mapping, got NoneType"),
+    ):
         (run / "config.yaml").write_text(broken)
         with pytest.raises(ValueError, match=words):
             report.write_report(run)
@@ -343,20 +479,34 @@ def test_what_is_no_run_is_refused(tmp_path: Path, make_run: Make) -> None:
 
 
 def test_command_line(
-    tmp_path: Path, make_run: Make, add_samples: Add, parse: Parse, one_figure: None, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    make_run: Make,
+    add_samples: Add,
+    parse: Parse,
+    one_figure: None,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     run, other = make_run(tmp_path / "run"), make_run(tmp_path / "other")
     assert report.main([str(run), "--smoothing_window", "5"]) == 0
     assert capsys.readouterr().out.strip() == str(run / "report" / "report.html")
     assert "the mean over 5." in parse(run / "report" / "report.html").text
-    assert report.main([str(run), str(other), "--out", str(tmp_path / "both"), "--attach", str(run / "report")]) == 0
+    assert (
+        report.main(
+            [str(run), str(other), "--out", str(tmp_path / "both"), "--attach", str(run / "report")]
+        )
+        == 0
+    )
     assert capsys.readouterr().out.strip() == str(tmp_path / "both" / "report.html")
     assert "attached" in parse(tmp_path / "both" / "report.html").ids()
     add_samples(run, 20, ["a"], 100)
     (run / "samples" / "iteration_000020" / "00_a.mp4").unlink()  # half copied from elsewhere
     for arguments in (
-        [str(tmp_path / "nowhere")], [str(run), "--smoothing_windw", "5"], [str(run), "--smoothing_window", "x"], [], [str(run)],
-    ):  # fmt: skip
+        [str(tmp_path / "nowhere")],
+        [str(run), "--smoothing_windw", "5"],
+        [str(run), "--smoothing_window", "x"],
+        [],
+        [str(run)],
+    ):
         with pytest.raises(SystemExit) as stop:
             report.main(arguments)
         assert stop.value.code == 2

@@ -1,4 +1,6 @@
-"""Pictures and videos of a page: what stands beside what, and that the bytes are those of the files."""
+"""Pictures and videos of a page: what stands beside what, and that the bytes are those of the
+files.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +12,17 @@ from xml.etree import ElementTree
 import pytest
 from matplotlib.figure import Figure
 
-from fastgrpo import figures
-from fastgrpo.analysis.report_media import DARK, attachments, data_url, moment, sample_columns, svg_url, videos_section
-from fastgrpo.analysis.run_record import RunRecord
+from fastgrpo.evaluation.report.report_media import (
+    DARK,
+    attachments,
+    data_url,
+    moment,
+    sample_columns,
+    svg_url,
+    videos_section,
+)
+from fastgrpo.evaluation.report.run_record import RunRecord
+from fastgrpo.training import figures
 
 
 def record(folder: Path, label: str) -> RunRecord:
@@ -28,7 +38,9 @@ def test_bytes_become_a_url() -> None:
 
 
 def test_a_figure_of_ours_has_a_dark_look_and_another_keeps_its_own() -> None:
-    """Every colour that is exchanged stands in the drawing in the very form that the style looks for."""
+    """Every colour that is exchanged stands in the drawing in the very form that the style looks
+    for.
+    """
     figure, (axes,) = figures._new_figure(1, 3, 2)
     axes.plot([1, 2], [0.1, 0.2], color=figures.INK)
     figures._finish(axes, "title", "y")
@@ -53,16 +65,25 @@ def test_what_stands_side_by_side(tmp_path: Path, add_samples: Callable[..., Non
     first, second, third = record(one, "one"), record(two, "two"), record(none, "none")
 
     def names(*runs: RunRecord) -> dict[str, str]:
-        return {label: f"{folder.parent.parent.name}/{folder.name}" for label, folder in sample_columns(runs).items()}
+        return {
+            label: f"{folder.parent.parent.name}/{folder.name}"
+            for label, folder in sample_columns(runs).items()
+        }
 
-    assert names(first) == {"untrained": "one/iteration_000000", "iteration 20": "one/iteration_000020"}
+    assert names(first) == {
+        "untrained": "one/iteration_000000",
+        "iteration 20": "one/iteration_000020",
+    }
     assert names(third) == {}
     assert names(third, first, second) == {
         "untrained (one)": "one/iteration_000000",
         "one · 20": "one/iteration_000020",
         "two · 30": "two/iteration_000030",
     }
-    assert list(names(second, first)) == ["two · 30", "one · 20"]  # of the first no untrained videos were kept
+    assert list(names(second, first)) == [
+        "two · 30",
+        "one · 20",
+    ]  # of the first no untrained videos were kept
     assert [moment(Path(f"iteration_{i:06d}")) for i in (0, 150)] == ["untrained", "iteration 150"]
 
 
@@ -73,9 +94,15 @@ def test_clips_and_their_sheet(tmp_path: Path, add_samples: Callable[..., None])
     add_samples(run.folder, 20, ["b"], 204)
     section = videos_section([run], tmp_path)
     (pair,) = section["pairs"]
-    assert (pair["prompt"], [clip["label"] for clip in pair["clips"]]) == ("b", ["untrained", "iteration 20"])
+    assert (pair["prompt"], [clip["label"] for clip in pair["clips"]]) == (
+        "b",
+        ["untrained", "iteration 20"],
+    )
     assert [clip["scores"] for clip in pair["clips"]] == ["0.20  0.50  –", "0.80  0.50  –"]
-    assert decoded(pair["clips"][0]["video"]) == (run.folder / "samples" / "iteration_000000" / "01_b.mp4").read_bytes()
+    assert (
+        decoded(pair["clips"][0]["video"])
+        == (run.folder / "samples" / "iteration_000000" / "01_b.mp4").read_bytes()
+    )
     assert decoded(section["sheet"]) == (tmp_path / "contact_sheet.png").read_bytes()
     (run.folder / "samples" / "iteration_000020" / "samples.json").write_text("{")
     with pytest.raises(ValueError, match=r"iteration_000020/samples\.json"):
@@ -96,5 +123,7 @@ def test_what_is_attached(tmp_path: Path) -> None:
         ("photo.png", b"pixels"),
     ]
     assert folder["tables"] == [{"name": "table.csv", "rows": [["mode", "score"], ["a, b", "0.5"]]}]
-    assert folder["texts"] == [{"name": "notes.md", "text": "x" * 20_000 + "\n… and 5 characters more in the file"}]
+    assert folder["texts"] == [
+        {"name": "notes.md", "text": "x" * 20_000 + "\n… and 5 characters more in the file"}
+    ]
     assert attachments([]) == []

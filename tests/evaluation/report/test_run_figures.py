@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastgrpo import figures
-from fastgrpo.analysis import run_figures
-from fastgrpo.analysis.panels import Line, Panel
-from fastgrpo.analysis.run_figures import PHASES, Topic, reward_curves, stages_of, topics
-from fastgrpo.analysis.run_record import RunRecord
+from fastgrpo.evaluation.report import run_figures
+from fastgrpo.evaluation.report.panels import Line, Panel
+from fastgrpo.evaluation.report.run_figures import PHASES, Topic, reward_curves, stages_of, topics
+from fastgrpo.evaluation.report.run_record import RunRecord
+from fastgrpo.training import figures
 
 STAGES = ("visual_quality", "temporal_coherence", "text_alignment")
 PACING = {"pacing": {"mode": "self_paced", "thresholds": [0.54, 0.35]}}
@@ -22,9 +22,20 @@ PACING = {"pacing": {"mode": "self_paced", "thresholds": [0.54, 0.35]}}
 
 def make_rows(count: int = 30, shift: float = 0.0) -> list[dict]:
     """Iteration 0 and `count` trained ones."""
-    rows: list[dict] = [{"iteration": 0, **{f"eval/rewards/{stage}/mean": 0.1 * index for index, stage in enumerate(STAGES)}}]
+    rows: list[dict] = [
+        {
+            "iteration": 0,
+            **{f"eval/rewards/{stage}/mean": 0.1 * index for index, stage in enumerate(STAGES)},
+        }
+    ]
     for i in range(1, count + 1):
-        row: dict = {"iteration": i, "reward": math.sin(i) + shift, "grad_norm": 1 + 0.1 * i, "clip_ratio": 0.01 * i, "ratio_drift": 0.0}
+        row: dict = {
+            "iteration": i,
+            "reward": math.sin(i) + shift,
+            "grad_norm": 1 + 0.1 * i,
+            "clip_ratio": 0.01 * i,
+            "ratio_drift": 0.0,
+        }
         for index, stage in enumerate(STAGES):
             row[f"rewards/{stage}/mean"] = math.cos(i + index) + shift
             row[f"weights/{stage}"] = (i % (index + 2)) / 5
@@ -34,16 +45,35 @@ def make_rows(count: int = 30, shift: float = 0.0) -> list[dict]:
             if i % 10 == 0:
                 row[f"eval/rewards/{stage}/mean"] = 0.1 * index + 0.01 * i + shift
         row |= {f"ratio_drift/step_{step:02d}": 0.0 for step in range(i % 2, 15, 2)}
-        rows.append(row | {"time/rollout": 0.25 + 0.01 * i, "time/reward": 0.05, "time/update": 0.2, "step_time": 0.5 + 0.01 * i})
+        rows.append(
+            row
+            | {
+                "time/rollout": 0.25 + 0.01 * i,
+                "time/reward": 0.05,
+                "time/update": 0.2,
+                "step_time": 0.5 + 0.01 * i,
+            }
+        )
     return rows
 
 
-def make_run(label: str = "run", rows: list[dict] | None = None, config: dict | None = None) -> RunRecord:
-    return RunRecord(Path(label), label, make_rows() if rows is None else rows, PACING if config is None else config, {}, {})
+def make_run(
+    label: str = "run", rows: list[dict] | None = None, config: dict | None = None
+) -> RunRecord:
+    return RunRecord(
+        Path(label),
+        label,
+        make_rows() if rows is None else rows,
+        PACING if config is None else config,
+        {},
+        {},
+    )
 
 
 def moving_average(values: list[float], window: int) -> np.ndarray:
-    """Centred mean by a sum of shifted copies, cut at the ends (an even window reaches one further back)."""
+    """Centred mean by a sum of shifted copies, cut at the ends (an even window reaches one further
+    back).
+    """
     total, count = np.zeros(len(values)), np.zeros(len(values))
     for shift in range(-(window // 2), (window - 1) // 2 + 1):
         here = np.arange(len(values)) + shift
@@ -74,10 +104,17 @@ def test_rewards_of_one_run(window: int) -> None:
         smooth = drawn[f"rewards/{stage}/mean"]
         assert (smooth.points[0], smooth.color) == (ITERATIONS, figures.COLORS[index])
         np.testing.assert_allclose(smooth.points[1], moving_average(raw, window), atol=1e-12)
-        held_out = drawn[f"eval/rewards/{stage}/mean"]
-        assert held_out.points == ([0, 10, 20, 30], [0.1 * index, *(0.1 * index + 0.01 * i for i in (10, 20, 30))])
-        assert (held_out.kind, held_out.color) == ("dots", figures.COLORS[index])
-    np.testing.assert_allclose(drawn["reward"].points[1], moving_average([math.sin(i) for i in ITERATIONS], window), atol=1e-12)
+        validation = drawn[f"eval/rewards/{stage}/mean"]
+        assert validation.points == (
+            [0, 10, 20, 30],
+            [0.1 * index, *(0.1 * index + 0.01 * i for i in (10, 20, 30))],
+        )
+        assert (validation.kind, validation.color) == ("dots", figures.COLORS[index])
+    np.testing.assert_allclose(
+        drawn["reward"].points[1],
+        moving_average([math.sin(i) for i in ITERATIONS], window),
+        atol=1e-12,
+    )
     assert panel.levels == ((0.54, figures.COLORS[0]), (0.35, figures.COLORS[1]))
 
 
@@ -86,9 +123,15 @@ def test_the_curves_of_a_calibration() -> None:
     figure = reward_curves(make_rows(), STAGES, [0.54, 0.35, 0.2], 4)
     drawn = {str(line.get_gid()): list(line.get_ydata()) for line in figure.axes[0].lines}
     assert drawn["raw/rewards/text_alignment/mean"] == [math.cos(i + 2) for i in ITERATIONS]
-    assert [key for key in drawn if key.startswith("threshold")] == ["threshold/0.54", "threshold/0.35", "threshold/0.2"]
+    assert [key for key in drawn if key.startswith("threshold")] == [
+        "threshold/0.54",
+        "threshold/0.35",
+        "threshold/0.2",
+    ]
     legend = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert sorted(legend) == sorted(["visual quality", "temporal coherence", "text alignment", "weighted reward", "threshold"])
+    assert sorted(legend) == sorted(
+        ["visual quality", "temporal coherence", "text alignment", "weighted reward", "threshold"]
+    )
 
 
 def test_values_that_are_not_there_are_left_out() -> None:
@@ -97,7 +140,10 @@ def test_values_that_are_not_there_are_left_out() -> None:
     del rows[4]["rewards/visual_quality/mean"]
     rows[5]["rewards/visual_quality/mean"] = math.nan
     (panel,) = by_id([make_run(rows=rows)])["reward"].panels
-    assert lines(panel)["raw/rewards/visual_quality/mean"].points == ([1, 3], [math.cos(1), math.cos(3)])
+    assert lines(panel)["raw/rewards/visual_quality/mean"].points == (
+        [1, 3],
+        [math.cos(1), math.cos(3)],
+    )
     assert figures.series(rows, "rewards/visual_quality/mean")[0] == [1, 3]
 
 
@@ -106,13 +152,35 @@ def test_weights_competence_and_hoyer_of_one_run() -> None:
     weights, competence = drawn["weights"].panels
     index_of, saturation = drawn["hoyer"].panels
     for index, stage in enumerate(STAGES):
-        assert lines(weights)[f"weights/{stage}"].points == (ITERATIONS, [(i % (index + 2)) / 5 for i in ITERATIONS])
-        assert lines(competence)[f"competence/{stage}"].points == (ITERATIONS, [0.01 * i + index for i in ITERATIONS])
-        assert lines(index_of)[f"hoyer/{stage}"].points == (ITERATIONS, [1 / (i + index) for i in ITERATIONS])
-        assert lines(saturation)[f"saturation/{stage}"].points == (ITERATIONS, [1 - 1 / (i + index) for i in ITERATIONS])
+        assert lines(weights)[f"weights/{stage}"].points == (
+            ITERATIONS,
+            [(i % (index + 2)) / 5 for i in ITERATIONS],
+        )
+        assert lines(competence)[f"competence/{stage}"].points == (
+            ITERATIONS,
+            [0.01 * i + index for i in ITERATIONS],
+        )
+        assert lines(index_of)[f"hoyer/{stage}"].points == (
+            ITERATIONS,
+            [1 / (i + index) for i in ITERATIONS],
+        )
+        assert lines(saturation)[f"saturation/{stage}"].points == (
+            ITERATIONS,
+            [1 - 1 / (i + index) for i in ITERATIONS],
+        )
     assert [value for value, _ in competence.levels] == [0.54, 0.35]
-    without = [{key: value for key, value in row.items() if not key.startswith(("competence", "saturation"))} for row in make_rows()]
-    assert [len(by_id([make_run(rows=without)])[name].panels) for name in ("weights", "hoyer")] == [1, 1]
+    without = [
+        {
+            key: value
+            for key, value in row.items()
+            if not key.startswith(("competence", "saturation"))
+        }
+        for row in make_rows()
+    ]
+    assert [len(by_id([make_run(rows=without)])[name].panels) for name in ("weights", "hoyer")] == [
+        1,
+        1,
+    ]
 
 
 def test_drift_by_step_is_the_largest_of_any_iteration() -> None:
@@ -124,7 +192,11 @@ def test_drift_by_step_is_the_largest_of_any_iteration() -> None:
     expected = [0.0] * 15
     expected[3], expected[5] = 2e-7, 5e-4
     assert lines(by_step)["ratio_drift/by_step"].points == (list(range(15)), expected)
-    assert (over_time.scale, by_step.scale, by_step.xlabel) == ("symlog", "symlog", "denoising step")
+    assert (over_time.scale, by_step.scale, by_step.xlabel) == (
+        "symlog",
+        "symlog",
+        "denoising step",
+    )
 
 
 def test_stability_and_time_of_one_run() -> None:
@@ -140,17 +212,34 @@ def test_stability_and_time_of_one_run() -> None:
     rows[7]["grad_norm"] = 900.0
     assert by_id([make_run(rows=rows)])["stability"].panels[0].scale == "log"
     rows[7]["grad_norm"] = 0.0
-    assert by_id([make_run(rows=rows)])["stability"].panels[0].scale == "linear"  # a log scale would hide the zero
+    assert (
+        by_id([make_run(rows=rows)])["stability"].panels[0].scale == "linear"
+    )  # a log scale would hide the zero
 
 
 def test_memory_and_judge_are_drawn_where_they_were_measured() -> None:
-    assert list(by_id([make_run()])) == ["reward", "weights", "hoyer", "ratio_drift", "stability", "time"]
+    assert list(by_id([make_run()])) == [
+        "reward",
+        "weights",
+        "hoyer",
+        "ratio_drift",
+        "stability",
+        "time",
+    ]
     rows = [
-        row | ({"memory/peak_gb": 60.0 + row["iteration"], "judge/answers": 96, "judge/failed": 0} if row["iteration"] else {})
+        row
+        | (
+            {"memory/peak_gb": 60.0 + row["iteration"], "judge/answers": 96, "judge/failed": 0}
+            if row["iteration"]
+            else {}
+        )
         for row in make_rows(3)
     ]
     drawn = by_id([make_run(rows=rows)])
-    assert lines(drawn["memory"].panels[0])["memory/peak_gb"].points == ([1, 2, 3], [61.0, 62.0, 63.0])
+    assert lines(drawn["memory"].panels[0])["memory/peak_gb"].points == (
+        [1, 2, 3],
+        [61.0, 62.0, 63.0],
+    )
     assert "judge" not in drawn  # answers are no trouble, and nothing failed
     rows[2] |= {"judge/failed": 4, "num_invalid_videos": 1, "time/backpressure": 0.25}
     trouble, waiting = by_id([make_run(rows=rows)])["judge"].panels
@@ -158,21 +247,44 @@ def test_memory_and_judge_are_drawn_where_they_were_measured() -> None:
     assert lines(trouble)["raw/judge/failed"].points == ([1, 2, 3], [0.0, 4.0, 0.0])
     assert lines(waiting)["raw/time/backpressure"].points == ([2], [0.25])
     several = by_id([make_run("a"), make_run("b", rows)])["judge"].panels
-    assert [panel.title for panel in several] == ["failed", "invalid videos", "Sampling stood still for the judge"]
+    assert [panel.title for panel in several] == [
+        "failed",
+        "invalid videos",
+        "Sampling stood still for the judge",
+    ]
 
 
 def test_several_runs_have_a_panel_a_stage_and_a_line_a_run() -> None:
     other = {"pacing": {"mode": "self_paced", "thresholds": [0.6, 0.35]}}
     joint = {"pacing": {"mode": "joint", "thresholds": [0.1, 0.1]}}
-    runs = [make_run("a"), make_run("b", make_rows(10, shift=0.5), other), make_run("c", make_rows(0), joint)]
+    runs = [
+        make_run("a"),
+        make_run("b", make_rows(10, shift=0.5), other),
+        make_run("c", make_rows(0), joint),
+    ]
     drawn = by_id(runs, 4)
     *stages, weighted = drawn["reward"].panels
-    assert [panel.title for panel in stages] == ["visual quality", "temporal coherence", "text alignment"]
+    assert [panel.title for panel in stages] == [
+        "visual quality",
+        "temporal coherence",
+        "text alignment",
+    ]
     for index, (panel, stage) in enumerate(zip(stages, STAGES, strict=True)):
         curves = [line for line in panel.lines if line.kind == "line"]
-        assert [(line.label, len(line.points[0])) for line in curves] == [("a", 30), ("b", 10), ("c", 0)]
-        np.testing.assert_allclose(curves[1].points[1], moving_average([math.cos(i + index) + 0.5 for i in range(1, 11)], 4), atol=1e-12)
-        assert lines(panel)[f"eval/rewards/{stage}/mean/1"].points == ([0, 10], pytest.approx([0.1 * index, 0.1 * index + 0.6]))
+        assert [(line.label, len(line.points[0])) for line in curves] == [
+            ("a", 30),
+            ("b", 10),
+            ("c", 0),
+        ]
+        np.testing.assert_allclose(
+            curves[1].points[1],
+            moving_average([math.cos(i + index) + 0.5 for i in range(1, 11)], 4),
+            atol=1e-12,
+        )
+        assert lines(panel)[f"eval/rewards/{stage}/mean/1"].points == (
+            [0, 10],
+            pytest.approx([0.1 * index, 0.1 * index + 0.6]),
+        )
         assert lines(panel)[f"eval/rewards/{stage}/mean/2"].points[0] == [0]
     assert [panel.levels for panel in stages] == [
         ((0.54, figures.COLORS[0]), (0.6, figures.COLORS[1])),  # they differ: in the runs' colours
@@ -180,22 +292,37 @@ def test_several_runs_have_a_panel_a_stage_and_a_line_a_run() -> None:
         (),
     ]
     assert [line.label for line in weighted.lines] == ["a", "b", "c"]
-    assert [len(drawn[name].panels) for name in ("weights", "hoyer", "ratio_drift", "stability", "time")] == [3, 3, 2, 2, 4]
-    assert lines(drawn["weights"].panels[1])["weights/temporal_coherence/1"].points[1] == [(i % 3) / 5 for i in range(1, 11)]
+    assert [
+        len(drawn[name].panels) for name in ("weights", "hoyer", "ratio_drift", "stability", "time")
+    ] == [3, 3, 2, 2, 4]
+    assert lines(drawn["weights"].panels[1])["weights/temporal_coherence/1"].points[1] == [
+        (i % 3) / 5 for i in range(1, 11)
+    ]
     whole = drawn["time"].panels[3]
-    np.testing.assert_allclose(lines(whole)["step_time/0"].points[1], moving_average([0.5 + 0.01 * i for i in ITERATIONS], 4))
-    assert stages_of([make_run("a", [{"iteration": 1, "rewards/x/mean": 0.1}]), make_run("b")]) == ["x", *STAGES]
+    np.testing.assert_allclose(
+        lines(whole)["step_time/0"].points[1],
+        moving_average([0.5 + 0.01 * i for i in ITERATIONS], 4),
+    )
+    assert stages_of([make_run("a", [{"iteration": 1, "rewards/x/mean": 0.1}]), make_run("b")]) == [
+        "x",
+        *STAGES,
+    ]
 
 
 @pytest.mark.parametrize("rows", [[], make_rows(0), make_rows(1)], ids=["none", "untrained", "one"])
 @pytest.mark.parametrize("count", [1, 2])
-def test_runs_in_progress_draw_without_a_warning(count: int, rows: list[dict], recwarn: pytest.WarningsRecorder) -> None:
+def test_runs_in_progress_draw_without_a_warning(
+    count: int, rows: list[dict], recwarn: pytest.WarningsRecorder
+) -> None:
     for topic in topics([make_run(str(index), rows) for index in range(count)], 10):
         figure = topic.draw(narrow=count == 2)
         figure.draw_without_rendering()
         said = " ".join(text.get_text() for axes in figure.axes for text in axes.texts)
-        # The untrained model's evaluation is drawn among the rewards; beside it, several runs' weighted reward is still empty.
-        assert ("no training iteration yet" in said) == (len(rows) < 2 and (topic.id != "reward" or count == 2 or not rows))
+        # The untrained model's evaluation is drawn among the rewards; beside it, several runs'
+        # weighted reward is still empty.
+        assert ("no training iteration yet" in said) == (
+            len(rows) < 2 and (topic.id != "reward" or count == 2 or not rows)
+        )
     assert not recwarn.list
 
 
@@ -206,11 +333,11 @@ def test_no_pyplot_and_no_global_setting(tmp_path: Path) -> None:
         "settings = lambda: {key: matplotlib.rcParams[key] for key in matplotlib.rcParams if key != 'backend'}\n"
         "before = settings()\n"
         "from fastgrpo import figures\n"
-        "from fastgrpo.analysis import run_figures\n"
+        "from fastgrpo.evaluation import run_figures\n"
         "figures.save_figure(run_figures.reward_curves([{'iteration': 1, 'reward': 1.0}], ()), Path(sys.argv[1]))\n"
         "assert 'matplotlib.pyplot' not in sys.modules\n"
         "assert settings() == before\n"
     )
-    root = Path(run_figures.__file__).resolve().parents[1]
+    root = Path(run_figures.__file__).resolve().parents[2]
     subprocess.run([sys.executable, "-c", script, str(tmp_path / "x")], check=True, cwd=root)
     assert (tmp_path / "x.svg").exists()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fastgrpo.analysis.run_record import (
+from fastgrpo.evaluation.report.run_record import (
     Missing,
     RunRecord,
     Scores,
@@ -26,7 +26,9 @@ def record(rows: list[dict], config: dict | None = None, judge: dict | None = No
     return RunRecord(Path("run"), "run", rows, config or {}, {}, judge or {})
 
 
-def test_a_run_folder_is_read_with_what_is_there(tmp_path: Path, make_run: Callable[..., Path], add_samples: Callable[..., None]) -> None:
+def test_a_run_folder_is_read_with_what_is_there(
+    tmp_path: Path, make_run: Callable[..., Path], add_samples: Callable[..., None]
+) -> None:
     run = make_run(tmp_path / "x" / "demo", iterations=3)
     (run / "config.until_000002.yaml").write_text("seed: 1\n")
     (run / "config.until_now.yaml").write_text("seed: 2\n")  # none that a run writes
@@ -43,7 +45,11 @@ def test_a_run_folder_is_read_with_what_is_there(tmp_path: Path, make_run: Calla
     assert [row["iteration"] for row in first.rows] == [0, 1, 2, 3]
     assert [row["iteration"] for row in first.trained] == [1, 2, 3]
     assert first.stages == ("visual_quality", "temporal_coherence", "text_alignment")
-    assert (first.earlier, first.judge, first.thresholds) == ({2: {"seed": 1}}, {"answer": "parsed"}, [0.54, 0.35])
+    assert (first.earlier, first.judge, first.thresholds) == (
+        {2: {"seed": 1}},
+        {"answer": "parsed"},
+        [0.54, 0.35],
+    )
     assert [folder.name for folder in first.samples] == ["iteration_000000", "iteration_000020"]
     assert (second.rows, second.stages, second.samples, second.judge) == ([], (), [], {})
     assert (third.rows, third.config, third.thresholds) == ([{"iteration": 1}], {}, [])
@@ -54,7 +60,9 @@ def test_modes_without_gates_have_no_thresholds() -> None:
     def thresholds(mode: str) -> list[float]:
         return record([], {"pacing": {"mode": mode, "thresholds": [0.1, 0.2]}}).thresholds
 
-    assert [thresholds(mode) for mode in ("self_paced", "two_stage", "joint", "one_stage", "static")] == [[0.1, 0.2]] * 2 + [[]] * 3
+    assert [
+        thresholds(mode) for mode in ("self_paced", "two_stage", "joint", "one_stage", "static")
+    ] == [[0.1, 0.2]] * 2 + [[]] * 3
 
 
 def test_what_is_no_run_or_broken_is_refused(tmp_path: Path, make_run: Callable[..., Path]) -> None:
@@ -67,7 +75,13 @@ def test_what_is_no_run_or_broken_is_refused(tmp_path: Path, make_run: Callable[
 
 
 def test_differences_of_configurations() -> None:
-    first = {"seed": 1, "name": "a", "pacing": {"mode": "joint", "thresholds": [0.1]}, "policy": {"init_args": {}}, "same": {"x": None}}
+    first = {
+        "seed": 1,
+        "name": "a",
+        "pacing": {"mode": "joint", "thresholds": [0.1]},
+        "policy": {"init_args": {}},
+        "same": {"x": None},
+    }
     second = {
         "seed": 1,
         "name": "b",
@@ -87,12 +101,20 @@ def test_differences_of_configurations() -> None:
 
 
 def test_scores_compare_only_where_judge_captions_and_sampler_are_the_same() -> None:
-    config = {"reward": {"class_path": "Judge"}, "prompts": {"heldout": "a.txt", "train": "t"}, "evaluation": {"sde": "ode"}, "seed": 0}
-    runs = [record([], config), record([], config | {"seed": 1, "prompts": {"heldout": "a.txt", "train": "other"}})]
+    config = {
+        "reward": {"class_path": "Judge"},
+        "prompts": {"validation": "a.txt", "train": "t"},
+        "evaluation": {"sde": "ode"},
+        "seed": 0,
+    }
+    runs = [
+        record([], config),
+        record([], config | {"seed": 1, "prompts": {"validation": "a.txt", "train": "other"}}),
+    ]
     assert judged_alike(runs)
     for change in (
         {"reward": {"class_path": "Other"}},
-        {"prompts": {"heldout": "b.txt", "train": "t"}},
+        {"prompts": {"validation": "b.txt", "train": "t"}},
         {"evaluation": {"sde": "dance"}},
         {"evaluation": None},
     ):
@@ -100,18 +122,24 @@ def test_scores_compare_only_where_judge_captions_and_sampler_are_the_same() -> 
     assert not judged_alike([record([], config), record([], config, {"answer": "parsed"})])
 
 
-def test_scores_are_the_first_and_the_last_held_out_ones() -> None:
+def test_scores_are_the_first_and_the_last_validation_ones() -> None:
     rows = [
         {"iteration": 0, "eval/rewards/a/mean": 0.1, "eval/rewards/b/mean": 0.2},
         {"iteration": 5, "rewards/a/mean": 0.9, "rewards/b/mean": 0.9},
         {"iteration": 10, "eval/rewards/a/mean": 0.4, "eval/rewards/b/mean": None},
     ]
-    assert scores_of(record(rows), 3) == Scores((0, 10), True, {"a": 0.1, "b": 0.2}, {"a": 0.4, "b": None})
-    # One evaluation alone shows no change: the training scores do, smoothed over three iterations and cut at the ends.
-    rows = rows[:1] + [{"iteration": i, "rewards/a/mean": value} for i, value in enumerate((0.2, 0.4, math.nan, 0.6, 0.8), start=1)]
+    assert scores_of(record(rows), 3) == Scores(
+        (0, 10), True, {"a": 0.1, "b": 0.2}, {"a": 0.4, "b": None}
+    )
+    # One evaluation alone shows no change: the training scores do, smoothed over three iterations
+    # and cut at the ends.
+    rows = rows[:1] + [
+        {"iteration": i, "rewards/a/mean": value}
+        for i, value in enumerate((0.2, 0.4, math.nan, 0.6, 0.8), start=1)
+    ]
     scores = scores_of(record(rows), 3)
     assert scores is not None
-    assert (scores.iterations, scores.held_out) == ((1, 5), False)
+    assert (scores.iterations, scores.validation) == ((1, 5), False)
     assert (scores.first["a"], scores.last["a"]) == pytest.approx((0.3, 0.7))
     assert scores_of(record(rows[:1]), 3) is None
     assert scores_of(record([]), 3) is None
@@ -130,5 +158,10 @@ def test_totals_of_the_judge() -> None:
             "judge/requests": None,
         },
     ]
-    assert judge_totals(record(rows)) == {"judge/answers": 22, "num_invalid_videos": 2, "judge/failed": 1, "judge/requests": 0}
+    assert judge_totals(record(rows)) == {
+        "judge/answers": 22,
+        "num_invalid_videos": 2,
+        "judge/failed": 1,
+        "judge/requests": 0,
+    }
     assert json.dumps(judge_totals(record([]))) == "{}"

@@ -1,4 +1,6 @@
-"""What the tests of `score` name by dotted path: an engine that answers by how bright a clip is, and a judge without answers."""
+"""What the tests of `score` name by dotted path: an engine that answers by how bright a clip is,
+and a judge without answers.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgrpo.rewards.engine import Clip, Decoding, Reply
+from fastgrpo.rewards.vlm.engine import Clip, Decoding, Reply
 
 
 class GreyEngine:
@@ -30,17 +32,26 @@ class GreyEngine:
         if self.mode == "broken":
             raise ConnectionError("nothing there")
 
-    def ask(self, clips: Sequence[Clip], questions: Sequence[Sequence[str]], decoding: Decoding) -> list[list[Reply]]:
+    def ask(
+        self, clips: Sequence[Clip], questions: Sequence[Sequence[str]], decoding: Decoding
+    ) -> list[list[Reply]]:
         self.seen += clips
         time.sleep(self.pause)
-        return [[self.reply(clip, question) for question in row] for clip, row in zip(clips, questions, strict=True)]
+        return [
+            [self.reply(clip, question) for question in row]
+            for clip, row in zip(clips, questions, strict=True)
+        ]
 
     def reply(self, clip: Clip, question: str) -> Reply:
         if "break down" in question:
             raise RuntimeError("broken\ndown")
         if self.mode == "silent" or "say nothing" in question:
             return Reply(error="timed out")
-        return Reply("lovely" if "write prose" in question else f"{1 + 9 * clip.frames.double().mean().item() / 255:.2f}")
+        return Reply(
+            "lovely"
+            if "write prose" in question
+            else f"{1 + 9 * clip.frames.double().mean().item() / 255:.2f}"
+        )
 
     def close(self) -> None:
         pass
@@ -62,7 +73,9 @@ class SlowGreyEngine(GreyEngine):
 
 
 class PlainJudge:
-    """interfaces.RewardModel with one stage: the mean of all frames, and their number and fps far behind the point; below 0.2 no score."""
+    """interfaces.RewardModel with one stage: the mean of all frames, and their number and fps far
+    behind the point; below 0.2 no score.
+    """
 
     stages = ("brightness",)
 
@@ -78,11 +91,15 @@ class PlainJudge:
 
 
 class PublishedJudge(PlainJudge):
-    """A judge with a scale of its own: brightness from -1 to 1, of which the reward is half of one more."""
+    """A judge with a scale of its own: brightness from -1 to 1, of which the reward is half of one
+    more.
+    """
 
     component_names = ("light",)
 
-    def components(self, videos: Tensor, prompts: Sequence[str], fps: float) -> tuple[Tensor, Tensor]:
+    def components(
+        self, videos: Tensor, prompts: Sequence[str], fps: float
+    ) -> tuple[Tensor, Tensor]:
         raw = 2 * videos.double().mean(dim=(1, 2, 3, 4))[:, None] / 255 - 1
         return raw, raw[:, 0] >= -0.6
 

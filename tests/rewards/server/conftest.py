@@ -20,11 +20,11 @@ import torch
 import uvicorn
 from PIL import Image
 
-from fastgrpo.commands.serve_judge import JudgeProtocol, JudgeServer, bind
-from fastgrpo.rewards.answers import NUMBER
+from fastgrpo.cli.serve_judge import JudgeProtocol, JudgeServer, bind
 from fastgrpo.rewards.server.batching import Batcher
 from fastgrpo.rewards.server.http_app import ServerLimits, create_app
 from fastgrpo.rewards.server.media import MediaLimits
+from fastgrpo.rewards.vlm.answers import NUMBER
 
 MODULES = Path(__file__).resolve().parent / "modules"
 
@@ -77,14 +77,26 @@ CHATS = Chats()
 class Running:
     """A server on a thread of this process."""
 
-    def __init__(self, engine: Any, limits: ServerLimits | None = None, token: str | None = CHATS.token, linger: float = 0.0) -> None:
+    def __init__(
+        self,
+        engine: Any,
+        limits: ServerLimits | None = None,
+        token: str | None = CHATS.token,
+        linger: float = 0.0,
+    ) -> None:
         self.engine, self.token = engine, token
         self.batcher = Batcher(engine, torch.device("cpu"), linger=linger)
         app = create_app(self.batcher, CHATS.model, token, limits)
         self.listener = bind("127.0.0.1", 0)
         self.port = self.listener.getsockname()[1]
         config = uvicorn.Config(
-            app, http=JudgeProtocol, ws="none", log_level="critical", access_log=False, lifespan="off", timeout_graceful_shutdown=5
+            app,
+            http=JudgeProtocol,
+            ws="none",
+            log_level="critical",
+            access_log=False,
+            lifespan="off",
+            timeout_graceful_shutdown=5,
         )
         self.server = JudgeServer(config, self.batcher, grace=3)
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.listener]})
@@ -94,30 +106,51 @@ class Running:
             time.sleep(0.005)
 
     def client(self, **options: Any) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key=self.token or "none", max_retries=0, **options)
+        return openai.OpenAI(
+            base_url=f"http://127.0.0.1:{self.port}/v1",
+            api_key=self.token or "none",
+            max_retries=0,
+            **options,
+        )
 
     def ask(self, text: str = "How good?", level: int = 128, **options: Any) -> Any:
         extra = options.pop("extra_body", CHATS.numbers)
-        return self.client().chat.completions.create(model=CHATS.model, messages=CHATS.messages(text, level), extra_body=extra, **options)
+        return self.client().chat.completions.create(
+            model=CHATS.model, messages=CHATS.messages(text, level), extra_body=extra, **options
+        )
 
     def get(self, path: str, token: str | None = CHATS.token) -> tuple[int, str]:
-        return self.send("GET", path, None, {} if token is None else {"Authorization": f"Bearer {token}"})
+        return self.send(
+            "GET", path, None, {} if token is None else {"Authorization": f"Bearer {token}"}
+        )
 
-    def post(self, body: Any, token: str | None = CHATS.token, path: str = "/v1/chat/completions") -> tuple[int, str]:
-        data = body if isinstance(body, bytes) or hasattr(body, "__next__") else json.dumps(body).encode()
-        return self.send("POST", path, data, {} if token is None else {"Authorization": f"Bearer {token}"})
+    def post(
+        self, body: Any, token: str | None = CHATS.token, path: str = "/v1/chat/completions"
+    ) -> tuple[int, str]:
+        data = (
+            body
+            if isinstance(body, bytes) or hasattr(body, "__next__")
+            else json.dumps(body).encode()
+        )
+        return self.send(
+            "POST", path, data, {} if token is None else {"Authorization": f"Bearer {token}"}
+        )
 
     def send(self, method: str, path: str, data: Any, headers: dict[str, str]) -> tuple[int, str]:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
         try:
-            connection.request(method, path, data, headers, encode_chunked=hasattr(data, "__next__"))
+            connection.request(
+                method, path, data, headers, encode_chunked=hasattr(data, "__next__")
+            )
             answer = connection.getresponse()
             return answer.status, answer.read().decode()
         finally:
             connection.close()
 
     def metric(self, name: str) -> float:
-        found = re.search(rf"^{re.escape(name)} (\S+)$", self.get("/metrics", self.token)[1], re.MULTILINE)
+        found = re.search(
+            rf"^{re.escape(name)} (\S+)$", self.get("/metrics", self.token)[1], re.MULTILINE
+        )
         return float(found[1]) if found else 0.0
 
     def counted(self, status: int) -> float:
@@ -165,7 +198,10 @@ def start(engines: Any) -> Iterator[Callable[..., Running]]:
 @pytest.fixture(scope="module")
 def server(engines: Any) -> Iterator[Running]:
     """One for the tests that leave nothing behind in it."""
-    running = Running(engines.MeanEngine(CHATS.model), ServerLimits(max_body=200_000, timeout=20, media=MediaLimits(max_frames=40)))
+    running = Running(
+        engines.MeanEngine(CHATS.model),
+        ServerLimits(max_body=200_000, timeout=20, media=MediaLimits(max_frames=40)),
+    )
     assert running.batcher.settled.wait(10)
     yield running
     running.close()

@@ -1,4 +1,6 @@
-"""Questions of many clients to one engine: which are asked together, and what becomes of them when it fails or ends."""
+"""Questions of many clients to one engine: which are asked together, and what becomes of them when
+it fails or ends.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +12,19 @@ from typing import Any
 import pytest
 import torch
 
-from fastgrpo.rewards.engine import Clip, Decoding
 from fastgrpo.rewards.server.batching import FAILURES, Batcher, Job, UnavailableError
+from fastgrpo.rewards.vlm.engine import Clip, Decoding
 
 NUMBER = Decoding(constrained=True)
 
 
 def job(question: str = "?", level: int = 0, decoding: Decoding = NUMBER) -> Job:
-    return Job(str(level), Clip(torch.full((2, 3, 28, 28), level, dtype=torch.uint8), 2.0), question, decoding)
+    return Job(
+        str(level),
+        Clip(torch.full((2, 3, 28, 28), level, dtype=torch.uint8), 2.0),
+        question,
+        decoding,
+    )
 
 
 @pytest.fixture
@@ -51,37 +58,58 @@ def queue_behind_one(batcher: Batcher, chats: Any, *jobs: Job) -> Job:
     return first
 
 
-def test_what_waits_is_asked_together_the_questions_of_a_clip_side_by_side(run: Any, engines: Any, chats: Any) -> None:
+def test_what_waits_is_asked_together_the_questions_of_a_clip_side_by_side(
+    run: Any, engines: Any, chats: Any
+) -> None:
     batcher = run(engines.MeanEngine("m"))
     jobs = [job(str(k), level) for k in range(3) for level in (10, 20, 30)]
     first = queue_behind_one(batcher, chats, *jobs)
-    assert [one.reply.result(10).text for one in (first, *jobs)] == [chats.answer(v) for v in (99, *(10, 20, 30) * 3)]
+    assert [one.reply.result(10).text for one in (first, *jobs)] == [
+        chats.answer(v) for v in (99, *(10, 20, 30) * 3)
+    ]
     _, (clips, questions, decoding) = batcher.engine.calls
     assert [int(clip.frames[0, 0, 0, 0]) for clip in clips] == [10, 20, 30]
     assert questions == [["0", "1", "2"]] * 3
     assert decoding == NUMBER
 
 
-def test_a_call_has_a_bound_and_the_oldest_question_is_in_it(run: Any, engines: Any, chats: Any) -> None:
+def test_a_call_has_a_bound_and_the_oldest_question_is_in_it(
+    run: Any, engines: Any, chats: Any
+) -> None:
     batcher = run(engines.MeanEngine("m"), batch_size=4)
     jobs = [job(str(k), level) for k in range(3) for level in (10, 20, 30)]
     queue_behind_one(batcher, chats, *jobs)
     for one in jobs:
         one.reply.result(10)
-    assert [call[1] for call in batcher.engine.calls[1:]] == [[["0", "1", "2"], ["0"]], [["0", "1", "2"], ["1"]], [["2"]]]
+    assert [call[1] for call in batcher.engine.calls[1:]] == [
+        [["0", "1", "2"], ["0"]],
+        [["0", "1", "2"], ["1"]],
+        [["2"]],
+    ]
 
 
 def test_what_is_decoded_otherwise_is_asked_apart(run: Any, engines: Any, chats: Any) -> None:
     batcher = run(engines.MeanEngine("m"))
-    others = [Decoding(temperature=0.5, seed=1), NUMBER, Decoding(temperature=0.5, seed=2), Decoding(temperature=0.5, seed=1)]
+    others = [
+        Decoding(temperature=0.5, seed=1),
+        NUMBER,
+        Decoding(temperature=0.5, seed=2),
+        Decoding(temperature=0.5, seed=1),
+    ]
     jobs = [job(str(number), 10, decoding) for number, decoding in enumerate(others)]
     queue_behind_one(batcher, chats, *jobs)
     for one in jobs:
         one.reply.result(10)
-    assert [call[1:] for call in batcher.engine.calls[1:]] == [([["0", "3"]], others[0]), ([["1"]], others[1]), ([["2"]], others[2])]
+    assert [call[1:] for call in batcher.engine.calls[1:]] == [
+        ([["0", "3"]], others[0]),
+        ([["1"]], others[1]),
+        ([["2"]], others[2]),
+    ]
 
 
-def test_an_idle_engine_waits_a_moment_for_the_second_question(run: Any, engines: Any, chats: Any) -> None:
+def test_an_idle_engine_waits_a_moment_for_the_second_question(
+    run: Any, engines: Any, chats: Any
+) -> None:
     batcher = run(engines.MeanEngine("m"), batch_size=2, linger=9.0)
     assert batcher.settled.wait(10)
     jobs = [job("a"), job("b")]
@@ -111,7 +139,9 @@ def test_a_question_that_was_withdrawn_is_not_asked(run: Any, engines: Any, chat
     assert [call[1] for call in batcher.engine.calls] == [[["asked"]], [["kept"]]]
 
 
-def test_an_engine_s_error_is_that_of_its_call_and_three_break_it_until_it_answers(run: Any, engines: Any) -> None:
+def test_an_engine_s_error_is_that_of_its_call_and_three_break_it_until_it_answers(
+    run: Any, engines: Any
+) -> None:
     batcher = run(engines.MeanEngine("m"))
     assert batcher.settled.wait(10)
     for _ in range(FAILURES):
@@ -161,7 +191,9 @@ def test_a_model_that_cannot_be_loaded_is_the_end(run: Any, engines: Any) -> Non
 
 
 @pytest.mark.parametrize("answered", [True, False])
-def test_an_ending_queue_is_answered_or_refused(run: Any, engines: Any, chats: Any, answered: bool) -> None:
+def test_an_ending_queue_is_answered_or_refused(
+    run: Any, engines: Any, chats: Any, answered: bool
+) -> None:
     batcher = run(engines.MeanEngine("m"), batch_size=1)
     gate = batcher.engine.gate
     assert batcher.settled.wait(10)
@@ -176,7 +208,9 @@ def test_an_ending_queue_is_answered_or_refused(run: Any, engines: Any, chats: A
         batcher.submit(job())
     if answered:
         gate.set()
-        assert [one.reply.result(10).text for one in jobs] == [chats.answer(number) for number in range(4)]
+        assert [one.reply.result(10).text for one in jobs] == [
+            chats.answer(number) for number in range(4)
+        ]
     else:
         for one in jobs:  # the first of them too, which the engine is still busy with
             with pytest.raises(UnavailableError, match="the server is ending"):

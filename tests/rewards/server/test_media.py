@@ -1,4 +1,6 @@
-"""Data URLs to clips: what is sent is what is seen, and whatever else comes is refused before it costs anything."""
+"""Data URLs to clips: what is sent is what is seen, and whatever else comes is refused before it
+costs anything.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,7 @@ import torch
 from PIL import Image, ImageFile
 from torch import Tensor
 
-from fastgrpo.rewards.frames import FrameSettings, clip_of_frames, make_clip
+from fastgrpo.rewards.media.frames import FrameSettings, clip_of_frames, make_clip
 from fastgrpo.rewards.server.media import IMAGE_LIST, IMAGES, VIDEO_FILE, MediaLimits, clip_of_urls
 
 FRAMES = FrameSettings(min_pixels=28 * 28)
@@ -34,7 +36,13 @@ def encoded(frame: Tensor, kind: str = "PNG", mode: str = "RGB", **options: Any)
 
 
 def video(count: int = 4, height: int = 56, width: int = 84) -> Tensor:
-    return torch.randint(0, 256, (count, 3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    return torch.randint(
+        0,
+        256,
+        (count, 3, height, width),
+        dtype=torch.uint8,
+        generator=torch.Generator().manual_seed(0),
+    )
 
 
 def as_list(*images: bytes) -> list[str]:
@@ -52,9 +60,14 @@ def chunk(kind: bytes, data: bytes) -> bytes:
 def bomb(width: int, height: int, rows: int | None = None) -> bytes:
     """A small PNG of a large black image, RGB."""
     packer = zlib.compressobj(9)
-    data = b"".join([packer.compress(bytes(1 + 3 * width)) for _ in range(height if rows is None else rows)] + [packer.flush()])
+    data = b"".join(
+        [packer.compress(bytes(1 + 3 * width)) for _ in range(height if rows is None else rows)]
+        + [packer.flush()]
+    )
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+    )
 
 
 def mp4(frames: Tensor, rate: int = 8) -> bytes:
@@ -66,7 +79,13 @@ def mp4(frames: Tensor, rate: int = 8) -> bytes:
         stream.height, stream.width = frames.shape[2:]
         stream.pix_fmt, stream.options = "rgb24", {"qp": "0", "preset": "ultrafast"}
         for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame.permute(1, 2, 0).contiguous().numpy(), format="rgb24")))
+            container.mux(
+                stream.encode(
+                    av.VideoFrame.from_ndarray(
+                        frame.permute(1, 2, 0).contiguous().numpy(), format="rgb24"
+                    )
+                )
+            )
         container.mux(stream.encode())
     return file.getvalue()
 
@@ -89,7 +108,12 @@ def test_frames_of_another_size_are_resized_as_the_judge_resizes_them() -> None:
 
 def test_a_list_may_hold_jpeg_and_grey_images() -> None:
     grey = torch.full((3, 56, 84), 77, dtype=torch.uint8)
-    images = [encoded(grey, "JPEG", quality=100), encoded(grey), encoded(grey, mode="L"), encoded(grey, "JPEG", "L", quality=100)]
+    images = [
+        encoded(grey, "JPEG", quality=100),
+        encoded(grey),
+        encoded(grey, mode="L"),
+        encoded(grey, "JPEG", "L", quality=100),
+    ]
     clip = clip_of_urls(as_list(*images), 2.0, FRAMES, LIMITS)
     assert torch.equal(clip.frames, grey.expand(4, -1, -1, -1))
     assert {url.partition(";")[0] for url in as_images(b"", b"", kind="jpeg")} < set(IMAGES)
@@ -146,7 +170,7 @@ OTHER_SIZE = encoded(video(1, 56, 56)[0])
         ([f"{VIDEO_FILE};base64,"], "cannot be decoded"),
         ([f"{VIDEO_FILE};base64,{b64(PNG)}"], "cannot be decoded"),
     ],
-)  # fmt: skip
+)
 def test_anything_else_is_refused_with_words(urls: list[str], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         clip_of_urls(urls, 2.0, FRAMES, LIMITS)
@@ -160,8 +184,14 @@ def test_an_animated_image_is_refused() -> None:
         clip_of_urls(as_list(file.getvalue()), 2.0, FRAMES, LIMITS)
 
 
-@pytest.mark.parametrize("data", [bomb(4000, 4000), bomb(30000, 30000, 200)], ids=["two frames of it", "larger than a frame may be"])
-def test_a_bomb_is_refused_before_it_is_decoded(data: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "data",
+    [bomb(4000, 4000), bomb(30000, 30000, 200)],
+    ids=["two frames of it", "larger than a frame may be"],
+)
+def test_a_bomb_is_refused_before_it_is_decoded(
+    data: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """4,000 x 4,000 black pixels are 48 MB decoded; the limits below take no two of them."""
 
     def load(_: Any) -> None:
@@ -199,9 +229,18 @@ def test_frames_that_grow_on_the_way_are_refused_before_they_are_decoded() -> No
         with av.open(file, "w", format="h264") as raw:
             encoder = raw.add_stream("libx264", rate=4)
             encoder.width = encoder.height = side
-            encoder.pix_fmt, encoder.options = "yuv420p", {"preset": "ultrafast", "x264-params": "repeat-headers=1:bframes=0"}
+            encoder.pix_fmt, encoder.options = (
+                "yuv420p",
+                {"preset": "ultrafast", "x264-params": "repeat-headers=1:bframes=0"},
+            )
             for _ in range(4):
-                raw.mux(encoder.encode(av.VideoFrame.from_ndarray(np.zeros((side, side, 3), np.uint8), format="rgb24")))
+                raw.mux(
+                    encoder.encode(
+                        av.VideoFrame.from_ndarray(
+                            np.zeros((side, side, 3), np.uint8), format="rgb24"
+                        )
+                    )
+                )
             raw.mux(encoder.encode())
     whole = io.BytesIO()
     with av.open(whole, "w", format="mp4") as container:
@@ -212,7 +251,12 @@ def test_frames_that_grow_on_the_way_are_refused_before_they_are_decoded() -> No
                 stream = stream or container.add_stream_from_template(raw.streams.video[0])
                 for packet in raw.demux(video=0):
                     if packet.size:
-                        packet.stream, packet.pts, packet.dts, time = stream, time, time, time + 25000
+                        packet.stream, packet.pts, packet.dts, time = (
+                            stream,
+                            time,
+                            time,
+                            time + 25000,
+                        )
                         container.mux(packet)
     url = f"{VIDEO_FILE};base64,{b64(whole.getvalue())}"
     with pytest.raises(ValueError, match="frame 4 is 512x512"):

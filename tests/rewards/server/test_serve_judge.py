@@ -1,4 +1,6 @@
-"""The judge's server over real sockets: what it answers, and what becomes of a question when much is asked."""
+"""The judge's server over real sockets: what it answers, and what becomes of a question when much
+is asked.
+"""
 
 from __future__ import annotations
 
@@ -12,17 +14,29 @@ import openai
 import pytest
 import torch
 
-from fastgrpo.rewards.answers import NUMBER
-from fastgrpo.rewards.engine import Decoding, Reply
-from fastgrpo.rewards.server.completions import FROM_ONE, IGNORED, NEUTRAL, UNKNOWN, Question, completion, read_question
+from fastgrpo.rewards.server.completions import (
+    FROM_ONE,
+    IGNORED,
+    NEUTRAL,
+    UNKNOWN,
+    Question,
+    completion,
+    read_question,
+)
 from fastgrpo.rewards.server.http_app import GONE, ServerLimits
+from fastgrpo.rewards.vlm.answers import NUMBER
+from fastgrpo.rewards.vlm.engine import Decoding, Reply
 
 
 def test_the_official_client_gets_the_engine_s_answer(server: Any, chats: Any) -> None:
     answer = server.ask(level=51)
     assert answer.choices[0].message.content == chats.answer(51)
     assert answer.choices[0].logprobs is None
-    assert (answer.model, answer.object, answer.choices[0].finish_reason) == (chats.model, "chat.completion", "stop")
+    assert (answer.model, answer.object, answer.choices[0].finish_reason) == (
+        chats.model,
+        "chat.completion",
+        "stop",
+    )
     clips, questions, decoding = server.engine.calls[-1]
     assert questions == [["How good?"]]
     assert decoding == Decoding(16, constrained=True)
@@ -31,9 +45,14 @@ def test_the_official_client_gets_the_engine_s_answer(server: Any, chats: Any) -
 
 
 def test_the_frames_of_a_video_may_come_as_images(server: Any, chats: Any) -> None:
-    parts = [*[chats.part(f"data:image/png;base64,{chats.picture(n)}", "image_url") for n in (10, 20)], {"type": "text", "text": "And?"}]
+    parts = [
+        *[chats.part(f"data:image/png;base64,{chats.picture(n)}", "image_url") for n in (10, 20)],
+        {"type": "text", "text": "And?"},
+    ]
     extra = chats.numbers | {"mm_processor_kwargs": {"fps": 3.5}}
-    answer = server.client().chat.completions.create(model=chats.model, messages=[{"role": "user", "content": parts}], extra_body=extra)
+    answer = server.client().chat.completions.create(
+        model=chats.model, messages=[{"role": "user", "content": parts}], extra_body=extra
+    )
     assert answer.choices[0].message.content == chats.answer(15)
     assert server.engine.calls[-1][0][0].fps == 3.5
 
@@ -49,18 +68,36 @@ def test_the_frames_of_a_video_may_come_as_images(server: Any, chats: Any) -> No
         ({"response_format": {"type": "regex", "regex": NUMBER}}, Decoding(constrained=True)),
         ({"response_format": {"type": "text"}}, Decoding()),
         ({"logprobs": True, "top_logprobs": 20}, Decoding(probabilities=True)),
-        ({"user": "u", "metadata": {"a": "b"}, "n": 1, "stream": False, "tools": None, "top_p": 1.0, "stop": None}, Decoding()),
+        (
+            {
+                "user": "u",
+                "metadata": {"a": "b"},
+                "n": 1,
+                "stream": False,
+                "tools": None,
+                "top_p": 1.0,
+                "stop": None,
+            },
+            Decoding(),
+        ),
         ({"mm_processor_kwargs": {"do_sample_frames": False}}, Decoding()),
     ],
 )
-def test_what_is_asked_for_is_what_the_engine_does(server: Any, chats: Any, fields: dict[str, Any], decoding: Decoding) -> None:
+def test_what_is_asked_for_is_what_the_engine_does(
+    server: Any, chats: Any, fields: dict[str, Any], decoding: Decoding
+) -> None:
     status, text = server.post(chats.request(**fields))
     assert status == 200, text
     assert server.engine.calls[-1][2] == decoding
 
 
 @pytest.mark.parametrize(
-    "fields", [dict.fromkeys(IGNORED, "x"), dict.fromkeys(NEUTRAL), {key: values[-1] for key, values in NEUTRAL.items()}]
+    "fields",
+    [
+        dict.fromkeys(IGNORED, "x"),
+        dict.fromkeys(NEUTRAL),
+        {key: values[-1] for key, values in NEUTRAL.items()},
+    ],
 )
 def test_what_changes_no_answer_is_taken(server: Any, chats: Any, fields: dict[str, Any]) -> None:
     assert {"user", "metadata"} < IGNORED
@@ -91,14 +128,25 @@ def test_tokens_of_a_free_answer_are_not_known(server: Any, chats: Any) -> None:
     assert places[0].top_logprobs[0].token == "2"
 
 
-def test_an_answer_that_begins_with_one_tells_the_probability_of_ten(server: Any, chats: Any) -> None:
-    answer = server.ask(level=51, logprobs=True, top_logprobs=20, max_tokens=2, extra_body={"structured_outputs": {"regex": FROM_ONE}})
+def test_an_answer_that_begins_with_one_tells_the_probability_of_ten(
+    server: Any, chats: Any
+) -> None:
+    answer = server.ask(
+        level=51,
+        logprobs=True,
+        top_logprobs=20,
+        max_tokens=2,
+        extra_body={"structured_outputs": {"regex": FROM_ONE}},
+    )
     places = answer.choices[0].logprobs.content
     assert [place.token for place in places] == ["1", "."]
     assert places[0].logprob == pytest.approx(math.log(0.01))
     assert places[1].top_logprobs[0].token == "0"
     assert places[1].top_logprobs[0].logprob == pytest.approx(math.log(0.25))
-    assert all(re.fullmatch(NUMBER, word) and re.fullmatch(FROM_ONE, word) for word in ("1.00", "1.99", "10.00"))
+    assert all(
+        re.fullmatch(NUMBER, word) and re.fullmatch(FROM_ONE, word)
+        for word in ("1.00", "1.99", "10.00")
+    )
     assert not re.fullmatch(FROM_ONE, "2.00")
 
 
@@ -123,15 +171,29 @@ def test_models_health_and_metrics(server: Any, chats: Any) -> None:
 def test_frames_are_seen_in_the_size_that_the_client_chose(server: Any, chats: Any) -> None:
     for height, width, seen in ((28, 28, (28, 28)), (560, 1400, (560, 1400)), (30, 50, (28, 56))):
         picture = chats.picture(9, height, width)
-        parts = [chats.part(f"data:video/jpeg;base64,{picture},{picture}"), {"type": "text", "text": "?"}]
+        parts = [
+            chats.part(f"data:video/jpeg;base64,{picture},{picture}"),
+            {"type": "text", "text": "?"},
+        ]
         status, text = server.post(chats.request(messages=[{"role": "user", "content": parts}]))
         assert status == 200, text
         assert server.engine.calls[-1][0][0].frames.shape[2:] == seen
 
 
-@pytest.mark.parametrize("names", [("mm_processor_kwargs",), ("media_io_kwargs",), ("mm_processor_kwargs", "media_io_kwargs"), ()])
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("mm_processor_kwargs",),
+        ("media_io_kwargs",),
+        ("mm_processor_kwargs", "media_io_kwargs"),
+        (),
+    ],
+)
 def test_the_rate_may_stand_in_either_place(chats: Any, names: tuple[str, ...]) -> None:
-    places = {"mm_processor_kwargs": {"fps": 3}, "media_io_kwargs": {"video": {"fps": 3.0, "num_frames": -1}}}
+    places = {
+        "mm_processor_kwargs": {"fps": 3},
+        "media_io_kwargs": {"video": {"fps": 3.0, "num_frames": -1}},
+    }
     body = json.dumps(chats.request(**{name: places[name] for name in names})).encode()
     assert read_question(body, 16).fps == (3.0 if names else 2.0)
 
@@ -140,7 +202,15 @@ def test_a_request_is_read_and_its_answer_written_without_a_server(chats: Any) -
     body = json.dumps(chats.request(seed=3, temperature=0.5, max_tokens=9)).encode()
     question = read_question(body, max_tokens=9)
     url = chats.video()["video_url"]["url"]
-    assert question == Question("mean", (url,), "How good?", 2.0, Decoding(9, temperature=0.5, seed=3), from_one=False, top=False)
+    assert question == Question(
+        "mean",
+        (url,),
+        "How good?",
+        2.0,
+        Decoding(9, temperature=0.5, seed=3),
+        from_one=False,
+        top=False,
+    )
     with pytest.raises(ValueError, match="expected at most 8, got 9"):
         read_question(body, max_tokens=8)
     first, second = (completion(question, Reply("fine"), "m") for _ in range(2))
@@ -148,7 +218,7 @@ def test_a_request_is_read_and_its_answer_written_without_a_server(chats: Any) -
     assert first["id"] != second["id"]
 
 
-# ------------------------------------------------------------------------------------------------------------ much work
+# -------- much work
 
 
 def test_a_full_server_says_when_to_come_back(start: Any, chats: Any) -> None:
@@ -173,7 +243,9 @@ def test_a_client_that_has_gone_is_not_asked_about(start: Any, chats: Any) -> No
         first = pool.submit(server.ask, "first")
         chats.wait_for(lambda: len(server.engine.calls) == 1)
         with pytest.raises(openai.APITimeoutError):
-            server.client(timeout=0.3).chat.completions.create(model=chats.model, messages=chats.messages("gone"))
+            server.client(timeout=0.3).chat.completions.create(
+                model=chats.model, messages=chats.messages("gone")
+            )
         chats.wait_for(lambda: server.counted(GONE) == 1)
         server.engine.gate.set()
         first.result()
@@ -193,14 +265,18 @@ def test_an_engine_that_fails_is_told_to_the_client_and_to_health(start: Any) ->
     server = start()
     for _ in range(3):
         assert server.get("/health") == (200, '{"status":"ready"}')
-        with pytest.raises(openai.InternalServerError, match="RuntimeError: the engine was told to fail"):
+        with pytest.raises(
+            openai.InternalServerError, match="RuntimeError: the engine was told to fail"
+        ):
             server.ask("fail")
     assert server.get("/health") == (503, '{"status":"broken"}')
     server.ask()
     assert server.get("/health")[0] == 200
 
 
-def test_a_dead_engine_is_broken_and_nobody_waits_for_it(start: Any, engines: Any, chats: Any) -> None:
+def test_a_dead_engine_is_broken_and_nobody_waits_for_it(
+    start: Any, engines: Any, chats: Any
+) -> None:
     server = start(engines.DyingEngine(chats.model))
     for words in ("the engine has ended", "the judge is broken"):
         with pytest.raises(openai.InternalServerError, match=words) as error:
@@ -210,10 +286,15 @@ def test_a_dead_engine_is_broken_and_nobody_waits_for_it(start: Any, engines: An
     assert server.get("/health") == (503, '{"status":"broken"}')
 
 
-def test_before_the_model_is_loaded_the_server_says_so(start: Any, engines: Any, chats: Any) -> None:
+def test_before_the_model_is_loaded_the_server_says_so(
+    start: Any, engines: Any, chats: Any
+) -> None:
     server = start(engines.UnloadedEngine(chats.model), loaded=False)
     assert server.get("/health") == (503, '{"status":"loading"}')
-    for request in (server.ask, lambda: server.client().models.list()):  # the list too, or a client takes it for ready
+    for request in (
+        server.ask,
+        lambda: server.client().models.list(),
+    ):  # the list too, or a client takes it for ready
         with pytest.raises(openai.InternalServerError, match="the judge is loading") as error:
             request()
         assert error.value.status_code == 503

@@ -1,6 +1,8 @@
-"""TensorRT-LLM's engine against a fake of the signatures that NVIDIA publishes: what it passes, and what it makes of what comes back.
+"""TensorRT-LLM's engine against a fake of the signatures that NVIDIA publishes: what it passes, and
+what it makes of what comes back.
 
-The fake takes exactly the arguments of the real functions that are named here, and answers from a table of logits by prompt.
+The fake takes exactly the arguments of the real functions that are named here, and answers from
+a table of logits by prompt.
 """
 
 from __future__ import annotations
@@ -17,9 +19,9 @@ import pytest
 import torch
 from PIL import Image
 
-from fastgrpo.rewards.answers import NUMBER, expected_answer
-from fastgrpo.rewards.engine import Clip, Decoding
-from fastgrpo.rewards.trtllm import TensorRTLLMEngine, video_input
+from fastgrpo.rewards.vlm.answers import NUMBER, expected_answer
+from fastgrpo.rewards.vlm.engine import Clip, Decoding
+from fastgrpo.rewards.vlm.trtllm import TensorRTLLMEngine, video_input
 
 VOCABULARY = [*"0123456789.", "ten", "<eos>"]
 
@@ -73,7 +75,9 @@ class KvCacheConfig:
 
 @dataclass
 class CompletionOutput:
-    """tensorrt_llm/executor/result.py, the fields that are named here. generation_logits: [tokens, vocabulary]"""
+    """tensorrt_llm/executor/result.py, the fields that are named here. generation_logits: [tokens,
+    vocabulary]
+    """
 
     text: str = ""
     generation_logits: torch.Tensor | None = None
@@ -94,7 +98,9 @@ class Tokenizer:
         assert not add_special_tokens
         return [VOCABULARY.index(text)]
 
-    def apply_chat_template(self, conversation: Any, *, tokenize: bool = True, add_generation_prompt: bool = False) -> str:
+    def apply_chat_template(
+        self, conversation: Any, *, tokenize: bool = True, add_generation_prompt: bool = False
+    ) -> str:
         assert not tokenize
         assert add_generation_prompt
         ((role, parts),) = [tuple(message.values()) for message in conversation]
@@ -104,7 +110,9 @@ class Tokenizer:
 
 
 class LLM:
-    """tensorrt_llm/llmapi/llm.py: the constructor's named arguments and those of LlmArgs that are passed; generate's own."""
+    """tensorrt_llm/llmapi/llm.py: the constructor's named arguments and those of LlmArgs that are
+    passed; generate's own.
+    """
 
     made: LLM
     logits: dict[str, dict[str, float]]
@@ -131,7 +139,12 @@ class LLM:
         LLM.made = self
 
     def generate(
-        self, inputs: Any, sampling_params: Any = None, use_tqdm: bool = True, lora_request: Any = None, cache_salt: Any = None
+        self,
+        inputs: Any,
+        sampling_params: Any = None,
+        use_tqdm: bool = True,
+        lora_request: Any = None,
+        cache_salt: Any = None,
     ) -> list[RequestOutput]:
         assert isinstance(inputs, list)  # what is no list is one request, and gets one output
         assert inputs
@@ -144,7 +157,9 @@ class LLM:
         written = one["prompt"].partition("<assistant>")[2]
         if not params.return_generation_logits:
             reason = "length" if one["prompt"].endswith("b<assistant>") else "stop"
-            return RequestOutput([CompletionOutput(text=f"about {one['prompt']}", finish_reason=reason)])
+            return RequestOutput(
+                [CompletionOutput(text=f"about {one['prompt']}", finish_reason=reason)]
+            )
         assert params.max_tokens == 1
         row = torch.full((1, len(VOCABULARY)), -math.inf)
         for token, value in self.logits[written].items():
@@ -156,7 +171,10 @@ class LLM:
 def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[LLM]]:
     """The fake in the place of TensorRT-LLM."""
     root, api = types.ModuleType("tensorrt_llm"), types.ModuleType("tensorrt_llm.llmapi")
-    inputs, utils = types.ModuleType("tensorrt_llm.inputs"), types.ModuleType("tensorrt_llm.inputs.utils")
+    inputs, utils = (
+        types.ModuleType("tensorrt_llm.inputs"),
+        types.ModuleType("tensorrt_llm.inputs.utils"),
+    )
     root.__dict__.update(LLM=LLM, SamplingParams=SamplingParams, __version__="1.2.0")
     api.__dict__.update(KvCacheConfig=KvCacheConfig, GuidedDecodingParams=GuidedDecodingParams)
     utils.__dict__.update(VideoData=VideoData)
@@ -168,26 +186,45 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[LLM]]:
 
 @pytest.fixture
 def engine(fake: type[LLM]) -> TensorRTLLMEngine:
-    made = TensorRTLLMEngine("Qwen/Qwen2.5-VL-72B-Instruct", "abc", tensor_parallel=4, kv_cache_fraction=0.5)
+    made = TensorRTLLMEngine(
+        "Qwen/Qwen2.5-VL-72B-Instruct", "abc", tensor_parallel=4, kv_cache_fraction=0.5
+    )
     made.load(torch.device("cuda"))
     return made
 
 
 def clip(seed: int = 0, fps: float = 2.0) -> Clip:
-    return Clip(torch.randint(0, 256, (4, 3, 28, 56), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)), fps)
+    return Clip(
+        torch.randint(
+            0, 256, (4, 3, 28, 56), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
+        ),
+        fps,
+    )
 
 
 def log(**probabilities: float) -> dict[str, float]:
-    """Logits of a place: d7=0.5 stands for the digit 7, dot for the point; shifted, as logits may be."""
-    names = {"dot": ".", "eos": "<eos>", "ten": "ten"} | {f"d{digit}": str(digit) for digit in range(10)}
+    """Logits of a place: d7=0.5 stands for the digit 7, dot for the point; shifted, as logits may
+    be.
+    """
+    names = {"dot": ".", "eos": "<eos>", "ten": "ten"} | {
+        f"d{digit}": str(digit) for digit in range(10)
+    }
     return {names[name]: math.log(p) + 3.0 for name, p in probabilities.items()}
 
 
-def test_the_model_is_loaded_with_reuse_guided_decoding_and_tensor_parallelism(engine: TensorRTLLMEngine, fake: type[LLM]) -> None:
+def test_the_model_is_loaded_with_reuse_guided_decoding_and_tensor_parallelism(
+    engine: TensorRTLLMEngine, fake: type[LLM]
+) -> None:
     given = fake.made.arguments
-    assert (given["model"], given["revision"], given["tensor_parallel_size"]) == ("Qwen/Qwen2.5-VL-72B-Instruct", "abc", 4)
+    assert (given["model"], given["revision"], given["tensor_parallel_size"]) == (
+        "Qwen/Qwen2.5-VL-72B-Instruct",
+        "abc",
+        4,
+    )
     assert given["guided_decoding_backend"] == "xgrammar"
-    assert given["kv_cache_config"] == KvCacheConfig(enable_block_reuse=True, free_gpu_memory_fraction=0.5)
+    assert given["kv_cache_config"] == KvCacheConfig(
+        enable_block_reuse=True, free_gpu_memory_fraction=0.5
+    )
     assert engine.describe()["tensorrt_llm"] == "1.2.0"
     assert (engine.concurrency, engine.memory_bytes, engine.last_errors()) == (1, 0, {})
 
@@ -200,26 +237,39 @@ def test_a_clip_travels_as_its_own_frames(fake: type[LLM]) -> None:
         assert isinstance(image, Image.Image)
         assert image.size == (56, 28)
         assert image.tobytes() == frame.permute(1, 2, 0).contiguous().numpy().tobytes()
-    assert video.metadata == {"total_num_frames": 4, "fps": 4.0, "duration": 1.0, "frames_indices": [0, 1, 2, 3]}
+    assert video.metadata == {
+        "total_num_frames": 4,
+        "fps": 4.0,
+        "duration": 1.0,
+        "frames_indices": [0, 1, 2, 3],
+    }
     assert fields["mm_processor_kwargs"] == {"fps": 4.0, "do_sample_frames": False}
 
 
 @pytest.mark.parametrize("constrained", [False, True])
-def test_answers_come_from_one_call_in_the_order_given(engine: TensorRTLLMEngine, fake: type[LLM], constrained: bool) -> None:
-    replies = engine.ask([clip(0), clip(1)], [["a", "b"], ["c"]], Decoding(9, constrained, temperature=0.7, seed=5))
+def test_answers_come_from_one_call_in_the_order_given(
+    engine: TensorRTLLMEngine, fake: type[LLM], constrained: bool
+) -> None:
+    replies = engine.ask(
+        [clip(0), clip(1)], [["a", "b"], ["c"]], Decoding(9, constrained, temperature=0.7, seed=5)
+    )
     texts = [[f"about <user><video>{q}<assistant>" for q in row] for row in (["a", "b"], ["c"])]
     assert [[reply.text for reply in row] for row in replies] == texts
     assert [[reply.cut for reply in row] for row in replies] == [[False, True], [False]]
     ((inputs, params),) = fake.made.calls
     guided = GuidedDecodingParams(regex=NUMBER) if constrained else None
     assert params == SamplingParams(max_tokens=9, temperature=0.7, seed=5, guided_decoding=guided)
-    assert inputs[0]["multi_modal_data"] is inputs[1]["multi_modal_data"]  # a clip's frames are made once
+    assert (
+        inputs[0]["multi_modal_data"] is inputs[1]["multi_modal_data"]
+    )  # a clip's frames are made once
     assert inputs[2]["multi_modal_data"] is not inputs[0]["multi_modal_data"]
     assert engine.counters() == {"requests": 3}
     assert engine.counters() == {"requests": 0}
 
 
-def test_with_probabilities_a_number_is_written_from_the_model_s_own_logits(engine: TensorRTLLMEngine, fake: type[LLM]) -> None:
+def test_with_probabilities_a_number_is_written_from_the_model_s_own_logits(
+    engine: TensorRTLLMEngine, fake: type[LLM]
+) -> None:
     fake.logits = {
         "": log(d7=0.5, d8=0.2, d1=0.1, d0=0.15, ten=0.05),
         "1": log(d0=0.25, dot=0.5, eos=0.25),
@@ -229,17 +279,30 @@ def test_with_probabilities_a_number_is_written_from_the_model_s_own_logits(engi
     ((reply,),) = engine.ask([clip()], [["q"]], Decoding(probabilities=True))
     assert reply.text == "7.25"
     assert reply.ten == pytest.approx(0.25)
-    assert reply.digits[0] == pytest.approx({str(d): {7: 0.5, 8: 0.2, 1: 0.1, 0: 0.15}.get(d, 0.0) for d in range(10)})
+    assert reply.digits[0] == pytest.approx(
+        {str(d): {7: 0.5, 8: 0.2, 1: 0.1, 0: 0.15}.get(d, 0.0) for d in range(10)}
+    )
     assert reply.digits[1] == {}
     assert reply.digits[2]["2"] == pytest.approx(0.6)
-    # By hand: p_7, p_8, p_1 = 5/8, 2/8, 1/8; mean 6.5; f = (2 * .6 + 9 * .2) / .8 / 10 + (5 * .3) / .4 / 100 = .375 + .0375; t = 1/32.
+    # By hand: p_7, p_8, p_1 = 5/8, 2/8, 1/8; mean 6.5; f = (2 * .6 + 9 * .2) / .8 / 10 + (5 * .3) /
+    # .4 / 100 = .375 + .0375; t = 1/32.
     assert expected_answer(reply) == pytest.approx(6.5 + 9 / 32 + (1 - 1 / 32) * 0.4125)
-    assert all(params == SamplingParams(max_tokens=1, temperature=0.0, return_generation_logits=True) for _, params in fake.made.calls)
-    assert [one["prompt"].partition("<assistant>")[2] for inputs, _ in fake.made.calls for one in inputs] == ["", "1", "7.", "7.2"]
+    assert all(
+        params == SamplingParams(max_tokens=1, temperature=0.0, return_generation_logits=True)
+        for _, params in fake.made.calls
+    )
+    assert [
+        one["prompt"].partition("<assistant>")[2] for inputs, _ in fake.made.calls for one in inputs
+    ] == ["", "1", "7.", "7.2"]
 
 
 @pytest.mark.parametrize(
-    ("after_one", "text"), [(log(d0=0.6, dot=0.4), "10.00"), (log(d0=0.4, dot=0.6), "1.33"), (log(d0=0.1, d5=0.8, dot=0.1), "10.00")]
+    ("after_one", "text"),
+    [
+        (log(d0=0.6, dot=0.4), "10.00"),
+        (log(d0=0.4, dot=0.6), "1.33"),
+        (log(d0=0.1, d5=0.8, dot=0.1), "10.00"),
+    ],
 )
 def test_a_one_becomes_a_ten_where_a_nought_is_likelier_than_a_point(
     engine: TensorRTLLMEngine, fake: type[LLM], after_one: dict[str, float], text: str
@@ -252,11 +315,17 @@ def test_a_one_becomes_a_ten_where_a_nought_is_likelier_than_a_point(
     assert reply.ten == pytest.approx(math.exp(after_one["0"] - 3.0))
 
 
-def test_questions_of_several_clips_are_written_place_by_place_together(engine: TensorRTLLMEngine, fake: type[LLM]) -> None:
+def test_questions_of_several_clips_are_written_place_by_place_together(
+    engine: TensorRTLLMEngine, fake: type[LLM]
+) -> None:
     fake.logits = {"": log(d4=0.9, d5=0.1), "4.": log(d4=1.0), "4.4": log(d0=1.0)}
     replies = engine.ask([clip(0), clip(1)], [["a", "b"], ["c"]], Decoding(probabilities=True))
     assert [[reply.text for reply in row] for row in replies] == [["4.40", "4.40"], ["4.40"]]
-    assert [len(inputs) for inputs, _ in fake.made.calls] == [3, 3, 3]  # a first "1" is impossible: what follows it is not asked for
+    assert [len(inputs) for inputs, _ in fake.made.calls] == [
+        3,
+        3,
+        3,
+    ]  # a first "1" is impossible: what follows it is not asked for
     assert all(reply.ten == 0.0 for row in replies for reply in row)
 
 
@@ -266,7 +335,9 @@ def test_above_temperature_0_the_seed_decides(engine: TensorRTLLMEngine, fake: t
     fake.logits |= {f"{d}.{e}": even for d in range(10) for e in range(10)}
 
     def text(seed: int, *others: str) -> str:
-        replies = engine.ask([clip()], [[*others, "q"]], Decoding(probabilities=True, temperature=1.0, seed=seed))
+        replies = engine.ask(
+            [clip()], [[*others, "q"]], Decoding(probabilities=True, temperature=1.0, seed=seed)
+        )
         return replies[0][-1].text
 
     texts = [text(seed) for seed in range(20)]
@@ -276,7 +347,9 @@ def test_above_temperature_0_the_seed_decides(engine: TensorRTLLMEngine, fake: t
 
 
 @pytest.mark.parametrize("probabilities", [False, True])
-def test_no_questions_no_calls(engine: TensorRTLLMEngine, fake: type[LLM], probabilities: bool) -> None:
+def test_no_questions_no_calls(
+    engine: TensorRTLLMEngine, fake: type[LLM], probabilities: bool
+) -> None:
     assert engine.ask([], [], Decoding(probabilities=probabilities)) == []
     assert engine.ask([clip()], [[]], Decoding(probabilities=probabilities)) == [[]]
     assert fake.made.calls == []

@@ -1,0 +1,42 @@
+"""Errors that a user can mend: one wording, "expected ..., got ...", and one way to end a command."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import NoReturn
+
+
+class UserError(ValueError):
+    """A wrong value in a configuration, a file, an answer from the network or a command line."""
+
+
+def require(ok: object, key: str, expected: str, got: object) -> None:
+    """Check one value that came from outside the program.
+
+    Args:
+        ok: What has to hold.
+        key: The configuration key, file or option that has the value.
+        expected: The accepted values, in words.
+        got: The value.
+
+    Raises:
+        UserError: `ok` is false.
+    """
+    if not ok:
+        raise UserError(f"{key}: expected {expected}, got {got}")
+
+
+def fail(error: object) -> NoReturn:
+    """End the process as a wrong command line does: one line on stderr, exit code 2.
+
+    Before the ranks have joined, all of them find the same error, and one rank of each node prints
+    it. Afterwards an error may concern one rank only, so every rank prints its own.
+    """
+    from torch import distributed
+
+    rank = os.environ.get("RANK", "0")
+    if os.environ.get("LOCAL_RANK", rank) == "0" or distributed.is_initialized():
+        prefix = "error:" if rank == "0" else f"error on rank {rank}:"
+        print(prefix, " ".join(str(error).split()), file=sys.stderr)
+    raise SystemExit(2)
