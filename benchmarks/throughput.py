@@ -151,7 +151,7 @@ def look_at(bench: Bench, name: str) -> None:
         planned_gb=planned(bench, "rollout", activations, optimizer=False) / 1e9
         if name == "fused"
         else None,
-        words=policy.attention_kernel(
+        words=policy.describe_attention(
             rollout.latent_shape, compute_dtype(bench.config, bench.device)
         ),
     )

@@ -18,13 +18,13 @@ def require(ok: object, key: str, expected: str, got: object) -> None:
         ok: What has to hold.
         key: The configuration key, file or option that has the value.
         expected: The accepted values, in words.
-        got: The value.
+        got: The value, shown by its repr.
 
     Raises:
         UserError: `ok` is false.
     """
     if not ok:
-        raise UserError(f"{key}: expected {expected}, got {got}")
+        raise UserError(f"{key}: expected {expected}, got {got!r}")
 
 
 def fail(error: object) -> NoReturn:

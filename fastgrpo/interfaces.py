@@ -1,126 +1,180 @@
-"""What the trainer asks of a generator and of a judge.
+"""What the trainer asks of a generator and of a judge: two base classes.
 
-Any class that has these methods can be named by its dotted path in a recipe (`policy:` and
-`reward:`); nothing is registered. Constructors only keep their arguments; `load` does the work,
-so that a configuration can be checked before anything is allocated.
+A subclass of either is named by its dotted path in a recipe (`policy:` and `reward:`); nothing is
+registered. Constructors only keep their arguments and `load` does the work, so that a
+configuration can be checked before anything is allocated.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 Conditioning = Mapping[str, Tensor]
-"""What one branch of a policy is conditioned on: keyword tensors of the network, each with the
-batch first.
-"""
+"""What one branch of a policy is conditioned on: keyword tensors of the network, batch first."""
 
 
-class Policy(Protocol):
-    """A rectified-flow video generator: x_sigma = (1 - sigma) x0 + sigma eps, the network predicts
-    v = eps - x0.
+class Policy(ABC):
+    """A rectified-flow video generator: x_sigma = (1 - sigma) x0 + sigma eps, v = eps - x0.
 
     Attributes:
-        transformer: the network that is trained, fp32 master weights, set by `load`. fps: frames
-            per second of a decoded video.
-
-    It may also have `load_meta() -> Conditioning`, for `plan`: set `transformer`, and what
-    `decode` needs, on the meta device, without weights, and return the conditioning of one
-    prompt there.
+        transformer: The network that is trained; fp32 master weights, set by `load`.
+        fps: Frames per second of a decoded video.
+        model: Hub name or folder of the pipeline in diffusers' format that the weights came from;
+            None for a policy that has none.
+        attention: The attention backend, in diffusers' words.
     """
 
     transformer: nn.Module
     fps: int
+    model: str | None = None
+    attention: str = "native"
 
+    @abstractmethod
     def latent_shape(self, height: int, width: int, num_frames: int) -> tuple[int, ...]:
-        """Shape of one latent, without the batch. ValueError for a size that the model cannot make."""
-        ...
+        """Shape of one latent, without the batch.
 
-    def check_prompts(self, prompts: Sequence[str]) -> None:
-        """ValueError for a prompt that `encode` cannot take. Needs no weights: the whole prompt
-        file is checked before any work starts.
+        Raises:
+            ValueError: The model cannot make videos of this size.
         """
-        ...
 
-    def embed(self, prompts: Sequence[str], device: torch.device) -> None:
-        """Make ready, once, what `encode` needs of these prompts (text embeddings on disk): all
-        ranks together, before `load`.
-
-        The text encoder is freed before this returns. Nothing to do for a policy that encodes
-        without one.
-        """
-        ...
-
+    @abstractmethod
     def load(self, device: torch.device) -> None:
         """Load every weight, in eval mode: the transformer, which is then sharded and moved, and
         onto `device` all that decodes.
 
-        FileNotFoundError or ValueError name what is missing or wrong.
+        Raises:
+            FileNotFoundError, ValueError: Names what is missing or wrong.
         """
-        ...
 
+    @abstractmethod
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """Conditioning of B prompts; the empty prompt "" is the unconditional branch. ValueError as
-        `check_prompts`.
+        """Conditioning of B prompts; the empty prompt "" is the unconditional branch.
 
-        A prompt's bits must not depend on the others, which are those of a rank: encode one by
-        one if need be.
+        A prompt's bits must not depend on the other prompts, which differ between numbers of
+        ranks: encode one by one if need be.
         """
-        ...
 
+    @abstractmethod
     def velocity(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        """v [B, *latent_shape] for latents [B, *latent_shape] fp32 and model timesteps [B] (1000
-        sigma); one branch, differentiable.
-        """
-        ...
+        """One branch's velocity, differentiable in the transformer's parameters.
 
+        Args:
+            latents: [B, *latent_shape] fp32.
+            timesteps: [B] fp32, 1000 sigma.
+            conditioning: Of B prompts, as `encode` makes it.
+
+        Returns:
+            [B, *latent_shape].
+        """
+
+    @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
-        """Frames [B, T, 3, H, W], float in [0, 1], of clean latents [B, *latent_shape]; a video's
-        bits must not depend on the others.
-        """
-        ...
+        """Frames [B, T, 3, H, W], float in [0, 1], of clean latents [B, *latent_shape].
 
+        A video's bits must not depend on the other videos.
+        """
+
+    @abstractmethod
     def save_pretrained(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
-        """Write the weights of `transformer` so that diffusers' `from_pretrained(folder)` (or
-        `load_lora_weights`) takes them; on one rank.
+        """Write `weights` so that diffusers' `from_pretrained(folder)` or `load_lora_weights` takes
+        them. Called on one rank.
 
-        weights: the whole state dict, on the CPU (`sharding.full_state_dict`); `transformer`
-        itself may be sharded.
+        Args:
+            folder: Where to write; it may not exist yet.
+            weights: The whole state dict on the CPU; `transformer` itself may be sharded.
         """
-        ...
+
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """Check, without weights, that `encode` can take these prompts. The whole prompt file is
+        checked before any work starts.
+
+        Raises:
+            ValueError: Names the prompt and what is wrong with it.
+        """
+
+    def embed(self, prompts: Sequence[str], device: torch.device) -> None:
+        """Prepare, once, what `encode` needs of these prompts, such as text embeddings on disk.
+
+        Called by all ranks together, before `load`; frees the text encoder before it returns.
+        """
+
+    def load_meta(self) -> Conditioning | None:
+        """For `plan`: set `transformer`, and what `decode` needs, on the meta device.
+
+        Returns:
+            The conditioning of one prompt on the meta device, or None if this policy cannot be
+            planned for.
+        """
+        return None
+
+    def describe_attention(
+        self, latent_shape: tuple[int, ...], dtype: torch.dtype, batch_size: int
+    ) -> str:
+        """Which attention kernel serves a forward pass of this shape, in words; "" if unknown."""
+        return ""
 
 
-class RewardModel(Protocol):
+class RewardModel(ABC):
     """A frozen judge that scores videos at K stages of growing strictness.
 
     Attributes:
-        stages: the K names, easiest first; they name the metrics.
-
-    It may also have, as `fastgrpo.rewards.vlm.judge.StageJudge` has: `memory_bytes`, what it
-    takes of the trainer's GPU, for `plan`; `concurrency`, calls of `score` that may run at a
-    time; `describe() -> dict`, JSON that is kept with the scores; `counters() -> dict[str, int]`
-    since the last call, logged as `judge/...`; `last_errors() -> dict[str, str]`, said when a
-    run stops; `close()`, called at the end, also while `score` still waits for something. A
-    published model with scores of its own scale has, for the score command, `component_names`,
-    `components(videos, prompts, fps)`, as `score` but raw, and `rewards(raw)`, their map to [0,
-    1].
+        stages: The K names, easiest first; they name the metrics.
+        memory_bytes: What the judge takes of the trainer's GPU, for `plan`; 0 if it runs elsewhere.
+        concurrency: How many calls of `score` may run at the same time.
+        component_names: For a published model with scores of its own scale: their names.
     """
 
     stages: tuple[str, ...]
+    memory_bytes: int = 0
+    concurrency: int = 1
+    component_names: ClassVar[tuple[str, ...]] = ()
 
+    @abstractmethod
     def load(self, device: torch.device) -> None:
         """Load what the judge needs onto `device`."""
-        ...
 
+    @abstractmethod
     def score(self, videos: Tensor, prompts: Sequence[str], fps: float) -> tuple[Tensor, Tensor]:
-        """Scores [B, K] float64 in [0, 1] and validity [B] bool, in the order given.
+        """Score B videos. A video's score must not depend on the others in the batch, or it would
+        depend on the number of ranks.
 
-        videos [B, T, 3, H, W], uint8 or float in [0, 1], on any device; fps: their frames a
-        second. A video that could not be scored is invalid; its row is not read. A video's score
-        must not depend on the others in the batch, or it would depend on the number of ranks.
+        Args:
+            videos: [B, T, 3, H, W], uint8 or float in [0, 1], on any device.
+            prompts: One per video.
+            fps: Frames per second of the videos.
+
+        Returns:
+            Scores [B, K] float64 in [0, 1] and validity [B] bool, in the order given. A video that
+            could not be scored is invalid, and its row is not read.
         """
-        ...
+
+    def components(
+        self, videos: Tensor, prompts: Sequence[str], fps: float
+    ) -> tuple[Tensor, Tensor]:
+        """As `score`, but the model's own scores [B, len(component_names)] on their own scale."""
+        raise TypeError(f"{type(self).__name__} has no components")
+
+    def rewards(self, raw: Tensor) -> Tensor:
+        """Map `components` [B, len(component_names)] to rewards [B, K] in [0, 1]."""
+        raise TypeError(f"{type(self).__name__} has no components")
+
+    def describe(self) -> dict[str, Any]:
+        """What made the scores, as JSON that is kept with them; {} for nothing."""
+        return {}
+
+    def counters(self) -> dict[str, int]:
+        """Counts since the last call, logged as `judge/...`."""
+        return {}
+
+    def last_errors(self) -> dict[str, str]:
+        """The last error of each part that failed, shown when a run stops."""
+        return {}
+
+    def close(self) -> None:
+        """Called at the end, also while `score` still waits for something."""

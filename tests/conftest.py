@@ -20,6 +20,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fastgrpo.distributed.console import log_to_console
+from fastgrpo.interfaces import Policy, RewardModel
+
+log_to_console()
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it once, when it is imported
 
@@ -48,7 +52,7 @@ class TinyNetwork(nn.Module):
         return (h / (1 + h.abs())).view_as(latents)
 
 
-class TinyPolicy:
+class TinyPolicy(Policy):
     """interfaces.Policy: latents [3, T, H, W], a caption's text from its hash, videos by a logistic
     function.
     """
@@ -95,7 +99,7 @@ class TinyPolicy:
         torch.save(dict(weights), folder / "weights.pt")
 
 
-class TinyJudge:
+class TinyJudge(RewardModel):
     """interfaces.RewardModel: the mean of the red, green and blue channel; a caption with "unseen"
     in it gets no score.
     """

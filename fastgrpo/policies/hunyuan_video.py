@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPTextModel, LlamaModel
 
-from fastgrpo.interfaces import Conditioning
+from fastgrpo.interfaces import Conditioning, Policy
 from fastgrpo.policies import pretrained
 from fastgrpo.policies.pretrained import LoRA, expect
 
@@ -54,7 +54,7 @@ _ARGUMENTS = (
 """Of HunyuanVideoTransformer3DModel.forward, the first ones in their order."""
 
 
-class HunyuanVideoPolicy:
+class HunyuanVideoPolicy(Policy):
     """HunyuanVideo (interfaces.Policy). Guidance is embedded: one forward a step where
     `rollout.guidance_scale` is 1, as it should be.
 
@@ -259,7 +259,7 @@ class HunyuanVideoPolicy:
         """
         pretrained.save_transformer(self.transformer, HunyuanVideoPipeline, folder, weights)
 
-    def attention_kernel(
+    def describe_attention(
         self, latent_shape: Sequence[int], compute_dtype: torch.dtype, micro_batch_size: int = 1
     ) -> str:
         """What in fact serves the joint attention at these sizes (with the longest text), for the
@@ -272,7 +272,7 @@ class HunyuanVideoPolicy:
             )
             + self.max_sequence_length
         )
-        return pretrained.attention_kernel(
+        return pretrained.describe_attention(
             self.transformer,
             [(tokens, tokens)],
             compute_dtype,

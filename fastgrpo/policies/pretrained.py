@@ -537,7 +537,7 @@ def set_attention(transformer: Any, name: str, device: torch.device, fused: bool
         ) from error
 
 
-def attention_kernel(
+def describe_attention(
     transformer: Any,
     lengths: Sequence[tuple[int, int]],
     dtype: torch.dtype,

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import UMT5EncoderModel
 
-from fastgrpo.interfaces import Conditioning
+from fastgrpo.interfaces import Conditioning, Policy
 from fastgrpo.policies import pretrained
 from fastgrpo.policies.pretrained import LoRA, expect
 
@@ -31,7 +31,7 @@ LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2
 """Attention and feed-forward of a block."""
 
 
-class WanPolicy:
+class WanPolicy(Policy):
     """Wan2.1-T2V (interfaces.Policy).
 
     Args:
@@ -199,13 +199,13 @@ class WanPolicy:
         """
         pretrained.save_transformer(self.transformer, WanPipeline, folder, weights)
 
-    def attention_kernel(
+    def describe_attention(
         self, latent_shape: Sequence[int], compute_dtype: torch.dtype, micro_batch_size: int = 1
     ) -> str:
         """What in fact serves self- and cross-attention at these sizes, for the log."""
         video = pretrained.tokens(latent_shape, self.transformer.config.patch_size)
         lengths = [(video, video), (video, self.max_sequence_length)]
-        return pretrained.attention_kernel(
+        return pretrained.describe_attention(
             self.transformer, lengths, compute_dtype, self._device, micro_batch_size, masked=False
         )
 

@@ -20,6 +20,7 @@ import torch
 from fastgrpo_kernels import gaussian_noise
 from torch import Tensor
 
+from fastgrpo.interfaces import RewardModel
 from fastgrpo.shapes.captions import caption_indices, parse_caption
 from fastgrpo.shapes.render import NUM_FRAMES, PALETTE, SHAPE_COUNT, SIZE, STEPS, shape_coverage
 
@@ -198,7 +199,7 @@ def _content_seeds(videos: Tensor) -> Tensor:
     )
 
 
-class ShapesJudge:
+class ShapesJudge(RewardModel):
     """The stage judge of the embedded world (interfaces.RewardModel).
 
     Args:

@@ -13,7 +13,7 @@ from diffusers import WanTransformer3DModel
 from safetensors import SafetensorError
 from torch import Tensor
 
-from fastgrpo.interfaces import Conditioning
+from fastgrpo.interfaces import Conditioning, Policy
 from fastgrpo.shapes.captions import TOKEN_DIM, parse_caption, text_tokens
 from fastgrpo.shapes.codec import CODEC_FILE, LATENT_CHANNELS, Codec, load_codec
 from fastgrpo.shapes.render import NUM_FRAMES, SIZE
@@ -49,7 +49,7 @@ def frame_positions() -> Tensor:
     return torch.stack([angle.cos(), angle.sin()])[:, :, None, None]
 
 
-class ShapesPolicy:
+class ShapesPolicy(Policy):
     """The generator of the embedded world (interfaces.Policy).
 
     Args:

@@ -86,11 +86,11 @@ def run(config: TrainConfig, config_yaml: str) -> int:
         )
         last_row = resume(trainer, config, config_yaml)
         logger.info(f"kernels: {family} serves the SDE step and the loss")
-        if hasattr(config.policy, "attention_kernel"):
+        if hasattr(config.policy, "describe_attention"):
             cfg = config.rollout
             shape = config.policy.latent_shape(cfg.height, cfg.width, cfg.num_frames)
             logger.info(
-                f"attention: {config.policy.attention_kernel(shape, compute_dtype(config, device), cfg.micro_batch_size)}"
+                f"attention: {config.policy.describe_attention(shape, compute_dtype(config, device), cfg.micro_batch_size)}"
             )
         with open_log(config, config_yaml, last_row) as log, stop_signals() as stop:
             code = loop(trainer, log, stop, validation_prompts, last_row)

@@ -304,12 +304,12 @@ def test_every_block_runs_the_operations_and_the_tables_are_made_once(
 def test_the_attention_backend_stays(make: Callable[..., RealPolicy]) -> None:
     policy = make(fused=True, attention="_native_math")
     shape = policy.latent_shape(32, 48, 9)
-    assert policy.attention_kernel(shape, torch.float32) == "_native_math (no fused kernel)"
+    assert policy.describe_attention(shape, torch.float32) == "_native_math (no fused kernel)"
     fuse(policy.transformer)
-    assert policy.attention_kernel(shape, torch.float32) == "_native_math (no fused kernel)"
+    assert policy.describe_attention(shape, torch.float32) == "_native_math (no fused kernel)"
     policy.transformer.set_attention_backend("native")
     assert (
-        policy.attention_kernel(shape, torch.float32)
+        policy.describe_attention(shape, torch.float32)
         == "native (_scaled_dot_product_flash_attention_for_cpu)"
     )
 

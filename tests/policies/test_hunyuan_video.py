@@ -340,7 +340,7 @@ def test_long_prompts_are_counted_with_the_template(policy: HunyuanVideoPolicy) 
 def test_attention_kernel(policy: HunyuanVideoPolicy) -> None:
     shape = policy.latent_shape(32, 48, 9)
     assert all(
-        "flash_attention_for_cpu" in policy.attention_kernel(shape, torch.float32, size)
+        "flash_attention_for_cpu" in policy.describe_attention(shape, torch.float32, size)
         for size in (1, 2)
     )
 

@@ -377,16 +377,16 @@ def test_full_weights_round_trip(
 
 
 def test_attention_by_name(make: Callable[..., WanPolicy], policy: WanPolicy) -> None:
-    assert "flash_attention_for_cpu" in policy.attention_kernel(
+    assert "flash_attention_for_cpu" in policy.describe_attention(
         policy.latent_shape(32, 48, 9), torch.float32
     )
     plain = make(attention="_native_math")
     assert (
-        plain.attention_kernel(plain.latent_shape(32, 48, 9), torch.float32)
+        plain.describe_attention(plain.latent_shape(32, 48, 9), torch.float32)
         == "_native_math (no fused kernel)"
     )
     torch.testing.assert_close(velocity(plain), velocity(policy))
-    assert "flash" in policy.attention_kernel(
+    assert "flash" in policy.describe_attention(
         policy.latent_shape(32, 48, 9), torch.float32
     )  # a policy's choice is its own
     untouched = WanTransformer3DModel.from_config(policy.transformer.config)

@@ -16,10 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fastgrpo.interfaces import RewardModel
 from fastgrpo.rewards.queue import ScoringQueue
 
 
-class Judge:
+class Judge(RewardModel):
     """Scores (x, x / 2) of videos that are filled with x; `before` runs at each call, on the
     queue's thread.
     """

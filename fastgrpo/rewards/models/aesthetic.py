@@ -28,6 +28,7 @@ from transformers import AutoConfig, CLIPConfig, CLIPVisionConfig, CLIPVisionMod
 
 from fastgrpo.config import find_file
 from fastgrpo.hub import fetch_files, require_weights
+from fastgrpo.interfaces import RewardModel
 from fastgrpo.rewards.models.per_video import quantise, resize, score_each, spread
 
 _KEY = "reward.init_args"
@@ -111,7 +112,7 @@ def read_head(file: str | None) -> list[tuple[Tensor, Tensor]]:
     )
 
 
-class Aesthetic:
+class Aesthetic(RewardModel):
     """LAION's aesthetic score as a judge of one stage (interfaces.RewardModel): a tenth of it, cut
     off at 0 and 1.
 

@@ -24,6 +24,7 @@ from torch import Tensor
 from transformers import AutoConfig, Qwen2VLConfig, Qwen2VLModel
 
 from fastgrpo.hub import fetch_files
+from fastgrpo.interfaces import RewardModel
 from fastgrpo.rewards.media.frames import FrameSettings, clip_size, patches
 from fastgrpo.rewards.models.per_video import quantise, resize, score_each, spread
 from fastgrpo.rewards.models.video_align_files import (
@@ -78,7 +79,7 @@ def seen_clip(video: Tensor, fps: float, wanted_fps: float, max_pixels: int) -> 
     )
 
 
-class VideoAlign:
+class VideoAlign(RewardModel):
     """VideoAlign's reward model as a judge of three stages (interfaces.RewardModel).
 
     For training each raw score becomes sigmoid((raw - mean) / std) with the published mean and

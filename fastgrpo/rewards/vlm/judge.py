@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from fastgrpo.interfaces import RewardModel
 from fastgrpo.rewards.media.frames import FrameSettings, make_clip
 from fastgrpo.rewards.vlm.answers import expected_answer, parse_answer
 from fastgrpo.rewards.vlm.engine import Clip, Decoding, Engine, Reply
@@ -38,7 +39,7 @@ class Reading:
     attempts: int
 
 
-class StageJudge:
+class StageJudge(RewardModel):
     """A vision-language model as judge of K stages (interfaces.RewardModel).
 
     Args:

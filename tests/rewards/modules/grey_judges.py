@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastgrpo.interfaces import RewardModel
 from fastgrpo.rewards.vlm.engine import Clip, Decoding, Reply
 
 
@@ -72,7 +73,7 @@ class SlowGreyEngine(GreyEngine):
     pause = 0.2
 
 
-class PlainJudge:
+class PlainJudge(RewardModel):
     """interfaces.RewardModel with one stage: the mean of all frames, and their number and fps far
     behind the point; below 0.2 no score.
     """
