@@ -369,24 +369,19 @@ def _triton_operations() -> Iterator[None]:
     """Let fastgrpo_kernels serve meta tensors with Triton's operators, which keep less for the
     backward than the reference.
     """
-    order = dispatch._order, dispatch.why_not
+    order, unsupported_reason = dispatch._order, dispatch.unsupported_reason
 
-    def why_not(family: str, op: str, tensor: object) -> str:
-        on_meta = isinstance(tensor, Tensor) and tensor.is_meta
-        return "" if on_meta and family in ("triton", "reference") else order[1](family, op, tensor)
+    def on_meta(tensor: object) -> bool:
+        return isinstance(tensor, Tensor) and tensor.is_meta
 
-    def families(tensor: object) -> tuple[str, ...]:
-        return (
-            ("triton", "reference")
-            if isinstance(tensor, Tensor) and tensor.is_meta
-            else order[0](tensor)
-        )
-
-    dispatch._order, dispatch.why_not = families, why_not
+    dispatch._order = lambda tensor: ("triton",) if on_meta(tensor) else order(tensor)
+    dispatch.unsupported_reason = lambda backend, op, tensor: (
+        "" if on_meta(tensor) else unsupported_reason(backend, op, tensor)
+    )
     try:
         yield
     finally:
-        dispatch._order, dispatch.why_not = order
+        dispatch._order, dispatch.unsupported_reason = order, unsupported_reason
 
 
 class _attention_without_scores(TorchFunctionMode):

@@ -409,7 +409,7 @@ def fused_serves(device: torch.device) -> bool:
     """
     return (
         device.type == "cuda"
-        and dispatch.choose("ln_modulate", torch.empty(0, device=device)) == "triton"
+        and dispatch.select_backend("ln_modulate", torch.empty(0, device=device)) == "triton"
     )
 
 
