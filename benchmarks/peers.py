@@ -3,7 +3,7 @@ torch's operations.
 
 The samplers' steps as DanceGRPO and Flow-GRPO write them; the transformer's stretches as the
 blocks of diffusers 0.42 do. `torch.compile` of these is the second peer. They are not
-`fastgrpo_kernels.reference`, which also makes counter-based noise and exact sums and is slower
+`fastgrpo_kernels.sde.reference`, which also makes counter-based noise and exact sums and is slower
 for it.
 
 Every function takes the inputs of its case in ops.py as a dict; a branch that is absent (no

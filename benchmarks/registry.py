@@ -15,7 +15,7 @@ from typing import Any
 
 import fastgrpo_kernels as kernels
 import torch
-from fastgrpo_kernels import reference
+from fastgrpo_kernels.sde import reference
 from torch import Tensor
 
 from benchmarks import peers

@@ -39,7 +39,7 @@ def public_definitions(path: Path) -> dict[str, ast.FunctionDef | ast.ClassDef]:
 
 
 def test_there_is_something_to_look_at() -> None:
-    assert {"fastgrpo/training/step.py", "kernels/fastgrpo_kernels/reference.py"} <= {
+    assert {"fastgrpo/training/step.py", "kernels/fastgrpo_kernels/sde/reference.py"} <= {
         name_of(path) for path in MODULES
     }
     assert {"start_rollout", "sample_groups"} <= public_definitions(

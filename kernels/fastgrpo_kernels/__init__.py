@@ -9,15 +9,15 @@ DanceGRPO's and Flow-GRPO's transition as one affine step.
 
 from __future__ import annotations
 
-from fastgrpo_kernels.norm.gate_residual import gate_residual, gate_residual_ln_modulate
-from fastgrpo_kernels.norm.ln_modulate import ln_modulate
-from fastgrpo_kernels.norm.qk_norm_rope import qk_norm_rope
-from fastgrpo_kernels.random.philox import gaussian_noise
-from fastgrpo_kernels.reference import GRPOStats, gaussian_kl, guided_velocity
-from fastgrpo_kernels.sde.branch_gradient import branch_gradient
-from fastgrpo_kernels.sde.log_prob import sde_log_prob
-from fastgrpo_kernels.sde.loss import clipped_ratio_loss, grpo_loss
-from fastgrpo_kernels.sde.step import sde_step
+from .norm.gate_residual import gate_residual, gate_residual_ln_modulate
+from .norm.ln_modulate import ln_modulate
+from .norm.qk_norm_rope import qk_norm_rope
+from .random.philox import gaussian_noise
+from .sde.branch_gradient import branch_gradient
+from .sde.log_prob import sde_log_prob
+from .sde.loss import clipped_ratio_loss, grpo_loss
+from .sde.reference import GRPOStats, gaussian_kl, guided_velocity
+from .sde.step import sde_step
 
 __all__ = [
     "GRPOStats",

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from fastgrpo_kernels import dispatch
+from . import dispatch
 
 
 def main() -> None:

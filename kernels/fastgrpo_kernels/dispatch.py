@@ -40,6 +40,22 @@ INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
 """Triton read the variable when it was imported: its kernels run in NumPy, on the CPU."""
 
 
+NAMESPACE = __name__.rpartition(".")[0].replace(".", "_")
+"""Namespace of the Triton ops in torch.ops: the package's name, so that a second copy of this folder,
+loaded under another name, registers its own.
+"""
+
+
+def triton_op(name: str) -> Any:
+    """torch.library.custom_op for a launcher of Triton kernels, as torch.ops.<NAMESPACE>.<name>."""
+    return torch.library.custom_op(f"{NAMESPACE}::{name}", mutates_args=())
+
+
+def operation(backend: str, name: str) -> Any:
+    """The op of this name in torch.ops, of any backend but the reference."""
+    return getattr(getattr(torch.ops, NAMESPACE if backend == "triton" else "fastgrpo"), name)
+
+
 def jit(function: Any) -> Any:
     """triton.jit, or nothing where there is no triton: the files of the kernels can be imported
     without it.
@@ -50,6 +66,8 @@ def jit(function: Any) -> Any:
 def _load_library() -> str:
     """Load what setup.py has built beside this file; why it could not be, or nothing."""
     library, note = (Path(__file__).with_name(name) for name in ("_C.so", "_C.txt"))
+    if torch._C._dispatch_has_kernel("fastgrpo::sde_step"):
+        return "another copy of this package has loaded csrc/, whose ops exist once in a process"
     if not library.exists():
         words = note.read_text().strip() if note.exists() else "setup.py has not run"
         return f"csrc/ is not there: {words}"

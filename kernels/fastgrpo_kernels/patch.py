@@ -37,7 +37,7 @@ from diffusers.models.transformers.transformer_wan import (
 )
 from torch import Tensor, nn
 
-from fastgrpo_kernels import gate_residual, gate_residual_ln_modulate, ln_modulate, qk_norm_rope
+from . import gate_residual, gate_residual_ln_modulate, ln_modulate, qk_norm_rope
 
 
 class RotaryTables:

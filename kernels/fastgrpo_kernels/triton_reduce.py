@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastgrpo_kernels.dispatch import jit, tl, triton
+from .dispatch import jit, tl, triton
 
 BLOCK_N, BLOCK_C, NUM_WARPS = (
     64,

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from fastgrpo_kernels import branch_gradient, gaussian_noise, grpo_loss, reference, sde_step
-from fastgrpo_kernels.dispatch import unsupported_reason
-from fastgrpo_kernels.sde.transition import operation
+from fastgrpo_kernels import branch_gradient, gaussian_noise, grpo_loss, sde_step
+from fastgrpo_kernels.dispatch import operation, unsupported_reason
+from fastgrpo_kernels.sde import reference
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor

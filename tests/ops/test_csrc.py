@@ -20,7 +20,8 @@ from types import ModuleType
 
 import pytest
 import torch
-from fastgrpo_kernels import dispatch, reference
+from fastgrpo_kernels import dispatch
+from fastgrpo_kernels.sde import reference
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]

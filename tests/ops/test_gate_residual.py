@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from fastgrpo_kernels import gate_residual, gate_residual_ln_modulate, ln_modulate, reference
+from fastgrpo_kernels import gate_residual, gate_residual_ln_modulate, ln_modulate
+from fastgrpo_kernels.norm import reference
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor

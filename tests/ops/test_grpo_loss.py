@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from fastgrpo_kernels import GRPOStats, clipped_ratio_loss, grpo_loss, sde_log_prob, sde_step
-from fastgrpo_kernels.sde.transition import operation
+from fastgrpo_kernels.dispatch import operation
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from fastgrpo_kernels import ln_modulate, reference
+from fastgrpo_kernels import ln_modulate
+from fastgrpo_kernels.norm import reference
 from fastgrpo_kernels.triton_reduce import column_sum
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st

@@ -437,12 +437,12 @@ def test_empty(
 def test_opcheck(across: bool, turned: int | None, device: str) -> None:
     x = inputs(2, 4, 3, 2, 6, across, turned, torch.float32, device)
     forward = tuple(x[name] for name in ("q", "k", "q_weight", "k_weight", "cos", "sin"))
-    torch.library.opcheck(torch.ops.fastgrpo_triton.qk_norm_rope.default, (*forward, EPS))
-    rstd = [value.detach() for value in torch.ops.fastgrpo_triton.qk_norm_rope(*forward, EPS)[2:]]
+    torch.library.opcheck(torch.ops.fastgrpo_kernels.qk_norm_rope.default, (*forward, EPS))
+    rstd = [value.detach() for value in torch.ops.fastgrpo_kernels.qk_norm_rope(*forward, EPS)[2:]]
     detached = [None if value is None else value.detach() for value in forward]
     for needs_weights in (True, False):
         arguments = (x["dq_out"], x["dk_out"], *detached, *rstd, needs_weights)
-        torch.library.opcheck(torch.ops.fastgrpo_triton.qk_norm_rope_backward.default, arguments)
+        torch.library.opcheck(torch.ops.fastgrpo_kernels.qk_norm_rope_backward.default, arguments)
 
 
 @pytest.mark.parametrize(("across", "turned"), [(True, 3), (False, None)])

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from fastgrpo_kernels import reference, sde_log_prob
-from fastgrpo_kernels.sde.transition import operation
+from fastgrpo_kernels import sde_log_prob
+from fastgrpo_kernels.dispatch import operation
+from fastgrpo_kernels.sde import reference
 from torch import Tensor
 
 # (a, b, std) of method.md's test vectors: dance, 16 steps, shift 5, eta 0.5; steps 0, 4, 8, 12, 15.

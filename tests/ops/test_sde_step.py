@@ -10,16 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from fastgrpo_kernels import (
-    gaussian_noise,
-    grpo_loss,
-    guided_velocity,
-    reference,
-    sde_log_prob,
-    sde_step,
-)
-from fastgrpo_kernels.dispatch import unsupported_reason
-from fastgrpo_kernels.sde.transition import finish_log_probs, operation
+from fastgrpo_kernels import gaussian_noise, grpo_loss, guided_velocity, sde_log_prob, sde_step
+from fastgrpo_kernels.dispatch import operation, unsupported_reason
+from fastgrpo_kernels.sde import reference
+from fastgrpo_kernels.sde.transition import finish_log_probs
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor

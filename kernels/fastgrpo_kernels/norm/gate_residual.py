@@ -21,9 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgrpo_kernels import checks, reference
-from fastgrpo_kernels.dispatch import jit, select_backend, tl
-from fastgrpo_kernels.norm.ln_modulate import (
+from .. import checks
+from ..dispatch import jit, select_backend, tl, triton_op
+from . import reference
+from .ln_modulate import (
     BACKWARD_VALUES,
     aligned,
     backward_shape,
@@ -226,7 +227,7 @@ def _gate_residual_ln_modulate_bwd_kernel(
 # -------- x + gate y
 
 
-@torch.library.custom_op("fastgrpo_triton::gate_residual", mutates_args=())
+@triton_op("gate_residual")
 def _gate_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     """x, y [B, L, C]; gate [B, 1 or L, C]."""
     x, y = aligned(x), aligned(y)
@@ -245,7 +246,7 @@ def _(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("fastgrpo_triton::gate_residual_backward", mutates_args=())
+@triton_op("gate_residual_backward")
 def _gate_residual_backward(
     dout: Tensor, y: Tensor, gate: Tensor, needs_gate: bool
 ) -> tuple[Tensor, Tensor]:
@@ -299,7 +300,7 @@ _gate_residual.register_autograd(_backward, setup_context=_save)
 # -------- with LayerNorm and modulation
 
 
-@torch.library.custom_op("fastgrpo_triton::gate_residual_ln_modulate", mutates_args=())
+@triton_op("gate_residual_ln_modulate")
 def _gate_residual_ln_modulate(
     x: Tensor, y: Tensor, gate: Tensor | None, scale: Tensor, shift: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -349,7 +350,7 @@ def _(
     return x.new_empty(x.shape), x.new_empty(x.shape), row_values(x), row_values(x)
 
 
-@torch.library.custom_op("fastgrpo_triton::gate_residual_ln_modulate_backward", mutates_args=())
+@triton_op("gate_residual_ln_modulate_backward")
 def _gate_residual_ln_modulate_backward(
     dresidual: Tensor,
     dout: Tensor,

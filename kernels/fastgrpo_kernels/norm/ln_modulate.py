@@ -21,9 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgrpo_kernels import checks, reference
-from fastgrpo_kernels.dispatch import jit, select_backend, tl, triton
-from fastgrpo_kernels.triton_reduce import column_sum
+from .. import checks
+from ..dispatch import jit, select_backend, tl, triton, triton_op
+from ..triton_reduce import column_sum
+from . import reference
 
 FORWARD_VALUES, BACKWARD_VALUES = 40, 16
 """Channels of a row in one thread's registers, at most."""
@@ -300,7 +301,7 @@ def finish(written: list[Tensor], dtypes: list[torch.dtype], tokens: bool) -> li
 # -------- the operation
 
 
-@torch.library.custom_op("fastgrpo_triton::ln_modulate", mutates_args=())
+@triton_op("ln_modulate")
 def _ln_modulate(
     x: Tensor, scale: Tensor, shift: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -335,7 +336,7 @@ def _(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> tuple[Tensor, Tens
     return x.new_empty(x.shape), row_values(x), row_values(x)
 
 
-@torch.library.custom_op("fastgrpo_triton::ln_modulate_backward", mutates_args=())
+@triton_op("ln_modulate_backward")
 def _ln_modulate_backward(
     dout: Tensor,
     x: Tensor,

@@ -24,10 +24,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgrpo_kernels import checks, reference
-from fastgrpo_kernels.dispatch import jit, select_backend, tl, triton
-from fastgrpo_kernels.norm.ln_modulate import aligned
-from fastgrpo_kernels.triton_reduce import column_sum
+from .. import checks
+from ..dispatch import jit, select_backend, tl, triton, triton_op
+from ..triton_reduce import column_sum
+from . import reference
+from .ln_modulate import aligned
 
 # Parts of L in a backward, for q and for k each: 528 programs, four for each of an H100's 132 SMs.
 # A part of few tokens costs more than it brings.
@@ -439,7 +440,7 @@ def _rstd(x: Tensor, weight: Tensor) -> Tensor:
     )
 
 
-@torch.library.custom_op("fastgrpo_triton::qk_norm_rope", mutates_args=())
+@triton_op("qk_norm_rope")
 def _qk_norm_rope(
     q: Tensor,
     k: Tensor,
@@ -499,7 +500,7 @@ def _(
     return q.new_empty(q.shape), k.new_empty(k.shape), _rstd(q, q_weight), _rstd(k, k_weight)
 
 
-@torch.library.custom_op("fastgrpo_triton::qk_norm_rope_backward", mutates_args=())
+@triton_op("qk_norm_rope_backward")
 def _qk_norm_rope_backward(
     dq_out: Tensor,
     dk_out: Tensor,

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastgrpo_kernels import checks
+from .. import checks
 
 Words = tuple[Tensor, Tensor, Tensor, Tensor]
 

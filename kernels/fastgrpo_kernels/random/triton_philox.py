@@ -16,7 +16,7 @@ elements, one call of Philox.
 
 from __future__ import annotations
 
-from fastgrpo_kernels.dispatch import jit, tl
+from ..dispatch import jit, tl
 
 
 @jit

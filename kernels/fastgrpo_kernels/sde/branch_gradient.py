@@ -22,11 +22,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastgrpo_kernels import checks, reference
-from fastgrpo_kernels.checks import Coefficient
-from fastgrpo_kernels.dispatch import jit, select_backend, tl
-from fastgrpo_kernels.random.triton_philox import normal_tile
-from fastgrpo_kernels.sde.transition import LAUNCH, TILE, locate, operation
+from .. import checks
+from ..checks import Coefficient
+from ..dispatch import jit, operation, select_backend, tl, triton_op
+from ..random.triton_philox import normal_tile
+from . import reference
+from .transition import LAUNCH, TILE, locate
 
 
 @jit
@@ -56,7 +57,7 @@ def _branch_gradient_kernel(
         )
 
 
-@torch.library.custom_op("fastgrpo_triton::branch_gradient", mutates_args=())
+@triton_op("branch_gradient")
 def _branch_gradient(
     seeds: Tensor,
     steps: Tensor,

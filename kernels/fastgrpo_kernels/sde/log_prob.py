@@ -18,17 +18,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgrpo_kernels import checks, reference
-from fastgrpo_kernels.checks import Coefficient
-from fastgrpo_kernels.dispatch import has_library, jit, select_backend, tl
-from fastgrpo_kernels.sde.transition import (
+from .. import checks
+from ..checks import Coefficient
+from ..dispatch import NAMESPACE, has_library, jit, operation, select_backend, tl, triton_op
+from . import reference
+from .transition import (
     LAUNCH,
     TILE,
     empty_partials,
     exact_sum,
     finish_log_probs,
     locate,
-    operation,
     transition_arguments,
     transition_mean,
 )
@@ -160,7 +160,7 @@ def transition_error(
     return P, partials
 
 
-@torch.library.custom_op("fastgrpo_triton::sde_log_prob", mutates_args=())
+@triton_op("sde_log_prob")
 def _sde_log_prob(
     latents: Tensor,
     next_latents: Tensor,
@@ -181,7 +181,7 @@ def _sde_log_prob(
         return finish_log_probs(partials, std, P, normalized)
 
 
-@torch.library.custom_op("fastgrpo_triton::sde_log_prob_backward", mutates_args=())
+@triton_op("sde_log_prob_backward")
 def _sde_log_prob_backward(
     grad_log_probs: Tensor,
     grad_loss: Tensor | None,
@@ -290,7 +290,7 @@ def _register(namespace: str, backend: str) -> None:
     torch.library.register_autograd(f"{namespace}::sde_log_prob", backward, setup_context=_save)
 
 
-_register("fastgrpo_triton", "triton")
+_register(NAMESPACE, "triton")
 if has_library():
     _register("fastgrpo", "cpp")
 

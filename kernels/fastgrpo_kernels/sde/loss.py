@@ -18,16 +18,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgrpo_kernels import checks, reference
-from fastgrpo_kernels.checks import Coefficient
-from fastgrpo_kernels.dispatch import has_library, jit, select_backend, tl
-from fastgrpo_kernels.reference import GRPOStats
-from fastgrpo_kernels.sde.log_prob import transition_error
-from fastgrpo_kernels.sde.transition import (
+from .. import checks
+from ..checks import Coefficient
+from ..dispatch import NAMESPACE, has_library, jit, operation, select_backend, tl, triton_op
+from . import reference
+from .log_prob import transition_error
+from .reference import GRPOStats
+from .transition import (
     LAUNCH,
     finishing_block,
     log_probs_of,
-    operation,
     transition_arguments,
 )
 
@@ -151,14 +151,14 @@ def _launch_loss(
     return results
 
 
-@torch.library.custom_op("fastgrpo_triton::clipped_ratio_loss", mutates_args=())
+@triton_op("clipped_ratio_loss")
 def _clipped_ratio_loss(
     log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, clip_range: float, adv_clip: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     return _launch_loss(None, log_probs, old_log_probs, advantages, True, clip_range, adv_clip)
 
 
-@torch.library.custom_op("fastgrpo_triton::grpo_loss", mutates_args=())
+@triton_op("grpo_loss")
 def _grpo_loss(
     latents: Tensor,
     next_latents: Tensor,
@@ -279,7 +279,7 @@ def _register(namespace: str, backend: str) -> None:
     )
 
 
-_register("fastgrpo_triton", "triton")
+_register(NAMESPACE, "triton")
 if has_library():
     _register("fastgrpo", "cpp")
 

@@ -16,18 +16,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastgrpo_kernels import checks, reference
-from fastgrpo_kernels.checks import Coefficient
-from fastgrpo_kernels.dispatch import has_library, jit, select_backend, tl
-from fastgrpo_kernels.random.triton_philox import normal_tile
-from fastgrpo_kernels.sde.transition import (
+from .. import checks
+from ..checks import Coefficient
+from ..dispatch import has_library, jit, operation, select_backend, tl, triton_op
+from ..random.triton_philox import normal_tile
+from . import reference
+from .transition import (
     LAUNCH,
     TILE,
     empty_partials,
     exact_sum,
     finish_log_probs,
     locate,
-    operation,
     transition_arguments,
     transition_mean,
 )
@@ -72,7 +72,7 @@ def _sde_step_kernel(
     tl.store(partials + tl.program_id(0), exact_sum(tl.where(inside, error * error, 0.0), s))
 
 
-@torch.library.custom_op("fastgrpo_triton::sde_step", mutates_args=())
+@triton_op("sde_step")
 def _sde_step(
     latents: Tensor,
     velocity: Tensor,

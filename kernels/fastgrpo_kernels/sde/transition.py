@@ -16,18 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgrpo_kernels import checks
-from fastgrpo_kernels.checks import Coefficient
-from fastgrpo_kernels.dispatch import jit, tl, triton
+from .. import checks
+from ..checks import Coefficient
+from ..dispatch import jit, tl, triton
 
 TILE = 1024
 """Elements of a program, eight a thread: two 16-byte accesses in fp32, one in bf16."""
 LAUNCH: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": False}
-
-
-def operation(backend: str, name: str) -> Any:
-    """torch.ops' operation of this name in a backend other than the reference."""
-    return getattr(torch.ops.fastgrpo_triton if backend == "triton" else torch.ops.fastgrpo, name)
 
 
 def transition_arguments(
