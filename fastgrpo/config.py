@@ -16,12 +16,8 @@ from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 from fastgrpo.errors import fail
+from fastgrpo.files import PACKAGED
 from fastgrpo.interfaces import Policy, RewardModel
-
-PACKAGED = Path(__file__).resolve().parent.parent
-"""The folder that holds the package: where a relative path is looked for after the working
-directory.
-"""
 
 
 def _require(ok: bool, key: str, expected: str, got: object) -> None:
@@ -586,22 +582,6 @@ def packaged_recipes(argv: Sequence[str]) -> list[str]:
         missing = before == "--config" and not Path(word).exists()
         words.append(str(PACKAGED / word) if missing and (PACKAGED / word).is_file() else word)
     return words
-
-
-def find_file(path: str, key: str) -> Path:
-    """An existing file: relative to the working directory, or else to the folder that holds the
-    installed package.
-
-    Raises:
-        FileNotFoundError: neither is there; names `key` and both places.
-    """
-    candidates = dict.fromkeys([Path(path).absolute(), PACKAGED / path])
-    for candidate in candidates:
-        if candidate.is_file():
-            return candidate
-    raise FileNotFoundError(
-        f"{key}: expected a file, found none at {' or '.join(map(str, candidates))}"
-    )
 
 
 def _load_yaml(text: str) -> Any:

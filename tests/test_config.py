@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from fastgrpo import config as config_module
+from fastgrpo import files
 from fastgrpo.config import (
     CheckpointConfig,
     EvaluationConfig,
@@ -26,11 +26,11 @@ from fastgrpo.config import (
     TrackingConfig,
     TrainConfig,
     UpdateConfig,
-    find_file,
     packaged_recipes,
     parse_config,
 )
 from fastgrpo.errors import fail
+from fastgrpo.files import find_file
 
 RECIPE = """
 policy: {class_path: fastgrpo.shapes.policy.ShapesPolicy}
@@ -503,7 +503,7 @@ def test_a_file_is_looked_for_here_and_then_beside_the_package(
     (installed / "fastgrpo").mkdir(parents=True)
     here.mkdir()
     monkeypatch.chdir(here)
-    monkeypatch.setattr(config_module, "PACKAGED", installed)
+    monkeypatch.setattr(files, "PACKAGED", installed)
     with pytest.raises(FileNotFoundError) as caught:
         find_file("fastgrpo/a.txt", "prompts.train")
     for part in ("prompts.train", str(here / "fastgrpo/a.txt"), str(installed / "fastgrpo/a.txt")):
@@ -523,7 +523,7 @@ def test_a_recipe_is_found_beside_the_package_too(
     recipe = "fastgrpo/recipes/shapes.yaml"
     monkeypatch.chdir(tmp_path)
     words = ["--config", recipe, "--config", "other.yaml", "--name", recipe]
-    assert packaged_recipes(words) == ["--config", str(config_module.PACKAGED / recipe), *words[2:]]
+    assert packaged_recipes(words) == ["--config", str(files.PACKAGED / recipe), *words[2:]]
     (tmp_path / "fastgrpo" / "recipes").mkdir(parents=True)
     (tmp_path / recipe).write_text("name: mine\n")
     assert packaged_recipes(words) == words

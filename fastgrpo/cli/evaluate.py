@@ -20,7 +20,7 @@ import jsonargparse
 import yaml
 
 from fastgrpo.cli.sample import load, read_without_judge
-from fastgrpo.config import TrainConfig, find_file
+from fastgrpo.config import TrainConfig
 from fastgrpo.distributed import collectives
 from fastgrpo.errors import fail
 from fastgrpo.evaluation.evaluation_videos import (
@@ -42,6 +42,7 @@ from fastgrpo.evaluation.vbench_scores import (
     vbench_scores,
 )
 from fastgrpo.evaluation.vbench_tables import Format, Values, score_figure, score_table, scores_json
+from fastgrpo.files import find_file
 from fastgrpo.training.checkpoint import load_weights, parts, verify
 from fastgrpo.training.figures import save_figure
 from fastgrpo.training.loop import compute_dtype

@@ -26,9 +26,9 @@ import torch
 import yaml
 from tqdm import tqdm
 
-from fastgrpo.config import find_file
 from fastgrpo.errors import fail
 from fastgrpo.evaluation.score_file import Key, Row, open_scores
+from fastgrpo.files import find_file
 from fastgrpo.interfaces import RewardModel
 from fastgrpo.rewards.media.frames import clip_of_frames, frame_indices
 from fastgrpo.rewards.media.video_files import Decoder, Limits, read_video

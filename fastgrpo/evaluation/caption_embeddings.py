@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
-from fastgrpo.config import find_file
+from fastgrpo.files import find_file
 from fastgrpo.hub import fetch_files, require_weights
 from fastgrpo.policies.text_cache import fingerprint
 

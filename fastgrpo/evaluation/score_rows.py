@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fastgrpo.config import find_file
+from fastgrpo.files import find_file
 
 MEAN = "mean"
 """Names the mean of a row's scores, where a stage may be named."""

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from fastgrpo.config import find_file
+from fastgrpo.files import find_file
 from fastgrpo.training.prompts import read_prompts
 
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from fastgrpo.config import find_file
+from fastgrpo.files import find_file
 from fastgrpo.training.trajectory import derive_seed
 
 HUB = "hub:"

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn.functional import linear, normalize
 from transformers import AutoConfig, CLIPConfig, CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from fastgrpo.config import find_file
+from fastgrpo.files import find_file
 from fastgrpo.hub import fetch_files, require_weights
 from fastgrpo.interfaces import RewardModel
 from fastgrpo.rewards.models.per_video import quantise, resize, score_each, spread

@@ -8,7 +8,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fastgrpo.config import find_file
+from fastgrpo.files import find_file
 
 DEFAULT_QUESTIONS = tuple(
     f"fastgrpo/rewards/vlm/stages/{name}.txt"
@@ -32,7 +32,7 @@ class Question:
 
 def read_questions(paths: Sequence[str] = DEFAULT_QUESTIONS) -> list[Question]:
     """The questions in UTF-8 files, in the order given, white space stripped at their ends; paths
-    as `config.find_file` takes them.
+    as `fastgrpo.files.find_file` takes them.
 
     Raises:
         FileNotFoundError: a file is not there. ValueError: no files; one that is empty or not
