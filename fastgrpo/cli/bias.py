@@ -45,7 +45,7 @@ from fastgrpo.evaluation.caption_embeddings import (
     embeddings_in_order,
     read_embeddings,
 )
-from fastgrpo.evaluation.result_files import write_csv, write_json
+from fastgrpo.evaluation.tables import write_csv, write_json
 from fastgrpo.evaluation.score_rows import (
     MEAN,
     ScoredRow,

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from fastgrpo.errors import fail
-from fastgrpo.evaluation.result_files import number, text_table, write_csv, write_json
+from fastgrpo.evaluation.tables import number, render_table, write_csv, write_json
 from fastgrpo.evaluation.score_rows import (
     ScoredRow,
     ScoreFile,
@@ -274,7 +274,7 @@ def stage_table(
             elif len(files) > 1:
                 row += ["", "", ""]
             rows.append(row)
-    return text_table(rows, left=(0, 1))
+    return render_table(rows, left=(0, 1))
 
 
 def interval(low: float, high: float, sign: str = "") -> str:

@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from fastgrpo.evaluation.bias import Bias, Floats, Labels
-from fastgrpo.evaluation.result_files import number, text_table
+from fastgrpo.evaluation.tables import number, render_table
 from fastgrpo.training import figures
 from fastgrpo.training.figures import COLORS, FAINT, INK, MARKERS
 
@@ -53,10 +53,10 @@ def bias_table(judges: Mapping[str, JudgeBias]) -> str:
     return "\n".join(
         [
             "κ over the cluster means, %  [lowest, highest over seeds]  95 % of shuffled scores stay below",
-            text_table(over),
+            render_table(over),
             "",
             "κ inside clusters, %: mean over clusters  [lowest, highest]",
-            text_table(inside),
+            render_table(inside),
         ]
     )
 
@@ -75,7 +75,7 @@ def cluster_table(judges: Mapping[str, JudgeBias], k: int, captions: Sequence[st
                 f" {caption if len(caption) <= 60 else caption[:59] + '…'}",
             ]
         )
-    return f"mean score in each of {k} clusters, with a typical caption\n" + text_table(
+    return f"mean score in each of {k} clusters, with a typical caption\n" + render_table(
         rows, left=(0, len(rows[0]) - 1)
     )
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastgrpo.evaluation.result_files import number, text_table, write_csv, write_json
+from fastgrpo.evaluation.tables import number, render_table, write_csv, write_json
 from fastgrpo.evaluation.score_rows import (
     ScoredRow,
     ScoreFile,
@@ -211,7 +211,7 @@ def test_names_of_files() -> None:
 
 def test_tables_as_files(tmp_path: Path) -> None:
     assert [number(0.5), number(math.nan), number(math.inf)] == [0.5, None, None]
-    assert text_table([["a", "bb", ""], ["ccc", "d", "e"]]) == "a    bb\nccc   d  e"
+    assert render_table([["a", "bb", ""], ["ccc", "d", "e"]]) == "a      bb\n---  ----  --\nccc     d   e"
     write_csv(tmp_path / "t.csv", [{"a": 1, "b": None}, {"a": 'x, "y"', "b": 0.5}])
     assert (tmp_path / "t.csv").read_bytes() == b'a,b\r\n1,\r\n"x, ""y""",0.5\r\n'
     write_json(tmp_path / "t.json", {"κ": None})
