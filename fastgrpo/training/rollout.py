@@ -1,5 +1,6 @@
-"""Stage 2: sample groups of videos with an SDE, keeping every state and its log-probability (Eqs.
-1, 2; method.md, section 1).
+"""Rollout phase: sample groups of videos with an SDE, keeping every state and its log-probability.
+
+Eqs. 1 and 2; docs/method.md, section 1.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ from fastgrpo_kernels import gaussian_noise, guided_velocity, sde_step
 from torch import Tensor
 
 from fastgrpo.algorithm.sde import sde_coefficients, sigma_schedule, timesteps, x0_prediction
+from fastgrpo.algorithm.seeds import derive_seed
 from fastgrpo.config import RolloutConfig
 from fastgrpo.interfaces import Policy
-from fastgrpo.training.trajectory import Rollout, branch_velocities, derive_seed
+from fastgrpo.training.trajectory import Rollout, branch_velocities
 
 Velocities = tuple[Tensor, Tensor | None]
 """Of the conditional and the unconditional branch, [micro_batch_size, *latent_shape]."""
@@ -23,38 +25,42 @@ Velocities = tuple[Tensor, Tensor | None]
 
 @dataclass(frozen=True)
 class Sample:
-    """One micro-batch of finished videos: their numbers in the rollout, their captions, their clean
-    latents [n, *latent_shape].
+    """One micro-batch of n finished videos.
+
+    Attributes:
+        sample_indices: Of the videos in the rollout.
+        prompts: One per video.
+        latents: [n, *latent_shape] fp32, the clean latents to decode.
     """
 
-    videos: list[int]
+    sample_indices: list[int]
     prompts: list[str]
     latents: Tensor
 
 
 def stochastic_steps(cfg: RolloutConfig, seed: int, iteration: int, slot: int) -> tuple[int, ...]:
-    """The steps of a prompt that are stochastic and may be trained (`sde_window`; method.md,
-    section 2). The last step is never among them, except as noise of the `all` window.
+    """The steps of a prompt that are stochastic and may be trained (docs/method.md, section 2).
 
-    slot: the prompt's number among all the ranks' prompts of the iteration.
+    The last step is never among them; the `all` window adds noise there, but does not train it.
+
+    Args:
+        cfg: `sde_window` and its settings.
+        seed: The run's seed.
+        iteration: Counted from 1.
+        slot: The prompt's number among the iteration's prompts on all ranks.
     """
     last = cfg.num_inference_steps - 1
     if cfg.sde_window == "all":
         return tuple(range(last))
-    if cfg.sde_window == "single":
-        return (
-            random.Random(derive_seed(seed, "single step", iteration, slot)).randrange(
-                max(1, cfg.num_inference_steps // 2)
-            ),
-        )
-    starts = last - cfg.window_size + 1
+    if cfg.sde_window == "single":  # one step from the first half, shared by the group
+        draw = random.Random(derive_seed(seed, "single step", iteration, slot))
+        return (draw.randrange(max(1, cfg.num_inference_steps // 2)),)
+    num_starts = last - cfg.window_size + 1
     move = (iteration - 1) // cfg.window_interval
-    progressive = cfg.window_order == "progressive"
-    first = (
-        move % starts
-        if progressive
-        else random.Random(derive_seed(seed, "window", move)).randrange(starts)
-    )
+    if cfg.window_order == "progressive":
+        first = move % num_starts
+    else:
+        first = random.Random(derive_seed(seed, "window", move)).randrange(num_starts)
     return tuple(range(first, first + cfg.window_size))
 
 
@@ -70,21 +76,38 @@ def start_rollout(
     device: torch.device,
     compute_dtype: torch.dtype = torch.float32,
 ) -> Rollout:
-    """An empty rollout for this rank's prompts: schedule, coefficients, seeds, conditioning and
-    room for the trajectories.
+    """Make an empty rollout for this rank's prompts: seeds, schedule, conditioning and memory.
 
-    first_slot: number of the first of these prompts among all ranks', from which (with seed and
-    iteration) all noise follows, so that a trajectory does not depend on the number of ranks.
+    Args:
+        policy: Encodes the prompts.
+        prompts: P prompts.
+        cfg: How to sample.
+        seed: The run's seed.
+        iteration: Counted from 1.
+        first_slot: Number of the first of these prompts among all ranks' prompts. All noise
+            follows from it, `seed` and `iteration`, so a trajectory does not depend on the number
+            of ranks.
+        device: Where the trajectories lie.
+        compute_dtype: Of the forward pass.
     """
     P, G, N = len(prompts), cfg.num_generations, cfg.num_inference_steps
     slots = range(first_slot, first_slot + P)
     sigmas = sigma_schedule(N, cfg.shift)
     table, ode = sde_coefficients(sigmas, cfg.sde, cfg.eta), sde_coefficients(sigmas, "ode")
     trainable = [stochastic_steps(cfg, seed, iteration, slot) for slot in slots]
+    # [P, N]: outside its window a prompt takes ODE steps.
     stochastic = torch.tensor(
         [[cfg.sde_window == "all" or i in steps for i in range(N)] for steps in trainable]
     ).reshape(P, N)
-    videos = [(slot, g) for slot in slots for g in range(G)]
+
+    def seeds(purpose: str, shared: bool) -> Tensor:
+        values = [
+            derive_seed(seed, purpose, iteration, slot, 0 if shared else g)
+            for slot in slots
+            for g in range(G)
+        ]
+        return torch.tensor(values, dtype=torch.int64, device=device)
+
     shape = policy.latent_shape(cfg.height, cfg.width, cfg.num_frames)
     return Rollout(
         prompts=prompts,
@@ -101,19 +124,8 @@ def start_rollout(
         normalized=table.normalized,
         sde_window=cfg.sde_window,
         trainable_steps=trainable,
-        noise_seeds=torch.tensor(
-            [derive_seed(seed, "sde", iteration, s, g) for s, g in videos],
-            dtype=torch.int64,
-            device=device,
-        ),
-        first_seeds=torch.tensor(
-            [
-                derive_seed(seed, "first", iteration, s, 0 if cfg.same_noise else g)
-                for s, g in videos
-            ],
-            dtype=torch.int64,
-            device=device,
-        ),
+        noise_seeds=seeds("sde", shared=False),
+        first_seeds=seeds("first", shared=cfg.same_noise),
         latents=torch.empty(P * G, N + 1, *shape, dtype=torch.float32, device=device),
         log_probs=torch.empty(P * G, N, dtype=torch.float32, device=device),
         micro_batch_size=cfg.micro_batch_size,
@@ -126,57 +138,65 @@ def start_rollout(
 def sample_groups(
     policy: Policy, rollout: Rollout, *, share_first_step: bool = True
 ) -> Iterator[Sample]:
-    """Sample the videos of a rollout, one micro-batch after the other, filling its latents and
-    log-probabilities.
+    """Sample the rollout's videos micro-batch by micro-batch, filling latents and log_probs.
 
-    Every micro-batch has the same size, the last one filled up with its own last video, since
-    another size would be other bits.
+    Every micro-batch has the same size, because another size would give other bits. The last one
+    is filled up with its own last video.
 
-    share_first_step: where groups start from one noise, all rows of a micro-batch of one
-    prompt's videos are equal at the first step, and so are all such micro-batches of that
-    prompt: the first one's velocities serve them all. Which these are follows from the numbers
-    of prompts and videos, so that every rank makes the same number of forwards.
+    Args:
+        policy: The generator.
+        rollout: From `start_rollout`; filled in place.
+        share_first_step: If a group starts from one noise, the rows of a micro-batch of one prompt
+            are equal at the first step, and so are all such micro-batches of that prompt. The
+            velocities of the first one serve them all. Which micro-batches these are depends only
+            on the numbers of prompts and videos, so every rank makes the same number of forwards.
     """
     size, G = rollout.micro_batch_size, rollout.num_generations
     seeds_PG = rollout.first_seeds.view(-1, G)
     share = share_first_step and bool((seeds_PG == seeds_PG[:, :1]).all())
     first: dict[int, Velocities] = {}
     for begin in range(0, rollout.num_videos, size):
-        real = list(range(begin, min(begin + size, rollout.num_videos)))
-        videos = torch.tensor(real + real[-1:] * (size - len(real)))
-        prompt = real[0] // G if share and real[0] // G == real[-1] // G else None
-        clean = _sample(policy, rollout, videos, len(real), first, prompt)
-        yield Sample(real, [rollout.prompts[i // G] for i in real], clean)
+        indices = list(range(begin, min(begin + size, rollout.num_videos)))
+        filled = torch.tensor(indices + indices[-1:] * (size - len(indices)))
+        one_prompt = indices[0] // G == indices[-1] // G
+        shared_prompt = indices[0] // G if share and one_prompt else None
+        clean = _sample(policy, rollout, filled, len(indices), first, shared_prompt)
+        yield Sample(indices, [rollout.prompts[i // G] for i in indices], clean)
 
 
 def _sample(
     policy: Policy,
     rollout: Rollout,
-    videos: Tensor,
-    num_real: int,
+    sample_indices: Tensor,
+    num_valid: int,
     first: dict[int, Velocities],
-    prompt: int | None,
+    shared_prompt: int | None,
 ) -> Tensor:
-    """Sample one micro-batch. first: the first step's velocities by prompt, kept for `prompt`
-    alone, the only one of these videos.
+    """Sample one micro-batch, of which the first `num_valid` videos are kept.
+
+    Args:
+        first: The first step's velocities by prompt: those of the last `shared_prompt`.
+        shared_prompt: The one prompt of these videos, if its first step is shared.
+
+    Returns:
+        Clean latents [num_valid, *latent_shape].
     """
     device = rollout.latents.device
-    seeds = rollout.noise_seeds[videos.to(device)]
-    keep = videos[:num_real].to(device)
-    latents = gaussian_noise(
-        rollout.first_seeds[videos.to(device)], 0, rollout.latent_shape, device
-    )
-    rollout.latents[keep, 0] = latents[:num_real]
+    seeds = rollout.noise_seeds[sample_indices.to(device)]
+    kept = sample_indices[:num_valid].to(device)
+    first_seeds = rollout.first_seeds[sample_indices.to(device)]
+    latents = gaussian_noise(first_seeds, 0, rollout.latent_shape, device)
+    rollout.latents[kept, 0] = latents[:num_valid]
     for i in range(rollout.num_steps):
-        steps = torch.full_like(videos, i)
-        if i == 0 and prompt in first:
-            velocity, uncond = first[prompt]
+        steps = torch.full_like(sample_indices, i)
+        if i == 0 and shared_prompt in first:
+            velocity, uncond = first[shared_prompt]
         else:
-            velocity, uncond = branch_velocities(policy, rollout, latents, videos, steps)
-        if i == 0 and prompt is not None:
-            first.clear()
-            first[prompt] = velocity, uncond
-        a, b, std = rollout.coefficients(videos, steps)
+            velocity, uncond = branch_velocities(policy, rollout, latents, sample_indices, steps)
+        if i == 0 and shared_prompt is not None:
+            first.clear()  # groups come one after the other: no earlier prompt comes back
+            first[shared_prompt] = velocity, uncond
+        a, b, std = rollout.coefficients(sample_indices, steps)
         previous = latents
         latents, log_probs = sde_step(
             previous,
@@ -190,9 +210,9 @@ def _sample(
             guidance_scale=rollout.guidance_scale,
             normalized=rollout.normalized,
         )
-        rollout.latents[keep, i + 1] = latents[:num_real]
-        rollout.log_probs[keep, i] = log_probs[:num_real]
+        rollout.latents[kept, i + 1] = latents[:num_valid]
+        rollout.log_probs[kept, i] = log_probs[:num_valid]
     if rollout.decode == "final":
-        return latents[:num_real]
+        return latents[:num_valid]
     guided = guided_velocity(velocity, uncond, rollout.guidance_scale)
-    return x0_prediction(previous, guided, float(rollout.sigmas[-2]))[:num_real]
+    return x0_prediction(previous, guided, float(rollout.sigmas[-2]))[:num_valid]

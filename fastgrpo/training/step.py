@@ -1,20 +1,20 @@
 """One training step of Self-Paced GRPO, in the paper's terms.
 
-Departures from textbook GRPO, all of them the method's (method.md, sections 2 and 3): the reward
-is a mixture of stages whose weights move with competence (Eqs. 4-9); only the best and the worst
-videos of a group are trained; advantages are normalised over the whole group before that choice;
-the log-probability is a mean over elements, with a clip range to match (1e-4); no KL unless
-`kl_coef` asks for it.
+Departures from textbook GRPO (docs/method.md, sections 2 and 3):
+
+1. The reward is a mixture of K stage scores, whose weights move with the generator's competence
+   (Eqs. 4-9).
+2. Only the best and the worst videos of a group are trained (best-of-n). Advantages are normalised
+   over the whole group before that choice (Eq. 10).
+3. The log-probability is a mean over elements, not a sum, and the clip range (1e-4) matches it.
+4. There is no KL term unless `kl_coef` asks for one.
+5. A video without a score leaves its group. A group without a signal is skipped and counted.
 """
 
 from __future__ import annotations
 
-import itertools
-import math
-import statistics
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from itertools import chain
 from typing import Any
 
 import torch
@@ -27,44 +27,34 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from fastgrpo.algorithm.advantages import best_of_n, group_advantages
-from fastgrpo.algorithm.self_paced import GroupStatistics, Pacer, group_statistics, hoyer, mix
+from fastgrpo.algorithm.seeds import derive_seed
+from fastgrpo.algorithm.self_paced import Pacer, group_statistics, mix
 from fastgrpo.config import TrainConfig
 from fastgrpo.distributed.collectives import any_rank, gather, rank, world_size
 from fastgrpo.distributed.sharding import gathered
 from fastgrpo.interfaces import Policy
 from fastgrpo.rewards.queue import ScoringQueue
 from fastgrpo.training.decode import decode
+from fastgrpo.training.metrics import (
+    Stopwatch,
+    judge_metrics,
+    memory_metrics,
+    reward_metrics,
+    update_metrics,
+)
 from fastgrpo.training.prompts import draw_prompts
 from fastgrpo.training.rollout import sample_groups, start_rollout
-from fastgrpo.training.timing import Stopwatch
-from fastgrpo.training.trajectory import WITHOUT_ADAPTERS, derive_seed, local_part
+from fastgrpo.training.trajectory import Group
 from fastgrpo.training.update import UpdateStatistics, make_optimizer, update
-
-TRAINED = StateDictOptions(ignore_frozen_params=True)
-"""What a checkpoint keeps of a network: with LoRA its adapters alone, since the rest is the model's
-own.
-"""
+from fastgrpo.training.weights import WITHOUT_ADAPTERS, average_weights, copy_weights
 
 
-class Abandoned(Exception):
-    """A step was left during its rollout, before it had changed anything."""
-
-
-@dataclass
-class Group:
-    """One prompt's G videos as scored. Advantages and chosen stay empty where the group is skipped."""
-
-    scores_GK: list[list[float]]
-    valid_G: list[bool]
-    statistics: GroupStatistics | None
-    weights_K: tuple[float, ...] = ()
-    rewards_G: list[float] = field(default_factory=list)
-    advantages: dict[int, float] = field(default_factory=dict)
-    chosen: list[int] = field(default_factory=list)
+class RolloutInterrupted(Exception):
+    """A step was aborted during its rollout, before it had changed anything."""
 
 
 class Trainer:
-    """What lives through a run, and the step that uses it."""
+    """The state of a run, and the step that moves it on."""
 
     def __init__(
         self,
@@ -83,42 +73,47 @@ class Trainer:
         self.pacer = Pacer(config.pacing, len(judge.reward.stages))
         self.trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
         self.optimizer = make_optimizer([*self.trained.values()], cfg)
-        scheduler = get_scheduler(
+        schedule = get_scheduler(
             cfg.lr_scheduler,
             self.optimizer,
             num_warmup_steps=cfg.warmup_iterations,
             num_training_steps=max(1, config.iterations),
         )
-        self.learning_rate_factor = scheduler.lr_lambdas[
-            0
-        ]  # a function of the iteration: no state of a schedule has to be kept
-        # Tensors, sharded like the parameters, for using_weights: a network under FSDP2 cannot be
-        # copied.
-        has_adapters = bool(getattr(network, "_hf_peft_config_loaded", False))
-        self.reference = (
-            None
-            if not cfg.kl_coef
-            else WITHOUT_ADAPTERS
-            if has_adapters
-            else self.copy_of_weights()
-        )
-        self.ema = self.copy_of_weights() if cfg.ema_decay else None
+        # A function of the iteration, so a checkpoint needs no state of the schedule.
+        self.learning_rate_factor = schedule.lr_lambdas[0]
+        # Reference and EMA are tensors sharded like the parameters, for `using_weights`: a network
+        # under FSDP2 cannot be copied.
+        self.reference: Mapping[str, Tensor] | None = None
+        if cfg.kl_coef:
+            has_adapters = getattr(network, "_hf_peft_config_loaded", False)
+            self.reference = WITHOUT_ADAPTERS if has_adapters else copy_weights(self.trained)
+        self.ema = copy_weights(self.trained) if cfg.ema_decay else None
         self.prompts_drawn = 0
         self.skipped_in_a_row = 0
         self.invalid_share = 0.0
         self.make_optimizer_state()
 
-    def step(self, iteration: int, leave: Callable[[], bool] = lambda: False) -> dict[str, Any]:
-        """Sample, score, mix, normalise, choose, update; `iteration` counts from 1. Returns the
-        metrics over all ranks.
+    def step(
+        self, iteration: int, should_stop: Callable[[], bool] = lambda: False
+    ) -> dict[str, Any]:
+        """Sample, score, mix, normalise, choose, update.
 
-        leave: asked after every micro-batch of videos; where it is true on a rank, Abandoned is
-        raised on all.
+        Args:
+            iteration: Counted from 1.
+            should_stop: Asked after every micro-batch of videos, on every rank.
+
+        Returns:
+            The metrics over all ranks.
+
+        Raises:
+            RolloutInterrupted: `should_stop` was true on at least one rank; raised on all.
         """
         cfg, G, clock = self.config, self.config.rollout.num_generations, Stopwatch()
         self.set_learning_rate(iteration)
+        # Each rank takes its block of the iteration's prompts; a slot is a prompt's number in it.
         slots, prompts = self.next_prompts()
-        rollout = start_rollout(  # seeds, schedule, shared first noise
+        # Seeds, schedule and shared first noise follow from the slots, not from the rank.
+        rollout = start_rollout(
             self.policy,
             prompts,
             cfg.rollout,
@@ -128,128 +123,108 @@ class Trainer:
             device=self.device,
             compute_dtype=self.compute_dtype,
         )
+        # Eq. 2: sample with the SDE. The judge scores one micro-batch while the next is sampled.
         with clock.phase("rollout"), gathered(self.policy.transformer, cfg.parallel.keep_gathered):
-            # Eq. 2, one micro-batch after the other
-            for sample in sample_groups(
-                self.policy, rollout, share_first_step=cfg.rollout.share_first_step
-            ):
-                # scored while the next one is sampled
-                self.judge.submit(
-                    decode(self.policy, sample.latents), sample.prompts, self.policy.fps
-                )
-                if any_rank(leave()):
-                    raise Abandoned
+            share_first_step = cfg.rollout.share_first_step
+            for sample in sample_groups(self.policy, rollout, share_first_step=share_first_step):
+                frames = decode(self.policy, sample.latents)
+                self.judge.submit(frames, sample.prompts, self.policy.fps)
+                if any_rank(should_stop()):
+                    raise RolloutInterrupted
         with clock.phase("reward"):
             scores_PGK, valid_PG = self.judge.collect(G)
+        # Eqs. 7-8: mean and saturation of each stage, over the valid videos of a group.
         groups = [
-            Group(s, v, group_statistics(s, v, cfg.pacing.saturation))
-            for s, v in zip(scores_PGK, valid_PG, strict=True)
-        ]  # Eqs. 7-8
-        self.pacer.observe(
-            concatenate(gather([group.statistics for group in groups]))
-        )  # competence, over all ranks
+            Group(scores_GK, valid_G, group_statistics(scores_GK, valid_G, cfg.pacing.saturation))
+            for scores_GK, valid_G in zip(scores_PGK, valid_PG, strict=True)
+        ]
+        # Competence takes in the groups of all ranks, so every rank gets the same weights.
+        self.pacer.observe([*chain.from_iterable(gather([g.statistics for g in groups]))])
         for slot, group in zip(slots, groups, strict=True):
             if group.statistics is None:
-                continue  # fewer than two videos with a score
-            group.weights_K = self.pacer.weights(group.statistics)  # Eqs. 6, 9
+                continue  # fewer than two valid videos: nothing to compare
+            group.weights_K = self.pacer.weights(group.statistics)  # Eqs. 6 and 9
             group.rewards_G = mix(group.scores_GK, group.weights_K)  # Eq. 5
             group.advantages = group_advantages(group.rewards_G, group.valid_G)  # Eq. 10
+            # Best-of-n, in an order of training that is drawn per prompt.
             order = derive_seed(cfg.seed, "order", iteration, slot)
-            group.chosen = best_of_n(
-                group.advantages, cfg.update.num_best, cfg.update.num_worst, order
-            )
-        chosen = [p * G + g for p, group in enumerate(groups) for g in group.chosen]
-        advantages = {
-            p * G + g: a for p, group in enumerate(groups) for g, a in group.advantages.items()
-        }
+            best, worst = cfg.update.num_best, cfg.update.num_worst
+            group.chosen = best_of_n(group.advantages, best, worst, order)
+        # Eq. 11: the clipped update. From here on a video is known by its index in the rollout.
         with clock.phase("update"):
-            stats = update(  # Eq. 11
+            stats = update(
                 self.policy,
                 self.optimizer,
                 rollout,
-                chosen,
-                advantages,
+                [p * G + g for p, group in enumerate(groups) for g in group.chosen],
+                {
+                    p * G + g: A
+                    for p, group in enumerate(groups)
+                    for g, A in group.advantages.items()
+                },
                 cfg.update,
                 reference=self.reference,
-                after_step=self.average_weights,
+                after_step=self.update_ema,
             )
         return self.finish(iteration, groups, stats) | clock.metrics()
 
     def next_prompts(self) -> tuple[range, list[str]]:
-        """This rank's slots among the iteration's prompts (they are dealt in blocks), and the
-        captions there.
-        """
+        """This rank's slots among the iteration's prompts, and the prompts there."""
         cfg, share = self.config, self.config.rollout.num_prompts // world_size()
         slots = range(rank() * share, (rank() + 1) * share)
-        return slots, draw_prompts(
-            self.prompts, self.prompts_drawn + slots[0], share, cfg.seed, cfg.prompts.shuffle
-        )
+        first = self.prompts_drawn + slots[0]
+        return slots, draw_prompts(self.prompts, first, share, cfg.seed, cfg.prompts.shuffle)
 
     def make_optimizer_state(self) -> None:
-        """Make the optimizer's state now, at step 0. Left to torch, the first checkpoint would make
-        it, by a step that counts as one.
+        """Make the optimizer's state at step 0.
+
+        Otherwise torch makes it at the first checkpoint, by an optimizer step that it counts.
         """
         get_optimizer_state_dict(self.policy.transformer, self.optimizer)
-        for counted in (
-            *self.optimizer.state.values(),
-            *self.optimizer.param_groups,
-        ):  # AdamW counts for each weight, apex for each group
+        # AdamW counts steps per weight, apex per parameter group.
+        for counted in (*self.optimizer.state.values(), *self.optimizer.param_groups):
             if "step" in counted:
                 counted["step"] *= 0
 
     def set_learning_rate(self, iteration: int) -> None:
+        cfg = self.config.update
+        # The schedules count from 0, which would make the first iteration of a warm-up idle.
+        done = iteration if iteration <= cfg.warmup_iterations else iteration - 1
         for group in self.optimizer.param_groups:
-            # The schedules count from 0. During warm-up that would make the first iteration one
-            # without any effect.
-            done = iteration if iteration <= self.config.update.warmup_iterations else iteration - 1
-            group["lr"] = self.config.update.learning_rate * self.learning_rate_factor(done)
+            group["lr"] = cfg.learning_rate * self.learning_rate_factor(done)
 
-    def copy_of_weights(self) -> dict[str, Tensor]:
-        """The trained parameters as they are now, by name, sharded as they are."""
-        return {name: p.detach().clone() for name, p in self.trained.items()}
-
-    @torch.no_grad()
-    def average_weights(self) -> None:
-        """Take one optimizer step's weights into the EMA, where there is one."""
+    def update_ema(self) -> None:
+        """Take the weights of one optimizer step into the EMA, if there is one."""
         if self.ema is not None:
-            own = [local_part(p.detach()) for p in self.trained.values()]
-            torch._foreach_lerp_(
-                [local_part(e) for e in self.ema.values()], own, 1 - self.config.update.ema_decay
-            )
+            average_weights(self.ema, self.trained, self.config.update.ema_decay)
 
     def finish(
         self, iteration: int, groups: list[Group], stats: UpdateStatistics
     ) -> dict[str, Any]:
-        """Move the counters on; the metrics of the iteration over all ranks."""
+        """Move the counters on and return the iteration's metrics over all ranks."""
+        every_group = [*chain.from_iterable(gather(groups))]
         self.prompts_drawn += self.config.rollout.num_prompts
-        every_group, stages, pacing = (
-            concatenate(gather(groups)),
-            self.judge.reward.stages,
-            self.config.pacing,
-        )
-        nothing_scored = all(
-            group.statistics is None for group in every_group
-        )  # counts as an update that could not be made
+        # An iteration without any score counts as an update that could not be made.
+        nothing_scored = all(group.statistics is None for group in every_group)
         for skipped in [True] if nothing_scored else stats.skipped:
             self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
-        validity = concatenate(group.valid_G for group in every_group)
+        validity = [*chain.from_iterable(group.valid_G for group in every_group)]
         self.invalid_share = validity.count(False) / len(validity)
+
+        stages, pacing, metrics = self.judge.reward.stages, self.config.pacing, {}
+        for name, values in (
+            ("competence", self.pacer.competence),
+            ("saturation", self.pacer.saturations),
+        ):
+            metrics |= {f"{name}/{s}": v for s, v in zip(stages, values or (), strict=False)}
         return {
             "iteration": iteration,
             **reward_metrics(every_group, stages),
             **judge_metrics(gather((self.judge.counters(), self.judge.blocked_seconds()))),
-            **{
-                f"competence/{s}": c
-                for s, c in zip(stages, self.pacer.competence or (), strict=False)
-            },
-            **{
-                f"saturation/{s}": c
-                for s, c in zip(stages, self.pacer.saturations or (), strict=False)
-            },
-            **{
-                f"pacing/{key}": getattr(pacing, key)
-                for key in ("sharpness", "sparsity_weight", "gate_temperature")
-            },
+            **metrics,
+            "pacing/sharpness": pacing.sharpness,
+            "pacing/sparsity_weight": pacing.sparsity_weight,
+            "pacing/gate_temperature": pacing.gate_temperature,
             **update_metrics(gather(stats)),
             **memory_metrics(self.device),
             "learning_rate": self.optimizer.param_groups[0]["lr"],
@@ -257,40 +232,38 @@ class Trainer:
 
     @property
     def sampling_weights(self) -> Mapping[str, Tensor] | None:
-        """What to sample with and to export, for `using_weights`: the EMA where there is one, else
-        None, the weights themselves.
-        """
+        """For `using_weights`: the weights to evaluate and export, the EMA if there is one."""
         return self.ema
 
     def tensors(self) -> dict[str, Any]:
-        """The state that torch.distributed.checkpoint keeps, which it also loads into; it can be
-        loaded by another number of ranks.
+        """The tensors of a checkpoint, in the form that torch.distributed.checkpoint loads into.
+
+        Only what is trained: with LoRA the adapters. Another number of ranks can load it.
         """
-        model, optimizer = get_state_dict(self.policy.transformer, self.optimizer, options=TRAINED)
-        return {"model": model, "optimizer": optimizer} | (
-            {} if self.ema is None else {"ema": self.ema}
-        )
+        options = StateDictOptions(ignore_frozen_params=True)
+        model, optimizer = get_state_dict(self.policy.transformer, self.optimizer, options=options)
+        ema = {} if self.ema is None else {"ema": self.ema}
+        return {"model": model, "optimizer": optimizer, **ema}
 
     def load_tensors(self, tensors: dict[str, Any]) -> None:
         """Take over what was loaded into `tensors()`."""
-        # These are the configuration's, which a resume may change, not the checkpoint's.
-        for loaded, own in zip(
-            tensors["optimizer"]["param_groups"], self.optimizer.param_groups, strict=True
-        ):
+        # These settings come from the configuration, which a resume may change.
+        groups = tensors["optimizer"]["param_groups"]
+        for loaded, own in zip(groups, self.optimizer.param_groups, strict=True):
             loaded.update({key: own[key] for key in ("lr", "betas", "weight_decay")})
-        model, optimizer = tensors["model"], tensors["optimizer"]
         set_state_dict(
             self.policy.transformer,
             self.optimizer,
-            model_state_dict=model,
-            optim_state_dict=optimizer,
+            model_state_dict=tensors["model"],
+            optim_state_dict=tensors["optimizer"],
             options=StateDictOptions(ignore_frozen_params=True, strict=False),
         )
-        if self.ema is not None:  # switched on by this resume, the average starts at these weights
-            self.ema = tensors["ema"] if "ema" in tensors else self.copy_of_weights()
+        if self.ema is not None:
+            # An EMA that this resume switches on starts at the loaded weights.
+            self.ema = tensors.get("ema") or copy_weights(self.trained)
 
     def state_dict(self) -> dict[str, Any]:
-        """The rest of the state, as JSON. Noise is counter-based: there is no generator to keep."""
+        """The rest of the state, as JSON. Noise is counter-based, so there is no generator."""
         return {
             "prompts_drawn": self.prompts_drawn,
             "skipped_in_a_row": self.skipped_in_a_row,
@@ -298,95 +271,6 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.prompts_drawn, self.skipped_in_a_row = (
-            state["prompts_drawn"],
-            state["skipped_in_a_row"],
-        )
+        self.prompts_drawn = state["prompts_drawn"]
+        self.skipped_in_a_row = state["skipped_in_a_row"]
         self.pacer.load_state_dict(state["pacer"])
-
-
-def concatenate(lists: Iterable[list[Any]]) -> list[Any]:
-    """One list of all the lists' items, in order."""
-    return list(itertools.chain.from_iterable(lists))
-
-
-def mean(values: Sequence[float]) -> float:
-    """NaN where there is nothing to average, which is written as null."""
-    return math.fsum(values) / len(values) if values else math.nan
-
-
-def reward_metrics(groups: Sequence[Group], stages: Sequence[str]) -> dict[str, Any]:
-    """Metrics of all ranks' groups; the README's glossary says what each is."""
-    scored = [[row for row, ok in zip(g.scores_GK, g.valid_G, strict=True) if ok] for g in groups]
-    rewards = [
-        [r for r, ok in zip(g.rewards_G, g.valid_G, strict=False) if ok]
-        for g in groups
-        if g.rewards_G
-    ]
-    metrics: dict[str, Any] = {
-        "reward": mean(concatenate(rewards)),
-        "reward_std": mean([statistics.stdev(r) for r in rewards]),
-    }
-    for k, stage in enumerate(stages):
-        values = [row[k] for rows in scored for row in rows]
-        metrics[f"rewards/{stage}/mean"] = mean(values)
-        metrics[f"rewards/{stage}/std"] = statistics.stdev(values) if len(values) > 1 else math.nan
-        metrics[f"weights/{stage}"] = mean([g.weights_K[k] for g in groups if g.weights_K])
-        metrics[f"hoyer/{stage}"] = mean(
-            [hoyer([row[k] for row in rows]) for rows in scored if len(rows) > 1]
-        )
-    return metrics | {
-        "frac_reward_zero_std": sum(bool(g.rewards_G) and not g.advantages for g in groups)
-        / len(groups),
-        "num_skipped_groups": sum(not g.advantages for g in groups),
-        "num_invalid_videos": sum(not ok for g in groups for ok in g.valid_G),
-    }
-
-
-def judge_metrics(ranks: Sequence[tuple[dict[str, int], float]]) -> dict[str, Any]:
-    """Metrics of all ranks' judges: what they count, and the longest time that a rank's sampling
-    stood still for its judge.
-    """
-    counts: Counter[str] = Counter()
-    for of_rank, _ in ranks:
-        counts.update(of_rank)
-    return {f"judge/{name}": count for name, count in counts.items()} | {
-        "time/backpressure": max(s for _, s in ranks)
-    }
-
-
-def memory_metrics(device: torch.device) -> dict[str, float]:
-    """`memory/peak_gb`: the most that torch held on any rank's GPU since the last call, in 1e9
-    bytes as in `plan`; none on a CPU.
-    """
-    if device.type != "cuda":
-        return {}
-    peak = max(gather(torch.cuda.max_memory_allocated(device)))
-    torch.cuda.reset_peak_memory_stats(device)
-    return {"memory/peak_gb": peak / 1e9}
-
-
-def worst(drift: float) -> tuple[bool, float]:
-    """Sorting key that puts NaN above every number."""
-    return math.isnan(drift), drift
-
-
-def update_metrics(ranks: Sequence[UpdateStatistics]) -> dict[str, Any]:
-    """Metrics of one iteration's optimizer steps over all ranks. The drift is that of the first
-    step, before any weight has moved.
-    """
-    drift: dict[int, float] = {}
-    for stats in ranks:
-        for step, ratio in list(zip(stats.steps, stats.ratios, strict=True))[: stats.num_first]:
-            drift[step] = max(drift.get(step, 0.0), abs(ratio - 1.0), key=worst)
-    log_ratios = concatenate(s.log_ratios for s in ranks)
-    return {
-        "ratio_drift": max(drift.values(), default=math.nan, key=worst),
-        **{f"ratio_drift/step_{step:02d}": drift[step] for step in sorted(drift)},
-        "clip_ratio": mean(concatenate(s.clipped for s in ranks)),
-        "approx_kl": mean([0.5 * x * x for x in log_ratios]),
-        "kl": mean(concatenate(s.kl for s in ranks)),
-        "loss": mean(concatenate(s.losses for s in ranks)),
-        "grad_norm": mean(ranks[0].grad_norms),
-        "num_skipped_updates": sum(ranks[0].skipped),
-    }

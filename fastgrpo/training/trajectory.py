@@ -1,54 +1,42 @@
-"""What the stages of a step hand on: the trajectories of one rank's groups, and the one forward
-that rollout and update share.
-"""
+"""What the phases of a step hand on, and the one forward that rollout and update share."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
-from types import MappingProxyType
-from typing import Any
+from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
+from torch import Tensor
 
+from fastgrpo.algorithm.self_paced import GroupStatistics
 from fastgrpo.interfaces import Conditioning, Policy
-
-WITHOUT_ADAPTERS: Mapping[str, Tensor] = MappingProxyType({})
-"""For `using_weights`: the base model alone, its LoRA switched off."""
-
-
-def derive_seed(*words: int | str) -> int:
-    """A seed in [0, 2^63) for one purpose, from the run's seed and the purpose's name and counters.
-
-    Counter-based: what a draw gives depends on these words alone, never on what was drawn
-    before, on which rank, or after a resume.
-    """
-    digest = hashlib.blake2b(repr(words).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
 
 
 @dataclass
 class Rollout:
-    """P prompts of this rank with G videos each; video i belongs to prompt i // G. B = P G videos,
-    N steps.
+    """The trajectories of one rank: P prompts with G videos each, B = P G videos, N steps.
+
+    Video i (its `sample_index`) belongs to prompt i // G.
 
     Attributes:
-        prompts: P captions. num_generations: G. latent_shape: shape of one latent. conditioning,
-            unconditional: of the P prompts, and of the empty one (None without guidance).
-            sigmas: [N + 1] float64, 1 down to 0. timesteps: [N] float64, what the model sees. a,
-            b, std: [P, N] float64, the affine SDE step of each prompt (method.md, section 1);
-            std 0 is an ODE step. normalized: whether the log-probability has its Gaussian
-            normaliser (all samplers but cps). sde_window: which steps are stochastic
-            (`RolloutConfig`). trainable_steps: for each prompt the steps that may be trained.
-            noise_seeds, first_seeds: [B] int64, of the SDE's noise and of the first latent.
-            micro_batch_size: videos in one forward pass. decode: which latent becomes the video,
-            x0 or final. compute_dtype: of the forward. latents: [B, N + 1, *latent_shape] fp32,
-            every state as stored. log_probs: [B, N] fp32, NaN at an ODE step.
+        prompts: The P prompts.
+        num_generations: G.
+        latent_shape: Shape of one latent.
+        conditioning: Of the P prompts.
+        unconditional: Conditioning of the empty prompt; None without guidance.
+        guidance_scale: w in v = v_uncond + w (v_cond - v_uncond).
+        sigmas: [N + 1] float64, from 1 down to 0.
+        timesteps: [N] float64, the timestep that the model sees.
+        a, b, std: [P, N] float64, the affine SDE step of each prompt (docs/method.md, section 1);
+            std 0 is an ODE step.
+        normalized: Whether the log-probability has its Gaussian normaliser (all samplers but cps).
+        sde_window: Which steps are stochastic (`RolloutConfig`).
+        trainable_steps: The steps of each prompt that may be trained.
+        noise_seeds, first_seeds: [B] int64, seeds of the SDE's noise and of the first latent.
+        latents: [B, N + 1, *latent_shape] fp32, every state as it is stored.
+        log_probs: [B, N] fp32, NaN at an ODE step.
+        micro_batch_size: Videos in one forward pass.
+        decode: The latent that becomes the video, "x0" or "final".
+        compute_dtype: dtype of the forward pass.
     """
 
     prompts: list[str]
@@ -81,35 +69,71 @@ class Rollout:
     def num_steps(self) -> int:
         return len(self.sigmas) - 1
 
-    def coefficients(self, videos: Tensor, steps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(a, b, std), each [n] float64 on the latents' device, of n (video, step) pairs."""
-        prompts = videos // self.num_generations
+    def coefficients(self, sample_indices: Tensor, steps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(a, b, std) of n transitions: each [n] float64 on the latents' device.
+
+        Args:
+            sample_indices, steps: [n] int64 on the CPU.
+        """
+        prompts = sample_indices // self.num_generations
         return tuple(
             table[prompts, steps].to(self.latents.device) for table in (self.a, self.b, self.std)
         )  # type: ignore[return-value]
 
 
-def branch_velocities(
-    policy: Policy, rollout: Rollout, latents: Tensor, videos: Tensor, steps: Tensor
-) -> tuple[Tensor, Tensor | None]:
-    """Conditional and unconditional velocity [n, *latent_shape] of n (video, step) pairs at
-    `latents`.
+@dataclass
+class Group:
+    """One prompt's G videos after scoring; what follows the scores stays empty if it is skipped.
 
-    Rollout and update both call this, or `branch_velocity`, with the same n: the same kernels at
-    the same shapes give the same bits, so that the ratio of the first update is exactly 1. The
-    two branches run one after the other (sequential CFG).
+    Attributes:
+        scores_GK: K stage scores of each video.
+        valid_G: Which videos have a score.
+        statistics: Eqs. 7-8; None with fewer than two valid videos.
+        weights_K: Eq. 6.
+        rewards_G: Eq. 5; NaN for an invalid video.
+        advantages: Eq. 10, by index of the video in its group.
+        chosen: The videos to train on, in the order of training.
     """
-    conditional = branch_velocity(policy, rollout, latents, videos, steps, conditional=True)
+
+    scores_GK: list[list[float]]
+    valid_G: list[bool]
+    statistics: GroupStatistics | None
+    weights_K: tuple[float, ...] = ()
+    rewards_G: list[float] = field(default_factory=list)
+    advantages: dict[int, float] = field(default_factory=dict)
+    chosen: list[int] = field(default_factory=list)
+
+
+def branch_velocities(
+    policy: Policy, rollout: Rollout, latents: Tensor, sample_indices: Tensor, steps: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """The conditional and the unconditional velocity of n transitions.
+
+    Rollout and update both call this, or `branch_velocity`, with the same n. The same kernels at
+    the same shapes give the same bits, so the ratio before the first update is exactly 1. The two
+    branches run one after the other (sequential CFG).
+
+    Args:
+        policy: The generator.
+        rollout: The trajectories that the transitions belong to.
+        latents: [n, *latent_shape] fp32, the state before each transition.
+        sample_indices, steps: [n] int64 on the CPU.
+
+    Returns:
+        Two tensors [n, *latent_shape]; the second is None without guidance.
+    """
+    at = policy, rollout, latents, sample_indices, steps
+    conditional = branch_velocity(*at, conditional=True)
     if rollout.unconditional is None:
         return conditional, None
-    return conditional, branch_velocity(policy, rollout, latents, videos, steps, conditional=False)
+    return conditional, branch_velocity(*at, conditional=False)
 
 
 def branch_velocity(
     policy: Policy,
     rollout: Rollout,
     latents: Tensor,
-    videos: Tensor,
+    sample_indices: Tensor,
     steps: Tensor,
     *,
     conditional: bool,
@@ -118,60 +142,14 @@ def branch_velocity(
     device = latents.device
     timesteps = rollout.timesteps[steps].to(device, torch.float32)
     if conditional:
-        prompts = (videos // rollout.num_generations).to(device)
-        conditioning = {k: v[prompts] for k, v in rollout.conditioning.items()}
+        prompts = (sample_indices // rollout.num_generations).to(device)
+        conditioning = {name: rows[prompts] for name, rows in rollout.conditioning.items()}
     else:
         conditioning = {
-            k: v.expand(len(latents), *v.shape[1:])
-            for k, v in (rollout.unconditional or {}).items()
+            name: row.expand(len(latents), *row.shape[1:])
+            for name, row in (rollout.unconditional or {}).items()
         }
     bf16 = rollout.compute_dtype != torch.float32
-    # Without autocast's cache of cast weights: a forward that finds them there is not the one that
-    # backward recomputes.
+    # No cache of cast weights: with it, the forward that backward recomputes would not be this one.
     with torch.autocast(device.type, rollout.compute_dtype, enabled=bf16, cache_enabled=False):
         return policy.velocity(latents, timesteps, conditioning)
-
-
-@contextmanager
-def using_weights(policy: Policy, weights: Mapping[str, Tensor] | None) -> Iterator[None]:
-    """Let the policy's network have other weights for a while; None changes nothing,
-    WITHOUT_ADAPTERS switches its LoRA off.
-
-    weights: by the name of the parameter, placed and sharded like it; those not named stay. They
-    are exchanged in place, one after the other, so that in the meantime `weights` holds the
-    network's own: no second network has to fit. Autograd must not hold a graph of this network
-    that is yet to be back-propagated.
-    """
-    network: Any = policy.transformer
-    if weights is None:
-        yield
-    elif weights is WITHOUT_ADAPTERS:
-        network.disable_adapters()
-        try:
-            yield
-        finally:
-            network.enable_adapters()
-    else:
-        _exchange(network, weights)
-        try:
-            yield
-        finally:
-            _exchange(network, weights)
-
-
-@torch.no_grad()
-def _exchange(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    for module in network.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()  # what is still gathered is of the weights before
-    for name, parameter in network.named_parameters():
-        if name in weights:
-            own, other = local_part(parameter), local_part(weights[name])
-            kept = own.clone()
-            own.copy_(other)
-            other.copy_(kept)
-
-
-def local_part(tensor: Tensor) -> Tensor:
-    """What this rank holds of a tensor that may be sharded; it shares its memory."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

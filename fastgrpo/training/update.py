@@ -14,16 +14,12 @@ import torch
 from fastgrpo_kernels import branch_gradient, gaussian_kl, grpo_loss, guided_velocity
 from torch import Tensor, nn
 
+from fastgrpo.algorithm.seeds import derive_seed
 from fastgrpo.config import UpdateConfig
 from fastgrpo.distributed.collectives import average_gradients, clip_gradients, gather
 from fastgrpo.interfaces import Policy
-from fastgrpo.training.trajectory import (
-    Rollout,
-    branch_velocities,
-    branch_velocity,
-    derive_seed,
-    using_weights,
-)
+from fastgrpo.training.trajectory import Rollout, branch_velocities, branch_velocity
+from fastgrpo.training.weights import using_weights
 
 
 @dataclass(frozen=True)

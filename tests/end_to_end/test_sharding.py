@@ -29,8 +29,8 @@ from fastgrpo.distributed.sharding import (
     shards,
 )
 from fastgrpo.training import checkpoint
-from fastgrpo.training.step import Abandoned
-from fastgrpo.training.trajectory import using_weights
+from fastgrpo.training.step import RolloutInterrupted
+from fastgrpo.training.weights import copy_weights, using_weights
 
 MODULES = Path(__file__).resolve().parent / "modules"
 INPUTS = torch.ones(1, 4, 2, 4, 4), torch.tensor([937.0]), torch.ones(1, 3, 8)
@@ -43,7 +43,7 @@ from tiny_wan import *
 from fastgrpo.distributed import collectives
 from fastgrpo.training import checkpoint
 from fastgrpo.config import RuntimeConfig
-from fastgrpo.training.trajectory import using_weights
+from fastgrpo.training.weights import using_weights
 collectives.start(RuntimeConfig(device="cpu", timeout_minutes=1))
 folder, answer = pathlib.Path({folder!r}), {{}}
 {body}
@@ -158,7 +158,7 @@ def test_a_forward_frees_what_it_gathered_and_leaves_its_inputs_alone(trainer: A
 def test_other_weights_reach_a_network_that_is_gathered(trainer: Any) -> None:
     """What is gathered, in bf16, is forgotten; the fp32 shards are exchanged, without a bit lost."""
     one, other = (trainer(shard="full", dtype=torch.bfloat16, seed=seed) for seed in (0, 1))
-    network, weights = one.policy.transformer, other.copy_of_weights()
+    network, weights = one.policy.transformer, copy_weights(other.trained)
     with (
         torch.no_grad(),
         gathered(network, True),
@@ -169,7 +169,7 @@ def test_other_weights_reach_a_network_that_is_gathered(trainer: Any) -> None:
             assert torch.equal(network(*INPUTS).sample, expected)
         assert torch.equal(network(*INPUTS).sample, before)
     assert not torch.equal(before, expected)
-    for name, kept in other.copy_of_weights().items():
+    for name, kept in copy_weights(other.trained).items():
         assert torch.equal(weights[name], kept)
 
 
@@ -301,7 +301,7 @@ def test_leaving_a_rollout_changes_nothing(trainer: Any) -> None:
     for each in (one, other):
         each.step(1)
     before, asked = (digest(state_of(one)), one.state_dict()), []
-    with pytest.raises(Abandoned):
+    with pytest.raises(RolloutInterrupted):
         one.step(2, lambda: asked.append(None) or len(asked) == 3)
     assert (digest(state_of(one)), one.state_dict()) == before
     assert len(asked) == 3

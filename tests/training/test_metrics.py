@@ -1,25 +1,25 @@
-"""The metrics of a step by hand."""
+"""The metrics of a step by hand, and the stopwatch against a clock that is moved by hand."""
 
 from __future__ import annotations
 
 import math
 import statistics
+import time
 
 import pytest
 import torch
 
-import fastgrpo.training.step
 from fastgrpo.algorithm.self_paced import GroupStatistics
-from fastgrpo.training.step import (
-    Group,
-    concatenate,
+from fastgrpo.training.metrics import (
+    Stopwatch,
     judge_metrics,
     mean,
     memory_metrics,
     reward_metrics,
     update_metrics,
-    worst,
+    worst_ratio_drift,
 )
+from fastgrpo.training.trajectory import Group
 from fastgrpo.training.update import UpdateStatistics
 
 NAN = math.nan
@@ -113,29 +113,16 @@ def test_update_metrics_by_hand() -> None:
 
 @pytest.mark.parametrize("ratios", [[NAN, 1.5], [1.5, NAN]])
 def test_a_drift_that_is_nan_is_not_hidden_by_another(ratios: list[float]) -> None:
-    stats = UpdateStatistics(
-        steps=[2, 2],
-        ratios=ratios,
-        log_ratios=[0.0] * 2,
-        clipped=[False] * 2,
-        kl=[0.0] * 2,
-        num_first=2,
-    )
-    assert math.isnan(update_metrics([stats])["ratio_drift/step_02"])
+    for steps in ([2, 2], [2, 3]):
+        got = update_metrics([UpdateStatistics(steps=steps, ratios=ratios, num_first=2)])
+        assert math.isnan(got["ratio_drift"])
+        assert math.isnan(got[f"ratio_drift/step_{steps[ratios.index(NAN)]:02d}"])
 
 
-def test_a_drift_that_is_nan_is_the_worst_of_all_steps() -> None:
-    stats = UpdateStatistics(
-        steps=[2, 3, 4],
-        ratios=[1.0, NAN, 1.5],
-        log_ratios=[0.0] * 3,
-        clipped=[False] * 3,
-        kl=[0.0] * 3,
-        num_first=3,
-    )
-    assert math.isnan(update_metrics([stats])["ratio_drift"])
-    assert max([0.5, NAN, 2.0], key=worst) is NAN
-    assert max([0.5, 2.0, 0.0], key=worst) == 2.0
+def test_the_worst_drift() -> None:
+    assert worst_ratio_drift([0.5, NAN, 2.0]) is NAN
+    assert worst_ratio_drift([0.5, 2.0, 0.0]) == 2.0
+    assert math.isnan(worst_ratio_drift([]))
 
 
 def test_no_update_is_nan_and_none_skipped() -> None:
@@ -145,10 +132,9 @@ def test_no_update_is_nan_and_none_skipped() -> None:
     assert all(math.isnan(value) for value in got.values())
 
 
-def test_mean_and_concatenate() -> None:
+def test_mean() -> None:
     assert mean([0.1] * 10) == 0.1  # rounded once
     assert math.isnan(mean([]))
-    assert concatenate([[1], [], [2, 3]]) == [1, 2, 3]
 
 
 def test_what_the_judges_of_all_ranks_count() -> None:
@@ -175,6 +161,39 @@ def test_memory_is_of_the_rank_that_takes_most_and_begins_anew(
     reset = []
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3_000_000_000)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset.append)
-    monkeypatch.setattr(fastgrpo.training.step, "gather", lambda value: [value, 2 * value, 0])
+    monkeypatch.setattr("fastgrpo.training.metrics.gather", lambda value: [value, 2 * value, 0])
     assert memory_metrics(torch.device("cuda", 1)) == {"memory/peak_gb": 6.0}
     assert reset == [torch.device("cuda", 1)]
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    now = [100.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    return now
+
+
+def test_phases_add_up_and_the_rest_is_only_in_the_step(clock: list[float]) -> None:
+    watch = Stopwatch()
+    clock[0] += 0.5
+    for seconds in (1.0, 0.25):
+        with watch.phase("rollout"):
+            clock[0] += seconds
+    with watch.phase("update"):
+        clock[0] += 2.0
+        with watch.phase("reward"):
+            clock[0] += 4.0
+    clock[0] += 8.0
+    expected = {"time/rollout": 1.25, "time/reward": 4.0, "time/update": 6.0, "step_time": 15.75}
+    assert watch.metrics() == expected
+    assert watch.seconds["update"] == 6.0
+    assert Stopwatch().metrics() == {"step_time": 0.0}
+
+
+def test_real_time_passes_and_an_error_goes_through() -> None:
+    watch = Stopwatch()
+    with watch.phase("sleep"):
+        time.sleep(0.02)
+    assert 0.02 <= watch.metrics()["time/sleep"] <= watch.metrics()["step_time"] < 10
+    with pytest.raises(KeyError, match="inside"), watch.phase("update"):
+        raise KeyError("inside")

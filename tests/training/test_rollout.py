@@ -197,7 +197,7 @@ def test_every_state_is_written_without_a_gradient(tiny_policy: Any) -> None:
 
 def test_samples_name_their_videos_and_captions(tiny_policy: Any) -> None:
     _, samples = sampled(tiny_policy(), ["a", "b"], config(micro_batch_size=4))
-    assert [s.videos for s in samples] == [[0, 1, 2, 3], [4, 5]]
+    assert [s.sample_indices for s in samples] == [[0, 1, 2, 3], [4, 5]]
     assert [s.prompts for s in samples] == [["a", "a", "a", "b"], ["b", "b"]]
     assert [s.latents.shape for s in samples] == [(4, 3, 2, 2, 2), (2, 3, 2, 2, 2)]
 

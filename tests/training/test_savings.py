@@ -22,12 +22,8 @@ from fastgrpo.config import RolloutConfig, UpdateConfig
 from fastgrpo.policies.pretrained import LoRA
 from fastgrpo.policies.wan import WanPolicy
 from fastgrpo.training.rollout import sample_groups, start_rollout
-from fastgrpo.training.trajectory import (
-    WITHOUT_ADAPTERS,
-    Rollout,
-    branch_velocities,
-    branch_velocity,
-)
+from fastgrpo.training.trajectory import Rollout, branch_velocities, branch_velocity
+from fastgrpo.training.weights import WITHOUT_ADAPTERS
 from fastgrpo.training.update import (
     MicroBatch,
     Pair,

@@ -371,13 +371,13 @@ def test_ema_is_taken_after_each_optimizer_step(
 ) -> None:
     trainer = make(update={"ema_decay": 0.75})
     seen, expected = [], weights(trainer)  # the average starts at the base weights
-    average = trainer.average_weights
+    average = trainer.update_ema
 
     def watched() -> None:
         average()
         seen.append(weights(trainer))
 
-    monkeypatch.setattr(trainer, "average_weights", watched)
+    monkeypatch.setattr(trainer, "update_ema", watched)
     for iteration in (1, 2):
         trainer.step(iteration)
     assert len(seen) == 4

@@ -157,7 +157,7 @@ def assert_same_gradients(got: Sequence[Tensor], expected: Sequence[Tensor]) -> 
 
 
 def all_pairs(rollout: Rollout, videos: Sequence[int], cfg: UpdateConfig) -> list[tuple[int, int]]:
-    from fastgrpo.training.trajectory import derive_seed
+    from fastgrpo.algorithm.seeds import derive_seed
 
     seeds = [derive_seed("trained steps", int(rollout.noise_seeds[v])) for v in videos]
     return [
