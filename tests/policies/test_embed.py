@@ -1,10 +1,9 @@
-"""Filling the text-embedding cache in earnest: killed anywhere, beside another job, on two ranks,
-by the command, with a real encoder.
+"""Filling the text-embedding cache: killed anywhere, beside another job, on two ranks, with a real
+encoder, by the command.
 """
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import signal
@@ -25,40 +24,27 @@ from fastgrpo.policies import text_cache
 from fastgrpo.policies.text_cache import TextCache, embed_missing, fingerprint
 
 IDENTITY = {"encoder": "tiny"}
-PROMPTS = [f"caption {i}" for i in range(20)]
+PROMPTS = [f"prompt {i}" for i in range(20)]
 
 
 def encode(prompt: str) -> dict[str, Tensor]:
-    """A length, and numbers, that are the prompt's own."""
+    """A tensor whose length and numbers follow from the prompt."""
     number = int(prompt.split()[-1])
     return {"prompt_embeds": torch.full((1 + number % 5, 8), number, dtype=torch.bfloat16)}
 
 
-class Counting:
-    """`encode` that notes what it was asked for."""
-
-    def __init__(self) -> None:
-        self.asked: list[str] = []
-
-    def __call__(self, prompt: str) -> dict[str, Tensor]:
-        self.asked.append(prompt)
-        return encode(prompt)
-
-
 def assert_holds(cache: TextCache, prompts: list[str]) -> None:
     assert cache.missing(prompts) == []
-    assert all(
-        torch.equal(cache.get(p)["prompt_embeds"], encode(p)["prompt_embeds"]) for p in prompts
-    )
+    for prompt in prompts:
+        assert torch.equal(cache.get(prompt)["prompt_embeds"], encode(prompt)["prompt_embeds"])
 
 
-# --- killed, and in company
-# -------------------------------------------------------------------------------------------
+# Killed, and beside another job
 
 
 def killed_at(point: str, folder: Path) -> None:
-    """Embed PROMPTS, five a shard, and die by SIGKILL in the second shard's encoding, writing,
-    renaming, or before the index.
+    """Embed PROMPTS, five per shard, and die by SIGKILL in the second shard's encoding, writing or
+    renaming, or after the last one.
     """
     replace, save, calls = os.replace, save_file, {"encode": 0, "save": 0, "replace": 0}
 
@@ -81,79 +67,74 @@ def killed_at(point: str, folder: Path) -> None:
         count("replace", 2)
         replace(old, new)
 
-    text_cache.save_file, os.replace = save_half, replace_file
-    TextCache.write_index = lambda self: os.kill(os.getpid(), signal.SIGKILL)
-    embed_missing(TextCache(folder, IDENTITY), PROMPTS, encode_one, shard_prompts=5)
+    text_cache.save_file, os.replace, text_cache.SHARD_PROMPTS = save_half, replace_file, 5
+    embed_missing(TextCache(folder, IDENTITY), PROMPTS, encode_one)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 @pytest.mark.parametrize(
-    ("point", "left"), [("encode", 15), ("save", 15), ("replace", 15), ("index", 0)]
+    ("point", "left"), [("encode", 15), ("save", 15), ("replace", 15), ("end", 0)]
 )
 def test_after_a_kill_it_goes_on_where_it_was(tmp_path: Path, point: str, left: int) -> None:
     process = multiprocessing.get_context("fork").Process(target=killed_at, args=(point, tmp_path))
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL
-    cache, encoder = TextCache(tmp_path, IDENTITY), Counting()
+    cache, asked = TextCache(tmp_path, IDENTITY), list[str]()
     hidden = list(cache.folder.glob(".*"))
     assert len(hidden) == (point in ("save", "replace"))
-    for path in hidden:  # not taken away while its writer might live
-        embed_missing(cache, PROMPTS[:1], encoder)
+    for path in hidden:  # not removed while its writer might live
+        embed_missing(cache, PROMPTS[:1], encode)
         assert path.exists()
         os.utime(path, (time.time() - 7200,) * 2)
-    assert embed_missing(cache, PROMPTS, encoder) == len(encoder.asked) == left
+
+    def encode_one(prompt: str) -> dict[str, Tensor]:
+        asked.append(prompt)
+        return encode(prompt)
+
+    assert embed_missing(cache, PROMPTS, encode_one) == len(asked) == left
     assert_holds(TextCache(tmp_path, IDENTITY), PROMPTS)
     assert not list(cache.folder.glob(".*"))
-    assert json.loads((cache.folder / "index.json").read_text())["prompt_count"] == 20
 
 
 def embed_with_bits_of_its_own(folder: Path, value: float) -> None:
+    text_cache.SHARD_PROMPTS = 3
     for part in range(4):
-        prompts = [f"caption {i}" for i in range(60 * (part + 1))]
-        embed_missing(
-            TextCache(folder, IDENTITY),
-            prompts,
-            lambda _: {"x": torch.full((64,), value)},
-            shard_prompts=3,
-        )
+        prompts = [f"prompt {i}" for i in range(60 * (part + 1))]
+        cache = TextCache(folder, IDENTITY)
+        embed_missing(cache, prompts, lambda _: {"x": torch.full((64,), value)})
 
 
 def test_two_jobs_at_once_leave_a_whole_cache(tmp_path: Path) -> None:
-    """Both make the same prompts, with bits that differ as two kinds of GPU would give them: each
-    embedding is one of the two, whole.
+    """Both make the same prompts with other bits, as two kinds of GPU would: each embedding is one
+    of the two, whole, and stays the one it is.
     """
     fork = multiprocessing.get_context("fork")
-    jobs = [
-        fork.Process(target=embed_with_bits_of_its_own, args=(tmp_path, value))
-        for value in (1.0, 2.0)
-    ]
+    jobs = [fork.Process(target=embed_with_bits_of_its_own, args=(tmp_path, x)) for x in (1.0, 2.0)]
     for job in jobs:
         job.start()
     for job in jobs:
         job.join()
     assert [job.exitcode for job in jobs] == [0, 0]
     cache, again = TextCache(tmp_path, IDENTITY), TextCache(tmp_path, IDENTITY)
-    prompts = [f"caption {i}" for i in range(240)]
+    prompts = [f"prompt {i}" for i in range(240)]
     assert cache.missing(prompts) == []
     values = {p: cache.get(p)["x"] for p in prompts}
-    assert all(
-        x.shape == (64,) and bool((x == x[0]).all()) and x[0] in (1, 2) for x in values.values()
-    )
-    embed_missing(again, [*prompts, "caption 240"], encode)
-    assert all(
-        torch.equal(again.get(p)["x"], x) for p, x in values.items()
-    )  # and stays the one it was
+    for x in values.values():
+        assert x.tolist() in ([1.0] * 64, [2.0] * 64)
+    embed_missing(again, [*prompts, "prompt 240"], encode)
+    assert all(torch.equal(again.get(p)["x"], x) for p, x in values.items())
     assert not list(cache.folder.glob(".*"))
 
 
 RANKS = """
-    import json, sys, torch
+    import json, torch
     from pathlib import Path
     from fastgrpo.distributed import collectives
     from fastgrpo.config import RuntimeConfig
     from fastgrpo.policies.text_cache import TextCache, embed_missing
     folder, rank = Path({folder!r}), collectives.rank()
-    prompts, asked = [f"caption {{i}}" for i in range(40)], []
+    prompts, asked = [f"prompt {{i}}" for i in range(40)], []
     def encode(prompt):
         asked.append(prompt)
         return {{"x": torch.tensor([float(prompt.split()[1]), rank])}}
@@ -164,8 +145,9 @@ RANKS = """
     cache = TextCache(folder / "together", {{}})
     asked.clear()
     embed_missing(cache, prompts[:30], encode)
-    embed_missing(cache, prompts, encode, shard_prompts=2)
+    embed_missing(cache, prompts, encode)
     seen = [cache.get(p)["x"].tolist() for p in prompts]
+    together_asked = list(asked)
     collectives.gather(None)
     alone.refresh()
     try:
@@ -174,7 +156,7 @@ RANKS = """
     except ValueError as error:
         refused = str(error)
     collectives.stop()
-    print(json.dumps([alone_asked, len(alone.missing(prompts)), asked[:len(alone_asked)], seen, refused, len(cache)]))
+    print(json.dumps([alone_asked, alone.missing(prompts), together_asked, seen, refused]))
 """
 
 
@@ -182,25 +164,20 @@ def test_ranks_share_the_work_and_all_see_all_of_it(
     run_ranks: Callable[..., list[Any]], tmp_path: Path
 ) -> None:
     results = run_ranks(textwrap.dedent(RANKS).format(folder=str(tmp_path)))
-    prompts = [f"caption {i}" for i in range(40)]
-    shares = [set(alone) for alone, *_ in results]
+    prompts = [f"prompt {i}" for i in range(40)]
+    shares = [set(alone_asked) for alone_asked, *_ in results]
     assert shares[0] | shares[1] == set(prompts)
     assert not shares[0] & shares[1]
     assert min(map(len, shares)) > 10
-    for rank, (_, missing, asked, seen, refused, count) in enumerate(results):
-        assert missing == 0
-        assert (
-            set(asked) == shares[rank]
-        )  # in company as before `collectives.start`, and nothing twice
-        assert count == 40
+    for rank, (_, missing, together_asked, seen, refused) in enumerate(results):
+        assert missing == []
+        # The same shares before and after `collectives.start`, and nothing twice.
+        assert sorted(together_asked) == sorted(shares[rank])
         assert seen == [[i, float(p in shares[1])] for i, p in enumerate(prompts)]
         assert "expected a folder on a file system that all nodes share" in refused
-    cache = TextCache(tmp_path / "together", {})
-    assert json.loads((cache.folder / "index.json").read_text())["prompt_count"] == 40
 
 
-# --- a real encoder, and the command
-# ----------------------------------------------------------------------------------
+# A real encoder, and the command
 
 
 def test_a_real_text_encoder(wan_folder: Path, tmp_path: Path) -> None:
@@ -214,7 +191,7 @@ def test_a_real_text_encoder(wan_folder: Path, tmp_path: Path) -> None:
         "encoder": fingerprint(wan_folder / "text_encoder"),
         "tokenizer": fingerprint(wan_folder / "tokenizer"),
     }
-    captions = ["a red square", "", "two dogs run along a very long beach"]
+    prompts = ["a red square", "", "two dogs run along a very long beach"]
 
     def encode_one(prompt: str) -> dict[str, Tensor]:
         embeddings, _ = pipe.encode_prompt(
@@ -229,18 +206,18 @@ def test_a_real_text_encoder(wan_folder: Path, tmp_path: Path) -> None:
 
     cache = TextCache(tmp_path, identity)
     with torch.no_grad():
-        embed_missing(cache, captions, encode_one)
+        embed_missing(cache, prompts, encode_one)
         expected = {
             c: pipe.encode_prompt(c, do_classifier_free_guidance=False, max_sequence_length=24)[0][
                 0
             ]
-            for c in captions
+            for c in prompts
         }
     cache = TextCache(tmp_path, identity)
-    for caption, whole in expected.items():
-        embeddings = cache.get(caption)["prompt_embeds"]
+    for prompt, whole in expected.items():
+        embeddings = cache.get(prompt)["prompt_embeds"]
         assert len(embeddings) == min(
-            len(caption), 24
+            len(prompt), 24
         )  # this tokenizer makes a token of a byte, and adds none
         assert torch.equal(
             torch.cat([embeddings, embeddings.new_zeros(24 - len(embeddings), 32)]), whole
@@ -262,16 +239,16 @@ COMMAND_PARTS = """
 """
 
 
-def test_the_command_embeds_the_captions_of_a_recipe(
+def test_the_command_embeds_the_prompts_of_a_recipe(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    captions = [
+    prompts = [
         f"a {color} {shape} moving left"
         for color in ("red", "green", "blue")
         for shape in ("square", "cross", "triangle")
     ]
     (tmp_path / "embedding_parts.py").write_text(textwrap.dedent(COMMAND_PARTS))
-    (tmp_path / "train.txt").write_text("\n".join(captions) + "\n")
+    (tmp_path / "train.txt").write_text("\n".join(prompts) + "\n")
     (tmp_path / "validation.jsonl").write_text(
         '{"prompt": "a red cross moving left"}\n{"prompt": "a red cross moving up"}\n'
     )
@@ -299,10 +276,10 @@ def test_the_command_embeds_the_captions_of_a_recipe(
 
     said = embed("train.txt", "--prompts.validation", "validation.jsonl")
     cache = TextCache(tmp_path / "text", {"encoder": "tiny"})
-    assert cache.missing([*captions, "a red cross moving up"]) == []
+    assert cache.missing([*prompts, "a red cross moving up"]) == []
     assert f"0 of 10 prompts are in text/{cache.folder.name}, 10 to make" in said
     assert f"10 prompts ready in text/{cache.folder.name}, 10 of them new, 0.0" in said
-    assert "EmbeddingPolicy has what it needs for 9 training and 2 validation captions" in said
+    assert "EmbeddingPolicy has what it needs for 9 training and 2 validation prompts" in said
     assert f"9 prompts ready in text/{cache.folder.name}, 0 of them new" in embed("train.txt")
     with pytest.raises(SystemExit) as stop:
         embed("bad.jsonl")

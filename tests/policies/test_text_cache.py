@@ -1,5 +1,5 @@
-"""The text-embedding cache: what goes in comes out, what is missing is made and said, what is
-damaged is named. Kills: test_embed.py.
+"""The text-embedding cache: what goes in comes out, what is missing is made, what is damaged is
+named. Kills and ranks: test_embed.py.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from fastgrpo.policies import text_cache
 from fastgrpo.policies.text_cache import COMMAND, TextCache, embed_missing, fingerprint, prompt_key
 
 IDENTITY = {"encoder": "tiny", "max_sequence_length": "16", "dtype": "bfloat16"}
-PROMPTS = [f"caption {i}" for i in range(20)]
+PROMPTS = [f"prompt {i}" for i in range(20)]
 
 
 def encode(prompt: str) -> dict[str, Tensor]:
-    """A length, and numbers, that are the prompt's own."""
+    """Tensors whose length and numbers follow from the prompt."""
     seed = int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:4], "little")
     draw = torch.Generator().manual_seed(seed)
     length = 1 + seed % 16
@@ -36,23 +36,12 @@ def encode(prompt: str) -> dict[str, Tensor]:
     }
 
 
-class Counting:
-    """`encode` that notes what it was asked for."""
-
-    def __init__(self) -> None:
-        self.asked: list[str] = []
-
-    def __call__(self, prompt: str) -> dict[str, Tensor]:
-        self.asked.append(prompt)
-        return encode(prompt)
-
-
-def assert_same(there: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert list(there) == list(expected)
+def assert_same(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert list(got) == list(expected)
     for name, tensor in expected.items():
-        assert there[name].dtype == tensor.dtype
-        assert there[name].shape == tensor.shape
-        assert torch.equal(there[name], tensor)
+        assert got[name].dtype == tensor.dtype
+        assert got[name].shape == tensor.shape
+        assert torch.equal(got[name], tensor)
 
 
 def assert_holds(cache: TextCache, prompts: list[str]) -> None:
@@ -62,24 +51,24 @@ def assert_holds(cache: TextCache, prompts: list[str]) -> None:
 
 
 def shards(cache: TextCache) -> list[Path]:
-    return sorted(cache.folder.glob("shard-*.safetensors"))
+    return sorted(cache.folder.glob("*.safetensors"))
 
 
 @pytest.fixture
 def cache(tmp_path: Path) -> TextCache:
-    return TextCache(tmp_path / "text", IDENTITY)
+    return TextCache(tmp_path, IDENTITY)
 
 
 @pytest.fixture
-def filled(cache: TextCache) -> TextCache:
+def filled(cache: TextCache, monkeypatch: pytest.MonkeyPatch) -> TextCache:
     """20 prompts in four shards."""
-    embed_missing(cache, PROMPTS, encode, shard_prompts=5)
+    monkeypatch.setattr(text_cache, "SHARD_PROMPTS", 5)
+    embed_missing(cache, PROMPTS, encode)
     assert len(shards(cache)) == 4
     return cache
 
 
-# --- what goes in comes out
-# -------------------------------------------------------------------------------------------
+# What goes in comes out
 
 
 def test_every_dtype_and_shape_comes_back_as_it_went_in(cache: TextCache, tmp_path: Path) -> None:
@@ -90,27 +79,20 @@ def test_every_dtype_and_shape_comes_back_as_it_went_in(cache: TextCache, tmp_pa
         "mask": torch.tensor([True, False]),
         "ids": torch.arange(5),
         "number": torch.tensor(0.5),
-        "nothing": torch.zeros(0, 8),
-        "turned": torch.randn(3, 4).T,
-        "asks for a gradient": torch.randn(2, requires_grad=True),
+        "empty": torch.zeros(0, 8),
+        "transposed": torch.randn(3, 4).T,
+        "with gradient": torch.randn(2, requires_grad=True),
     }
-    odd = ["", "a\nb", "café \U0001f3a5", "x" * 5000, "\ud800"]
-    assert embed_missing(cache, odd, lambda _: tensors) == 5
-    for c in (cache, TextCache(tmp_path / "text", IDENTITY)):
-        assert (len(c), c.missing(odd)) == (5, [])
-        for prompt in odd:
+    prompts = ["", "a\nb", "café \U0001f3a5", "x" * 5000, "\ud800"]
+    assert embed_missing(cache, prompts, lambda _: tensors) == 5
+    for c in (cache, TextCache(tmp_path, IDENTITY)):
+        assert (len(c), c.missing(prompts)) == (5, [])
+        for prompt in prompts:
             assert_same(c.get(prompt), {name: t.detach() for name, t in tensors.items()})
-    assert (
-        cache.nbytes == sum(p.stat().st_size for p in shards(cache)) < padded.nbytes + 10_000
-    )  # the padding is not stored
-    assert {oct(p.stat().st_mode & 0o777) for p in cache.folder.iterdir()} == {
-        oct(0o666 & ~current_umask())
-    }
-
-
-def current_umask() -> int:
+    (shard,) = shards(cache)
+    assert shard.stat().st_size < padded.nbytes + 10_000  # the padding is not stored
     os.umask(umask := os.umask(0))
-    return umask
+    assert shard.stat().st_mode & 0o777 == 0o666 & ~umask
 
 
 def test_a_caller_may_change_what_it_got(filled: TextCache) -> None:
@@ -118,24 +100,17 @@ def test_a_caller_may_change_what_it_got(filled: TextCache) -> None:
     assert_same(filled.get(PROMPTS[0]), encode(PROMPTS[0]))
 
 
-def test_what_is_on_disk(filled: TextCache) -> None:
-    """Any reader of safetensors finds a prompt by its hash; the index counts the prompts and says
-    whose they are.
-    """
-    assert prompt_key("caption 3") == hashlib.sha256(b"caption 3").hexdigest()[:32]
+def test_any_reader_of_safetensors_finds_a_prompt_by_its_hash(filled: TextCache) -> None:
+    assert prompt_key("prompt 3") == hashlib.sha256(b"prompt 3").hexdigest()[:32]
     stored = {}
     for path in shards(filled):
         with safe_open(path, framework="pt") as file:
             stored |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             assert json.loads(file.metadata()["identity"]) == IDENTITY
     assert len(stored) == 2 * len(PROMPTS)
-    assert torch.equal(
-        stored[f"{prompt_key('caption 3')}/prompt_embeds"], encode("caption 3")["prompt_embeds"]
-    )
-    index = json.loads((filled.folder / "index.json").read_text())
-    assert (index["identity"], index["prompt_count"]) == (IDENTITY, 20)
-    assert index["shards"].keys() == {p.name for p in shards(filled)}
-    assert not list(filled.folder.glob(".*"))
+    expected = encode("prompt 3")["prompt_embeds"]
+    assert torch.equal(stored[f"{prompt_key('prompt 3')}/prompt_embeds"], expected)
+    assert set(filled.folder.iterdir()) == set(shards(filled))
 
 
 def test_missing_keeps_the_order_and_names_each_once(filled: TextCache) -> None:
@@ -145,8 +120,8 @@ def test_missing_keeps_the_order_and_names_each_once(filled: TextCache) -> None:
 def test_a_prompt_without_embedding_is_refused_with_the_command_that_makes_it(
     filled: TextCache,
 ) -> None:
-    with pytest.raises(ValueError, match="'a new caption'") as caught:
-        filled.get("a new caption")
+    with pytest.raises(ValueError, match="'a new prompt'") as caught:
+        filled.get("a new prompt")
     assert COMMAND in str(caught.value)
     with pytest.raises(ValueError, match="wordy") as caught:
         filled.get("wordy " * 1000)
@@ -156,112 +131,102 @@ def test_a_prompt_without_embedding_is_refused_with_the_command_that_makes_it(
 def test_what_another_process_has_made_meanwhile_is_found(
     filled: TextCache, tmp_path: Path
 ) -> None:
-    embed_missing(TextCache(tmp_path / "text", IDENTITY), ["later"], encode)
+    embed_missing(TextCache(tmp_path, IDENTITY), ["later"], encode)
     assert_same(filled.get("later"), encode("later"))
 
 
-# --- what is made, and what is said
-# -----------------------------------------------------------------------------------
+# What is made
 
 
 def test_only_what_is_missing_is_made(
     cache: TextCache, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    encoder = Counting()
-    assert embed_missing(cache, [*PROMPTS[:12], *PROMPTS[:5]], encoder) == 12
-    assert encoder.asked == PROMPTS[:12]
+    asked: list[str] = []
+
+    def encode_one(prompt: str) -> dict[str, Tensor]:
+        asked.append(prompt)
+        return encode(prompt)
+
+    assert embed_missing(cache, [*PROMPTS[:12], *PROMPTS[:5]], encode_one) == 12
+    assert asked == PROMPTS[:12]
     assert f"0 of 12 prompts are in {cache.folder}, 12 to make\n" in capsys.readouterr().out
-    again = TextCache(tmp_path / "text", IDENTITY)
-    assert embed_missing(again, PROMPTS[:12], encoder) == 0
-    assert capsys.readouterr().out.startswith(
-        f"text embeddings: 12 prompts ready in {cache.folder}, 0 of them new, 0.0"
-    )
+    again = TextCache(tmp_path, IDENTITY)
+    assert embed_missing(again, PROMPTS[:12], encode_one) == 0
     assert (
-        embed_missing(again, PROMPTS[8:15], encoder) == 3
-    )  # another list: what it lacks is made, what it does not name stays
-    said = capsys.readouterr().out
-    assert "4 of 7 prompts" in said
-    assert "3 to make; 8 of prompts that are not in this list stay" in said
-    assert encoder.asked == PROMPTS[:15]
-    assert_holds(TextCache(tmp_path / "text", IDENTITY), PROMPTS[:15])
+        capsys.readouterr().out
+        == f"text embeddings: 12 prompts ready in {cache.folder}, 0 of them new\n"
+    )
+    # Another list: what it lacks is made, what it does not name stays.
+    assert embed_missing(again, PROMPTS[8:15], encode_one) == 3
+    assert "4 of 7 prompts" in capsys.readouterr().out
+    assert asked == PROMPTS[:15]
+    assert_holds(TextCache(tmp_path, IDENTITY), PROMPTS[:15])
 
 
-def test_another_identity_is_another_cache_and_the_difference_is_said(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for identity in (IDENTITY, IDENTITY | {"encoder": "large", "dtype": "float32"}):
-        embed_missing(TextCache(tmp_path, identity), PROMPTS, encode)
-    capsys.readouterr()
+def test_another_identity_is_another_cache(filled: TextCache, tmp_path: Path) -> None:
     other = TextCache(tmp_path, IDENTITY | {"dtype": "float32"})
     assert other.missing(PROMPTS) == PROMPTS
     embed_missing(other, PROMPTS[:2], encode)
-    first = TextCache(
-        tmp_path, dict(reversed(IDENTITY.items()))
-    )  # the order of the keys is none of its business
-    assert (
-        f"note: the embeddings in {first.folder} do not serve: dtype: expected 'float32', found 'bfloat16'\n"
-        in capsys.readouterr().out
-    )
-    assert_holds(first, PROMPTS)
-    assert (len(first), len(other)) == (20, 2)
+    same = TextCache(tmp_path, dict(reversed(IDENTITY.items())))  # the order of keys is irrelevant
+    assert_holds(same, PROMPTS)
+    assert (len(same), len(other)) == (20, 2)
 
 
 @pytest.mark.parametrize(
-    ("limits", "sizes"),
+    ("limit", "value", "sizes"),
     [
-        ({}, [20]),
-        ({"shard_prompts": 8}, [4, 8, 8]),
-        ({"shard_bytes": 1}, [1] * 20),
-        ({"least_seconds": 5.5}, [2, 6, 6, 6]),
+        ("SHARD_PROMPTS", 2048, [20]),
+        ("SHARD_PROMPTS", 8, [8, 8, 4]),
+        ("SHARD_BYTES", 1, [1] * 20),
+        ("SHARD_SECONDS", 5.5, [6, 6, 6, 2]),
     ],
 )
 def test_a_shard_ends_by_count_by_size_or_by_time(
-    cache: TextCache, monkeypatch: pytest.MonkeyPatch, limits: dict[str, Any], sizes: list[int]
+    cache: TextCache, monkeypatch: pytest.MonkeyPatch, limit: str, value: float, sizes: list[int]
 ) -> None:
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(text_cache, limit, value)
 
-    def slowly(prompt: str) -> dict[str, Tensor]:
+    def one_second_each(prompt: str) -> dict[str, Tensor]:
         now[0] += 1
         return encode(prompt)
 
-    embed_missing(cache, PROMPTS, slowly, **limits)
-    index = json.loads((cache.folder / "index.json").read_text())
-    assert sorted(len(shard["prompts"]) for shard in index["shards"].values()) == sizes
+    embed_missing(cache, PROMPTS, one_second_each)
+    headers = [cache._read_header(path) for path in shards(cache)]
+    assert [len(header) for header in headers] == sizes
     assert_holds(cache, PROMPTS)
 
 
 def test_shards_grow_with_the_time_spent(cache: TextCache, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A slow encoder must not leave a shard for every minute: 200 hours at a prompt a minute come
-    to about 100.
-    """
+    """200 hours at one prompt per minute come to about 100 shards, not to 12,000."""
     now, written = [0.0], []
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(TextCache, "write_shard", lambda self, shard: written.append(len(shard)))
+    monkeypatch.setattr(text_cache, "SHARD_PROMPTS", 10**9)
+    monkeypatch.setattr(TextCache, "write", lambda self, shard: written.append(len(shard)))
 
-    def slowly(prompt: str) -> dict[str, Tensor]:
+    def one_minute_each(prompt: str) -> dict[str, Tensor]:
         now[0] += 60
         return {"x": torch.zeros(1)}
 
-    embed_missing(cache, [str(i) for i in range(12_000)], slowly, shard_prompts=10**9)
+    embed_missing(cache, [str(i) for i in range(12_000)], one_minute_each)
     assert sum(written) == 12_000
     assert 60 < len(written) < 160
     assert max(written) < 12_000 / 19
 
 
 @pytest.mark.parametrize(
-    ("result", "words"),
+    ("result", "got"),
     [
         ({}, "no tensor"),
-        ({"good": torch.ones(2), "bad": torch.tensor([1.0, float("nan")])}, "not finite in 'bad'"),
+        ({"good": torch.ones(2), "bad": torch.tensor([1.0, float("nan")])}, r"\['bad'\]"),
     ],
 )
-def test_an_encoder_that_gives_nonsense_is_refused_and_what_was_made_stays(
-    cache: TextCache, result: Any, words: str
+def test_an_encoder_without_finite_output_is_refused_and_what_was_made_stays(
+    cache: TextCache, result: Any, got: str
 ) -> None:
-    with pytest.raises(ValueError, match=words) as caught:
+    with pytest.raises(ValueError, match=f"'prompt 7': expected tensors of finite .* got .*{got}"):
         embed_missing(cache, PROMPTS, lambda p: result if p == PROMPTS[7] else encode(p))
-    assert repr(PROMPTS[7]) in str(caught.value)
     cache.refresh()
     assert_holds(cache, PROMPTS[:7])
     assert len(cache) == 7
@@ -274,119 +239,67 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     assert str(tmp_path / "text") in str(caught.value)
 
 
-# --- index and damage
-# -------------------------------------------------------------------------------------------------
+# Damage
 
 
-def forget_a_shard(index: Path) -> None:
-    content = json.loads(index.read_text())
-    content["shards"].pop(next(iter(content["shards"])))
-    index.write_text(json.dumps(content))
+def test_a_shard_that_was_deleted_is_made_again(filled: TextCache, tmp_path: Path) -> None:
+    shards(filled)[1].unlink()
+    again = TextCache(tmp_path, IDENTITY)
+    assert again.missing(PROMPTS) == PROMPTS[5:10]
+    embed_missing(again, PROMPTS, encode)
+    assert_holds(TextCache(tmp_path, IDENTITY), PROMPTS)
 
 
-@pytest.mark.parametrize(
-    ("spoil", "said"),
-    [
-        (Path.unlink, ""),
-        (forget_a_shard, ""),
-        (lambda index: index.write_text('{"identity": {"encoder"'), "unreadable"),
-        (lambda index: index.write_text("[1, 2]"), "unreadable"),
-        (
-            lambda index: index.write_text(
-                json.dumps({"identity": IDENTITY, "shards": {"shard-0": {"bytes": 3}}})
-            ),
-            "unreadable",
-        ),
-    ],
-    ids=["gone", "lacks a shard", "cut short", "no object", "incomplete"],
-)
-def test_the_index_is_made_again_from_the_shards(
-    filled: TextCache,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    spoil: Callable[[Path], object],
-    said: str,
-) -> None:
-    index = filled.folder / "index.json"
-    before = json.loads(index.read_text())
-    spoil(index)
-    capsys.readouterr()
-    again = TextCache(tmp_path / "text", IDENTITY)
-    assert_holds(again, PROMPTS)
-    assert said in capsys.readouterr().out
-    embed_missing(again, PROMPTS, Counting())
-    after = json.loads(index.read_text())
-    assert after["shards"] == before["shards"]
-    assert after["prompt_count"] == 20
-
-
-def test_a_shard_that_was_deleted_is_made_again(
-    filled: TextCache, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    gone = shards(filled)[1]
-    gone.unlink()
-    again, encoder = TextCache(tmp_path / "text", IDENTITY), Counting()
-    assert gone.name in capsys.readouterr().out
-    assert embed_missing(again, PROMPTS, encoder) == len(encoder.asked) == 5
-    assert_holds(again, PROMPTS)
-    assert gone.exists()  # the same content, so the same name
-    capsys.readouterr()
-    assert_holds(TextCache(tmp_path / "text", IDENTITY), PROMPTS)
-    assert capsys.readouterr().out == ""
-
-
-@pytest.mark.parametrize("indexed", [True, False])
-@pytest.mark.parametrize("kept", [0, 5, 700, -1])
+@pytest.mark.parametrize("kept_bytes", [0, 5, 700, -1])
 def test_a_shard_cut_short_is_named_at_once(
-    filled: TextCache, tmp_path: Path, kept: int, indexed: bool
+    filled: TextCache, tmp_path: Path, kept_bytes: int
 ) -> None:
     path = shards(filled)[2]
-    path.write_bytes(path.read_bytes()[:kept])
-    if not indexed:
-        (filled.folder / "index.json").unlink()
+    path.write_bytes(path.read_bytes()[:kept_bytes])
     with pytest.raises(ValueError, match="cannot be read") as caught:
-        TextCache(tmp_path / "text", IDENTITY)
+        TextCache(tmp_path, IDENTITY)
     assert str(path) in str(caught.value)
     assert COMMAND in str(caught.value)
 
 
-@pytest.mark.parametrize("place", ["tensors", "header"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda content: content[:-3] + bytes([content[-3] ^ 4]) + content[-2:],
+        lambda content: content.replace(b"BF16", b"F16 ", 1),
+        lambda content: content.replace(prompt_key(PROMPTS[12]).encode(), b"0" * 32, 1),
+    ],
+    ids=["tensor", "dtype", "prompt hash"],
+)
 def test_a_changed_byte_is_noticed_when_it_is_read(
-    filled: TextCache, tmp_path: Path, place: str
+    filled: TextCache, tmp_path: Path, change: Callable[[bytes], bytes]
 ) -> None:
     path = shards(filled)[2]
-    content = bytearray(path.read_bytes())
-    content[-3 if place == "tensors" else 20] ^= 4
-    path.write_bytes(content)
-    again, refusals = TextCache(tmp_path / "text", IDENTITY), []
+    path.write_bytes(change(path.read_bytes()))
+    refusals = []
     for prompt in PROMPTS:
         try:
-            assert_same(again.get(prompt), encode(prompt))
+            assert_same(TextCache(tmp_path, IDENTITY).get(prompt), encode(prompt))
         except ValueError as error:
             refusals.append(str(error))
-    assert 1 <= len(refusals) <= 5
-    assert all(str(path) in refusal for refusal in refusals)
+    assert refusals
+    assert all(str(path) in refusal or str(path.parent) in refusal for refusal in refusals)
     path.unlink()  # as the message says
+    again = TextCache(tmp_path, IDENTITY)
     embed_missing(again, PROMPTS, encode)
     assert_holds(again, PROMPTS)
 
 
-def test_embeddings_of_another_encoder_are_not_taken_for_ones_own(
-    filled: TextCache, tmp_path: Path
-) -> None:
-    other = TextCache(tmp_path / "text", IDENTITY | {"dtype": "float32"})
+def test_embeddings_of_another_encoder_are_refused(filled: TextCache, tmp_path: Path) -> None:
+    other = TextCache(tmp_path, IDENTITY | {"dtype": "float32"})
     stray = other.folder / shards(filled)[0].name
     other.folder.mkdir()
     os.link(shards(filled)[0], stray)
-    with pytest.raises(ValueError, match="dtype: expected 'float32', found 'bfloat16'") as caught:
+    with pytest.raises(ValueError, match=r"expected .*'float32'.* got .*'bfloat16'") as caught:
         other.refresh()
     assert str(stray) in str(caught.value)
     stray.unlink()
-    os.link(filled.folder / "index.json", other.folder / "index.json")
-    with pytest.raises(ValueError, match="dtype: expected 'float32', found 'bfloat16'"):
-        other.refresh()
-    save_file({"a": torch.zeros(1)}, stray)  # somebody else's file
-    (other.folder / "index.json").unlink()
+    save_file({"a": torch.zeros(1)}, stray)  # a file that is no shard
     with pytest.raises(ValueError, match="cannot be read"):
         other.refresh()
 
@@ -394,31 +307,24 @@ def test_embeddings_of_another_encoder_are_not_taken_for_ones_own(
 def test_a_prompt_that_was_made_twice_keeps_the_embedding_it_had(
     filled: TextCache, tmp_path: Path
 ) -> None:
-    for other in range(
-        8
-    ):  # names from content: some of these come before the first one's, some after
-        filled.write_shard({PROMPTS[0]: {"x": torch.tensor([other])}})
-    for _ in range(2):
-        again = TextCache(tmp_path / "text", IDENTITY)
-        assert_holds(again, PROMPTS)
-        again.write_index()
+    for other in range(8):
+        filled.write({PROMPTS[0]: {"x": torch.tensor([other])}})
+    assert_holds(TextCache(tmp_path, IDENTITY), PROMPTS)
 
 
-# --- the real size
-# ----------------------------------------------------------------------------------------------------
+# The real size
 
 
 def test_fifty_thousand_prompts(cache: TextCache, tmp_path: Path) -> None:
-    prompts = [f"a long caption number {i}" for i in range(50_000)]
+    prompts = [f"a long prompt number {i}" for i in range(50_000)]
     tensor = torch.zeros(2, 4, dtype=torch.bfloat16)
-    assert (
-        embed_missing(cache, prompts, lambda p: {"prompt_embeds": tensor + float(p.split()[-1])})
-        == 50_000
-    )
-    again = TextCache(tmp_path / "text", IDENTITY)
+    made = embed_missing(cache, prompts, lambda p: {"prompt_embeds": tensor + float(p.split()[-1])})
+    assert made == 50_000
+    start = time.monotonic()
+    again = TextCache(tmp_path, IDENTITY)
+    assert time.monotonic() - start < 10
     assert (len(again), again.missing(prompts)) == (50_000, [])
     assert len(shards(again)) == -(-50_000 // text_cache.SHARD_PROMPTS)
-    assert (again.folder / "index.json").stat().st_size < 4_000_000
     for i in range(0, 50_000, 499):
         assert torch.equal(again.get(prompts[i])["prompt_embeds"], tensor + float(i))
 
