@@ -32,10 +32,11 @@ import jsonargparse
 import torch
 from matplotlib.figure import Figure
 
-from fastgrpo.config import TrainConfig, parse_config
+from fastgrpo.config import TrainConfig
 from fastgrpo.shapes.captions import COLOURS, DIRECTIONS, SHAPES
 from fastgrpo.shapes.judge import ShapesJudge
 from fastgrpo.shapes.policy import ShapesPolicy
+from fastgrpo.training.config_file import parse_config
 from fastgrpo.training.decode import decode
 from fastgrpo.training.prompts import read_prompts
 from fastgrpo.training.rollout import sample_groups, start_rollout

@@ -19,9 +19,10 @@ from typing import Any, get_type_hints
 import torch
 from torch import Tensor
 
-from fastgrpo.config import TrainConfig, parse_config
+from fastgrpo.config import TrainConfig
 from fastgrpo.distributed import sharding
 from fastgrpo.policies import pretrained
+from fastgrpo.training.config_file import parse_config
 from fastgrpo.training.loop import compute_dtype
 
 

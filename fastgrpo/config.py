@@ -1,28 +1,31 @@
-"""The configuration: frozen dataclasses, one a section, and the parser of YAML recipes and dotted
-overrides.
+"""The configuration: frozen dataclasses, one per section.
 
-The defaults are the paper's common recipe (method.md, section 4); a recipe names only what
-differs. Every check that needs no model is made when a section is built, so that a wrong value
-is one clear line before any work starts.
+The defaults are the paper's common recipe (docs/method.md, section 4); a recipe names only what
+differs. Each section checks its values when it is built, so a wrong value is one clear line before
+any work starts. `fastgrpo.training.config_file` reads recipes.
 """
 
 from __future__ import annotations
 
 import math
-import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Literal
 
-from fastgrpo.errors import fail
-from fastgrpo.files import PACKAGED
+from fastgrpo.errors import require
 from fastgrpo.interfaces import Policy, RewardModel
 
 
-def _require(ok: bool, key: str, expected: str, got: object) -> None:
-    if not ok:
-        raise ValueError(f"{key}: expected {expected}, got {got!r}")
+def _require_at_least(minimum: int, section: object, prefix: str, *keys: str) -> None:
+    for key in keys:
+        value = getattr(section, key)
+        require(value >= minimum, prefix + key, f"at least {minimum}", value)
+
+
+def _require_positive(section: object, prefix: str, *keys: str) -> None:
+    for key in keys:
+        value = getattr(section, key)
+        require(0 < value < math.inf, prefix + key, "a positive number", value)
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ class RolloutConfig:
     window_interval: int = 25
     """Iterations after which the sliding window moves by one step."""
     window_order: Literal["progressive", "random"] = "progressive"
-    """Whether the sliding window walks from the first step on, or is drawn anew at every interval."""
+    """Whether the sliding window walks from the first step on, or is drawn anew each interval."""
     guidance_scale: float = 5.0
     """Classifier-free guidance w in v = v_uncond + w (v_cond - v_uncond); 1 runs no unconditional
     branch.
@@ -88,14 +91,17 @@ class RolloutConfig:
     timestep_rounding: Literal["trunc", "none"] = "trunc"
     """Whether the model sees 1000 sigma truncated to an integer (DanceGRPO) or as it is."""
     decode: Literal["x0", "final"] = "x0"
-    """Which latent becomes the video: the last step's x0 prediction, or the last state of the SDE."""
+    """Which latent becomes the video: the last step's x0 prediction, or the SDE's last state."""
     micro_batch_size: int = 1
     """Videos that one forward pass holds, in rollout and update alike: another size is another
     kernel, and other bits.
     """
 
     def __post_init__(self) -> None:
-        for key in (
+        _require_at_least(
+            1,
+            self,
+            "rollout.",
             "num_prompts",
             "num_generations",
             "height",
@@ -103,25 +109,14 @@ class RolloutConfig:
             "num_frames",
             "micro_batch_size",
             "window_interval",
-        ):
-            _require(getattr(self, key) >= 1, f"rollout.{key}", "at least 1", getattr(self, key))
-        _require(
-            self.num_inference_steps >= 2,
-            "rollout.num_inference_steps",
-            "at least 2",
-            self.num_inference_steps,
         )
-        _require(0 < self.shift < math.inf, "rollout.shift", "a positive number", self.shift)
-        _require(0 < self.eta < math.inf, "rollout.eta", "a positive number", self.eta)
-        _require(self.sde != "cps" or self.eta <= 1, "rollout.eta", "at most 1 for cps", self.eta)
-        _require(
-            math.isfinite(self.guidance_scale),
-            "rollout.guidance_scale",
-            "a finite number",
-            self.guidance_scale,
-        )
-        # The last transition is never trained, so neither is it part of a window.
-        _require(
+        _require_at_least(2, self, "rollout.", "num_inference_steps")
+        _require_positive(self, "rollout.", "shift", "eta")
+        require(self.sde != "cps" or self.eta <= 1, "rollout.eta", "at most 1 for cps", self.eta)
+        scale = self.guidance_scale
+        require(math.isfinite(scale), "rollout.guidance_scale", "a finite number", scale)
+        # The last transition is never trained, so it cannot be part of a window.
+        require(
             self.sde_window != "sliding" or 1 <= self.window_size < self.num_inference_steps,
             "rollout.window_size",
             f"1 to {self.num_inference_steps - 1} (num_inference_steps - 1)",
@@ -212,72 +207,35 @@ class UpdateConfig:
     """
 
     def __post_init__(self) -> None:
-        _require(
-            self.num_best >= 0 and self.num_worst >= 0,
+        best, worst = self.num_best, self.num_worst
+        require(
+            best >= 0 and worst >= 0,
             "update.num_best/num_worst",
             "no negative number",
-            (self.num_best, self.num_worst),
+            (best, worst),
         )
-        _require(
-            self.num_best + self.num_worst >= 1, "update.num_best + num_worst", "at least 1", 0
-        )
-        _require(
-            0 < self.timestep_fraction <= 1,
-            "update.timestep_fraction",
-            "a number in (0, 1]",
-            self.timestep_fraction,
-        )
-        _require(
-            0 < self.clip_range < 1, "update.clip_range", "a number in (0, 1)", self.clip_range
-        )
-        _require(self.adv_clip > 0, "update.adv_clip", "a positive number", self.adv_clip)
-        _require(
-            0 <= self.kl_coef < math.inf, "update.kl_coef", "a number of at least 0", self.kl_coef
-        )
-        _require(
-            self.gradient_accumulation >= 1,
-            "update.gradient_accumulation",
-            "at least 1",
-            self.gradient_accumulation,
-        )
-        _require(
-            0 < self.learning_rate < math.inf,
-            "update.learning_rate",
-            "a positive number",
-            self.learning_rate,
-        )
-        _require(
-            self.warmup_iterations >= 0,
-            "update.warmup_iterations",
-            "at least 0",
-            self.warmup_iterations,
-        )
-        ignored = self.warmup_iterations > 0 and self.lr_scheduler == "constant"
-        _require(
-            not ignored,
+        require(best + worst >= 1, "update.num_best + num_worst", "at least 1", 0)
+        share = self.timestep_fraction
+        require(0 < share <= 1, "update.timestep_fraction", "a number in (0, 1]", share)
+        require(0 < self.clip_range < 1, "update.clip_range", "a number in (0, 1)", self.clip_range)
+        for key in ("adv_clip", "max_grad_norm"):  # infinity switches either off
+            limit = getattr(self, key)
+            require(limit > 0, f"update.{key}", "a positive number", limit)
+        for key in ("kl_coef", "weight_decay"):
+            weight = getattr(self, key)
+            require(0 <= weight < math.inf, f"update.{key}", "a number of at least 0", weight)
+        _require_at_least(1, self, "update.", "gradient_accumulation", "max_skipped_updates")
+        _require_at_least(0, self, "update.", "warmup_iterations")
+        _require_positive(self, "update.", "learning_rate")
+        require(
+            self.warmup_iterations == 0 or self.lr_scheduler != "constant",
             "update.warmup_iterations",
             "0 with lr_scheduler constant (or constant_with_warmup)",
             self.warmup_iterations,
         )
-        _require(
-            0 <= self.weight_decay < math.inf,
-            "update.weight_decay",
-            "a number of at least 0",
-            self.weight_decay,
-        )
-        _require(
-            all(0 <= b < 1 for b in self.betas), "update.betas", "two numbers in [0, 1)", self.betas
-        )
-        _require(
-            self.max_grad_norm > 0, "update.max_grad_norm", "a positive number", self.max_grad_norm
-        )
-        _require(0 <= self.ema_decay < 1, "update.ema_decay", "a number in [0, 1)", self.ema_decay)
-        _require(
-            self.max_skipped_updates >= 1,
-            "update.max_skipped_updates",
-            "at least 1",
-            self.max_skipped_updates,
-        )
+        betas = self.betas
+        require(all(0 <= b < 1 for b in betas), "update.betas", "two numbers in [0, 1)", betas)
+        require(0 <= self.ema_decay < 1, "update.ema_decay", "a number in [0, 1)", self.ema_decay)
 
 
 @dataclass(frozen=True)
@@ -295,13 +253,9 @@ class ScoringConfig:
     """
 
     def __post_init__(self) -> None:
-        _require(self.max_pending >= 1, "scoring.max_pending", "at least 1", self.max_pending)
-        _require(
-            0 <= self.max_invalid_share <= 1,
-            "scoring.max_invalid_share",
-            "a share in [0, 1]",
-            self.max_invalid_share,
-        )
+        _require_at_least(1, self, "scoring.", "max_pending")
+        share = self.max_invalid_share
+        require(0 <= share <= 1, "scoring.max_invalid_share", "a share in [0, 1]", share)
 
 
 @dataclass(frozen=True)
@@ -320,14 +274,8 @@ class EvaluationConfig:
     """Sampler of the evaluation; schedule, guidance and size are the rollout's."""
 
     def __post_init__(self) -> None:
-        _require(self.interval >= 0, "evaluation.interval", "at least 0", self.interval)
-        _require(
-            self.num_generations >= 1,
-            "evaluation.num_generations",
-            "at least 1",
-            self.num_generations,
-        )
-        _require(self.num_videos >= 0, "evaluation.num_videos", "at least 0", self.num_videos)
+        _require_at_least(0, self, "evaluation.", "interval", "num_videos")
+        _require_at_least(1, self, "evaluation.", "num_generations")
 
 
 @dataclass(frozen=True)
@@ -340,8 +288,7 @@ class CheckpointConfig:
     """Checkpoints kept, the newest."""
 
     def __post_init__(self) -> None:
-        _require(self.interval >= 1, "checkpoint.interval", "at least 1", self.interval)
-        _require(self.keep >= 1, "checkpoint.keep", "at least 1", self.keep)
+        _require_at_least(1, self, "checkpoint.", "interval", "keep")
 
 
 @dataclass(frozen=True)
@@ -391,19 +338,11 @@ class ParallelConfig:
     """
 
     def __post_init__(self) -> None:
-        _require(self.replicas >= 1, "parallel.replicas", "at least 1", self.replicas)
-        _require(
-            self.shard != "none" or self.replicas == 1,
-            "parallel.replicas",
-            "1 with shard none, where all are copies",
-            self.replicas,
-        )
-        _require(
-            self.shard != "none" or not self.cpu_offload,
-            "parallel.cpu_offload",
-            "false with shard none",
-            self.cpu_offload,
-        )
+        _require_at_least(1, self, "parallel.", "replicas")
+        if self.shard == "none":
+            expected = "1 with shard none, where all are copies"
+            require(self.replicas == 1, "parallel.replicas", expected, self.replicas)
+            require(not self.cpu_offload, "parallel.cpu_offload", "false with shard none", True)
 
 
 @dataclass(frozen=True)
@@ -422,13 +361,8 @@ class RuntimeConfig:
     """A rank that waits longer than this for the others fails."""
 
     def __post_init__(self) -> None:
-        _require(self.num_threads >= 0, "runtime.num_threads", "at least 0", self.num_threads)
-        _require(
-            0 < self.timeout_minutes < math.inf,
-            "runtime.timeout_minutes",
-            "a positive number",
-            self.timeout_minutes,
-        )
+        _require_at_least(0, self, "runtime.", "num_threads")
+        _require_positive(self, "runtime.", "timeout_minutes")
 
 
 @dataclass(frozen=True)
@@ -450,7 +384,7 @@ class TrainConfig:
     iterations: int = 150
     """Rollout iterations in all, those before a resume included."""
     seed: int = 0
-    """Seed of every random choice; noise is counter-based, so it is all the random state there is."""
+    """Seed of every random choice. Noise is counter-based: there is no other random state."""
     resume: Literal["never", "auto"] = "never"
     """auto: go on from the newest checkpoint that verifies; never: refuse a run folder that has
     been used.
@@ -475,132 +409,32 @@ class TrainConfig:
     """Device, precision, processes."""
 
     def __post_init__(self) -> None:
-        _require(
-            self.name not in ("", ".", "..") and "/" not in self.name,
-            "name",
-            "a folder's name",
-            self.name,
-        )
-        _require(self.iterations >= 0, "iterations", "at least 0", self.iterations)
-        _require(0 <= self.seed < 2**63, "seed", "an integer in [0, 2^63)", self.seed)
-        _require(
-            self.rollout.sde != "ode",
+        is_folder_name = self.name not in ("", ".", "..") and "/" not in self.name
+        require(is_folder_name, "name", "a folder's name", self.name)
+        _require_at_least(0, self, "", "iterations")
+        require(0 <= self.seed < 2**63, "seed", "an integer in [0, 2^63)", self.seed)
+        rollout, update = self.rollout, self.update
+        require(
+            rollout.sde != "ode",
             "rollout.sde",
             "a sampler with a log-probability to train on",
-            self.rollout.sde,
+            rollout.sde,
         )
-        _require(
-            self.evaluation.sde != "cps" or self.rollout.eta <= 1,
+        require(
+            self.evaluation.sde != "cps" or rollout.eta <= 1,
             "rollout.eta",
             "at most 1 for evaluation.sde cps",
-            self.rollout.eta,
+            rollout.eta,
         )
-        _require(
-            self.rollout.num_generations >= 2,
+        size, trained = rollout.num_generations, update.num_best + update.num_worst
+        require(size >= 2, "rollout.num_generations", "at least 2, a group", size)
+        require(
+            size >= trained,
             "rollout.num_generations",
-            "at least 2, a group",
-            self.rollout.num_generations,
-        )
-        kept = self.update.num_best + self.update.num_worst
-        _require(
-            self.rollout.num_generations >= kept,
-            "rollout.num_generations",
-            f"at least update.num_best + update.num_worst = {kept}",
-            self.rollout.num_generations,
+            f"at least update.num_best + update.num_worst = {trained}",
+            size,
         )
 
     @property
     def run_folder(self) -> Path:
         return Path(self.output_dir) / self.name
-
-
-def parse_config(
-    argv: Sequence[str] | None = None, options: type | None = None, **parser_kwargs: Any
-) -> tuple[TrainConfig, str, Any]:
-    """Parse `--config RECIPE` (several allowed, later ones win) and dotted overrides
-    (`--rollout.height 320`).
-
-    Args:
-        argv: arguments; None takes the command line's. options: a dataclass of further options
-            that a command has, given as `--options.name`. parser_kwargs: `prog` and
-            `description` of the help.
-
-    Returns:
-        The configuration; its YAML text, which `--config` loads again; the instance of `options`
-        (None without).
-
-    Raises:
-        SystemExit: code 2 after one line on stderr, for any key or value that is not accepted; 0
-            for `--help` and `--print_config`.
-    """
-    import jsonargparse
-    import yaml
-
-    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    jsonargparse.set_loader("fastgrpo_yaml", _load_yaml, (yaml.YAMLError,))
-    parser = jsonargparse.ArgumentParser(
-        parser_mode="fastgrpo_yaml",
-        exit_on_error=False,
-        allow_abbrev=False,  # a key that is cut short is misspelt
-        usage="%(prog)s [--config RECIPE ...] [--section.key VALUE ...]",
-        **parser_kwargs,
-    )
-    parser.add_argument(
-        "--config", action="config", help="A YAML recipe; may be given several times."
-    )
-    parser.add_class_arguments(TrainConfig, as_group=True)
-    if options is not None:
-        parser.add_class_arguments(options, "options", as_group=True)
-    try:
-        namespace = parser.parse_args(packaged_recipes(sys.argv[1:] if argv is None else argv))
-        # From a file, the parser takes null for anything, and anything for a section.
-        for key, kind in get_type_hints(TrainConfig).items():
-            _require(
-                not is_dataclass(kind) or isinstance(namespace[key], jsonargparse.Namespace),
-                key,
-                "keys and their values",
-                namespace[key],
-            )
-        parser.validate(namespace, skip_unset=False)
-        values = parser.instantiate(namespace)
-        config = TrainConfig(**{f.name: values[f.name] for f in fields(TrainConfig)})
-    except (jsonargparse.ArgumentError, ValueError, TypeError, FileNotFoundError) as error:
-        how = "its methods need the parameter names and type hints of fastgrpo/interfaces.py, under `from __future__ import annotations`"
-        fail(f"{error}; {how}" if "implement protocol" in str(error) else error)
-    for key in ("config", "options"):
-        namespace.pop(key, None)
-    namespace["resume"] = "never"  # how this start was asked for is no part of what the run is
-    return config, parser.dump(namespace), values.get("options")
-
-
-def packaged_recipes(argv: Sequence[str]) -> list[str]:
-    """The arguments, with a `--config FILE` that is not in the working directory taken from beside
-    the installed package if it is there.
-    """
-    words = []
-    for before, word in zip(["", *argv], argv, strict=False):
-        missing = before == "--config" and not Path(word).exists()
-        words.append(str(PACKAGED / word) if missing and (PACKAGED / word).is_file() else word)
-    return words
-
-
-def _load_yaml(text: str) -> Any:
-    """YAML without its silent trap: a key given twice is an error, not the last one's victory."""
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        pass
-
-    def mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            key = loader.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} is given twice", key_node.start_mark
-                )
-            seen.add(key)
-        return loader.construct_mapping(node, deep=True)
-
-    Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, mapping)
-    return yaml.load(text, Loader)

@@ -1,4 +1,4 @@
-"""The recipes: every value is that of method.md, section 4, and overlays change what they say and
+"""The recipes: every value is that of docs/method.md, section 4, and overlays change what they say and
 nothing else.
 """
 
@@ -12,23 +12,25 @@ import pytest
 import yaml
 
 from fastgrpo.algorithm.self_paced import check_pacing
-from fastgrpo.config import TrainConfig, parse_config
+from fastgrpo.config import TrainConfig
 from fastgrpo.policies.hunyuan_video import HunyuanVideoPolicy
 from fastgrpo.policies.wan import WanPolicy
 from fastgrpo.rewards.vlm.in_process import TransformersEngine
 from fastgrpo.rewards.vlm.judge import StageJudge
 from fastgrpo.rewards.vlm.served import ServerEngine
+from fastgrpo.training.config_file import parse_config
 
 RECIPES = Path(__file__).resolve().parents[2] / "fastgrpo" / "recipes"
 JUDGE = [
     "--reward",
     "fastgrpo.shapes.judge.ShapesJudge",
 ]  # of three stages, as the paper's; nothing is loaded to parse
+POLICY = ["--policy", "fastgrpo.shapes.policy.ShapesPolicy"]
 REAL = ("wan2.1_t2v_1.3b", "wan2.1_t2v_14b", "hunyuanvideo")
 LORA = ("wan2.1_lora_one_gpu", "hunyuanvideo_lora_one_gpu")
 ABLATIONS = ("one_stage", "two_stage", "joint", "self_paced")
 
-# method.md, section 4, copied out by hand: what is common to the three, and the table.
+# docs/method.md, section 4, copied out by hand: what is common to the three, and the table.
 COMMON = {
     "rollout.num_generations": 16,
     "rollout.num_frames": 53,
@@ -120,6 +122,16 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
         nested = dataclasses.is_dataclass(value) or key in ("policy", "reward")
         values |= flatten(value, f"{prefix}{key}.") if nested else {prefix + key: value}
     return values
+
+
+def test_defaults_are_the_papers_for_the_smallest_model() -> None:
+    """But for a model, the machine's dtype and the gates' width, which recipes set."""
+    values = flatten(parse_config([*POLICY, *JUDGE, "--prompts.train", "a"])[0])
+    expected = COMMON | TABLE["wan2.1_t2v_1.3b"] | {"pacing.gate_temperature": 0.05}
+    expected |= {"runtime.compute_dtype": "auto", "rollout.window_size": 4}
+    expected |= {"rollout.window_interval": 25}
+    own = {key for key in expected if not key.startswith("policy.")}
+    assert {key: values[key] for key in own} == {key: expected[key] for key in own}
 
 
 @pytest.mark.parametrize("name", REAL)

@@ -28,7 +28,7 @@ from typing import Any, NoReturn, cast, get_args, get_type_hints
 import yaml
 
 from fastgrpo.algorithm.self_paced import check_pacing
-from fastgrpo.config import PacingConfig, TrainConfig, parse_config
+from fastgrpo.config import PacingConfig, TrainConfig
 from fastgrpo.errors import fail
 from fastgrpo.evaluation.ablation_results import (
     CellResult,
@@ -44,6 +44,7 @@ from fastgrpo.evaluation.ablation_results import (
 )
 from fastgrpo.evaluation.report.run_record import NAMES_OF_THE_RUN, read_runs
 from fastgrpo.training.checkpoint import list_checkpoints
+from fastgrpo.training.config_file import parse_config
 from fastgrpo.training.figures import save_figure
 from fastgrpo.training.loop import check, differences, stop_signals
 

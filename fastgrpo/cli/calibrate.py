@@ -17,11 +17,12 @@ from pathlib import Path
 import yaml
 
 from fastgrpo.algorithm.self_paced import calibrated_threshold, smooth
-from fastgrpo.config import TrainConfig, parse_config
+from fastgrpo.config import TrainConfig
 from fastgrpo.distributed import collectives
 from fastgrpo.errors import fail
 from fastgrpo.evaluation.report import run_figures
 from fastgrpo.training import figures
+from fastgrpo.training.config_file import parse_config
 from fastgrpo.training.loop import run
 from fastgrpo.training.tracking import read_metrics
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from fastgrpo.config import TrainConfig, parse_config
+from fastgrpo.config import TrainConfig
 from fastgrpo.errors import fail
 from fastgrpo.planning import memory
+from fastgrpo.training.config_file import parse_config
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -22,16 +22,18 @@ import yaml
 from fastgrpo_kernels import gaussian_noise, guided_velocity
 from torch import Tensor
 
-from fastgrpo.config import RolloutConfig, TrainConfig, parse_config
+from fastgrpo.algorithm.seeds import derive_seed
+from fastgrpo.config import RolloutConfig, TrainConfig
 from fastgrpo.distributed import collectives, sharding
 from fastgrpo.errors import fail
 from fastgrpo.interfaces import Policy, RewardModel
 from fastgrpo.rewards.queue import ScoringQueue
 from fastgrpo.training import checkpoint, figures
+from fastgrpo.training.config_file import parse_config
 from fastgrpo.training.decode import decode
 from fastgrpo.training.loop import captions, compute_dtype
 from fastgrpo.training.rollout import start_rollout
-from fastgrpo.training.trajectory import branch_velocities, derive_seed
+from fastgrpo.training.trajectory import branch_velocities
 from fastgrpo.training.validation import ValidationSet, sample_validation
 
 logger = logging.getLogger("fastgrpo")

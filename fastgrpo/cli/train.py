@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from fastgrpo.cli.report import write_report
-from fastgrpo.config import parse_config
 from fastgrpo.distributed.collectives import rank
 from fastgrpo.distributed.console import log_to_console
+from fastgrpo.training.config_file import parse_config
 from fastgrpo.training.loop import run
 
 

@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from fastgrpo.algorithm.seeds import derive_seed
 from fastgrpo.files import find_file
-from fastgrpo.training.trajectory import derive_seed
 
 HUB = "hub:"
 """What a data set of the Hugging Face hub begins with, where a file is expected."""

@@ -22,8 +22,8 @@ import yaml
 from PIL import Image
 
 from fastgrpo import __main__ as command_line
-from fastgrpo.config import parse_config
 from fastgrpo.training import checkpoint
+from fastgrpo.training.config_file import parse_config
 from fastgrpo.training.loop import resume_command
 
 STAGES = ("visual_quality", "temporal_smoothness", "text_alignment")

@@ -20,9 +20,9 @@ from safetensors.torch import load_file
 
 import fastgrpo.training.loop
 import fastgrpo.training.step
-from fastgrpo.config import parse_config
 from fastgrpo.shapes.captions import train_captions
 from fastgrpo.shapes.policy import SHIPPED_CHECKPOINT
+from fastgrpo.training.config_file import parse_config
 
 PACKAGE = Path(fastgrpo.__file__).resolve().parent
 STAGES = ("visual_quality", "temporal_smoothness", "text_alignment")

@@ -32,15 +32,16 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 from fastgrpo import __main__ as command_line
+from fastgrpo.algorithm.seeds import derive_seed
 from fastgrpo.cli import sample
 from fastgrpo.cli.export import model_card
 from fastgrpo.cli.sample import Unscored, pipeline_scheduler, sample_with_scheduler
-from fastgrpo.config import RolloutConfig, parse_config
+from fastgrpo.config import RolloutConfig
 from fastgrpo.policies.hunyuan_video import HunyuanVideoPolicy
 from fastgrpo.policies.wan import WanPolicy
 from fastgrpo.rewards.queue import ScoringQueue
+from fastgrpo.training.config_file import parse_config
 from fastgrpo.training.rollout import start_rollout
-from fastgrpo.training.trajectory import derive_seed
 
 CAPTIONS = [
     "a red square moving right",

@@ -15,7 +15,6 @@ import yaml
 
 from fastgrpo import __main__ as command_line
 from fastgrpo.cli import ablate
-from fastgrpo.config import parse_config
 from fastgrpo.evaluation.ablation_results import (
     LAST_ITERATIONS,
     REWARD,
@@ -33,6 +32,7 @@ from fastgrpo.evaluation.ablation_results import (
     table_rows,
     text_table,
 )
+from fastgrpo.training.config_file import parse_config
 from fastgrpo.training.loop import differences
 
 RECIPES = Path(__file__).resolve().parents[2] / "fastgrpo" / "recipes"

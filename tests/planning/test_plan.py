@@ -23,14 +23,7 @@ from transformers import Qwen2_5_VLConfig
 
 from benchmarks.judge import CONFIGS
 from fastgrpo.cli import plan
-from fastgrpo.config import (
-    ParallelConfig,
-    PromptsConfig,
-    RolloutConfig,
-    TrainConfig,
-    UpdateConfig,
-    parse_config,
-)
+from fastgrpo.config import ParallelConfig, PromptsConfig, RolloutConfig, TrainConfig, UpdateConfig
 from fastgrpo.distributed import sharding
 from fastgrpo.planning import memory, meta_model
 from fastgrpo.policies.hunyuan_video import HunyuanVideoPolicy
@@ -38,6 +31,7 @@ from fastgrpo.policies.pretrained import LoRA
 from fastgrpo.policies.wan import WanPolicy
 from fastgrpo.shapes.judge import ShapesJudge
 from fastgrpo.shapes.policy import ShapesPolicy, new_transformer
+from fastgrpo.training.config_file import parse_config
 from fastgrpo.training.loop import check_sharding
 
 META = torch.device("meta")

@@ -1,0 +1,125 @@
+"""Recipes: YAML files and dotted overrides, read into a TrainConfig."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import jsonargparse
+import yaml
+
+from fastgrpo.config import TrainConfig
+from fastgrpo.errors import fail, require
+from fastgrpo.files import PACKAGED
+
+RENAMED = {
+    r"fastgrpo\.policies\.shapes\b": "fastgrpo.shapes.policy",
+    r"fastgrpo\.rewards\.judge\b": "fastgrpo.rewards.vlm.judge",
+    r"fastgrpo\.rewards\.in_process\b": "fastgrpo.rewards.vlm.in_process",
+    r"fastgrpo\.rewards\.served\b": "fastgrpo.rewards.vlm.served",
+    r"fastgrpo\.rewards\.aesthetic\b": "fastgrpo.rewards.models.aesthetic",
+    r"fastgrpo\.rewards\.video_align\b": "fastgrpo.rewards.models.video_align",
+    r"\bheldout:": "validation:",
+    r"\bheldout\.txt\b": "validation.txt",
+}
+"""Names of version 0.1.0 in configurations, as patterns, and what they are called now."""
+
+
+def parse_config(
+    argv: Sequence[str] | None = None, options: type | None = None, **parser_kwargs: Any
+) -> tuple[TrainConfig, str, Any]:
+    """Parse `--config RECIPE` (may be repeated, later ones win) and dotted overrides such as
+    `--rollout.height 320`.
+
+    Args:
+        argv: The arguments; None takes those of the command line.
+        options: A dataclass of a command's own options, given as `--options.NAME`.
+        parser_kwargs: `prog` and `description` of the help.
+
+    Returns:
+        The configuration; its YAML text, which `--config` loads again; the instance of `options`,
+        or None.
+
+    Raises:
+        SystemExit: Code 2 after one line on stderr for a key or value that is not accepted; code 0
+            for `--help` and `--print_config`.
+    """
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    jsonargparse.set_loader("fastgrpo_yaml", _load_yaml, (yaml.YAMLError,))
+    parser = jsonargparse.ArgumentParser(
+        parser_mode="fastgrpo_yaml",
+        exit_on_error=False,
+        allow_abbrev=False,  # a key that is cut short is misspelt
+        usage="%(prog)s [--config RECIPE ...] [--section.key VALUE ...]",
+        **parser_kwargs,
+    )
+    parser.add_argument("--config", action="config", help="A YAML recipe; may be repeated.")
+    parser.add_class_arguments(TrainConfig, as_group=True)
+    if options is not None:
+        parser.add_class_arguments(options, "options", as_group=True)
+    try:
+        namespace = parser.parse_args(find_recipes(sys.argv[1:] if argv is None else argv))
+        # In a file, the parser accepts null for any key and any value for a section.
+        for key, kind in get_type_hints(TrainConfig).items():
+            is_section = isinstance(namespace[key], jsonargparse.Namespace)
+            expected = "keys and their values"
+            require(not is_dataclass(kind) or is_section, key, expected, namespace[key])
+        parser.validate(namespace, skip_unset=False)
+        values = parser.instantiate(namespace)
+        config = TrainConfig(**{f.name: values[f.name] for f in fields(TrainConfig)})
+    except (jsonargparse.ArgumentError, ValueError, TypeError, FileNotFoundError) as error:
+        fail(_name_base_class(str(error)))
+    for key in ("config", "options"):
+        namespace.pop(key, None)
+    namespace["resume"] = "never"  # how this start was asked for is no part of what the run is
+    return config, parser.dump(namespace), values.get("options")
+
+
+def find_recipes(argv: Sequence[str]) -> list[str]:
+    """Replace each `--config FILE` that the working directory does not have by the file beside the
+    installed package, if it is there.
+    """
+    words = []
+    for before, word in zip(["", *argv], argv, strict=False):
+        missing = before == "--config" and not Path(word).exists()
+        words.append(str(PACKAGED / word) if missing and (PACKAGED / word).is_file() else word)
+    return words
+
+
+def _name_base_class(message: str) -> str:
+    """Say in our words that a class has the wrong base class."""
+    wrong = re.search(
+        r'key "(\w+)".*path (\S+) does not correspond to a subclass of (\w+)', message, re.DOTALL
+    )
+    if wrong is None:
+        return message
+    key, given, base = wrong.groups()
+    return f"{key}: expected a subclass of fastgrpo.interfaces.{base}, got {given}"
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which a key that is given twice is an error. PyYAML takes the last one."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in keys:
+                message = f"the key {key!r} is given twice"
+                raise yaml.constructor.ConstructorError(None, None, message, key_node.start_mark)
+            keys.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def _load_yaml(text: str) -> Any:
+    renamed = {found[0]: new for old, new in RENAMED.items() if (found := re.search(old, text))}
+    if renamed:
+        raise yaml.YAMLError(
+            "this was written for an earlier version of fastgrpo; replace in it "
+            + ", ".join(f"{old} by {new}" for old, new in renamed.items())
+        )
+    return yaml.load(text, _Loader)

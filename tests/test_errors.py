@@ -1,0 +1,29 @@
+"""The one wording of an error, and the one way to end a command."""
+
+from __future__ import annotations
+
+import pytest
+
+from fastgrpo.errors import UserError, fail, require
+
+
+def test_fail_speaks_once_a_node_and_ends_with_code_2(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for rank, local, expected in (
+        ("0", "0", "error: what is wrong\n"),
+        ("1", "1", ""),
+        ("8", "0", "error on rank 8: what is wrong\n"),
+    ):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", local)
+        with pytest.raises(SystemExit) as stop:
+            fail("what is wrong")
+        assert stop.value.code == 2
+        assert capsys.readouterr().err == expected
+
+
+def test_require_names_key_expectation_and_value() -> None:
+    require(True, "a.b", "at least 1", 0)
+    with pytest.raises(UserError, match=r"^a\.b: expected at least 1, got '0'$"):
+        require(False, "a.b", "at least 1", "0")
