@@ -235,7 +235,8 @@ COMMAND_PARTS = """
 
     class EmbeddingPolicy(ShapesPolicy):
         def embed(self, prompts: Sequence[str], device: torch.device) -> None:
-            embed_missing(TextCache(Path("text"), {"encoder": "tiny"}), prompts, lambda p: {"text": text_tokens([p])[0]})
+            cache = TextCache(Path("text"), {"encoder": "tiny"})
+            embed_missing(cache, prompts, lambda p: {"text": text_tokens([p])[0]})
 """
 
 
@@ -278,7 +279,7 @@ def test_the_command_embeds_the_prompts_of_a_recipe(
     cache = TextCache(tmp_path / "text", {"encoder": "tiny"})
     assert cache.missing([*prompts, "a red cross moving up"]) == []
     assert f"0 of 10 prompts are in text/{cache.folder.name}, 10 to make" in said
-    assert f"10 prompts ready in text/{cache.folder.name}, 10 of them new, 0.0" in said
+    assert f"10 prompts ready in text/{cache.folder.name}, 10 of them new" in said
     assert "EmbeddingPolicy has what it needs for 9 training and 2 validation prompts" in said
     assert f"9 prompts ready in text/{cache.folder.name}, 0 of them new" in embed("train.txt")
     with pytest.raises(SystemExit) as stop:
