@@ -1,4 +1,5 @@
-# make train · make test · make test-full · make test-dali · make lint · make bench: each makes .venv when it is missing.
+# Targets: train, test, test-full, lint, docs, bench, test-dali, test-vllm. Each makes .venv if it is
+# missing.
 PYTHON ?= python3
 BIN := .venv/bin
 NPROC ?= 1
@@ -10,7 +11,7 @@ export OMP_WAIT_POLICY := PASSIVE
 # Seconds that torchrun gives a worker after a signal to finish its iteration and write a checkpoint; its default is 30.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT := 600
 
-.PHONY: train test test-full test-dali lint bench clean
+.PHONY: train test test-full test-dali lint docs bench clean
 
 train: .venv/ready
 	$(BIN)/torchrun --standalone --nproc-per-node $(NPROC) fastgrpo/train.py --config $(RECIPE) $(ARGS)
@@ -36,6 +37,10 @@ lint: .venv/ready
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+docs: .venv/ready
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+	@echo "docs/_build/html/index.html"
+
 bench: .venv/ready
 	$(BIN)/python benchmarks/ops.py $(ARGS)
 
@@ -43,7 +48,7 @@ bench: .venv/ready
 .venv/ready: pyproject.toml setup.py constraints.txt $(wildcard csrc/*.*)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch "setuptools>=77" wheel
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -c constraints.txt -e ".[train,judge,analysis,test]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -c constraints.txt -e ".[train,judge,analysis,docs,test]"
 	touch .venv/ready
 
 clean:

@@ -1,1 +1,1 @@
-""""""
+"""The paper in pure functions: no files, no ranks, no network."""

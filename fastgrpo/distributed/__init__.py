@@ -1,1 +1,1 @@
-""""""
+"""What the ranks of a job do together."""

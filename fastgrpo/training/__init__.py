@@ -1,1 +1,1 @@
-""""""
+"""One iteration, and one run."""

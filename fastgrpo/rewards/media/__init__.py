@@ -1,1 +1,1 @@
-""""""
+"""Frames and video files."""

@@ -1,1 +1,1 @@
-""""""
+"""Published reward models."""

@@ -1,1 +1,1 @@
-""""""
+"""A vision-language model as a judge, asked three questions per video."""

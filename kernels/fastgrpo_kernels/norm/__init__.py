@@ -1,1 +1,1 @@
-""""""
+"""The pointwise work of the transformer's blocks."""

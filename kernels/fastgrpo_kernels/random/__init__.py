@@ -1,1 +1,1 @@
-""""""
+"""Counter-based noise."""

@@ -1,1 +1,1 @@
-""""""
+"""The SDE step, its log-probability and the clipped loss."""
