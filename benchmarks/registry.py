@@ -262,39 +262,20 @@ def _token_inputs(size: Size, draw: Draw) -> Inputs:
     return inputs
 
 
-def _guidance(inputs: Inputs) -> dict[str, Any]:
+def _transition(inputs: Inputs) -> kernels.Transition:
+    values = (inputs[key] for key in ("latents", "velocity", "a", "b", "std"))
     uncond = inputs.get("velocity_uncond")
-    return {} if uncond is None else {"velocity_uncond": uncond, "guidance_scale": GUIDANCE}
+    return kernels.Transition(*values, uncond, 1.0 if uncond is None else GUIDANCE)
 
 
 def _sde_step(i: Inputs, backend: str, **options: Any) -> Outputs:
     return kernels.sde_step(
-        i["latents"],
-        i["velocity"],
-        i["a"],
-        i["b"],
-        i["std"],
-        seeds=i["seeds"],
-        step=i["steps"],
-        backend=backend,
-        **_guidance(i),
-        **options,
+        _transition(i), seeds=i["seeds"], step=i["steps"], backend=backend, **options
     )
 
 
 def _sde_log_prob(i: Inputs, backend: str, **options: Any) -> Outputs:
-    log_probs = kernels.sde_log_prob(
-        i["latents"],
-        i["next_latents"],
-        i["velocity"],
-        i["a"],
-        i["b"],
-        i["std"],
-        backend=backend,
-        **_guidance(i),
-        **options,
-    )
-    return (log_probs,)
+    return (kernels.sde_log_prob(_transition(i), i["next_latents"], backend=backend, **options),)
 
 
 def _clipped_ratio_loss(i: Inputs, backend: str, **options: Any) -> Outputs:
@@ -306,33 +287,22 @@ def _clipped_ratio_loss(i: Inputs, backend: str, **options: Any) -> Outputs:
 
 def _grpo_loss(i: Inputs, backend: str, **options: Any) -> Outputs:
     loss, stats = kernels.grpo_loss(
-        i["latents"],
+        _transition(i),
         i["next_latents"],
-        i["velocity"],
         i["old_log_probs"],
         i["advantages"],
-        i["a"],
-        i["b"],
-        i["std"],
         backend=backend,
-        **_guidance(i),
         **options,
     )
     return loss, stats.log_probs
 
 
 def _branch_gradient(i: Inputs, backend: str, **options: Any) -> Outputs:
-    latents, guided = i["latents"], "velocity_uncond" in i
     cond, uncond = kernels.branch_gradient(
-        i["seeds"],
-        i["steps"],
+        _transition(i),
         i["advantages"],
-        i["b"],
-        i["std"],
-        latents.shape[1:],
-        guidance_scale=GUIDANCE if guided else 1.0,
-        dtype=i["velocity"].dtype,
-        device=latents.device,
+        seeds=i["seeds"],
+        step=i["steps"],
         backend=backend,
         **options,
     )
@@ -371,7 +341,4 @@ def _exact_log_prob(inputs: Inputs, next_latents: Tensor) -> Tensor:
         key: value.detach().double() if value.is_floating_point() else value
         for key, value in inputs.items()
     }
-    x, stored = i["latents"], next_latents.detach().double()
-    return reference.sde_log_prob(
-        x, stored, i["velocity"], i["a"], i["b"], i["std"], **_guidance(i)
-    )
+    return reference.sde_log_prob(_transition(i), next_latents.detach().double())

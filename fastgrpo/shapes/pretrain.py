@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from fastgrpo_kernels import gaussian_noise, sde_step
+from fastgrpo_kernels import Transition, gaussian_noise, sde_step
 from torch import Tensor
 from tqdm import tqdm
 
@@ -136,7 +136,7 @@ def sample(
         velocity = policy.velocity(latents, timestep.float().expand(len(prompts)), conditioning)
         clean = x0_prediction(latents, velocity, sigmas[step])
         a, b, std = (column[step] for column in (table.a, table.b, table.std))
-        latents, _ = sde_step(latents, velocity, a, b, std, seeds=seeds, step=step)
+        latents, _ = sde_step(Transition(latents, velocity, a, b, std), seeds=seeds, step=step)
     return policy.decode(clean)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from fastgrpo_kernels import gaussian_noise, guided_velocity, sde_step
+from fastgrpo_kernels import Transition, gaussian_noise, guided_velocity, sde_step
 from torch import Tensor
 
 from fastgrpo.algorithm.sde import sde_coefficients, sigma_schedule, timesteps, x0_prediction
@@ -198,18 +198,10 @@ def _sample(
             first[shared_prompt] = velocity, uncond
         a, b, std = rollout.coefficients(sample_indices, steps)
         previous = latents
-        latents, log_probs = sde_step(
-            previous,
-            velocity,
-            a,
-            b,
-            std,
-            seeds=seeds,
-            step=i,
-            velocity_uncond=uncond,
-            guidance_scale=rollout.guidance_scale,
-            normalized=rollout.normalized,
+        transition = Transition(
+            previous, velocity, a, b, std, uncond, rollout.guidance_scale, rollout.normalized
         )
+        latents, log_probs = sde_step(transition, seeds=seeds, step=i)
         rollout.latents[kept, i + 1] = latents[:num_valid]
         rollout.log_probs[kept, i] = log_probs[:num_valid]
     if rollout.decode == "final":

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from fastgrpo_kernels import branch_gradient, gaussian_kl, grpo_loss, guided_velocity
+from fastgrpo_kernels import Transition, branch_gradient, gaussian_kl, grpo_loss, guided_velocity
 from torch import Tensor, nn
 
 from fastgrpo.algorithm.seeds import derive_seed
@@ -322,18 +322,21 @@ def known_gradients(
     """
     seeds = rollout.noise_seeds[batch.videos.to(rollout.noise_seeds.device)]
     return branch_gradient(
-        seeds,
-        batch.steps.to(seeds.device),
+        Transition(
+            batch.latents,
+            torch.empty_like(batch.latents, dtype=dtype),  # its values are not used
+            batch.a,
+            batch.b,
+            batch.std,
+            guidance_scale=rollout.guidance_scale,
+            normalized=rollout.normalized,
+        ),
         batch.advantages,
-        batch.b,
-        batch.std,
-        rollout.latent_shape,
-        guidance_scale=rollout.guidance_scale,
+        seeds=seeds,
+        step=batch.steps.to(seeds.device),
         scale=scale / rollout.micro_batch_size,
         adv_clip=cfg.adv_clip,
         cfg_grad=cfg.cfg_grad,
-        normalized=rollout.normalized,
-        dtype=dtype,
     )
 
 
@@ -350,21 +353,24 @@ def transition_loss(
 
     The loss is the sum over the batch divided by micro_batch_size.
     """
-    loss, stats = grpo_loss(
+    transition = Transition(
         batch.latents,
-        batch.next_latents,
         velocity,
-        batch.old_log_probs,
-        batch.advantages,
         batch.a,
         batch.b,
         batch.std,
+        uncond,
+        rollout.guidance_scale,
+        rollout.normalized,
+    )
+    loss, stats = grpo_loss(
+        transition,
+        batch.next_latents,
+        batch.old_log_probs,
+        batch.advantages,
         clip_range=cfg.clip_range,
         adv_clip=cfg.adv_clip,
-        velocity_uncond=uncond,
-        guidance_scale=rollout.guidance_scale,
         cfg_grad=cfg.cfg_grad,
-        normalized=rollout.normalized,
     )
     kl = torch.zeros_like(stats.ratio)
     if fixed is not None:

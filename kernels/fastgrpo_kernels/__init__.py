@@ -9,8 +9,11 @@ DanceGRPO's and Flow-GRPO's transition as one affine step.
 
 from __future__ import annotations
 
-from .norm.gate_residual import gate_residual, gate_residual_ln_modulate
-from .norm.ln_modulate import ln_modulate
+from .norm.gate_residual_ln_modulate import (
+    gate_residual,
+    gate_residual_ln_modulate,
+    ln_modulate,
+)
 from .norm.qk_norm_rope import qk_norm_rope
 from .random.philox import gaussian_noise
 from .sde.branch_gradient import branch_gradient
@@ -18,9 +21,11 @@ from .sde.log_prob import sde_log_prob
 from .sde.loss import clipped_ratio_loss, grpo_loss
 from .sde.reference import GRPOStats, gaussian_kl, guided_velocity
 from .sde.step import sde_step
+from .sde.transition import Transition
 
 __all__ = [
     "GRPOStats",
+    "Transition",
     "branch_gradient",
     "clipped_ratio_loss",
     "gate_residual",

@@ -16,6 +16,7 @@ serve is a ValueError that says why.
 from __future__ import annotations
 
 import os
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,27 @@ loaded under another name, registers its own.
 def triton_op(name: str) -> Any:
     """torch.library.custom_op for a launcher of Triton kernels, as torch.ops.<NAMESPACE>.<name>."""
     return torch.library.custom_op(f"{NAMESPACE}::{name}", mutates_args=())
+
+
+def register(name: str, fake: Any, backward: Any = None, setup_context: Any = None) -> None:
+    """Give an op its fake and its backward: the Triton op, and that of csrc/ where there is one.
+
+    Args:
+        name: The op's, without a namespace. `triton_op(name)` must have defined it.
+        fake: Shapes and dtypes of the results, from the op's arguments.
+        backward: backward(backend, ctx, *grads); None: no gradient. It is told the backend so that it
+            can call `operation(backend, ...)`.
+        setup_context: As in torch.library.register_autograd.
+    """
+    namespaces = {"triton": NAMESPACE}
+    if has_library() and hasattr(torch.ops.fastgrpo, name):
+        namespaces["cpp"] = "fastgrpo"
+    for backend, namespace in namespaces.items():
+        torch.library.register_fake(f"{namespace}::{name}", fake)
+        if backward is not None:
+            torch.library.register_autograd(
+                f"{namespace}::{name}", partial(backward, backend), setup_context=setup_context
+            )
 
 
 def operation(backend: str, name: str) -> Any:

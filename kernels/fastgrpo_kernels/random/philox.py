@@ -104,8 +104,7 @@ def gaussian_noise(
     """
     key = checks.seed_vector(seeds, None, device)[:, None]
     sizes = tuple(shape)
-    if any(not isinstance(size, int) or size < 1 for size in sizes):
-        raise ValueError(f"shape: expected positive sizes of one sample, got {sizes}")
+    checks.check_sizes(sizes)
     batch, numel, target = key.shape[0], math.prod(sizes), key.device
     # Rows [B, 1] against columns [1, quads].
     quad = torch.arange((numel + 3) // 4, device=target)[None]

@@ -1,14 +1,16 @@
-"""sde_log_prob: the log-probability of a stored transition, and its gradient in both velocities,
-each in one pass.
+"""sde_log_prob: the log-probability of a stored transition, and its gradient in both velocities, each
+in one pass.
 
-    v = v_uncond + w (v_cond - v_uncond)      mean = a x + b v      e = x' - mean          (method.md section 1)
-    logp = mean over a sample's elements of [ -e^2 / (2 s^2) - ln s - ln(2 pi) / 2 ]      cps: -mean of e^2
-    dlogp/dv = b e / (s^2 P)      cps: 2 b e / P            times w for v_cond, 1 - w for v_uncond
+    v = v_uncond + w (v_cond - v_uncond)      mean = a x + b v      e = x' - mean
+    logp = mean over a sample's elements of [ -e^2 / (2 s^2) - ln s - ln(2 pi) / 2 ]
+    dlogp/dv = b e / (s^2 P)                  times w for v_cond, 1 - w for v_uncond
 
-Shapes: B samples of P elements each, [B, ...], seen as [B, P]; a, b, s and log-probabilities are
-[B]; T tiles a sample. Forward: one program a tile, which leaves the tile's sum of squares, then
-a small one that adds them up. Backward: one program a tile reads the tensors again (e is made,
-not stored) and writes both gradients.
+For `cps` logp = -mean of e^2 and dlogp/dv = 2 b e / P. docs/method.md, section 1.
+
+Shapes: B samples of P elements, [B, ...] viewed as [B, P]; a, b, s and log-probabilities [B]; T tiles
+per sample. Forward: one program per tile, which leaves the tile's sum of squares, then a small one
+that adds them up. Backward: one program per tile reads the tensors again (e is computed, not stored)
+and writes both gradients.
 """
 
 from __future__ import annotations
@@ -18,18 +20,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import checks
-from ..checks import Coefficient
-from ..dispatch import NAMESPACE, has_library, jit, operation, select_backend, tl, triton_op
+from ..dispatch import jit, operation, register, select_backend, tl, triton_op
 from . import reference
-from .transition import (
+from .transition import Transition, check_stored, op_arguments
+from .triton_transition import (
     LAUNCH,
     TILE,
     empty_partials,
     exact_sum,
     finish_log_probs,
-    locate,
-    transition_arguments,
+    program_offsets,
     transition_mean,
 )
 
@@ -50,7 +50,7 @@ def _sde_log_prob_kernel(
     GUIDED: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    row, _, offset, lanes, inside = locate(num_tiles, P, TILE)
+    row, _, base, offsets, mask = program_offsets(num_tiles, P, TILE)
     mean = transition_mean(
         latents,
         velocity,
@@ -58,15 +58,14 @@ def _sde_log_prob_kernel(
         tl.load(a + row),
         tl.load(b + row),
         guidance_scale,
-        offset,
-        lanes,
-        inside,
+        base,
+        offsets,
+        mask,
         GUIDED,
     )
-    error = tl.load(next_latents + offset + lanes, mask=inside, other=0.0).to(tl.float32) - mean
-    tl.store(
-        partials + tl.program_id(0), exact_sum(error * error, tl.load(std + row))
-    )  # a lane outside adds nothing: it loads zeros
+    # Beyond the mask all loads are 0, and so is the error.
+    error = tl.load(next_latents + base + offsets, mask=mask, other=0.0).to(tl.float32) - mean
+    tl.store(partials + tl.program_id(0), exact_sum(error * error, tl.load(std + row)))
 
 
 @jit
@@ -91,7 +90,7 @@ def _sde_log_prob_backward_kernel(
     NORMALIZED: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    row, _, offset, lanes, inside = locate(num_tiles, P, TILE)
+    row, _, base, offsets, mask = program_offsets(num_tiles, P, TILE)
     gradient, slope, deviation = tl.load(grad_log_probs + row), tl.load(b + row), tl.load(std + row)
     if OF_LOSS:
         gradient = gradient * tl.load(grad_loss)
@@ -100,9 +99,8 @@ def _sde_log_prob_backward_kernel(
     if NORMALIZED:
         s = tl.where(stochastic, deviation, 1.0).to(tl.float64)
         weight = -1.0 / (2.0 * s * s * P)
-    c = tl.where(
-        stochastic, (gradient.to(tl.float64) * weight).to(tl.float32), 0.0
-    )  # dL/d(e^2); an ODE row has none
+    # dL/d(e^2), the same for all elements of a sample; an ODE row has none.
+    c = tl.where(stochastic, (gradient.to(tl.float64) * weight).to(tl.float32), 0.0)
     mean = transition_mean(
         latents,
         velocity,
@@ -110,26 +108,23 @@ def _sde_log_prob_backward_kernel(
         tl.load(a + row),
         slope,
         guidance_scale,
-        offset,
-        lanes,
-        inside,
+        base,
+        offsets,
+        mask,
         GUIDED,
     )
-    error = tl.load(next_latents + offset + lanes, mask=inside, other=0.0).to(tl.float32) - mean
+    error = tl.load(next_latents + base + offsets, mask=mask, other=0.0).to(tl.float32) - mean
     guided = (c * (2.0 * error)) * -slope
     cond = guided
     if GUIDED:
         cond = guided * guidance_scale
-    tl.store(grad_velocity + offset + lanes, cond.to(grad_velocity.dtype.element_ty), mask=inside)
+    tl.store(grad_velocity + base + offsets, cond.to(grad_velocity.dtype.element_ty), mask=mask)
     if NEEDS_UNCOND:
-        tl.store(
-            grad_uncond + offset + lanes,
-            (guided - cond).to(grad_uncond.dtype.element_ty),
-            mask=inside,
-        )
+        uncond = (guided - cond).to(grad_uncond.dtype.element_ty)
+        tl.store(grad_uncond + base + offsets, uncond, mask=mask)
 
 
-def transition_error(
+def squared_errors(
     latents: Tensor,
     next_latents: Tensor,
     velocity: Tensor,
@@ -139,7 +134,7 @@ def transition_error(
     std: Tensor,
     guidance_scale: float,
 ) -> tuple[int, Tensor]:
-    """P, and the tiles' sums of squared errors, float64 [B, T]. Not for an empty batch."""
+    """P, and the sum of squared errors of each tile, float64 [B, T]. B must not be 0."""
     P, partials = empty_partials(latents)
     _sde_log_prob_kernel[(partials.numel(),)](
         latents,
@@ -175,7 +170,7 @@ def _sde_log_prob(
     if not latents.shape[0]:
         return torch.empty_like(std)
     with torch.cuda.device_of(latents):
-        P, partials = transition_error(
+        P, partials = squared_errors(
             latents, next_latents, velocity, velocity_uncond, a, b, std, guidance_scale
         )
         return finish_log_probs(partials, std, P, normalized)
@@ -196,8 +191,8 @@ def _sde_log_prob_backward(
     normalized: bool,
     needs_uncond: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of both velocities; the second is empty, [0], unless needed. grad_log_probs [B],
-    times grad_loss [] where there is one.
+    """Gradients in both velocities of grad_log_probs [B], times grad_loss [] if given. The second is
+    empty, [0], unless needed.
     """
     grad_velocity = torch.empty_like(velocity)
     grad_uncond = torch.empty_like(velocity) if needs_uncond else velocity.new_empty(0)
@@ -231,40 +226,14 @@ def _sde_log_prob_backward(
     return grad_velocity, grad_uncond
 
 
-# -------- shapes and autograd
+def _fake(latents: Tensor, *args: object) -> Tensor:
+    return latents.new_empty(latents.shape[0], dtype=torch.float32)
 
 
-def _sde_log_prob_fake(
-    latents: Tensor,
-    next_latents: Tensor,
-    velocity: Tensor,
-    velocity_uncond: Tensor | None,
-    a: Tensor,
-    b: Tensor,
-    std: Tensor,
-    guidance_scale: float,
-    normalized: bool,
-) -> Tensor:
-    return torch.empty_like(std)
-
-
-def _sde_log_prob_backward_fake(
-    grad_log_probs: Tensor,
-    grad_loss: Tensor | None,
-    latents: Tensor,
-    next_latents: Tensor,
-    velocity: Tensor,
-    velocity_uncond: Tensor | None,
-    a: Tensor,
-    b: Tensor,
-    std: Tensor,
-    guidance_scale: float,
-    normalized: bool,
-    needs_uncond: bool,
-) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(velocity), torch.empty_like(
-        velocity
-    ) if needs_uncond else velocity.new_empty(0)
+def _backward_fake(*args: Any) -> tuple[Tensor, Tensor]:
+    velocity, needs_uncond = args[4], args[-1]
+    uncond = torch.empty_like(velocity) if needs_uncond else velocity.new_empty(0)
+    return torch.empty_like(velocity), uncond
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -272,74 +241,71 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*tensors)
 
 
-def _register(namespace: str, backend: str) -> None:
-    def backward(ctx: Any, grad_log_probs: Tensor) -> tuple[Tensor | None, ...]:
-        needs_uncond = ctx.needs_input_grad[3]
-        cond, uncond = operation(backend, "sde_log_prob_backward")(
-            grad_log_probs.contiguous(),
-            None,
-            *ctx.saved_tensors,
-            ctx.guidance_scale,
-            ctx.normalized,
-            needs_uncond,
-        )
-        return None, None, cond, uncond if needs_uncond else None, *[None] * 5
-
-    torch.library.register_fake(f"{namespace}::sde_log_prob", _sde_log_prob_fake)
-    torch.library.register_fake(f"{namespace}::sde_log_prob_backward", _sde_log_prob_backward_fake)
-    torch.library.register_autograd(f"{namespace}::sde_log_prob", backward, setup_context=_save)
+def _backward(backend: str, ctx: Any, grad_log_probs: Tensor) -> tuple[Tensor | None, ...]:
+    cond, uncond = transition_gradients(
+        backend, ctx, grad_log_probs.contiguous(), None, ctx.saved_tensors
+    )
+    return None, None, cond, uncond, *[None] * 5
 
 
-_register(NAMESPACE, "triton")
-if has_library():
-    _register("fastgrpo", "cpp")
+def transition_gradients(
+    backend: str, ctx: Any, grad_log_probs: Tensor, grad_loss: Tensor | None, tensors: Any
+) -> tuple[Tensor, Tensor | None]:
+    """Both gradients by the backward op of a backend; the second is None where none is needed.
+
+    Args:
+        backend: Any but the reference.
+        ctx: Of an op whose fourth argument is velocity_uncond.
+        grad_log_probs: [B], contiguous.
+        grad_loss: A factor [], or None.
+        tensors: latents, next_latents, both velocities, a, b and std, as the op took them.
+    """
+    needs_uncond = ctx.needs_input_grad[3]
+    cond, uncond = operation(backend, "sde_log_prob_backward")(
+        grad_log_probs, grad_loss, *tensors, ctx.guidance_scale, ctx.normalized, needs_uncond
+    )
+    return cond, uncond if needs_uncond else None
 
 
-# -------- public
+register("sde_log_prob", _fake, _backward, _save)
+register("sde_log_prob_backward", _backward_fake)
 
 
 def sde_log_prob(
-    latents: Tensor,
+    transition: Transition,
     next_latents: Tensor,
-    velocity: Tensor,
-    a: Coefficient,
-    b: Coefficient,
-    std: Coefficient,
     *,
-    velocity_uncond: Tensor | None = None,
-    guidance_scale: float = 1.0,
     cfg_grad: str = "both",
-    normalized: bool = True,
     backend: str | None = None,
 ) -> Tensor:
-    """Log-probability [B] of the stored transition x -> x', averaged over elements; differentiable
-    in both velocities.
+    """Log-probability of a stored transition x -> x', a mean over the elements of each sample.
 
-    next_latents: x', shape and dtype of latents. cfg_grad as `guided_velocity`, the rest as
-    `sde_step`. Latents and coefficients are data: no gradient reaches them. The bits are those
-    that `sde_step` gave for this transition, in whichever backend. With e = x' - mean and P
-    elements per sample, d logp / dv = b e / (s^2 P). normalized=False is the log-probability of
-    `cps`, -mean(e^2), with d logp / dv = 2 b e / P. NaN, and no gradient, where std == 0. Once
-    differentiable; float64 twice. ValueError as `sde_step`. Source: method.md section 1.
+    Differentiable in both velocities, once (float64: twice). With e = x' - mean and P elements per
+    sample, dlogp/dv = b e / (s^2 P). Latents and coefficients are data: no gradient reaches them. The
+    bits are those that `sde_step` gave for this transition (kernels/README.md).
+
+    Args:
+        transition: The step. With `normalized` False the value is -mean(e^2), of which the gradient
+            is 2 b e / P.
+        next_latents: x', shape and dtype of the latents.
+        cfg_grad: "both", or "cond_only": no gradient to the unconditional branch (Flow-GRPO).
+        backend: One of `dispatch.BACKENDS`; None for the default.
+
+    Returns:
+        [B], fp32 (float64 for float64 latents). NaN, without a gradient, where std == 0.
+
+    Raises:
+        ValueError: As `sde_step`.
     """
-    backend = select_backend("sde_log_prob", latents, backend)
+    backend = select_backend("sde_log_prob", transition.latents, backend)
     if backend == "reference":
-        return reference.sde_log_prob(
-            latents,
-            next_latents,
-            velocity,
-            a,
-            b,
-            std,
-            velocity_uncond=velocity_uncond,
-            guidance_scale=guidance_scale,
-            cfg_grad=cfg_grad,
-            normalized=normalized,
-        )
-    x, *rest = transition_arguments(
-        latents, velocity, velocity_uncond, a, b, std, guidance_scale, cfg_grad
-    )
-    checks.check_stored(next_latents, latents)
+        return reference.sde_log_prob(transition, next_latents, cfg_grad=cfg_grad)
+    x, *rest = op_arguments(transition, cfg_grad)
+    check_stored(next_latents, transition.latents)
     return operation(backend, "sde_log_prob")(
-        x, next_latents.detach().contiguous(), *rest, float(guidance_scale), normalized
+        x,
+        next_latents.detach().contiguous(),
+        *rest,
+        float(transition.guidance_scale),
+        transition.normalized,
     )

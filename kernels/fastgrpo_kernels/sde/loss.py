@@ -1,14 +1,14 @@
-"""grpo_loss: the objective of one training pass (Eq. 11). `sde_log_prob`, then clipped_ratio_loss,
-which is here on its own too.
+"""grpo_loss: the objective of one training pass (Eq. 11): `sde_log_prob`, then `clipped_ratio_loss`,
+which is an op of its own too.
 
-    rho = exp(logp - logp_old)         L = -mean over samples of min(rho A, clip(rho, 1 - eps, 1 + eps) A)
+    rho = exp(logp - logp_old)
+    L = -mean over samples of min(rho A, clip(rho, 1 - eps, 1 + eps) A)
 
-Shapes: B samples of P elements each, [B, ...], seen as [B, P]; T tiles a sample;
-log-probabilities, advantages A and a, b, s are [B]. Forward: the kernel of `sde_log_prob` leaves
-the tiles' sums of squares, and one program makes of them the log-probabilities, the loss, its
-statistics and dL/dlogp. Backward: the kernel of `sde_log_prob`, which multiplies dL/dlogp by the
-loss's own gradient. With bf16 velocities and fp32 latents 28 bytes an element move, there and
-back.
+Shapes: B samples of P elements, [B, ...] viewed as [B, P]; T tiles per sample; log-probabilities,
+advantages A and a, b, s [B]. Forward: the kernel of `sde_log_prob` leaves the sums of squares of the
+tiles, and one program makes of them the log-probabilities, the loss, its statistics and dL/dlogp.
+Backward: the kernel of `sde_log_prob`, which multiplies dL/dlogp by the gradient of the loss. bf16
+velocities and fp32 latents move 28 bytes per element, forward and backward together.
 """
 
 from __future__ import annotations
@@ -18,18 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import checks
-from ..checks import Coefficient
-from ..dispatch import NAMESPACE, has_library, jit, operation, select_backend, tl, triton_op
+from ..dispatch import jit, operation, register, select_backend, tl, triton_op
 from . import reference
-from .log_prob import transition_error
+from .log_prob import squared_errors, transition_gradients
 from .reference import GRPOStats
-from .transition import (
-    LAUNCH,
-    finishing_block,
-    log_probs_of,
-    transition_arguments,
-)
+from .transition import Transition, check_loss, check_stored, op_arguments
+from .triton_transition import LAUNCH, finishing_block, log_probs_of
 
 Loss = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 """loss [], ratio [B], clipped [B] bool, clip_fraction [], approx_kl [], dloss/dlogp [B]"""
@@ -37,8 +31,8 @@ Loss = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 @jit
 def clipped_terms(log_probs, old_log_probs, advantages, batch, low, high, adv_clip):
-    """Of each sample, fp32: logp - logp_old, rho, whether clipped, min(rho A, clip(rho) A), and
-    dL/dlogp where L is a mean over `batch`.
+    """Per sample, fp32: logp - logp_old, rho, clipped or not, min(rho A, clip(rho) A), and dL/dlogp,
+    where L is a mean over `batch` samples.
     """
     log_ratio = log_probs - old_log_probs
     ratio = tl.exp(log_ratio.to(tl.float64)).to(tl.float32)
@@ -81,33 +75,31 @@ def _grpo_loss_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """One program for the whole batch. log_probs are written FROM_TILES, else read. Sums over the
+    """One program for the whole batch. log_probs are written if FROM_TILES, else read. Sums over the
     batch are float64.
     """
-    objectives, clip_count, squares = (
-        tl.zeros([ROWS], tl.float64),
-        tl.zeros([ROWS], tl.float64),
-        tl.zeros([ROWS], tl.float64),
-    )
+    objectives = tl.zeros([ROWS], tl.float64)
+    clip_count = tl.zeros([ROWS], tl.float64)
+    squares = tl.zeros([ROWS], tl.float64)
     for start in range(0, B, ROWS):
         rows = start + tl.arange(0, ROWS).to(tl.int64)
-        present = rows < B
+        valid = rows < B
         if FROM_TILES:
-            new = log_probs_of(partials, std, P, num_tiles, rows, present, NORMALIZED, COLUMNS)
-            tl.store(log_probs + rows, new, mask=present)
+            new = log_probs_of(partials, std, P, num_tiles, rows, valid, NORMALIZED, COLUMNS)
+            tl.store(log_probs + rows, new, mask=valid)
         else:
-            new = tl.load(log_probs + rows, mask=present, other=0.0)
-        old = tl.load(old_log_probs + rows, mask=present, other=0.0)
-        advantage = tl.load(advantages + rows, mask=present, other=0.0)
+            new = tl.load(log_probs + rows, mask=valid, other=0.0)
+        old = tl.load(old_log_probs + rows, mask=valid, other=0.0)
+        advantage = tl.load(advantages + rows, mask=valid, other=0.0)
         log_ratio, ratio, clipped, objective, gradient = clipped_terms(
             new, old, advantage, batch, low, high, adv_clip
         )
-        tl.store(ratios + rows, ratio, mask=present)
-        tl.store(clips + rows, clipped, mask=present)
-        tl.store(grad_log_probs + rows, gradient, mask=present)
-        objectives += tl.where(present, objective, 0.0)
-        clip_count += tl.where(present & clipped, 1.0, 0.0)
-        squares += tl.where(present, log_ratio * log_ratio, 0.0)
+        tl.store(ratios + rows, ratio, mask=valid)
+        tl.store(clips + rows, clipped, mask=valid)
+        tl.store(grad_log_probs + rows, gradient, mask=valid)
+        objectives += tl.where(valid, objective, 0.0)
+        clip_count += tl.where(valid & clipped, 1.0, 0.0)
+        squares += tl.where(valid, log_ratio * log_ratio, 0.0)
     tl.store(loss, (-tl.sum(objectives) / batch).to(tl.float32))
     tl.store(clip_fraction, (tl.sum(clip_count) / batch).to(tl.float32))
     tl.store(approx_kl, (0.5 * tl.sum(squares) / batch).to(tl.float32))
@@ -122,10 +114,12 @@ def _launch_loss(
     clip_range: float,
     adv_clip: float,
 ) -> Loss:
-    """The loss of these log-probabilities; with tiles = (P, their sums [B, T], std), of those that
-    it then writes into log_probs.
+    """The loss of these log-probabilities.
+
+    With tiles = (P, sums of the tiles [B, T], std) log_probs is an output: the log-probabilities
+    that follow from the tiles are written into it.
     """
-    results = _clipped_ratio_loss_fake(log_probs, old_log_probs, advantages, clip_range, adv_clip)
+    results = _clipped_fake(log_probs)
     P, partials, std = tiles or (1, log_probs[:, None], log_probs)
     batch, num_tiles = partials.shape
     with torch.cuda.device_of(log_probs):
@@ -177,114 +171,62 @@ def _grpo_loss(
     log_probs, tiles = torch.empty_like(std), None
     if latents.shape[0]:
         with torch.cuda.device_of(latents):
-            tiles = (
-                *transition_error(
-                    latents, next_latents, velocity, velocity_uncond, a, b, std, guidance_scale
-                ),
-                std,
+            errors = squared_errors(
+                latents, next_latents, velocity, velocity_uncond, a, b, std, guidance_scale
             )
+        tiles = (*errors, std)
     results = _launch_loss(
         tiles, log_probs, old_log_probs, advantages, normalized, clip_range, adv_clip
     )
     return results[0], log_probs, *results[1:]
 
 
-# -------- shapes and autograd
-
-
-def _clipped_ratio_loss_fake(
-    log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, clip_range: float, adv_clip: float
-) -> Loss:
+def _clipped_fake(log_probs: Tensor, *args: object) -> Loss:
     loss, clip_fraction, approx_kl = (log_probs.new_empty(()) for _ in range(3))
     ratio, gradient = torch.empty_like(log_probs), torch.empty_like(log_probs)
-    return (
-        loss,
-        ratio,
-        torch.empty_like(log_probs, dtype=torch.bool),
-        clip_fraction,
-        approx_kl,
-        gradient,
-    )
+    clipped = torch.empty_like(log_probs, dtype=torch.bool)
+    return loss, ratio, clipped, clip_fraction, approx_kl, gradient
 
 
-def _grpo_loss_fake(
-    latents: Tensor,
-    next_latents: Tensor,
-    velocity: Tensor,
-    velocity_uncond: Tensor | None,
-    old_log_probs: Tensor,
-    advantages: Tensor,
-    a: Tensor,
-    b: Tensor,
-    std: Tensor,
-    guidance_scale: float,
-    normalized: bool,
-    clip_range: float,
-    adv_clip: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    results = _clipped_ratio_loss_fake(std, old_log_probs, advantages, clip_range, adv_clip)
-    return results[0], torch.empty_like(std), *results[1:]
+def _grpo_loss_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    std = args[8]
+    loss, *rest = _clipped_fake(std)
+    return loss, torch.empty_like(std), *rest
 
 
 def _save_clipped(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _only_the_loss(ctx, output)
+    _only_the_loss_has_a_gradient(ctx, output)
     ctx.save_for_backward(output[-1])
 
 
-def _clipped_backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    (gradient,) = ctx.saved_tensors
-    return gradient * grad_loss, None, None, None, None
+def _clipped_backward(_: str, ctx: Any, grad_loss: Tensor, *__: Tensor) -> tuple[Any, ...]:
+    (grad_log_probs,) = ctx.saved_tensors
+    return grad_log_probs * grad_loss, None, None, None, None
 
 
 def _save_objective(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _only_the_loss(ctx, output)
-    (
-        latents,
-        next_latents,
-        velocity,
-        velocity_uncond,
-        _,
-        _,
-        a,
-        b,
-        std,
-        ctx.guidance_scale,
-        ctx.normalized,
-        *_,
-    ) = inputs
-    ctx.save_for_backward(output[-1], latents, next_latents, velocity, velocity_uncond, a, b, std)
+    _only_the_loss_has_a_gradient(ctx, output)
+    ctx.guidance_scale, ctx.normalized = inputs[9:11]
+    ctx.save_for_backward(
+        output[-1], *inputs[:4], *inputs[6:9]
+    )  # all but old_log_probs, advantages
 
 
-def _only_the_loss(ctx: Any, output: tuple[Tensor, ...]) -> None:
+def _objective_backward(
+    backend: str, ctx: Any, grad_loss: Tensor, *_: Tensor
+) -> tuple[Tensor | None, ...]:
+    grad_log_probs, *tensors = ctx.saved_tensors
+    cond, uncond = transition_gradients(backend, ctx, grad_log_probs, grad_loss, tensors)
+    return None, None, cond, uncond, *[None] * 9
+
+
+def _only_the_loss_has_a_gradient(ctx: Any, output: tuple[Tensor, ...]) -> None:
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
-def _register(namespace: str, backend: str) -> None:
-    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        grad_log_probs, *transition = ctx.saved_tensors
-        needs_uncond = ctx.needs_input_grad[3]
-        cond, uncond = operation(backend, "sde_log_prob_backward")(
-            grad_log_probs, grad_loss, *transition, ctx.guidance_scale, ctx.normalized, needs_uncond
-        )
-        return None, None, cond, uncond if needs_uncond else None, *[None] * 9
-
-    torch.library.register_fake(f"{namespace}::clipped_ratio_loss", _clipped_ratio_loss_fake)
-    torch.library.register_autograd(
-        f"{namespace}::clipped_ratio_loss", _clipped_backward, setup_context=_save_clipped
-    )
-    torch.library.register_fake(f"{namespace}::grpo_loss", _grpo_loss_fake)
-    torch.library.register_autograd(
-        f"{namespace}::grpo_loss", backward, setup_context=_save_objective
-    )
-
-
-_register(NAMESPACE, "triton")
-if has_library():
-    _register("fastgrpo", "cpp")
-
-
-# -------- public
+register("clipped_ratio_loss", _clipped_fake, _clipped_backward, _save_clipped)
+register("grpo_loss", _grpo_loss_fake, _objective_backward, _save_objective)
 
 
 def clipped_ratio_loss(
@@ -297,96 +239,85 @@ def clipped_ratio_loss(
     backend: str | None = None,
 ) -> tuple[Tensor, GRPOStats]:
     """L = -mean of min(rho A, clip(rho, 1 - eps, 1 + eps) A), rho = exp(log_probs - old_log_probs)
-    (Eq. 11).
+    (Eq. 11; docs/method.md, section 2).
 
-    log_probs, old_log_probs, advantages: [B] float; A is clamped to [-adv_clip, adv_clip].
-    clip_range: eps in [0, 1). adv_clip > 0, infinity for no clamp. Differentiable in log_probs
-    alone. On the edge itself (rho == 1 +- eps) the gradient still passes. The loss of an empty
-    batch is 0. backend: a backend of `dispatch.BACKENDS`, or None. Returns the loss [],
-    fp32 (float64 for float64), and what it saw. ValueError for other shapes, dtypes or values,
-    or a backend that cannot serve. Source: method.md section 2.
+    Differentiable in log_probs. On the edge itself (rho == 1 +- eps) the gradient still passes.
+
+    Args:
+        log_probs: [B], float, as old_log_probs and advantages.
+        old_log_probs: Those of the rollout.
+        advantages: A, clamped to [-adv_clip, adv_clip].
+        clip_range: eps in [0, 1).
+        adv_clip: Above 0; infinity for no clamp.
+        backend: One of `dispatch.BACKENDS`; None for the default.
+
+    Returns:
+        The loss [], fp32 (float64 for float64), 0 for an empty batch; and its statistics.
+
+    Raises:
+        ValueError: As `sde_step`.
     """
     backend = select_backend("clipped_ratio_loss", log_probs, backend)
     if backend == "reference":
         return reference.clipped_ratio_loss(
             log_probs, old_log_probs, advantages, clip_range=clip_range, adv_clip=adv_clip
         )
-    checks.check_loss(log_probs, old_log_probs, advantages, clip_range, adv_clip)
+    check_loss(log_probs, old_log_probs, advantages, clip_range, adv_clip)
     new = log_probs.to(torch.float32).contiguous()
-    data = _loss_data(old_log_probs, advantages, new)
-    loss, *seen, _ = operation(backend, "clipped_ratio_loss")(
-        new, *data, float(clip_range), float(adv_clip)
+    loss, *stats, _ = operation(backend, "clipped_ratio_loss")(
+        new, *_as_data(new, old_log_probs, advantages), float(clip_range), float(adv_clip)
     )
-    return loss, GRPOStats(new.detach(), *seen)
+    return loss, GRPOStats(new.detach(), *stats)
 
 
 def grpo_loss(
-    latents: Tensor,
+    transition: Transition,
     next_latents: Tensor,
-    velocity: Tensor,
     old_log_probs: Tensor,
     advantages: Tensor,
-    a: Coefficient,
-    b: Coefficient,
-    std: Coefficient,
     *,
     clip_range: float = 1e-4,
     adv_clip: float = 5.0,
-    velocity_uncond: Tensor | None = None,
-    guidance_scale: float = 1.0,
     cfg_grad: str = "both",
-    normalized: bool = True,
     backend: str | None = None,
 ) -> tuple[Tensor, GRPOStats]:
-    """`sde_log_prob`, then `clipped_ratio_loss`: the objective of one training pass (Eq. 11), a
-    mean over the batch.
+    """`sde_log_prob`, then `clipped_ratio_loss`: the objective of one training pass (Eq. 11), a mean
+    over the batch.
 
-    Differentiable in velocity and velocity_uncond. Arguments, results and errors are those of
-    the two functions; the log-probabilities have the bits that `sde_step` and `sde_log_prob`
-    give. Source: method.md section 2.
+    Differentiable in both velocities. Arguments, results and errors are those of the two functions;
+    the log-probabilities have the bits that `sde_step` and `sde_log_prob` give.
     """
-    backend = select_backend("grpo_loss", latents, backend)
+    backend = select_backend("grpo_loss", transition.latents, backend)
     if backend == "reference":
         return reference.grpo_loss(
-            latents,
+            transition,
             next_latents,
-            velocity,
             old_log_probs,
             advantages,
-            a,
-            b,
-            std,
             clip_range=clip_range,
             adv_clip=adv_clip,
-            velocity_uncond=velocity_uncond,
-            guidance_scale=guidance_scale,
             cfg_grad=cfg_grad,
-            normalized=normalized,
         )
-    x, *rest, a_B, b_B, std_B = transition_arguments(
-        latents, velocity, velocity_uncond, a, b, std, guidance_scale, cfg_grad
-    )
-    checks.check_stored(next_latents, latents)
-    checks.check_loss(std_B, old_log_probs, advantages, clip_range, adv_clip)
-    data = _loss_data(old_log_probs, advantages, std_B)
-    loss, *seen, _ = operation(backend, "grpo_loss")(
+    x, velocity, uncond, *coefficients = op_arguments(transition, cfg_grad)
+    check_stored(next_latents, transition.latents)
+    check_loss(coefficients[0], old_log_probs, advantages, clip_range, adv_clip)
+    loss, *stats, _ = operation(backend, "grpo_loss")(
         x,
         next_latents.detach().contiguous(),
-        *rest,
-        *data,
-        a_B,
-        b_B,
-        std_B,
-        float(guidance_scale),
-        normalized,
+        velocity,
+        uncond,
+        *_as_data(x, old_log_probs, advantages),
+        *coefficients,
+        float(transition.guidance_scale),
+        transition.normalized,
         float(clip_range),
         float(adv_clip),
     )
-    return loss, GRPOStats(*seen)
+    return loss, GRPOStats(*stats)
 
 
-def _loss_data(old_log_probs: Tensor, advantages: Tensor, like: Tensor) -> list[Tensor]:
+def _as_data(like: Tensor, *values: Tensor) -> list[Tensor]:
     return [
         value.detach().to(like.device, torch.float32, non_blocking=True).contiguous()
-        for value in (old_log_probs, advantages)
+        for value in values
     ]

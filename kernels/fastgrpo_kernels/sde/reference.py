@@ -1,27 +1,24 @@
-"""The operations of a transition in plain PyTorch: the specification that faster kernels must meet,
-and the path of float64.
-
-One stochastic step of every sampler of the backend (method.md section 1; Eqs. 1 and 2 of the
-paper) is affine:
+"""The ops of a transition in plain PyTorch: the specification that faster kernels must meet, and the
+path of float64.
 
     v    = v_uncond + w (v_cond - v_uncond)          classifier-free guidance
     mean = a x + b v            x' = mean + s eps    eps ~ N(0, I)
     logp = mean over a sample's elements of [ -(x' - mean)^2 / (2 s^2) - ln s - ln(2 pi) / 2 ]
 
-Shapes: B samples of P elements each, [B, ...]; a, b, s are one number or one per sample.
-Arithmetic is fp32, whatever the inputs' dtype, and float64 for float64 latents. Signatures are
-those of the public functions, which have the full docstrings (`sde_step.py`, `grpo_loss.py`,
-...), less `backend`.
+(docs/method.md, section 1; Eqs. 1 and 2 of the paper.)
 
-A sample's bits do not depend on the rest of the batch, on threads, on strides, nor on which
-backend computed them: everything between samples is elementwise and correctly rounded (products
-and sums, no fused multiply-add), and the one sum is exact, see `_exact_row_sum`.
+Shapes: B samples of P elements, [B, ...]; a, b, s: one number, or one per sample. The arithmetic is
+fp32 for any dtype of the inputs, float64 for float64 latents. Signatures are those of the public
+functions, which have the full docstrings (`step.py`, `log_prob.py`, `loss.py`,
+`branch_gradient.py`), without `backend`.
+
+Bits (kernels/README.md): everything per element is a correctly rounded product or sum without fused
+multiply-add, and the one sum is exact, see `_exact_row_sum`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -30,26 +27,34 @@ from torch import Tensor
 from .. import checks
 from ..checks import Coefficient, compute_dtype
 from ..random.philox import gaussian_noise
+from .transition import (
+    Transition,
+    check_adv_clip,
+    check_guidance,
+    check_guidance_scale,
+    check_loss,
+    check_stored,
+    check_transition,
+    coefficients,
+)
 
 _HALF_LOG_TWO_PI = 0.5 * math.log(2.0 * math.pi)
 
 
 class GRPOStats(NamedTuple):
-    """What the loss saw, detached. fp32 (float64 for float64 input)."""
+    """What the loss measured, without a gradient. fp32 (float64 for float64 input)."""
 
     log_probs: Tensor
     """[B] log-probabilities under the current weights."""
     ratio: Tensor
     """[B] exp(log_probs - old_log_probs)."""
     clipped: Tensor
-    """[B] bool: samples whose gradient the clip has removed (ratio beyond the edge that their
-    advantage pushes to).
-    """
+    """[B] bool: the clip removed the gradient (ratio beyond the edge that the advantage pushes to)."""
     clip_fraction: Tensor
-    """Scalar: share of clipped samples."""
+    """[], share of clipped samples."""
     approx_kl: Tensor
-    """Scalar: mean of (log_probs - old_log_probs)^2 / 2; unlike ratio - 1 - ln ratio it does not
-    cancel in fp32.
+    """[], mean of (log_probs - old_log_probs)^2 / 2. Unlike ratio - 1 - ln ratio it does not cancel in
+    fp32.
     """
 
 
@@ -60,61 +65,44 @@ def guided_velocity(
     *,
     cfg_grad: str = "both",
 ) -> Tensor:
-    """v_uncond + w (v_cond - v_uncond), or v_cond where there is no unconditional branch.
-    Differentiable.
+    """v_uncond + w (v_cond - v_uncond), or v_cond without an unconditional branch. Differentiable.
 
-    velocity, velocity_uncond: [B, ...] of one shape, any float dtype. guidance_scale: w, a
-    number; other than 1 it needs velocity_uncond. cfg_grad: "both" (w to the conditional branch,
-    1 - w to the other) or "cond_only" (nothing to the other; Flow-GRPO). Returns fp32 (float64
-    for float64 velocity). ValueError otherwise.
+    Args:
+        velocity: [B, ...], any float dtype.
+        velocity_uncond: Shape of velocity, or None.
+        guidance_scale: w, a number; any other than 1 needs velocity_uncond.
+        cfg_grad: "both" (w to the conditional branch, 1 - w to the other) or "cond_only" (nothing to
+            the unconditional branch; Flow-GRPO).
+
+    Returns:
+        fp32, float64 for float64 velocity.
+
+    Raises:
+        ValueError: Shapes, dtypes or values do not fit.
     """
     checks.check_samples("velocity", velocity)
-    checks.check_guidance(velocity, velocity_uncond, guidance_scale, cfg_grad)
+    check_guidance(velocity, velocity_uncond, guidance_scale, cfg_grad)
     return _guide(velocity, velocity_uncond, guidance_scale, cfg_grad, compute_dtype(velocity))
 
 
 @torch.no_grad()
-def sde_step(
-    latents: Tensor,
-    velocity: Tensor,
-    a: Coefficient,
-    b: Coefficient,
-    std: Coefficient,
-    *,
-    seeds: Tensor,
-    step: int | Tensor,
-    velocity_uncond: Tensor | None = None,
-    guidance_scale: float = 1.0,
-    normalized: bool = True,
-) -> tuple[Tensor, Tensor]:
-    """The specification of `fastgrpo_kernels.sde.step`."""
-    mean, std_B = _transition(latents, velocity, a, b, std, velocity_uncond, guidance_scale, "both")
-    seeds = checks.seed_vector(seeds, latents.shape[0], latents.device)
-    noise = gaussian_noise(seeds, step, latents.shape[1:], latents.device)
-    next_latents = (mean + std_B[:, None] * _rows(noise, mean.dtype)).to(latents.dtype)
-    log_probs = _log_prob(_rows(next_latents, mean.dtype), mean, std_B, normalized)
-    return next_latents.reshape(latents.shape), log_probs
+def sde_step(transition: Transition, *, seeds: Tensor, step: int | Tensor) -> tuple[Tensor, Tensor]:
+    """The specification of `step.sde_step`."""
+    mean, std_B = _mean_and_std(transition, "both")
+    x = transition.latents
+    seeds = checks.seed_vector(seeds, x.shape[0], x.device)
+    noise = gaussian_noise(seeds, step, x.shape[1:], x.device)
+    next_latents = (mean + std_B[:, None] * _rows(noise, mean.dtype)).to(x.dtype)
+    log_probs = _log_prob(_rows(next_latents, mean.dtype), mean, std_B, transition.normalized)
+    return next_latents.reshape(x.shape), log_probs
 
 
-def sde_log_prob(
-    latents: Tensor,
-    next_latents: Tensor,
-    velocity: Tensor,
-    a: Coefficient,
-    b: Coefficient,
-    std: Coefficient,
-    *,
-    velocity_uncond: Tensor | None = None,
-    guidance_scale: float = 1.0,
-    cfg_grad: str = "both",
-    normalized: bool = True,
-) -> Tensor:
-    """The specification of `fastgrpo_kernels.sde.log_prob`."""
-    mean, std_B = _transition(
-        latents, velocity, a, b, std, velocity_uncond, guidance_scale, cfg_grad
-    )
-    checks.check_stored(next_latents, latents)
-    return _log_prob(_rows(next_latents.detach(), mean.dtype), mean, std_B, normalized)
+def sde_log_prob(transition: Transition, next_latents: Tensor, *, cfg_grad: str = "both") -> Tensor:
+    """The specification of `log_prob.sde_log_prob`."""
+    mean, std_B = _mean_and_std(transition, cfg_grad)
+    check_stored(next_latents, transition.latents)
+    stored = _rows(next_latents.detach(), mean.dtype)
+    return _log_prob(stored, mean, std_B, transition.normalized)
 
 
 def clipped_ratio_loss(
@@ -125,16 +113,14 @@ def clipped_ratio_loss(
     clip_range: float = 1e-4,
     adv_clip: float = 5.0,
 ) -> tuple[Tensor, GRPOStats]:
-    """The specification of `fastgrpo_kernels.clipped_ratio_loss`."""
-    checks.check_loss(log_probs, old_log_probs, advantages, clip_range, adv_clip)
+    """The specification of `loss.clipped_ratio_loss`."""
+    check_loss(log_probs, old_log_probs, advantages, clip_range, adv_clip)
     dtype, device = compute_dtype(log_probs), log_probs.device
     log_ratio = log_probs.to(dtype) - old_log_probs.detach().to(device, dtype)
-    # exp in float64, then rounded: the same bits whether the element meets the vectorised or the
-    # scalar exponential.
+    # exp in float64, then rounded: torch's vectorised and scalar exponentials then give the same bits.
     ratio = torch.exp(log_ratio.double()).to(dtype)
     advantages = advantages.detach().to(device, dtype).clamp(-adv_clip, adv_clip)
-    # Where the minimum picks the clipped term, written out: minimum() would split the gradient of a
-    # tie in two.
+    # Where the minimum is the clipped term, written out: minimum() would split the gradient of a tie.
     clipped = ((advantages > 0) & (ratio > 1.0 + clip_range)) | (
         (advantages < 0) & (ratio < 1.0 - clip_range)
     )
@@ -152,35 +138,17 @@ def clipped_ratio_loss(
 
 
 def grpo_loss(
-    latents: Tensor,
+    transition: Transition,
     next_latents: Tensor,
-    velocity: Tensor,
     old_log_probs: Tensor,
     advantages: Tensor,
-    a: Coefficient,
-    b: Coefficient,
-    std: Coefficient,
     *,
     clip_range: float = 1e-4,
     adv_clip: float = 5.0,
-    velocity_uncond: Tensor | None = None,
-    guidance_scale: float = 1.0,
     cfg_grad: str = "both",
-    normalized: bool = True,
 ) -> tuple[Tensor, GRPOStats]:
-    """The specification of `fastgrpo_kernels.sde.loss`."""
-    log_probs = sde_log_prob(
-        latents,
-        next_latents,
-        velocity,
-        a,
-        b,
-        std,
-        velocity_uncond=velocity_uncond,
-        guidance_scale=guidance_scale,
-        cfg_grad=cfg_grad,
-        normalized=normalized,
-    )
+    """The specification of `loss.grpo_loss`."""
+    log_probs = sde_log_prob(transition, next_latents, cfg_grad=cfg_grad)
     return clipped_ratio_loss(
         log_probs, old_log_probs, advantages, clip_range=clip_range, adv_clip=adv_clip
     )
@@ -188,59 +156,72 @@ def grpo_loss(
 
 @torch.no_grad()
 def branch_gradient(
+    transition: Transition,
+    advantages: Tensor,
+    *,
     seeds: Tensor,
     step: int | Tensor,
-    advantages: Tensor,
-    b: Coefficient,
-    std: Coefficient,
-    shape: Sequence[int],
-    *,
-    guidance_scale: float = 1.0,
     scale: float = 1.0,
     adv_clip: float = 5.0,
     cfg_grad: str = "both",
-    normalized: bool = True,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """The specification of `fastgrpo_kernels.sde.branch_gradient`."""
-    factor, target = checks.branch_factor(
-        seeds,
-        advantages,
-        b,
-        std,
-        shape,
-        guidance_scale,
-        scale,
-        adv_clip,
-        cfg_grad,
-        normalized,
-        device,
-    )
-    guided = _rows(gaussian_noise(seeds, step, shape, target), torch.float32) * factor[:, None]
-    cond = guided * guidance_scale
+    """The specification of `branch_gradient.branch_gradient`."""
+    velocity, w = transition.velocity, transition.guidance_scale
+    factor = noise_factor(transition, advantages, scale, adv_clip, cfg_grad)
+    seeds = checks.seed_vector(seeds, velocity.shape[0], velocity.device)
+    noise = gaussian_noise(seeds, step, velocity.shape[1:], velocity.device)
+    guided = _rows(noise, torch.float32) * factor[:, None]
+    cond = guided * w
     uncond = guided - cond
-    sizes = (seeds.shape[0], *shape)
-    both = cfg_grad == "both" and guidance_scale != 1.0
-    return cond.to(dtype).reshape(sizes), uncond.to(dtype).reshape(sizes) if both else None
+    both = cfg_grad == "both" and w != 1.0
+    return (
+        cond.to(velocity.dtype).reshape(velocity.shape),
+        uncond.to(velocity.dtype).reshape(velocity.shape) if both else None,
+    )
+
+
+def noise_factor(
+    transition: Transition, advantages: Tensor, scale: float, adv_clip: float, cfg_grad: str
+) -> Tensor:
+    """What `branch_gradient` multiplies the noise by, fp32 [B]; its arguments are checked here."""
+    velocity, normalized = transition.velocity, transition.normalized
+    checks.check_samples("velocity", velocity)
+    checks.check_vector("advantages", advantages, velocity.shape[0])
+    check_guidance_scale(transition.guidance_scale, cfg_grad)
+    checks.check_number("scale", scale, "that is finite", math.isfinite)
+    check_adv_clip(adv_clip)
+    # fp32 first, as the loss rounds them, then float64 up to the last rounding.
+    b_B = checks.coefficient("b", transition.b, velocity, torch.float32).double()
+    std_B = checks.coefficient("std", transition.std, velocity, torch.float32).double()
+    advantage = advantages.detach().to(velocity.device, torch.float32, non_blocking=True)
+    advantage = advantage.clamp(-adv_clip, adv_clip).double()
+    weight = torch.where(std_B > 0, 1.0 / std_B, 0.0) if normalized else 2.0 * std_B
+    return (-scale * advantage * b_B * weight / math.prod(velocity.shape[1:])).float()
 
 
 def gaussian_kl(velocity: Tensor, velocity_ref: Tensor, b: Coefficient, std: Coefficient) -> Tensor:
-    """Exact KL [B] of one transition to the reference policy's, per element: mean of (b (v -
-    v_ref))^2 / (2 s^2).
+    """Exact KL of one transition to the reference policy's: mean over elements of (b (v - v_ref))^2 /
+    (2 s^2).
 
-    Both transitions start at the same x, so a x cancels. velocity, velocity_ref: [B, ...], any
-    float dtype, guidance already applied (`guided_velocity`); no gradient reaches the reference.
-    fp32 (float64 for float64 velocity). NaN, and no gradient, where std == 0. ValueError as in
-    `sde_step`.
+    Both transitions start at the same x, so a x cancels. No gradient reaches velocity_ref.
+
+    Args:
+        velocity: [B, ...], any float dtype, with guidance applied (`guided_velocity`).
+        velocity_ref: The reference policy's, shape of velocity.
+        b: The transition's, a number or [B].
+        std: The same.
+
+    Returns:
+        [B], fp32 (float64 for float64 velocity). NaN, without a gradient, where std == 0.
+
+    Raises:
+        ValueError: As `sde_step`.
     """
     checks.check_samples("velocity", velocity)
     checks.check_like("velocity_ref", velocity_ref, velocity)
     dtype = compute_dtype(velocity)
-    b_B, std_B = (
-        checks.coefficient(name, value, velocity.shape[0], velocity.device, dtype)
-        for name, value in (("b", b), ("std", std))
-    )
+    b_B = checks.coefficient("b", b, velocity, dtype)
+    std_B = checks.coefficient("std", std, velocity, dtype)
     shift = b_B[:, None] * (_rows(velocity, dtype) - _rows(velocity_ref.detach(), dtype))
     stochastic = std_B > 0
     safe = torch.where(stochastic, std_B, 1.0).double()
@@ -258,54 +239,45 @@ def _guide(
     return uncond + scale * (cond - uncond)
 
 
-def _transition(
-    latents: Tensor,
-    velocity: Tensor,
-    a: Coefficient,
-    b: Coefficient,
-    std: Coefficient,
-    velocity_uncond: Tensor | None,
-    guidance_scale: float,
-    cfg_grad: str,
-) -> tuple[Tensor, Tensor]:
-    """Check the arguments that the ops of a transition share; its mean [B, P] and std [B]."""
-    checks.check_transition(latents, velocity, velocity_uncond, guidance_scale, cfg_grad)
-    dtype = compute_dtype(latents)
-    a_B, b_B, std_B = checks.coefficients(a, b, std, latents)
-    combined = _rows(_guide(velocity, velocity_uncond, guidance_scale, cfg_grad, dtype), dtype)
-    return a_B[:, None] * _rows(latents.detach(), dtype) + b_B[:, None] * combined, std_B
+def _mean_and_std(transition: Transition, cfg_grad: str) -> tuple[Tensor, Tensor]:
+    """Check the transition; its mean [B, P] and std [B]."""
+    check_transition(transition, cfg_grad)
+    x, velocity = transition.latents, transition.velocity
+    dtype = compute_dtype(x)
+    a_B, b_B, std_B = coefficients(transition)
+    guided = _guide(
+        velocity, transition.velocity_uncond, transition.guidance_scale, cfg_grad, dtype
+    )
+    return a_B[:, None] * _rows(x.detach(), dtype) + b_B[:, None] * _rows(guided, dtype), std_B
 
 
 def _log_prob(next_latents: Tensor, mean: Tensor, std_B: Tensor, normalized: bool) -> Tensor:
     error = _exact_row_sum((next_latents - mean).square(), std_B) / mean.shape[1]
     stochastic = std_B > 0
     if normalized:
-        # 1 in place of 0: an ODE row of a mixed batch must not send 0 * inf = NaN back into the
-        # weights.
+        # 1 in place of 0: an ODE row of a mixed batch must not send back 0 * inf = NaN.
         safe = torch.where(stochastic, std_B, 1.0).double()
         error = error / (2.0 * safe * safe) + torch.log(safe) + _HALF_LOG_TWO_PI
     return torch.where(stochastic, (-error).to(mean.dtype), math.nan)
 
 
 def _exact_row_sum(rows: Tensor, unit_B: Tensor) -> Tensor:
-    """Sum of each fp32 row, [B, P] -> [B] float64, whose bits do not depend on the order of the
-    terms.
+    """Sum of each fp32 row, [B, P] -> [B] float64, whose bits do not depend on the order of the terms.
 
-    Terms are rounded to a multiple of q = 2^(2k - 24), 2^k <= unit < 2^(k+1) (here 2^-24 to
-    2^-26 of the variance), by adding and taking away a number whose last float64 bit is worth q.
-    A float64 sum of such multiples is exact below 2^53 q, that is while the sum of term / unit^2
-    stays under 2^29: no order, split, thread or device can change it. Beyond, and for float64
-    rows, which are not rounded, it is an ordinary float64 sum.
+    Each term is rounded to a multiple of q = 2^(2k - 24), where 2^k <= unit < 2^(k+1): for a standard
+    deviation as unit, 2^-24 to 2^-26 of the variance. A float64 sum of such multiples is exact below
+    2^53 q, that is while the sum of term / unit^2 stays under 2^29, so no order, split, thread or
+    device can change it. Beyond that, and for float64 rows, which are not rounded, it is an ordinary
+    float64 sum.
     """
     if rows.dtype == torch.float64:
         return rows.sum(1)
     k = torch.frexp(unit_B).exponent - 1
-    magic = torch.ldexp(torch.full_like(k, 3, dtype=torch.float64), 2 * k + 27)[
-        :, None
-    ]  # 1.5 * 2^(2k + 28)
-    return ((rows.double() + magic) - magic).sum(1)
+    # 1.5 * 2^(2k + 28), whose last float64 bit is worth q: adding and subtracting it rounds to q.
+    rounder = torch.ldexp(torch.full_like(k, 3, dtype=torch.float64), 2 * k + 27)[:, None]
+    return ((rows.double() + rounder) - rounder).sum(1)
 
 
 def _rows(samples: Tensor, dtype: torch.dtype) -> Tensor:
-    """[B, ...] -> [B, P]; P is spelt out because an empty batch leaves -1 undecided."""
+    """[B, ...] -> [B, P]. P is computed: reshape cannot infer -1 for an empty batch."""
     return samples.to(dtype).reshape(samples.shape[0], math.prod(samples.shape[1:]))

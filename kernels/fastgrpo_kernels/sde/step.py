@@ -1,14 +1,16 @@
 """sde_step: one step of the rollout in one pass. Guidance, affine step, noise, rounding to storage,
 log-probability.
 
-    v    = v_uncond + w (v_cond - v_uncond)          classifier-free guidance
-    mean = a x + b v            x' = mean + s eps    eps ~ N(0, I)          (Eqs. 1 and 2 of the paper; method.md section 1)
+    v    = v_uncond + w (v_cond - v_uncond)
+    mean = a x + b v            x' = mean + s eps    eps ~ N(0, I)
     logp = mean over a sample's elements of [ -(x' - mean)^2 / (2 s^2) - ln s - ln(2 pi) / 2 ]
 
-Shapes: B samples of P elements each, [B, ...], seen as [B, P]; a, b, s are [B]; T tiles a
-sample. The noise is made in registers from (seed, step, element), so with bf16 velocities and
-fp32 latents 12 bytes an element move. Kernels: one program a tile, which leaves the tile's sum
-of squares, then a small one that adds them up to a log-probability.
+Eqs. 1 and 2 of the paper; docs/method.md, section 1.
+
+Shapes: B samples of P elements, [B, ...] viewed as [B, P]; a, b, s [B]; T tiles per sample. The noise
+is made in registers from (seed, step, element), so bf16 velocities and fp32 latents move 12 bytes per
+element. Kernels: one program per tile, which leaves the tile's sum of squares; then a small one that
+adds them up to a log-probability.
 """
 
 from __future__ import annotations
@@ -17,18 +19,17 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..checks import Coefficient
-from ..dispatch import has_library, jit, operation, select_backend, tl, triton_op
+from ..dispatch import jit, operation, register, select_backend, tl, triton_op
 from ..random.triton_philox import normal_tile
 from . import reference
-from .transition import (
+from .transition import Transition, op_arguments
+from .triton_transition import (
     LAUNCH,
     TILE,
     empty_partials,
     exact_sum,
     finish_log_probs,
-    locate,
-    transition_arguments,
+    program_offsets,
     transition_mean,
 )
 
@@ -51,7 +52,7 @@ def _sde_step_kernel(
     GUIDED: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    row, first, offset, lanes, inside = locate(num_tiles, P, TILE)
+    row, first, base, offsets, mask = program_offsets(num_tiles, P, TILE)
     s = tl.load(std + row)
     mean = transition_mean(
         latents,
@@ -60,16 +61,17 @@ def _sde_step_kernel(
         tl.load(a + row),
         tl.load(b + row),
         guidance_scale,
-        offset,
-        lanes,
-        inside,
+        base,
+        offsets,
+        mask,
         GUIDED,
     )
     noise = normal_tile(tl.load(seeds + row), tl.load(steps + row), first, TILE)
+    # The log-probability is that of the stored x', after its rounding.
     stored = (mean + s * noise).to(next_latents.dtype.element_ty)
-    tl.store(next_latents + offset + lanes, stored, mask=inside)
+    tl.store(next_latents + base + offsets, stored, mask=mask)
     error = stored.to(tl.float32) - mean
-    tl.store(partials + tl.program_id(0), exact_sum(tl.where(inside, error * error, 0.0), s))
+    tl.store(partials + tl.program_id(0), exact_sum(tl.where(mask, error * error, 0.0), s))
 
 
 @triton_op("sde_step")
@@ -111,75 +113,45 @@ def _sde_step(
         return next_latents, finish_log_probs(partials, std, P, normalized)
 
 
-def _sde_step_fake(
-    latents: Tensor,
-    velocity: Tensor,
-    velocity_uncond: Tensor | None,
-    a: Tensor,
-    b: Tensor,
-    std: Tensor,
-    seeds: Tensor,
-    steps: Tensor,
-    guidance_scale: float,
-    normalized: bool,
-) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(latents), torch.empty_like(std)
+def _sde_step_fake(latents: Tensor, *args: object) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(latents), latents.new_empty(latents.shape[0], dtype=torch.float32)
 
 
-_sde_step.register_fake(_sde_step_fake)
-if has_library():
-    torch.library.register_fake("fastgrpo::sde_step", _sde_step_fake)
+register("sde_step", _sde_step_fake)
 
 
 @torch.no_grad()
 def sde_step(
-    latents: Tensor,
-    velocity: Tensor,
-    a: Coefficient,
-    b: Coefficient,
-    std: Coefficient,
-    *,
-    seeds: Tensor,
-    step: int | Tensor,
-    velocity_uncond: Tensor | None = None,
-    guidance_scale: float = 1.0,
-    normalized: bool = True,
-    backend: str | None = None,
+    transition: Transition, *, seeds: Tensor, step: int | Tensor, backend: str | None = None
 ) -> tuple[Tensor, Tensor]:
-    """One step of the rollout: x' = a x + b v + s eps, with the log-probability of the x' that is
-    stored. No gradient.
+    """Draw x' = a x + b v + s eps, and take the log-probability of the x' that is stored.
 
-    latents: x [B, ...], float. velocity, velocity_uncond: shape of latents, any float dtype. a,
-    b, std: numbers or [B], std not negative. seeds [B] int64 and step (int or [B] int64): key of
-    the noise, see `gaussian_noise`. normalized: False for `cps`, see `sde_log_prob`.
-    backend: a backend of `dispatch.BACKENDS`, or None for its choice. Returns x' like
-    latents, rounded to their dtype BEFORE its log-probability [B] is taken (fp32; float64 for
-    float64), so that the first training pass over unchanged weights gives a ratio of exactly 1.
-    A row with std == 0 is an ODE step: x' = mean, and its log-probability, which does not exist,
-    is NaN. Same bits in every backend but for the noise, which on a GPU may differ by 2^-21 of
-    itself (`triton_random`). ValueError for shapes, dtypes or lengths that disagree, or a backend
-    that cannot serve; the values of device tensors are not checked, for which the host would
-    have to wait. Source: method.md section 1, Eqs. 1 and 2 of the paper.
+    No gradient. x' is rounded to the dtype of the latents BEFORE its log-probability is taken, so
+    that the first training pass over unchanged weights gives a ratio of exactly 1. Which backends
+    give the same bits: kernels/README.md.
+
+    Args:
+        transition: The step.
+        seeds: [B] int64; with `step` the key of the noise, see `gaussian_noise`.
+        step: An int for all samples, or [B] int64.
+        backend: One of `dispatch.BACKENDS`; None for the default.
+
+    Returns:
+        x', with shape and dtype of the latents, and its log-probability [B], fp32 (float64 for
+        float64 latents). Where std == 0, x' is the mean and the log-probability, which does not
+        exist, is NaN.
+
+    Raises:
+        ValueError: Shapes, dtypes, devices or values do not fit, or the backend cannot serve. Values
+            of GPU tensors are not checked, for which the host would have to wait.
     """
-    backend = select_backend("sde_step", latents, backend)
+    x = transition.latents
+    backend = select_backend("sde_step", x, backend)
     if backend == "reference":
-        return reference.sde_step(
-            latents,
-            velocity,
-            a,
-            b,
-            std,
-            seeds=seeds,
-            step=step,
-            velocity_uncond=velocity_uncond,
-            guidance_scale=guidance_scale,
-            normalized=normalized,
-        )
-    arguments = transition_arguments(
-        latents, velocity, velocity_uncond, a, b, std, guidance_scale, "both"
-    )
-    seeds = checks.seed_vector(seeds, latents.shape[0], latents.device)
-    steps = checks.step_vector(step, latents.shape[0], latents.device)
+        return reference.sde_step(transition, seeds=seeds, step=step)
+    arguments = op_arguments(transition, "both")
+    seeds = checks.seed_vector(seeds, x.shape[0], x.device)
+    steps = checks.step_vector(step, x.shape[0], x.device)
     return operation(backend, "sde_step")(
-        *arguments, seeds, steps, float(guidance_scale), normalized
+        *arguments, seeds, steps, float(transition.guidance_scale), transition.normalized
     )

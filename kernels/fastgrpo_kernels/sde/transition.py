@@ -1,185 +1,130 @@
-"""What the operations of one transition share: their arguments, and in Triton the tiles, the mean,
-the exact sum and the log-probability.
+"""One stochastic step of a sampler, and the checks that the ops of a transition share.
 
-Every product and sum is rounded on its own (launch with enable_fp_fusion=False), in the order of
-`reference.py`, and the sum over elements is exact, see `reference._exact_row_sum`: so neither
-the tile nor the backend shows in the bits.
+Every sampler of flow matching here is affine (docs/method.md, section 1; Eqs. 1 and 2 of the paper):
 
-Shapes: B samples of P elements, T = ceil(P / TILE) tiles each. Programs are numbered sample by
-sample, B T of them.
+    v    = v_uncond + w (v_cond - v_uncond)          classifier-free guidance
+    mean = a x + b v
+    x'   = mean + s eps                              eps ~ N(0, I)
 """
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import checks
-from ..checks import Coefficient
-from ..dispatch import jit, tl, triton
-
-TILE = 1024
-"""Elements of a program, eight a thread: two 16-byte accesses in fp32, one in bf16."""
-LAUNCH: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": False}
+from ..checks import Coefficient, compute_dtype
 
 
-def transition_arguments(
-    latents: Tensor,
-    velocity: Tensor,
-    velocity_uncond: Tensor | None,
-    a: Coefficient,
-    b: Coefficient,
-    std: Coefficient,
-    guidance_scale: float,
-    cfg_grad: str,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor]:
-    """Checked, contiguous, and as the operations want them: velocities of one dtype of at most 32
-    bits, coefficients fp32 [B].
-    """
-    checks.check_transition(latents, velocity, velocity_uncond, guidance_scale, cfg_grad)
-    coefficients = checks.coefficients(a, b, std, latents)
-    dtype = (
-        velocity.dtype
-        if velocity_uncond is None
-        else torch.promote_types(velocity.dtype, velocity_uncond.dtype)
+class Transition(NamedTuple):
+    """The distribution of x' given x: a normal one with mean a x + b v and standard deviation s."""
+
+    latents: Tensor
+    """x [B, ...], any float dtype, with at least one element per sample."""
+    velocity: Tensor
+    """v, or v_cond under guidance: shape and device of the latents, any float dtype."""
+    a: Coefficient
+    """A number or a tensor [B], as b and std."""
+    b: Coefficient
+    std: Coefficient
+    """s, not negative. 0 is an ODE step: x' = mean, without a log-probability."""
+    velocity_uncond: Tensor | None = None
+    """v_uncond, like velocity; None: no guidance."""
+    guidance_scale: float = 1.0
+    """w, a number. Any other than 1 needs velocity_uncond."""
+    normalized: bool = True
+    """False for the log-probability of `cps`, -mean(e^2); see `sde_log_prob`."""
+
+
+def check_transition(transition: Transition, cfg_grad: str) -> None:
+    """Check tensors, guidance and its gradient; `coefficients` checks a, b and std."""
+    checks.check_samples("latents", transition.latents)
+    checks.check_like("velocity", transition.velocity, transition.latents)
+    check_guidance(
+        transition.velocity, transition.velocity_uncond, transition.guidance_scale, cfg_grad
     )
-    dtype = torch.float32 if dtype == torch.float64 else dtype
+
+
+def check_guidance(
+    velocity: Tensor, velocity_uncond: Tensor | None, guidance_scale: float, cfg_grad: str
+) -> None:
+    """Both branches of classifier-free guidance, or one and a scale of 1."""
+    check_guidance_scale(guidance_scale, cfg_grad)
     if velocity_uncond is not None:
-        velocity_uncond = (
-            (velocity_uncond if cfg_grad == "both" else velocity_uncond.detach())
-            .to(dtype)
-            .contiguous()
-        )
+        checks.check_like("velocity_uncond", velocity_uncond, velocity)
+    elif guidance_scale != 1.0:
+        checks.fail("velocity_uncond", f"a tensor for guidance_scale {guidance_scale}", "None")
+
+
+def check_guidance_scale(guidance_scale: float, cfg_grad: str) -> None:
+    """A finite scale, and where its gradient goes."""
+    if cfg_grad not in checks.CFG_GRADS:
+        checks.fail("cfg_grad", f"one of {', '.join(checks.CFG_GRADS)}", repr(cfg_grad))
+    checks.check_number("guidance_scale", guidance_scale, "that is finite", math.isfinite)
+
+
+def check_stored(next_latents: Tensor, latents: Tensor) -> None:
+    """x' has the shape, dtype and device of x."""
+    checks.check_like("next_latents", next_latents, latents)
+    if next_latents.dtype != latents.dtype:
+        expected = f"the dtype of latents, {latents.dtype}"
+        checks.fail("next_latents", expected, str(next_latents.dtype))
+
+
+def check_loss(
+    log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, clip_range: float, adv_clip: float
+) -> None:
+    """The arguments of the clipped loss: three vectors [B] and two bounds."""
+    checks.check_samples("log_probs", log_probs)
+    for name, tensor in (
+        ("log_probs", log_probs),
+        ("old_log_probs", old_log_probs),
+        ("advantages", advantages),
+    ):
+        checks.check_vector(name, tensor, log_probs.shape[0])
+    checks.check_number("clip_range", clip_range, "in [0, 1)", lambda eps: 0.0 <= eps < 1.0)
+    check_adv_clip(adv_clip)
+
+
+def check_adv_clip(adv_clip: float) -> None:
+    """The bound of the advantages; infinity for none."""
+    checks.check_number("adv_clip", adv_clip, "above 0", lambda bound: bound > 0.0)
+
+
+def coefficients(transition: Transition) -> tuple[Tensor, Tensor, Tensor]:
+    """a, b and std, each [B] in the dtype of the transition's arithmetic."""
+    x = transition.latents
+    a, b, std = (
+        checks.coefficient(name, value, x, compute_dtype(x))
+        for name, value in (("a", transition.a), ("b", transition.b), ("std", transition.std))
+    )
+    return a, b, std
+
+
+def op_arguments(
+    transition: Transition, cfg_grad: str
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor]:
+    """The transition, checked, as the registered ops take it.
+
+    Returns:
+        latents, velocity, velocity_uncond, a, b, std: contiguous, without a gradient where none may
+        flow; both velocities of one dtype of at most 32 bits; the coefficients fp32 [B].
+    """
+    check_transition(transition, cfg_grad)
+    velocity, uncond = transition.velocity, transition.velocity_uncond
+    dtype = velocity.dtype
+    if uncond is not None:
+        dtype = torch.promote_types(dtype, uncond.dtype)
+    if dtype == torch.float64:
+        dtype = torch.float32
+    if uncond is not None:
+        uncond = (uncond if cfg_grad == "both" else uncond.detach()).to(dtype).contiguous()
     return (
-        latents.detach().contiguous(),
+        transition.latents.detach().contiguous(),
         velocity.to(dtype).contiguous(),
-        velocity_uncond,
-        *coefficients,
+        uncond,
+        *coefficients(transition),
     )
-
-
-# -------- a tile
-
-
-@jit
-def locate(num_tiles, P, TILE: tl.constexpr):
-    """Of this program: the row, its tile's first element and that one's place in [B, P], all int64;
-    lanes [TILE], and which are inside.
-    """
-    program = tl.program_id(0)
-    row = (program // num_tiles).to(tl.int64)
-    first = (program % num_tiles).to(tl.int64) * TILE
-    lanes = tl.arange(0, TILE)
-    return row, first, row * P + first, lanes, lanes < P - first
-
-
-@jit
-def transition_mean(
-    latents,
-    velocity,
-    velocity_uncond,
-    a,
-    b,
-    guidance_scale,
-    offset,
-    lanes,
-    inside,
-    GUIDED: tl.constexpr,
-):
-    """a x + b v of a tile, fp32, v = v_uncond + w (v_cond - v_uncond). a, b: scalars. The tile's
-    place as from `locate`.
-    """
-    x = tl.load(latents + offset + lanes, mask=inside, other=0.0).to(tl.float32)
-    v = tl.load(velocity + offset + lanes, mask=inside, other=0.0).to(tl.float32)
-    if GUIDED:
-        uncond = tl.load(velocity_uncond + offset + lanes, mask=inside, other=0.0).to(tl.float32)
-        v = uncond + guidance_scale * (v - uncond)
-    return a * x + b * v
-
-
-@jit
-def exact_sum(terms, std):
-    """Sum of fp32 terms, each rounded to a multiple of 2^(2k - 24), k = floor(log2 std): float64,
-    no order shows in its bits.
-    """
-    k = ((std.to(tl.int32, bitcast=True) >> 23) & 255) - 127
-    magic = (((2 * k + 1051).to(tl.int64) << 52) | 0x8000000000000).to(
-        tl.float64, bitcast=True
-    )  # 1.5 * 2^(2k + 28)
-    return tl.sum((terms.to(tl.float64) + magic) - magic)
-
-
-# -------- the log-probability
-
-
-@jit
-def log_probs_of(
-    partials, std, P, num_tiles, rows, present, NORMALIZED: tl.constexpr, COLUMNS: tl.constexpr
-):
-    """Log-probabilities, fp32, of these rows (int64) where present, from their tiles' sums [B, T];
-    NaN where std == 0.
-    """
-    columns = tl.arange(0, COLUMNS)
-    sums = tl.zeros(rows.shape, tl.float64)
-    for start in range(0, num_tiles, COLUMNS):
-        column = (start + columns)[None, :]
-        mask = present[:, None] & (column < num_tiles)
-        sums += tl.sum(
-            tl.load(partials + rows[:, None] * num_tiles + column, mask=mask, other=0.0), axis=1
-        )
-    deviation = tl.load(std + rows, mask=present, other=1.0)
-    stochastic = deviation > 0
-    error = sums / P
-    if NORMALIZED:
-        s = tl.where(stochastic, deviation, 1.0).to(tl.float64)
-        error = error / (2.0 * s * s) + tl.log(s) + 0.91893853320467274178  # ln(2 pi) / 2
-    return tl.where(stochastic, (-error).to(tl.float32), float("nan"))
-
-
-@jit
-def _log_prob_kernel(
-    partials,
-    std,
-    log_probs,
-    P,
-    num_tiles,
-    B,
-    NORMALIZED: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    present = rows < B
-    tl.store(
-        log_probs + rows,
-        log_probs_of(partials, std, P, num_tiles, rows, present, NORMALIZED, COLUMNS),
-        mask=present,
-    )
-
-
-def empty_partials(samples: Tensor) -> tuple[int, Tensor]:
-    """P, and room for the tiles' sums, float64 [B, T]. Not for an empty batch."""
-    batch, P = samples.shape[0], samples.numel() // samples.shape[0]
-    return P, torch.empty(batch, triton.cdiv(P, TILE), dtype=torch.float64, device=samples.device)
-
-
-def finishing_block(num_tiles: int) -> dict[str, int]:
-    """Rows and columns of tiles' sums that a finishing program adds up at a time; a formula of T
-    alone.
-    """
-    columns = min(triton.next_power_of_2(num_tiles), 2048)
-    return {"ROWS": max(128 // columns, 1), "COLUMNS": columns}
-
-
-def finish_log_probs(partials: Tensor, std: Tensor, P: int, normalized: bool) -> Tensor:
-    """Log-probabilities, fp32 [B], from the tiles' sums, float64 [B, T]."""
-    batch, num_tiles = partials.shape
-    block = finishing_block(num_tiles)
-    log_probs = torch.empty_like(std)
-    grid = (triton.cdiv(batch, block["ROWS"]),)
-    _log_prob_kernel[grid](
-        partials, std, log_probs, P, num_tiles, batch, NORMALIZED=normalized, **block, **LAUNCH
-    )
-    return log_probs
