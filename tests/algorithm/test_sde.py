@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
-from fastgrpo_kernels import gaussian_noise, sde_step
+from fastgrpo_kernels import Transition, gaussian_noise, sde_step
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -102,9 +102,8 @@ def test_every_step_is_the_published_sampler(
     x = torch.randn(num_steps, *SHAPE, dtype=torch.float64, generator=generator)
     v = torch.randn(num_steps, *SHAPE, dtype=torch.float64, generator=generator)
     seeds, steps = torch.arange(num_steps) + 77, torch.arange(num_steps)
-    got, log_probs = sde_step(
-        x, v, table.a, table.b, table.std, seeds=seeds, step=steps, normalized=table.normalized
-    )
+    transition = Transition(x, v, table.a, table.b, table.std, normalized=table.normalized)
+    got, log_probs = sde_step(transition, seeds=seeds, step=steps)
     noise = gaussian_noise(seeds, steps, SHAPE).double()
     for i in range(num_steps):
         mean, std = statement(kind, eta, sigmas.tolist(), i, x[i], v[i])
@@ -204,9 +203,8 @@ def test_ode_is_diffusers_flow_match_euler(num_steps: int, shift: float) -> None
     for i, timestep in enumerate(scheduler.timesteps):
         velocity = torch.randn(2, *SHAPE, generator=generator)
         theirs = scheduler.step(velocity, timestep, theirs, return_dict=False)[0]
-        ours, _ = sde_step(
-            ours, velocity, table.a[i], table.b[i], table.std[i], seeds=torch.arange(2), step=i
-        )
+        transition = Transition(ours, velocity, table.a[i], table.b[i], table.std[i])
+        ours, _ = sde_step(transition, seeds=torch.arange(2), step=i)
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 

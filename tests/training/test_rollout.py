@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from fastgrpo_kernels import gaussian_noise, sde_log_prob
+from fastgrpo_kernels import Transition, gaussian_noise, sde_log_prob
 from torch import Tensor
 
 from fastgrpo.config import RolloutConfig
@@ -170,9 +170,8 @@ def test_stored_log_probs_are_those_of_the_stored_states_to_the_bit(
                 empty = (
                     policy.velocity(x, t, policy.encode(["", ""])) if guidance_scale != 1 else None
                 )
-            again = sde_log_prob(
+            transition = Transition(
                 x,
-                after,
                 cond,
                 float(rollout.a[0, step]),
                 float(rollout.b[0, step]),
@@ -181,6 +180,7 @@ def test_stored_log_probs_are_those_of_the_stored_states_to_the_bit(
                 guidance_scale=guidance_scale,
                 normalized=kind != "cps",
             )
+            again = sde_log_prob(transition, after)
             assert again[0] == rollout.log_probs[video, step]
 
 
