@@ -14,14 +14,14 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastgrpo.config import TrainConfig
 from fastgrpo.distributed import sharding
-from fastgrpo.policies import pretrained
+from fastgrpo.policies.text_cache import embed_missing
 from fastgrpo.training.config_file import parse_config
 from fastgrpo.training.loop import compute_dtype
 
@@ -175,7 +175,7 @@ def embed(config: TrainConfig, published: Published) -> None:
     policy: Any = config.policy
     draw = torch.Generator().manual_seed(0)
 
-    def encode(_: object, __: str) -> dict[str, Tensor]:
+    def encode(_: str) -> dict[str, Tensor]:
         states = {
             "prompt_embeds": torch.randn(
                 policy.max_sequence_length, published.text_width, generator=draw
@@ -191,7 +191,7 @@ def embed(config: TrainConfig, published: Published) -> None:
         getattr(policy, "negative_prompt", ""),
         PROMPT,
     ]  # Wan's cache knows the unconditional branch by its text
-    pretrained.embed_texts(policy._cache, texts, lambda: None, encode)
+    embed_missing(policy.cache, texts, encode)
 
 
 def build(
@@ -213,17 +213,12 @@ def build(
     policy: Any = copy.copy(config.policy)
     for name, value in ({"fused": fused} | settings).items():
         setattr(policy, name, value)
-    kinds = get_type_hints(type(policy))
     torch.manual_seed(0)
     with device:
-        transformer, vae = (
-            kinds[name].from_config(policy._configs[name]) for name in ("transformer", "vae")
-        )
-    with pretrained.quiet_diffusers():  # of which nothing is to be kept in fp32
-        vae.to(pretrained.DTYPES[policy.vae_dtype])
+        transformer, vae = policy.new_networks()
     policy.use(transformer, vae, device)
     for module in transformer.modules() if masked else ():
         module._forward_pre_hooks.clear()
     parallel: Any = dataclasses.replace(config.parallel, activations=activations, compile=compiled)  # type: ignore[arg-type]
-    sharding.prepare(policy.transformer, parallel, device, compute_dtype(config, device))
+    sharding.prepare(policy.transformer, parallel, device, compute_dtype(config.runtime, device))
     return policy

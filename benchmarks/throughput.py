@@ -152,7 +152,7 @@ def look_at(bench: Bench, name: str) -> None:
         if name == "fused"
         else None,
         words=policy.describe_attention(
-            rollout.latent_shape, compute_dtype(bench.config, bench.device)
+            rollout.latent_shape, compute_dtype(bench.config.runtime, bench.device)
         ),
     )
 

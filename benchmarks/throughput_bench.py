@@ -218,7 +218,7 @@ def start(bench: Bench, policy: Any, videos: int) -> Rollout:
     """An empty rollout of the recipe's with so many videos of one prompt."""
     cfg, dtype = (
         dataclasses.replace(bench.config.rollout, num_generations=videos),
-        compute_dtype(bench.config, bench.device),
+        compute_dtype(bench.config.runtime, bench.device),
     )
     return start_rollout(
         policy,

@@ -53,6 +53,12 @@ def atomic_write(path: Path) -> Iterator[Path]:
     sync(path.parent)
 
 
+def atomic_write_text(path: Path, text: str) -> None:
+    """`atomic_write` of a text in UTF-8."""
+    with atomic_write(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
 def sync(path: Path) -> None:
     """Wait until a file's bytes, or a folder's entries, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -42,11 +42,13 @@ from fastgrpo.evaluation.ablation_results import (
     table_rows,
     text_table,
 )
+from fastgrpo.evaluation.figures import save_figure
 from fastgrpo.evaluation.report.run_record import NAMES_OF_THE_RUN, read_runs
 from fastgrpo.training.checkpoint import list_checkpoints
 from fastgrpo.training.config_file import parse_config
-from fastgrpo.training.figures import save_figure
-from fastgrpo.training.loop import check, differences, stop_signals
+from fastgrpo.training.preflight import check_config
+from fastgrpo.training.run_folder import differences
+from fastgrpo.training.signals import stop_on_signals
 
 logger = logging.getLogger("fastgrpo")
 
@@ -121,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 )
             collect(cells, config)
             return 0
-        check(cells[0].config)
+        check_config(cells[0].config)
         unfinished = [cell for cell in cells if not is_finished(cell)]
         logger.info(
             f"{len(cells)} cells in {cells[0].folder.parent}, {len(cells) - len(unfinished)} of them finished"
@@ -357,7 +359,7 @@ def run_cells(
         False,
     )
     try:
-        with stop_signals() as stop:
+        with stop_on_signals() as stop:
             while running or (waiting and not stop.requested):
                 while waiting and len(running) < jobs and not stop.requested:
                     cell = waiting.pop(0)

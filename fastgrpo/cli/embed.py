@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from fastgrpo.distributed import collectives
 from fastgrpo.errors import fail
 from fastgrpo.training.config_file import parse_config
-from fastgrpo.training.loop import captions
+from fastgrpo.training.preflight import checked_prompts
 
 logger = logging.getLogger("fastgrpo")
 
@@ -21,9 +21,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Embed the training and the validation prompts, on all ranks."""
     config, _, _ = parse_config(argv, prog="python -m fastgrpo embed", description=__doc__)
     try:
-        train = captions(config, config.prompts.train, "prompts.train")
+        train = checked_prompts(config.policy, config.prompts.train, "prompts.train")
         validation = (
-            captions(config, config.prompts.validation, "prompts.validation")
+            checked_prompts(config.policy, config.prompts.validation, "prompts.validation")
             if config.prompts.validation
             else []
         )

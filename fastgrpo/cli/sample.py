@@ -26,13 +26,16 @@ from fastgrpo.algorithm.seeds import derive_seed
 from fastgrpo.config import RolloutConfig, TrainConfig
 from fastgrpo.distributed import collectives, sharding
 from fastgrpo.errors import fail
+from fastgrpo.evaluation.report.contact_sheet import contact_sheet
 from fastgrpo.interfaces import Policy, RewardModel
 from fastgrpo.rewards.queue import ScoringQueue
-from fastgrpo.training import checkpoint, figures
+from fastgrpo.training import checkpoint
 from fastgrpo.training.config_file import parse_config
 from fastgrpo.training.decode import decode
-from fastgrpo.training.loop import captions, compute_dtype
+from fastgrpo.training.loop import compute_dtype
+from fastgrpo.training.preflight import checked_prompts
 from fastgrpo.training.rollout import start_rollout
+from fastgrpo.training.sample_files import read_samples, save_samples
 from fastgrpo.training.trajectory import branch_velocities
 from fastgrpo.training.validation import ValidationSet, sample_validation
 
@@ -93,8 +96,8 @@ def sample(
     if num_videos is not None and num_videos < 1:
         raise ValueError(f"num_videos: expected at least 1, got {num_videos}")
     config, path = open_run(run, checkpoint_name, scores)
-    shown = captions(
-        config, prompts or config.prompts.validation or config.prompts.train, "prompts"
+    shown = checked_prompts(
+        config.policy, prompts or config.prompts.validation or config.prompts.train, "prompts"
     )[:num_videos]
     size = {
         "num_inference_steps": num_inference_steps,
@@ -120,7 +123,7 @@ def sample(
     options: dict[str, Any] = {
         "seed": config.seed if seed is None else seed,
         "device": device,
-        "compute_dtype": compute_dtype(config, device),
+        "compute_dtype": compute_dtype(config.runtime, device),
     }
     try:
         for name in ("base", "trained"):
@@ -141,7 +144,7 @@ def sample(
     finally:
         judge.close()
     if collectives.rank() == 0:
-        figures.contact_sheet(out / "base", out / "trained", out / "comparison.png")
+        contact_sheet({"before": out / "base", "after": out / "trained"}, out / "comparison.png")
     # not after an error: the other ranks may wait in a collective, and leaving would wait for them
     if own_group:
         collectives.stop()
@@ -237,7 +240,9 @@ def load(config: TrainConfig, prompts: Sequence[str], device: torch.device) -> N
     placed = dataclasses.replace(
         config.parallel, replicas=1, cpu_offload=False, activations="none", compile=False
     )
-    sharding.prepare(config.policy.transformer, placed, device, compute_dtype(config, device))
+    sharding.prepare(
+        config.policy.transformer, placed, device, compute_dtype(config.runtime, device)
+    )
 
 
 def pipeline_scheduler(policy: Any, sde: str) -> Callable[[int, torch.device], Any]:
@@ -249,7 +254,7 @@ def pipeline_scheduler(policy: Any, sde: str) -> Callable[[int, torch.device], A
     """
     import diffusers
 
-    from fastgrpo.policies import pretrained
+    from fastgrpo.policies.model_files import fetch
 
     if not hasattr(policy, "model"):
         raise ValueError(
@@ -257,7 +262,7 @@ def pipeline_scheduler(policy: Any, sde: str) -> Callable[[int, torch.device], A
         )
     if sde != "ode" or collectives.world_size() > 1:
         raise ValueError("scheduler: pipeline samples in one process, and with sde ode")
-    folder = pretrained.fetch(policy.model, policy.revision, ("model_index.json", "scheduler/*"))
+    folder = fetch(policy.model, policy.revision, ("model_index.json", "scheduler/*"))
     index = diffusers.DiffusionPipeline.load_config(folder)
     scheduler = getattr(diffusers, index["scheduler"][1]).from_pretrained(
         folder, subfolder="scheduler"
@@ -323,13 +328,11 @@ def save(validation: ValidationSet, folder: Path, policy: Policy, reward: Reward
     call, and print the mean of each stage.
     """
     if (folder / "samples.json").is_file():
-        for sample in figures.read_samples(folder)["samples"]:
+        for sample in read_samples(folder)["samples"]:
             for key in ("video", "still"):
                 (folder / sample[key]).unlink(missing_ok=True)
     scores, stages = (validation.scores_shown, reward.stages) if reward.stages else (None, None)
-    figures.save_samples(
-        folder, validation.videos, validation.prompts_shown, policy.fps, scores, stages
-    )
+    save_samples(folder, validation.videos, validation.prompts_shown, policy.fps, scores, stages)
     if stages is not None:
         means = validation.stage_means(len(stages))
         print(

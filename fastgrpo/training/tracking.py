@@ -208,7 +208,7 @@ def console_line(row: Row, stages: Sequence[str]) -> str:
     return _cut("  ".join(parts))
 
 
-def evaluation_line(row: Row, stages: Sequence[str]) -> str:
+def validation_line(row: Row, stages: Sequence[str]) -> str:
     """One line (< 200 characters) with the validation stage means of an evaluation."""
     parts = [f"iteration {row['iteration']:>5}", "validation"]
     for name, stage in zip(_short_names(stages), stages, strict=True):

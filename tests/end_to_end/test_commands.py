@@ -24,7 +24,7 @@ from PIL import Image
 from fastgrpo import __main__ as command_line
 from fastgrpo.training import checkpoint
 from fastgrpo.training.config_file import parse_config
-from fastgrpo.training.loop import resume_command
+from fastgrpo.training.run_folder import resume_command
 
 STAGES = ("visual_quality", "temporal_smoothness", "text_alignment")
 SMOOTHING = 4

@@ -33,7 +33,7 @@ from fastgrpo.evaluation.ablation_results import (
     text_table,
 )
 from fastgrpo.training.config_file import parse_config
-from fastgrpo.training.loop import differences
+from fastgrpo.training.run_folder import differences
 
 RECIPES = Path(__file__).resolve().parents[2] / "fastgrpo" / "recipes"
 STAGES = ("easy", "very_hard")

@@ -27,12 +27,12 @@ from fastgrpo.config import ParallelConfig, PromptsConfig, RolloutConfig, TrainC
 from fastgrpo.distributed import sharding
 from fastgrpo.planning import memory, meta_model
 from fastgrpo.policies.hunyuan_video import HunyuanVideoPolicy
-from fastgrpo.policies.pretrained import LoRA
+from fastgrpo.policies.lora import LoRA
 from fastgrpo.policies.wan import WanPolicy
 from fastgrpo.shapes.judge import ShapesJudge
 from fastgrpo.shapes.policy import ShapesPolicy, new_transformer
 from fastgrpo.training.config_file import parse_config
-from fastgrpo.training.loop import check_sharding
+from fastgrpo.training.preflight import check_sharding
 
 META = torch.device("meta")
 WAN = {

@@ -29,25 +29,11 @@ from fastgrpo.config import (
     TrackingConfig,
     TrainConfig,
 )
-from fastgrpo.training.loop import (
-    StopSignals,
-    captions,
-    check,
-    check_attention,
-    claim_folder,
-    compute_dtype,
-    describe_judge,
-    differences,
-    evaluate,
-    is_used,
-    keep_old_config,
-    open_log,
-    reason_to_stop,
-    record,
-    resume_command,
-    stop_signals,
-    warn_of_idle_accumulation,
-)
+from fastgrpo.training.loop import compute_dtype, reason_to_stop, record
+from fastgrpo.training.validation import evaluate
+from fastgrpo.training.signals import StopSignals, stop_signals
+from fastgrpo.training.run_folder import claim_folder, describe_judge, differences, is_used, keep_old_config, open_log, resume_command
+from fastgrpo.training.preflight import captions, check, check_attention, warn_of_idle_accumulation
 
 logger = logging.getLogger("fastgrpo")
 

@@ -17,7 +17,7 @@ from fastgrpo.training.tracking import (
     MetricsLog,
     check_trackers,
     console_line,
-    evaluation_line,
+    validation_line,
     read_metrics,
     stage_names,
     truncate_metrics,
@@ -437,7 +437,7 @@ def test_the_console_says_what_was_skipped() -> None:
 def test_a_row_with_evaluation_only_gives_the_validation_scores() -> None:
     row = {"iteration": 0, **{f"eval/rewards/{stage}/mean": 0.36 for stage in STAGES}}
     assert (
-        evaluation_line(row, STAGES) == "iteration     0  validation  VQ 0.360  TC 0.360  TA 0.360"
+        validation_line(row, STAGES) == "iteration     0  validation  VQ 0.360  TC 0.360  TA 0.360"
     )
 
 
