@@ -33,6 +33,7 @@ from fastgrpo.evaluation.evaluation_videos import (
     unmade_batches,
     write_lists,
 )
+from fastgrpo.evaluation.figures import save_figure
 from fastgrpo.evaluation.vbench_scores import (
     SUFFIX,
     Scale,
@@ -44,7 +45,6 @@ from fastgrpo.evaluation.vbench_scores import (
 from fastgrpo.evaluation.vbench_tables import Format, Values, score_figure, score_table, scores_json
 from fastgrpo.files import find_file
 from fastgrpo.training.checkpoint import load_weights, parts, verify
-from fastgrpo.training.figures import save_figure
 from fastgrpo.training.loop import compute_dtype
 
 
@@ -275,7 +275,7 @@ def sample(
     )
     own_group = not collectives.started()
     device = collectives.start(recipe.runtime)
-    dtype = compute_dtype(recipe, device)
+    dtype = compute_dtype(recipe.runtime, device)
     lock = claim(output)
     keep_settings(output, settings(values["policy"], rollout, weights, dtype, seed))
     if collectives.rank() == 0:

@@ -23,15 +23,16 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from fastgrpo.algorithm.seeds import derive_seed
 from fastgrpo.config import RolloutConfig
 from fastgrpo.distributed import collectives
 from fastgrpo.evaluation.vbench_scores import EvaluationPrompt, video_name
+from fastgrpo.files import atomic_write_text
 from fastgrpo.interfaces import Policy
 from fastgrpo.training.decode import decode
-from fastgrpo.training.figures import write_video
-from fastgrpo.training.loop import differences, write
 from fastgrpo.training.rollout import sample_groups, start_rollout
-from fastgrpo.training.trajectory import derive_seed
+from fastgrpo.training.run_folder import differences
+from fastgrpo.training.sample_files import write_video
 
 logger = logging.getLogger("fastgrpo")
 
@@ -128,7 +129,7 @@ def keep_settings(output: Path, made_with: dict[str, Any]) -> None:
             else []
         )
         if not lines:
-            write(path, json.dumps(made_with, indent=1) + "\n")
+            atomic_write_text(path, json.dumps(made_with, indent=1) + "\n")
     lines = collectives.gather(lines)[0]
     if lines:
         raise ValueError(
@@ -139,10 +140,10 @@ def keep_settings(output: Path, made_with: dict[str, Any]) -> None:
 def write_lists(output: Path, videos: Sequence[Video]) -> None:
     """seeds.jsonl and prompts.json."""
     rows = [{"video": video.name, "prompt": video.prompt, "seed": video.seed} for video in videos]
-    write(
+    atomic_write_text(
         output / "seeds.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     )
-    write(
+    atomic_write_text(
         output / "prompts.json",
         json.dumps({video.name: video.prompt for video in videos}, indent=1, ensure_ascii=False)
         + "\n",
