@@ -1,14 +1,15 @@
 """Self-paced mixture of K stage rewards (Eqs. 4-9 of the Self-Paced GRPO paper).
 
-    competence  r_j = mean over a group of the scores of stage j                        (Eq. 7)
+    competence  r_j = mean score of stage j over a group                                (Eq. 7)
     saturation  S_j from the Hoyer index of those scores                                (Eq. 8)
     gate        g_j(r, S): how much stage j has to offer at this competence             (Eq. 9)
-    weight      w = softmax(sharpness * g)                                              (Eq. 6)
-    reward      sum over j of w_j r_ij for video i                                      (Eq. 5)
+    weight      w = softmax(sharpness g)                                                (Eq. 6)
+    reward      sum_j w_j r_ij of video i                                               (Eq. 5)
 
-Pure Python float64: a group is a few dozen numbers. Nothing here knows of ranks; `Pacer.observe`
-is handed the groups of all of them. Sums are `math.fsum`, which rounds once, so no order of
-videos, groups or ranks changes a bit. Suffixes: G videos of one prompt, K stages, easiest first.
+Pure Python float64: a group is a few dozen numbers. Nothing here knows about ranks; `Pacer.observe`
+gets the groups of all ranks. Sums are `math.fsum`, which rounds once, so the order of videos,
+groups and ranks changes no bit. Suffixes of names: G videos of one prompt, K stages, easiest
+first.
 """
 
 from __future__ import annotations
@@ -16,274 +17,244 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Literal
+from itertools import accumulate, pairwise
+from operator import mul
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
+
+from fastgrpo.errors import UserError, require
 
 if TYPE_CHECKING:
     from fastgrpo.config import PacingConfig
 
-SaturationKind = Literal["one_minus_hoyer", "hoyer", "off"]
-
-_CHOICES = {
-    "mode": ("self_paced", "one_stage", "two_stage", "joint", "static"),
-    "gate": ("difference", "literal"),
-    "saturation": ("one_minus_hoyer", "hoyer", "off"),
-    "competence": ("ema", "batch", "group"),
-}
-
-
-# --- statistics of one group
-# -----------------------------------------------------------------------------------------
-
 
 def hoyer(scores: Sequence[float]) -> float:
-    """Hoyer sparsity of G scores, in [0, 1] (Eq. 8): 0 when all are equal, 1 when only one differs
-    from zero.
+    """Hoyer sparsity (Eq. 8): 0 if all scores are equal, 1 if only one differs from zero.
 
-    (sqrt(G) - |r|_1 / |r|_2) / (sqrt(G) - 1), computed as sqrt(G) / (sqrt(G) - 1) * (1 - 1 /
-    sqrt(1 + CV^2)) with CV the population coefficient of variation of |r|. The two are the same
-    number, but the second does not cancel for nearly equal scores, and is exactly 0.0 for equal
-    ones. Fewer than two scores, or only zeros, give 0.0. The scores have to be finite.
+    (sqrt(G) - |r|_1 / |r|_2) / (sqrt(G) - 1), computed as
+    sqrt(G) / (sqrt(G) - 1) (1 - 1 / sqrt(1 + CV^2)), where CV is the population coefficient of
+    variation of |r|. Both are the same number, but the second form does not cancel for nearly
+    equal scores and is exactly 0.0 for equal ones.
+
+    Args:
+        scores: G finite scores.
+
+    Returns:
+        A number in [0, 1]; 0.0 for fewer than two scores and for zeros only.
     """
     magnitudes = [abs(float(score)) for score in scores]
     if len(magnitudes) < 2 or max(magnitudes) == 0.0:
         return 0.0
-    scaled = [
-        value / max(magnitudes) for value in magnitudes
-    ]  # equal ones become exactly 1; no square underflows
-    mean = math.fsum(scaled) / len(scaled)
-    squared_cv = math.fsum((value - mean) ** 2 for value in scaled) / len(scaled) / mean**2
-    root = math.sqrt(1.0 + squared_cv)
-    size = math.sqrt(len(scaled))
+    # Scaled, so that equal scores become exactly 1 and no square underflows.
+    scaled = [value / max(magnitudes) for value in magnitudes]
+    mean = _mean(scaled)
+    squared_cv = _mean([(value - mean) ** 2 for value in scaled]) / mean**2
+    root, size = math.sqrt(1.0 + squared_cv), math.sqrt(len(scaled))
     return min(1.0, size / (size - 1.0) * squared_cv / (root * (root + 1.0)))
 
 
-def saturation(scores: Sequence[float], kind: SaturationKind) -> float:
-    """How saturated a stage is, in [0, 1], from the G scores of a group (Eq. 8).
+def saturation(scores: Sequence[float], kind: str) -> float:
+    """How saturated a stage is, in [0, 1] (Eq. 8).
 
-    `one_minus_hoyer`: 1 when all videos score alike, the meaning that the paper states (so 1 for
-    only zeros too); `hoyer`: Eq. 8 as printed, 0 when all score alike; `off`: 0. ValueError for
-    any other kind.
+    Args:
+        scores: G scores of one stage.
+        kind: `one_minus_hoyer` is 1 if all videos score alike, the meaning that the paper states
+            (and for zeros only); `hoyer` is Eq. 8 as printed, 0 if all score alike; `off` is 0.
     """
-    if kind == "one_minus_hoyer":
-        return 1.0 - hoyer(scores)
-    if kind == "hoyer":
-        return hoyer(scores)
+    assert kind in ("one_minus_hoyer", "hoyer", "off")
     if kind == "off":
         return 0.0
-    raise ValueError(
-        f"saturation has to be one of {', '.join(_CHOICES['saturation'])}, got {kind!r}"
-    )
+    return 1.0 - hoyer(scores) if kind == "one_minus_hoyer" else hoyer(scores)
 
 
 @dataclass(frozen=True)
 class GroupStatistics:
-    """Mean score and saturation of each of the K stages over the valid videos of one group, or over
-    several groups.
-    """
+    """Mean score and saturation of each of the K stages, over one group or several."""
 
     means: tuple[float, ...]
     saturations: tuple[float, ...]
 
 
 def group_statistics(
-    scores_GK: Sequence[Sequence[float]], valid_G: Sequence[bool], saturation_kind: SaturationKind
+    scores_GK: Sequence[Sequence[float]], valid_G: Sequence[bool], saturation_kind: str
 ) -> GroupStatistics | None:
-    """Eqs. 7 and 8 over the valid videos of a group; None with fewer than two. Rows of invalid
-    videos are not read.
+    """Eqs. 7 and 8 over the valid videos of a group; None with fewer than two.
 
-    ValueError where `valid_G` has another length, a valid row another K, or a valid row holds
-    NaN or Inf.
+    Args:
+        scores_GK: Scores of each video; the rows of invalid videos are not read.
+        valid_G: Which videos have a score.
+        saturation_kind: As for `saturation`.
     """
-    if len(scores_GK) != len(valid_G):
-        raise ValueError(
-            f"expected one validity flag for each of {len(scores_GK)} videos, got {len(valid_G)}"
-        )
-    rows = {video: row for video, row in enumerate(scores_GK) if valid_G[video]}
-    if len({len(row) for row in rows.values()}) > 1:
-        raise ValueError(
-            f"expected as many scores for every video, got {[len(row) for row in rows.values()]}"
-        )
-    for video, row in rows.items():
-        if not all(math.isfinite(score) for score in row):
-            raise ValueError(f"expected finite scores for the valid video {video}, got {list(row)}")
+    rows = [[*map(float, row)] for row, ok in zip(scores_GK, valid_G, strict=True) if ok]
+    assert all(math.isfinite(score) for row in rows for score in row), rows
     if len(rows) < 2:
         return None
-    columns = [[float(score) for score in column] for column in zip(*rows.values(), strict=True)]
+    columns = [*zip(*rows, strict=True)]
     return GroupStatistics(
-        means=tuple(math.fsum(column) / len(column) for column in columns),
+        means=tuple(map(_mean, columns)),
         saturations=tuple(saturation(column, saturation_kind) for column in columns),
     )
-
-
-# --- gates and weights
-# -----------------------------------------------------------------------------------------------
 
 
 def gate_difference(
     means: Sequence[float],
     saturations: Sequence[float],
     thresholds: Sequence[float],
-    temperature: float,
+    gate_temperature: float,
     sparsity_weight: float,
 ) -> tuple[float, ...]:
-    """K gates from K - 1 thresholds, the default reading of Eq. 9: stage j opens only when all
-    before it have passed.
+    """The default reading of Eq. 9: stage j opens only when all stages before it have passed.
 
-    g_j = (P_{j-1} - P_j) + sparsity_weight * (S_{j-1} - S_j), P_j = H_1 ... H_j, P_0 = 1, P_K =
-    0, H_j = sigmoid((r_j - threshold_j) / temperature). The second term is 0 for j = 1. Without
-    it the gates are non-negative and sum to one. ValueError for wrong lengths.
+        g_j = (P_{j-1} - P_j) + sparsity_weight (S_{j-1} - S_j),   P_0 = 1, P_K = 0
+        P_j = H_1 ... H_j,   H_j = sigmoid((r_j - threshold_j) / gate_temperature)
+
+    The second term is 0 for j = 1. Without it the gates are non-negative and sum to one.
+
+    Args:
+        means, saturations: Of the K stages.
+        thresholds: K - 1 of them: nothing comes after the last stage.
+        gate_temperature: Width of the sigmoid, in units of reward.
+        sparsity_weight: The paper's beta.
+
+    Returns:
+        K gates.
     """
-    _check_gate_lengths(means, saturations, thresholds, len(means) - 1)
-    passed = [1.0]
-    for mean, threshold in zip(
-        means[:-1], thresholds, strict=True
-    ):  # nothing comes after the last stage
-        passed.append(passed[-1] * _sigmoid((mean - threshold) / temperature))
-    passed.append(0.0)
+    opened = _opened(means[:-1], thresholds, gate_temperature)
+    passed = [*accumulate(opened, mul, initial=1.0), 0.0]
     sparsity = _sparsity_terms(saturations, sparsity_weight)
-    return tuple(passed[stage] - passed[stage + 1] + term for stage, term in enumerate(sparsity))
+    return tuple(
+        before - after + term
+        for (before, after), term in zip(pairwise(passed), sparsity, strict=True)
+    )
 
 
 def gate_literal(
     means: Sequence[float],
     saturations: Sequence[float],
     thresholds: Sequence[float],
-    temperature: float,
+    gate_temperature: float,
     sparsity_weight: float,
 ) -> tuple[float, ...]:
-    """K gates from K thresholds, Eq. 9 as printed: g_j = h(r_j - threshold_j) + sparsity_weight *
-    (S_{j-1} - S_j).
+    """Eq. 9 as printed: a stage gains weight when its OWN mean passes its threshold.
 
-    h(x) = sigmoid(x / temperature); the second term is 0 for j = 1. A stage gains weight when
-    its OWN mean passes its threshold. ValueError for wrong lengths.
+        g_j = sigmoid((r_j - threshold_j) / gate_temperature) + sparsity_weight (S_{j-1} - S_j)
+
+    The second term is 0 for j = 1. Arguments as for `gate_difference`, but K thresholds.
     """
-    _check_gate_lengths(means, saturations, thresholds, len(means))
+    opened = _opened(means, thresholds, gate_temperature)
     sparsity = _sparsity_terms(saturations, sparsity_weight)
-    return tuple(
-        _sigmoid((mean - threshold) / temperature) + term
-        for mean, threshold, term in zip(means, thresholds, sparsity, strict=True)
-    )
+    return tuple(h + term for h, term in zip(opened, sparsity, strict=True))
 
 
 def stage_weights(gates: Sequence[float], sharpness: float) -> tuple[float, ...]:
-    """softmax(sharpness * gates): K weights that sum to one (Eq. 6). Never overflows; sharpness 0
-    is uniform.
-    """
-    largest = max(gates)
+    """softmax(sharpness g): K weights that sum to one (Eq. 6); sharpness 0 is uniform."""
+    largest = max(gates)  # subtracted, so that exp never overflows
     exponentials = [math.exp(sharpness * (gate - largest)) for gate in gates]
     total = math.fsum(exponentials)
     return tuple(value / total for value in exponentials)
 
 
 def mix(scores_GK: Sequence[Sequence[float]], weights_K: Sequence[float]) -> list[float]:
-    """The reward of each of G videos: sum over j of w_j r_ij (Eq. 5).
+    """The reward of each of G videos, sum_j w_j r_ij (Eq. 5).
 
-    A row with NaN or Inf (an invalid video) gives NaN and touches no other. ValueError where a
-    row has not K scores.
+    A row with NaN or Inf (an invalid video) gives NaN and touches no other row.
     """
-    for video, row in enumerate(scores_GK):
-        if len(row) != len(weights_K):
-            raise ValueError(
-                f"expected {len(weights_K)} scores, one a weight, for video {video}, got {len(row)}"
-            )
     return [
         math.fsum(weight * score for weight, score in zip(weights_K, row, strict=True))
-        if all(math.isfinite(score) for score in row)
+        if all(map(math.isfinite, row))
         else math.nan
         for row in scores_GK
     ]
 
 
-def _sigmoid(x: float) -> float:
-    if x >= 0.0:
-        return 1.0 / (1.0 + math.exp(-x))
-    return math.exp(x) / (1.0 + math.exp(x))  # exp of a negative number: cannot overflow
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)
+
+
+def _opened(
+    means: Sequence[float], thresholds: Sequence[float], gate_temperature: float
+) -> list[float]:
+    """sigmoid((r_j - threshold_j) / gate_temperature), without overflow."""
+    scaled = [
+        (mean - threshold) / gate_temperature
+        for mean, threshold in zip(means, thresholds, strict=True)
+    ]
+    return [
+        1.0 / (1.0 + math.exp(-x)) if x >= 0.0 else math.exp(x) / (1.0 + math.exp(x))
+        for x in scaled
+    ]
 
 
 def _sparsity_terms(saturations: Sequence[float], sparsity_weight: float) -> list[float]:
-    """The second term of Eq. 9 for every stage; the first stage has no stage before it."""
-    return [
-        0.0,
-        *(sparsity_weight * (previous - current) for previous, current in pairwise(saturations)),
-    ]
+    """The second term of Eq. 9 of every stage; there is no stage before the first."""
+    return [0.0, *(sparsity_weight * (before - here) for before, here in pairwise(saturations))]
 
 
-def _check_gate_lengths(
-    means: Sequence[float],
-    saturations: Sequence[float],
-    thresholds: Sequence[float],
-    num_thresholds: int,
-) -> None:
-    if not means or len(saturations) != len(means) or len(thresholds) != num_thresholds:
-        raise ValueError(
-            f"expected at least one stage, as many saturations as means and {num_thresholds} thresholds,"
-            f" got {len(means)} means, {len(saturations)} saturations and {len(thresholds)} thresholds"
-        )
-
-
-# --- pacing over a run
-# -----------------------------------------------------------------------------------------------
+def _num_thresholds(gate: str, num_stages: int) -> int:
+    return num_stages - 1 if gate == "difference" else num_stages
 
 
 def check_pacing(config: PacingConfig, num_stages: int) -> None:
-    """Raise one ValueError that lists all that is wrong with the `pacing` section for a judge of
-    `num_stages` stages.
+    """Check the `pacing` section for a judge of `num_stages` stages.
 
     `self_paced` takes K - 1 thresholds with the difference gate and K with the literal one.
-    `two_stage` reads the first one or two of those and also accepts just them. The other modes
-    have no gate; the number of thresholds is free there, so that an ablation changes nothing but
+    `two_stage` reads the first one or two of those and also accepts only them. The other modes
+    have no gate. They accept any number of thresholds, so that an ablation changes nothing but
     `mode`.
+
+    Raises:
+        UserError: Lists everything that is wrong.
     """
-    if num_stages < 1:
-        raise ValueError(f"num_stages: expected at least one stage, got {num_stages}")
-    problems = [
-        f"{key}: expected one of {', '.join(choices)}, got {getattr(config, key)!r}"
-        for key, choices in _CHOICES.items()
-        if getattr(config, key) not in choices
-    ]
     accepted = {_num_thresholds(config.gate, num_stages)}
     if config.mode == "two_stage":
         accepted.add(_num_thresholds(config.gate, 2))
-        if num_stages < 2:
-            problems.append(
-                f"mode: two_stage needs a judge of at least two stages, this one has {num_stages}"
-            )
-    if config.mode in ("self_paced", "two_stage") and len(config.thresholds) not in accepted:
-        problems.append(
-            f"thresholds: expected {' or '.join(map(str, sorted(accepted)))} of them (mode {config.mode},"
-            f" gate {config.gate}, {num_stages} stages), got {len(config.thresholds)}: {list(config.thresholds)}"
-        )
-    if not all(math.isfinite(threshold) for threshold in config.thresholds):
-        problems.append(f"thresholds: expected finite numbers, got {list(config.thresholds)}")
-    if not 0 <= config.static_stage <= num_stages:
-        problems.append(
-            f"static_stage: expected 1 to {num_stages}, or 0 for the last, got {config.static_stage}"
-        )
-    if not (math.isfinite(config.gate_temperature) and config.gate_temperature > 0.0):
-        problems.append(
-            f"gate_temperature: expected a finite number above 0, got {config.gate_temperature}"
-        )
-    if not 0.0 <= config.momentum < 1.0:
-        problems.append(f"momentum: expected at least 0 and below 1, got {config.momentum}")
-    for key in ("sharpness", "sparsity_weight"):
-        value = getattr(config, key)
-        if not (math.isfinite(value) and value >= 0.0):
-            problems.append(f"{key}: expected a finite number of at least 0, got {value}")
+    paced = config.mode in ("self_paced", "two_stage")
+    counts = " or ".join(map(str, sorted(accepted)))
+    setting = f"mode {config.mode}, gate {config.gate}, {num_stages} stages"
+    enough = config.mode != "two_stage" or num_stages >= 2
+    choices = {key: get_args(hint) for key, hint in get_type_hints(type(config)).items()}
+    checks = [
+        (getattr(config, key) in choices[key], key, f"one of {', '.join(choices[key])}")
+        for key in ("mode", "gate", "saturation", "competence")
+    ]
+    checks += [
+        (enough, "mode", f"another one than two_stage for a judge of {num_stages} stage"),
+        (
+            not paced or len(config.thresholds) in accepted,
+            "thresholds",
+            f"{counts} of them ({setting})",
+        ),
+        (all(map(math.isfinite, config.thresholds)), "thresholds", "finite numbers"),
+        (
+            0 <= config.static_stage <= num_stages,
+            "static_stage",
+            f"1 to {num_stages}, or 0 for the last",
+        ),
+        (0.0 < config.gate_temperature < math.inf, "gate_temperature", "a positive number"),
+        (0.0 <= config.momentum < 1.0, "momentum", "at least 0 and below 1"),
+        (0.0 <= config.sharpness < math.inf, "sharpness", "a number of at least 0"),
+        (0.0 <= config.sparsity_weight < math.inf, "sparsity_weight", "a number of at least 0"),
+    ]
+    problems = [
+        f"pacing.{key}: expected {expected}, got {getattr(config, key)!r}"
+        for ok, key, expected in checks
+        if not ok
+    ]
     if problems:
-        raise ValueError("; ".join(f"pacing.{problem}" for problem in problems))
+        raise UserError("; ".join(problems))
 
 
 class Pacer:
-    """Turns the scores seen so far into stage weights (Eqs. 6-9), and keeps the competence that the
-    gates see.
+    """Turns the scores seen so far into stage weights (Eqs. 6-9).
 
-    Each iteration: `observe` the groups of ALL ranks, the same on every rank, then ask for the
-    `weights` of a group. The state is a function of what was observed, so it is the same on
-    every rank.
+    In each iteration, `observe` the groups of ALL ranks, then ask for the `weights` of a group.
+    The state is a function of what was observed, so it is the same on every rank.
 
     Args:
-        config: the `pacing` section; ValueError as `check_pacing`. num_stages: K of the judge.
+        config: The `pacing` section.
+        num_stages: K of the judge.
+
+    Raises:
+        UserError: As `check_pacing`.
     """
 
     def __init__(self, config: PacingConfig, num_stages: int) -> None:
@@ -294,8 +265,9 @@ class Pacer:
 
     @property
     def competence(self) -> tuple[float, ...] | None:
-        """Mean score of each stage as the gates see it; None before the first usable group, and
-        always with `group`.
+        """Mean score of each stage as the gates see it.
+
+        None before the first usable group, and always with `competence: group`.
         """
         return None if self._running is None else self._running.means
 
@@ -305,177 +277,118 @@ class Pacer:
         return None if self._running is None else self._running.saturations
 
     def observe(self, groups: Sequence[GroupStatistics | None]) -> None:
-        """Take in one iteration's groups, of all ranks, in any order; None (too few valid videos)
-        is passed over.
+        """Take in one iteration's groups.
 
-        `batch`: the competence becomes the mean over these groups, each counting once; `ema`:
-        the running mean of such means, started at the first; `group`: nothing is kept. No usable
-        group leaves the state as it was. ValueError for another K.
+        With `batch` the competence becomes the mean over these groups. With `ema` it is the running
+        mean of such means, which starts at the first. With `group` nothing is kept. Without a
+        usable group the state stays.
+
+        Args:
+            groups: Of all ranks, in any order; None is a group with too few valid videos.
         """
         usable = [group for group in groups if group is not None]
-        for group in usable:
-            self._check_stages(group)
         if not usable or self._config.competence == "group":
             return
-        now = GroupStatistics(
-            means=_mean_of_each([group.means for group in usable]),
-            saturations=_mean_of_each([group.saturations for group in usable]),
-        )
-        if self._config.competence == "ema" and self._running is not None:
-            now = GroupStatistics(
-                means=self._blend(self._running.means, now.means),
-                saturations=self._blend(self._running.saturations, now.saturations),
+
+        def over_groups(name: str) -> tuple[float, ...]:
+            rows = [getattr(group, name) for group in usable]
+            assert all(len(row) == self._num_stages for row in rows), rows
+            now = tuple(map(_mean, zip(*rows, strict=True)))
+            if self._config.competence == "batch" or self._running is None:
+                return now
+            momentum, running = self._config.momentum, getattr(self._running, name)
+            return tuple(
+                momentum * old + (1.0 - momentum) * new
+                for old, new in zip(running, now, strict=True)
             )
-        self._running = now
+
+        self._running = GroupStatistics(over_groups("means"), over_groups("saturations"))
 
     def weights(self, group: GroupStatistics) -> tuple[float, ...]:
-        """The K weights, in [0, 1] with sum one, for this group (Eq. 6); with `ema` and `batch` the
-        same for all.
+        """The K weights of this group, in [0, 1] with sum one (Eq. 6).
 
-        RuntimeError where `ema` or `batch` has not observed a usable group yet. ValueError for
-        another K.
+        With `ema` and `batch` they are the same for all groups, and a usable group has been
+        observed before.
         """
-        self._check_stages(group)
-        mode, num_stages = self._config.mode, self._num_stages
-        if mode == "one_stage":
-            return _one_hot(0, num_stages)
-        if mode == "static":
-            return _one_hot((self._config.static_stage or num_stages) - 1, num_stages)
-        if mode == "joint":
-            return (1.0 / num_stages,) * num_stages
-        seen = group if self._config.competence == "group" else self._running
-        if seen is None:
-            raise RuntimeError(
-                f"competence {self._config.competence}: observe() a usable group before weights()"
-            )
-        num_paced = 2 if mode == "two_stage" else num_stages
-        gate = gate_difference if self._config.gate == "difference" else gate_literal
+        config, K = self._config, self._num_stages
+        if config.mode == "joint":
+            return (1.0 / K,) * K
+        if config.mode in ("one_stage", "static"):
+            chosen = 1 if config.mode == "one_stage" else config.static_stage or K
+            return tuple(float(stage == chosen) for stage in range(1, K + 1))
+        seen = group if config.competence == "group" else self._running
+        assert seen is not None, "observe a usable group before asking for weights"
+        num_paced = 2 if config.mode == "two_stage" else K
+        gate = gate_difference if config.gate == "difference" else gate_literal
         gates = gate(
             seen.means[:num_paced],
             seen.saturations[:num_paced],
-            self._config.thresholds[: _num_thresholds(self._config.gate, num_paced)],
-            self._config.gate_temperature,
-            self._config.sparsity_weight,
+            config.thresholds[: _num_thresholds(config.gate, num_paced)],
+            config.gate_temperature,
+            config.sparsity_weight,
         )
-        return stage_weights(gates, self._config.sharpness) + (0.0,) * (num_stages - num_paced)
+        return stage_weights(gates, config.sharpness) + (0.0,) * (K - num_paced)
 
     def state_dict(self) -> dict[str, Any]:
-        """The state, JSON-serialisable and exact (json keeps every bit of a float)."""
-        running = self._running
+        """The state as JSON, which keeps every bit of a float."""
         return {
             "num_stages": self._num_stages,
-            "competence": None if running is None else list(running.means),
-            "saturations": None if running is None else list(running.saturations),
+            "competence": self.competence and list(self.competence),
+            "saturations": self.saturations and list(self.saturations),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from `state_dict()`. ValueError where it has another K or is no such state;
-        nothing is changed then.
+        """Continue from `state_dict()`; with `competence: group` only check it.
 
-        A state that was kept under `ema` or `batch` is checked and dropped where this pacer's
-        competence is `group`.
+        Raises:
+            UserError: The state belongs to a judge with another number of stages.
         """
-        if set(state) != {"num_stages", "competence", "saturations"}:
-            raise ValueError(
-                f"pacer state: expected num_stages, competence and saturations, got {sorted(state)}"
-            )
-        if state["num_stages"] != self._num_stages:
-            raise ValueError(
-                f"pacer state: expected num_stages {self._num_stages}, got {state['num_stages']}"
-            )
-        lists = (state["competence"], state["saturations"])
-        if lists == (None, None):
-            self._running = None
-            return
-        for key, values in zip(("competence", "saturations"), lists, strict=True):
-            if (
-                not isinstance(values, Sequence)
-                or len(values) != self._num_stages
-                or not all(map(_is_finite, values))
-            ):
-                raise ValueError(
-                    f"pacer state: expected {self._num_stages} finite numbers as {key}, got {values!r}"
-                )
-        kept = GroupStatistics(
-            means=tuple(map(float, lists[0])), saturations=tuple(map(float, lists[1]))
-        )
-        self._running = None if self._config.competence == "group" else kept
-
-    def _blend(self, old: Sequence[float], new: Sequence[float]) -> tuple[float, ...]:
-        momentum = self._config.momentum
-        return tuple(
-            momentum * before + (1.0 - momentum) * now for before, now in zip(old, new, strict=True)
-        )
-
-    def _check_stages(self, group: GroupStatistics) -> None:
-        if not len(group.means) == len(group.saturations) == self._num_stages:
-            raise ValueError(
-                f"expected statistics of {self._num_stages} stages, got {len(group.means)} means and {len(group.saturations)} saturations"
-            )
-
-
-def _num_thresholds(gate: str, num_stages: int) -> int:
-    return num_stages - 1 if gate == "difference" else num_stages
-
-
-def _one_hot(stage: int, num_stages: int) -> tuple[float, ...]:
-    return tuple(float(index == stage) for index in range(num_stages))
-
-
-def _mean_of_each(rows: Sequence[Sequence[float]]) -> tuple[float, ...]:
-    return tuple(math.fsum(column) / len(rows) for column in zip(*rows, strict=True))
-
-
-def _is_finite(value: object) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
-
-
-# --- calibration of the thresholds
-# -----------------------------------------------------------------------------------
+        K = self._num_stages
+        require(state["num_stages"] == K, "pacer state", f"num_stages {K}", state["num_stages"])
+        self._running = None
+        if state["competence"] is not None and self._config.competence != "group":
+            self._running = GroupStatistics(tuple(state["competence"]), tuple(state["saturations"]))
 
 
 def smooth(curve: Sequence[float], window: int) -> list[float]:
     """Centred moving average, as long as the curve.
 
-    Point i is the mean over points i - window // 2 to i + (window - 1) // 2: `window` points, of
-    which an even window has one more before than after. At the ends, the part of the window that
-    lies on the curve. NaN (an iteration without a score) is left out of the mean; a window of
-    nothing else gives NaN. ValueError for a window below 1.
+    Point i is the mean over points i - window // 2 to i + (window - 1) // 2; at the ends, over the
+    part of the window that lies on the curve. NaN (an iteration without a score) is left out of
+    the mean; a window of only NaN gives NaN.
+
+    Args:
+        curve: One value per iteration.
+        window: Number of points, at least 1.
     """
-    if window < 1:
-        raise ValueError(f"smoothing window: expected at least 1, got {window}")
+    require(window >= 1, "smoothing window", "at least 1", window)
     before, after = window // 2, (window - 1) // 2
-    smoothed = []
-    for index in range(len(curve)):
-        inside = [
-            value
-            for value in curve[max(0, index - before) : index + after + 1]
-            if not math.isnan(value)
-        ]
-        smoothed.append(math.fsum(inside) / len(inside) if inside else math.nan)
-    return smoothed
+    windows = [curve[max(0, i - before) : i + after + 1] for i in range(len(curve))]
+    known = [[value for value in values if not math.isnan(value)] for values in windows]
+    return [_mean(values) if values else math.nan for values in known]
 
 
 def calibrated_threshold(
     curve: Sequence[float], smoothing_window: int, fraction: float = 0.7
 ) -> float:
-    """Threshold of a stage from its mean reward when trained alone: start + fraction * (end -
-    start) (supplement A).
+    """Threshold of a stage: start + fraction (end - start) of its reward curve (supplement A).
 
-    Start and end are the first and the last point of `smooth(curve, smoothing_window)`. Its
-    window is cut at the ends, so each is the mean over about half a window of iterations: less
-    noisy than one iteration, nearer to the true start and end than a whole window. A curve that
-    does not rise gives a threshold at or below its start; that is for the caller to tell.
-    ValueError for an empty curve and for ends without a finite value.
+    Start and end are the first and the last point of `smooth(curve, smoothing_window)`. Its window
+    is cut at the ends, so each is the mean over about half a window: less noisy than one iteration,
+    nearer to the true start and end than a whole window. A curve that does not rise gives a
+    threshold at or below its start; the caller has to notice.
+
+    Args:
+        curve: Mean reward per iteration of a run that trains only this stage.
+        smoothing_window: In iterations.
+        fraction: Of the way from start to end.
+
+    Raises:
+        UserError: The curve is empty, or an end has no finite value.
     """
-    if not curve:
-        raise ValueError(
-            "threshold calibration: expected a curve of at least one iteration, got none"
-        )
+    require(curve, "threshold calibration", "a curve of at least one iteration", "none")
     smoothed = smooth(curve, smoothing_window)
-    start, end = smoothed[0], smoothed[-1]
-    if not (math.isfinite(start) and math.isfinite(end)):
-        raise ValueError(
-            f"threshold calibration: expected finite rewards at both ends, got {start} and {end}"
-        )
+    ends = start, end = smoothed[0], smoothed[-1]
+    finite = math.isfinite(start) and math.isfinite(end)
+    require(finite, "threshold calibration", "finite rewards at both ends", ends)
     return start + fraction * (end - start)

@@ -1,6 +1,4 @@
-"""fastgrpo.algorithm.self_paced.Pacer and check_pacing: what the gates see over a run, the modes,
-the state, the refusals.
-"""
+"""Pacer and check_pacing: what the gates see over a run, the modes, the state, the refusals."""
 
 from __future__ import annotations
 
@@ -146,28 +144,16 @@ def test_state_survives_json_to_the_bit(
     assert resumed.weights(group((0.1, 0.1, 0.1))) == pacer.weights(group((0.9, 0.9, 0.9)))
 
 
-def test_a_state_that_does_not_fit_is_refused_and_changes_nothing() -> None:
-    pacer = Pacer(pacing(), 3)
+def test_a_state_of_another_judge_is_refused_and_changes_nothing() -> None:
+    pacer, two = Pacer(pacing(), 3), Pacer(pacing(thresholds=(0.5,)), 2)
     pacer.observe([group((0.5, 0.3, 0.2))])
-    good = pacer.state_dict()
-    two = Pacer(pacing(thresholds=(0.5,)), 2)
     two.observe([group((0.5, 0.3))])
-    for bad, message in (
-        (two.state_dict(), "expected num_stages 3, got 2"),
-        (
-            {"num_stages": 3},
-            r"expected num_stages, competence and saturations, got \['num_stages'\]",
-        ),
-        ({**good, "competence": [0.1, 0.2]}, "expected 3 finite numbers as competence"),
-        ({**good, "saturations": None}, "expected 3 finite numbers as saturations, got None"),
-        ({**good, "competence": [0.1, 0.2, math.nan]}, "expected 3 finite numbers as competence"),
-        ({**good, "competence": [0.1, 0.2, "x"]}, "expected 3 finite numbers as competence"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            pacer.load_state_dict(bad)
-        assert pacer.state_dict() == good
+    before = pacer.state_dict()
+    with pytest.raises(ValueError, match="pacer state: expected num_stages 3, got 2"):
+        pacer.load_state_dict(two.state_dict())
+    assert pacer.state_dict() == before
     by_group = Pacer(pacing(competence="group"), 3)
-    by_group.load_state_dict(good)
+    by_group.load_state_dict(before)
     assert by_group.competence is None
 
 
@@ -213,24 +199,17 @@ def test_one_stage_alone_has_all_the_weight(
     assert pacer.weights(group((0.4,))) == (1.0,)
 
 
-def test_pacer_refuses_other_stage_counts_and_weights_before_the_first_group() -> None:
-    pacer = Pacer(pacing(), 3)
-    with pytest.raises(RuntimeError, match=r"competence ema: observe\(\) a usable group"):
-        pacer.weights(group((0.5, 0.3, 0.2)))
-    with pytest.raises(ValueError, match="statistics of 3 stages, got 2 means and 2"):
-        pacer.observe([group((0.5, 0.3))])
-    with pytest.raises(ValueError, match="statistics of 3 stages, got 2 means and 2"):
-        pacer.weights(group((0.5, 0.3)))
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"thresholds": (0.5, 0.4, 0.3)}, r"pacing\.thresholds: expected 2 of them .* got 3"),
-        ({"thresholds": (0.5,)}, r"pacing\.thresholds: expected 2 of them .* got 1"),
+        (
+            {"thresholds": (0.5, 0.4, 0.3)},
+            r"pacing\.thresholds: expected 2 of them .* got .0.5, 0.4, 0.3",
+        ),
+        ({"thresholds": (0.5,)}, r"pacing\.thresholds: expected 2 of them .* got .0.5,"),
         (
             {"gate": "literal"},
-            r"expected 3 of them \(mode self_paced, gate literal, 3 stages\), got 2",
+            r"expected 3 of them \(mode self_paced, gate literal, 3 stages\), got",
         ),
         ({"mode": "two_stage", "thresholds": (0.5, 0.4, 0.3)}, "expected 1 or 2 of them"),
         ({"mode": "two_stage", "gate": "literal", "thresholds": (0.5,)}, "expected 2 or 3 of them"),
@@ -239,7 +218,7 @@ def test_pacer_refuses_other_stage_counts_and_weights_before_the_first_group() -
         ({"static_stage": -1}, r"pacing\.static_stage"),
         (
             {"gate_temperature": 0.0},
-            r"pacing\.gate_temperature: expected a finite number above 0, got 0",
+            r"pacing\.gate_temperature: expected a positive number, got 0",
         ),
         ({"gate_temperature": math.nan}, r"pacing\.gate_temperature"),
         ({"gate_temperature": math.inf}, r"pacing\.gate_temperature"),
@@ -265,9 +244,5 @@ def test_check_pacing_by_number_of_stages() -> None:
     check_pacing(PacingConfig(), 3)  # the defaults fit the paper's three stages
     for mode in ("one_stage", "joint", "static"):
         check_pacing(pacing(mode=mode), 5)  # no gate, no threshold read
-    with pytest.raises(
-        ValueError, match="two_stage needs a judge of at least two stages, this one has 1"
-    ):
+    with pytest.raises(ValueError, match=r"pacing\.mode: .* a judge of 1 stage, got 'two_stage'"):
         check_pacing(pacing(mode="two_stage", thresholds=()), 1)
-    with pytest.raises(ValueError, match="at least one stage, got 0"):
-        check_pacing(pacing(), 0)

@@ -66,10 +66,6 @@ def centre_of_mass(weights: tuple[float, ...]) -> float:
     return sum(stage * weight for stage, weight in enumerate(weights, start=1))
 
 
-# --- Eq. 8
-# -----------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("scores", "expected"),
     [
@@ -137,12 +133,6 @@ def test_saturation_kinds() -> None:
         saturation([0.4] * 15, "one_minus_hoyer") == 1.0
     )  # all alike: saturated, as the paper's words have it
     assert saturation([0.0] * 4, "one_minus_hoyer") == 1.0
-    with pytest.raises(ValueError, match="one_minus_hoyer, hoyer, off, got 'gini'"):
-        saturation(scores, "gini")  # type: ignore[arg-type]
-
-
-# --- Eq. 7
-# -----------------------------------------------------------------------------------------------------------
 
 
 def test_group_statistics_by_hand() -> None:
@@ -173,26 +163,6 @@ def test_a_group_with_fewer_than_two_valid_videos_has_no_statistics(num_valid: i
     scores = [[0.5, 0.5]] * num_valid + [[math.nan, math.nan]] * 3
     assert group_statistics(scores, [True] * num_valid + [False] * 3, "hoyer") is None
     assert group_statistics([], [], "hoyer") is None
-
-
-@pytest.mark.parametrize(
-    ("scores", "valid", "message"),
-    [
-        ([[0.5], [0.6]], [True], "one validity flag for each of 2 videos, got 1"),
-        ([[0.5], [0.6, 0.7]], [True, True], r"as many scores for every video, got \[1, 2\]"),
-        ([[0.5], [math.nan]], [True, True], r"finite scores for the valid video 1, got \[nan\]"),
-        ([[math.inf], [0.5]], [True, False], r"finite scores for the valid video 0, got \[inf\]"),
-    ],
-)
-def test_group_statistics_refuse(
-    scores: list[list[float]], valid: list[bool], message: str
-) -> None:
-    with pytest.raises(ValueError, match=message):
-        group_statistics(scores, valid, "hoyer")
-
-
-# --- Eq. 9
-# -----------------------------------------------------------------------------------------------------------
 
 
 def test_gates_by_hand() -> None:
@@ -302,25 +272,6 @@ def test_gates_of_extreme_competences_do_not_overflow(gate: Any) -> None:
     assert gate((0.0, 0.0, 0.0), (0.0,) * 3, thresholds, 1e-320, 0.0)[2] == 0.0
 
 
-@pytest.mark.parametrize(
-    ("gate", "means", "saturations", "thresholds"),
-    [
-        (gate_difference, (0.5, 0.5, 0.5), (0.1,) * 3, (0.5,) * 3),
-        (gate_literal, (0.5, 0.5, 0.5), (0.1,) * 3, (0.5,) * 2),
-        (gate_difference, (0.5, 0.5), (0.1,), (0.5,)),
-        (gate_literal, (), (), ()),
-    ],
-)
-def test_gates_refuse_wrong_lengths(
-    gate: Any, means: Any, saturations: Any, thresholds: Any
-) -> None:
-    counts = (
-        f"got {len(means)} means, {len(saturations)} saturations and {len(thresholds)} thresholds"
-    )
-    with pytest.raises(ValueError, match=counts):
-        gate(means, saturations, thresholds, 0.05, 0.5)
-
-
 def test_the_literal_gate_never_brings_the_hardest_stage_on() -> None:
     # Why `difference` is the default: with a third threshold, the two easier stages pass first and
     # keep the weight.
@@ -328,10 +279,6 @@ def test_the_literal_gate_never_brings_the_hardest_stage_on() -> None:
         gate_literal((0.69, 0.57, 0.45), (0.95,) * 3, (0.54, 0.35, 0.7), 0.05, 0.5), 5.0
     )
     assert weights[2] < 0.01 < 0.4 < weights[0]
-
-
-# --- Eqs. 6 and 5
-# ----------------------------------------------------------------------------------------------------
 
 
 def test_stage_weights_by_hand() -> None:
@@ -364,8 +311,6 @@ def test_mix_by_hand() -> None:
     assert mixed[3] == 1.0
     assert mix([[0.8, 0.4, 0.2]], (0.0, 1.0, 0.0)) == [0.4]
     assert mix([], (1.0,)) == []
-    with pytest.raises(ValueError, match="expected 2 scores, one a weight, for video 1, got 3"):
-        mix([[0.1, 0.2], [0.1, 0.2, 0.3]], (0.5, 0.5))
 
 
 @given(score_tables(), st.floats(0.0, 5.0))
@@ -378,10 +323,6 @@ def test_mix_is_equation_5(table: tuple[list[list[float]], list[bool]], sharpnes
         kept @ np.array(weights)
     )
     assert all(math.isnan(reward) for reward, ok in zip(mixed, valid, strict=True) if not ok)
-
-
-# --- supplement A
-# ----------------------------------------------------------------------------------------------------
 
 
 def test_smooth_by_hand() -> None:
@@ -416,18 +357,15 @@ def test_calibrated_threshold_by_hand() -> None:
     )  # a stage that got worse: below its start
     with pytest.raises(ValueError, match="at least one iteration"):
         calibrated_threshold([], 5)
-    with pytest.raises(ValueError, match="finite rewards at both ends, got nan"):
+    with pytest.raises(ValueError, match="finite rewards at both ends"):
         calibrated_threshold([math.nan, 0.5], 1)
-
-
-# --- imports
-# ---------------------------------------------------------------------------------------------------------
 
 
 def test_self_paced_and_advantages_need_neither_torch_nor_numpy_nor_the_config() -> None:
     code = (
         "import sys, fastgrpo.algorithm.self_paced, fastgrpo.algorithm.advantages\n"
-        "print(sorted({'torch', 'numpy', 'fastgrpo.config', 'fastgrpo.interfaces'} & set(sys.modules)))"
+        "modules = {'torch', 'numpy', 'fastgrpo.config', 'fastgrpo.interfaces'}\n"
+        "print(sorted(modules & set(sys.modules)))"
     )
     root = Path(__file__).parents[2]
     result = subprocess.run(
