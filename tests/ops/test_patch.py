@@ -26,7 +26,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.overrides import TorchFunctionMode
 
 from fastgrpo.policies.hunyuan_video import HunyuanVideoPolicy
-from fastgrpo.policies.pretrained import LoRA, fused_serves
+from fastgrpo.policies.lora import LoRA
+from fastgrpo.policies.pretrained import fused_serves
 from fastgrpo.policies.wan import WanPolicy
 
 CPU = torch.device("cpu")

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fastgrpo.config import RolloutConfig, UpdateConfig
-from fastgrpo.policies.pretrained import LoRA
+from fastgrpo.policies.lora import LoRA
 from fastgrpo.policies.wan import WanPolicy
 from fastgrpo.training.rollout import sample_groups, start_rollout
 from fastgrpo.training.trajectory import Rollout, branch_velocities, branch_velocity

@@ -1,0 +1,130 @@
+"""The attention backend of a diffusers transformer: how it is chosen, and which kernel serves."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers.models.attention_dispatch import (
+    AttentionBackendName,
+    attention_backend,
+    dispatch_attention_fn,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastgrpo.errors import UserError, require
+from fastgrpo.policies.model_files import quiet_diffusers
+
+_TORCH_FLASH = ("fa3", "fa4")
+_CAST_BY_AUTOCAST = (
+    "native",
+    "_native_cudnn",
+    "_native_efficient",
+    "_native_flash",
+    "_native_math",
+    *_TORCH_FLASH,
+)
+"""Backends that run through torch's scaled_dot_product_attention, whose arguments autocast casts
+to one dtype.
+"""
+
+
+def set_attention(transformer: Any, name: str, device: torch.device, fused: bool) -> None:
+    """Choose the attention of a transformer, and run it once forward and backward.
+
+    Args:
+        transformer: A model of diffusers; changed in place.
+        name: A backend of diffusers, or `fa3`, `fa4`: FlashAttention-3 or -4 through torch.
+        device: Where it will run.
+        fused: Whether the fused operations of fastgrpo_kernels are in the blocks.
+
+    Raises:
+        UserError: The backend is unknown, not installed, has no backward, or cannot take what
+            reaches it under autocast.
+    """
+    names = [*_TORCH_FLASH, *sorted(backend.value for backend in AttentionBackendName)]
+    require(name in names, "policy.attention", f"one of {', '.join(names)}", name)
+    if device.type == "cuda" and not fused and name not in _CAST_BY_AUTOCAST:
+        raise UserError(
+            f"policy.attention: {name} takes q, k and v of one 16-bit dtype, but under autocast "
+            "diffusers' norms of q and k give fp32; set policy.fused to true (or attention to "
+            "native)"
+        )
+    try:
+        backend = _activate(name)
+        # attention_backend() ends the global choice that set_attention_backend also makes.
+        with attention_backend(), quiet_diffusers():
+            transformer.set_attention_backend(backend)
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        shape = 1, 16, 1, transformer.config.attention_head_dim
+        q, k, v = (
+            torch.zeros(shape, dtype=dtype, device=device, requires_grad=True) for _ in range(3)
+        )
+        out = dispatch_attention_fn(q, k, v, backend=AttentionBackendName(backend))
+        torch.autograd.grad(out.sum(), [q, k, v])
+    # Any error of a package that is missing, too old, not for this device or without a backward.
+    except Exception as error:
+        raise UserError(
+            f"policy.attention: {name} does not run forward and backward on {device}: {error}"
+        ) from error
+
+
+def _activate(name: str) -> str:
+    """The backend of diffusers for `name`; switches on FlashAttention-3 or -4 in torch."""
+    if name not in _TORCH_FLASH:
+        return name
+    torch.nn.attention.activate_flash_attention_impl(name.upper())
+    return "_native_flash"
+
+
+def describe_attention(
+    transformer: Any,
+    lengths: Sequence[tuple[int, int]],
+    dtype: torch.dtype,
+    device: torch.device,
+    batch_size: int,
+    masked: bool = False,
+) -> str:
+    """Name what serves a transformer's attention: the backend, and the operators it comes down to.
+
+    Args:
+        transformer: A model of diffusers after `set_attention`.
+        lengths: Number of queries and of keys, for each kind of attention.
+        dtype: Of q, k and v.
+        device: Where it runs.
+        batch_size: Videos per forward pass.
+        masked: Whether it gets a mask over the keys.
+    """
+    config = transformer.config
+    processors: list[Any] = [getattr(module, "processor", None) for module in transformer.modules()]
+    backend = next(p._attention_backend for p in processors if hasattr(p, "_attention_backend"))
+    names: dict[str, None] = {}
+    for num_queries, num_keys in lengths:
+        q, k = (
+            torch.zeros(
+                (batch_size, n, config.num_attention_heads, config.attention_head_dim),
+                dtype=dtype,
+                device=device,
+                requires_grad=True,
+            )
+            for n in (num_queries, num_keys)
+        )
+        mask = torch.ones(batch_size, 1, 1, num_keys, dtype=torch.bool, device=device)
+        with _Operators() as operators:
+            dispatch_attention_fn(q, k, k, attn_mask=mask if masked else None, backend=backend)
+        names |= dict.fromkeys(n for n in operators.names if re.search("attention|attn|flash", n))
+    return f"{getattr(backend, 'value', backend)} ({', '.join(names) or 'no fused kernel'})"
+
+
+class _Operators(TorchDispatchMode):
+    """The names of the operators that run under it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
