@@ -1,4 +1,4 @@
-"""`python -m fastgrpo NAME ...` runs fastgrpo/cli/NAME.py."""
+"""`python -m fastgrpo COMMAND ...` runs fastgrpo/cli/COMMAND.py."""
 
 from __future__ import annotations
 
@@ -14,33 +14,33 @@ FOLDER = Path(__file__).parent / "cli"
 
 def commands() -> dict[str, str]:
     """Name and first docstring line of each command, read without importing it."""
-    files = sorted(f for f in FOLDER.glob("*.py") if f.stem != "__init__")
-    return {
-        f.stem: (ast.get_docstring(ast.parse(f.read_text(encoding="utf-8"))) or "").split("\n")[0]
-        for f in files
+    files = sorted(FOLDER.glob("[!_]*.py"))
+    docstrings = {
+        f.stem: ast.get_docstring(ast.parse(f.read_text(encoding="utf-8"))) for f in files
     }
+    return {name: (text or "").split("\n")[0] for name, text in docstrings.items()}
 
 
-def main(argv: list[str]) -> int:
-    """Run the command that the first argument names with the rest; its exit code, 0 for help, 2 for
-    a name that is none.
+def main(argv: list[str] | None = None) -> int:
+    """Run the command that the first argument names, with the rest.
+
+    Returns:
+        Its exit code; 0 for help, 2 for an unknown name.
     """
+    argv = sys.argv[1:] if argv is None else argv
     log_to_console()
     known = commands()
-    name = argv[0].replace("-", "_") if argv else ""
-    if name in known:
-        code: int = importlib.import_module(f"fastgrpo.cli.{name}").main(argv[1:])
+    if argv and argv[0] in known:
+        code: int = importlib.import_module(f"fastgrpo.cli.{argv[0]}").main(argv[1:])
         return code
-    wanted = not argv or argv[0] in ("-h", "--help")
-    text = "usage: python -m fastgrpo COMMAND [--help]\n\n" + "\n".join(
-        f"  {n:<12} {d}" for n, d in known.items()
-    )
-    print(
-        text if wanted else f"error: there is no command {argv[0]!r}\n\n{text}",
-        file=sys.stdout if wanted else sys.stderr,
-    )
-    return 0 if wanted else 2
+    lines = "\n".join(f"  {name:<12} {line}" for name, line in known.items())
+    usage = f"usage: python -m fastgrpo COMMAND [--help]\n\n{lines}"
+    if not argv or argv[0] in ("-h", "--help"):
+        print(usage)
+        return 0
+    print(f"error: there is no command {argv[0]!r}\n\n{usage}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -1,4 +1,4 @@
-"""Errors that a user can mend: one wording, "expected ..., got ...", and one way to end a command."""
+"""Errors that a user can mend: "expected ..., got ...", and the one way to end a command."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def require(ok: object, key: str, expected: str, got: object) -> None:
 def fail(error: object) -> NoReturn:
     """End the process as a wrong command line does: one line on stderr, exit code 2.
 
-    Before the ranks have joined, all of them find the same error, and one rank of each node prints
-    it. Afterwards an error may concern one rank only, so every rank prints its own.
+    Before the ranks have joined, all of them find the same error, and one rank per node prints it.
+    Afterwards an error may concern one rank only, so every rank prints its own.
     """
     from torch import distributed
 

@@ -1,6 +1,4 @@
-"""Where a model's files are: a local folder, or the hub through its cache, with one clear line when
-they cannot be had.
-"""
+"""Where a model's files are: a local folder, or the Hugging Face hub through its cache."""
 
 from __future__ import annotations
 
@@ -11,42 +9,50 @@ from pathlib import Path
 
 from huggingface_hub import errors, snapshot_download
 
+from fastgrpo.errors import require
+
 
 def fetch_files(
     model: str, revision: str | None, patterns: Sequence[str], key: str, library: str
 ) -> Path:
-    """The folder of a model: `model` itself, or a hub id's files that match `patterns`, from the
-    hub or its cache.
+    """Find a model's folder, or download it.
 
-    key: of the recipe, under which `model` and `revision` stand. library: whose format the
-    folder has.
+    Args:
+        model: A folder, or a hub id OWNER/NAME.
+        revision: Of the hub's model.
+        patterns: Which of the hub's files are needed.
+        key: Of the recipe, under which `model` and `revision` stand.
+        library: Whose format the folder has, for the message.
+
+    Returns:
+        The folder with the files.
 
     Raises:
-        FileNotFoundError: neither a folder nor something that the hub has (and shows).
-            ValueError: the hub has it and refuses.
+        FileNotFoundError: It is neither a folder nor a model that the hub has and shows.
+        ValueError: The hub has it and refuses.
     """
     folder = Path(model).expanduser()
     if folder.is_dir():
-        if revision is not None:
-            raise ValueError(
-                f"{key}.revision: expected none beside a local folder, got {revision!r} with {folder}"
-            )
+        require(revision is None, f"{key}.revision", f"none beside the folder {folder}", revision)
         return folder
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", model) or model.startswith("."):
         raise FileNotFoundError(
-            f"{key}.model: expected a folder in {library}' format or a hub id OWNER/NAME, found no folder at {folder.absolute()}"
+            f"{key}.model: expected a folder in {library}' format or a hub id OWNER/NAME, "
+            f"found no folder at {folder.absolute()}"
         )
     at = model if revision is None else f"{model} at revision {revision!r}"
     login = "log in with `hf auth login` or set HF_TOKEN"
+    nowhere = f"{key}.model: found no folder at {folder.absolute()}"
     try:
         return Path(snapshot_download(model, revision=revision, allow_patterns=list(patterns)))
     except errors.GatedRepoError as error:
         raise ValueError(
-            f"{key}.model: {at} is gated: accept its terms at https://huggingface.co/{model} with your account, then {login}"
+            f"{key}.model: {at} is gated: accept its terms at https://huggingface.co/{model} "
+            f"with your account, then {login}"
         ) from error
     except errors.RepositoryNotFoundError as error:
         raise FileNotFoundError(
-            f"{key}.model: found no folder at {folder.absolute()} and no model {model} on the hub. If it is private, {login}"
+            f"{nowhere} and no model {model} on the hub. If it is private, {login}"
         ) from error
     except errors.RevisionNotFoundError as error:
         raise FileNotFoundError(
@@ -54,7 +60,7 @@ def fetch_files(
         ) from error
     except errors.LocalEntryNotFoundError as error:
         raise FileNotFoundError(
-            f"{key}.model: found no folder at {folder.absolute()}, and {at} is not in the hub's local cache, nor can the hub be reached. "
+            f"{nowhere}, and {at} is not in the hub's local cache, nor can the hub be reached. "
             f"Download it with `hf download {model}` where there is a network, or give a folder"
         ) from error
     except (errors.HfHubHTTPError, OSError) as error:
@@ -62,15 +68,14 @@ def fetch_files(
 
 
 def require_weights(folder: Path, key: str) -> None:
-    """FileNotFoundError: the folder has no safetensors, or not all that its index names."""
+    """FileNotFoundError if the folder has no safetensors, or not all that its index names."""
     files = {path.name for path in folder.glob("*.safetensors")}
     for index in folder.glob("*.safetensors.index.json"):
-        missing = sorted(
-            set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()) - files
-        )
-        if missing:
+        named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        if missing := sorted(named - files):
             raise FileNotFoundError(
-                f"{key}.model: expected the files that {index} names, found no {missing[0]} ({len(missing)} missing)"
+                f"{key}.model: expected the files that {index} names, found no {missing[0]} "
+                f"({len(missing)} missing)"
             )
     if not files:
         raise FileNotFoundError(f"{key}.model: expected safetensors in {folder}, found none")

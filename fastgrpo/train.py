@@ -1,4 +1,4 @@
-"""The entry for torchrun: `torchrun --standalone --nproc-per-node N fastgrpo/train.py --config X`."""
+"""The entry for torchrun: `torchrun --standalone --nproc-per-node N fastgrpo/train.py ...`."""
 
 from __future__ import annotations
 

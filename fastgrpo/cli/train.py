@@ -1,4 +1,4 @@
-"""Train: the same as `torchrun fastgrpo/train.py`, in one process."""
+"""Train, as `torchrun fastgrpo/train.py` does, in one process."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from collections.abc import Sequence
 
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from fastgrpo.cli.report import write_report
 from fastgrpo.distributed.collectives import rank
 from fastgrpo.distributed.console import log_to_console
+from fastgrpo.evaluation.report.page import write_report
 from fastgrpo.training.config_file import parse_config
 from fastgrpo.training.loop import run
 
 
 @record
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse, run, and draw the report; the exit code."""
+    """Parse, train, and draw the report. Returns the exit code."""
     log_to_console()
     config, config_yaml, _ = parse_config(
         argv,

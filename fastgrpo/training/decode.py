@@ -1,4 +1,4 @@
-"""Stage 3: latents to frames, which stay on their device."""
+"""Phase 3: latents to frames, which stay on their device."""
 
 from __future__ import annotations
 
@@ -10,10 +10,15 @@ from fastgrpo.interfaces import Policy
 
 @torch.no_grad()
 def decode(policy: Policy, latents: Tensor) -> Tensor:
-    """Frames [n, T, 3, H, W], float in [0, 1], of clean latents [n, *latent_shape].
+    """Decode clean latents to frames.
 
-    A video whose latent is not finite comes out as NaN throughout, which no judge can take for a
-    picture.
+    Args:
+        policy: Has the decoder.
+        latents: [n, *latent_shape].
+
+    Returns:
+        [n, T, 3, H, W], float in [0, 1]. A video whose latent is not finite is NaN throughout,
+        which no judge can take for a picture.
     """
     frames = policy.decode(latents)
     broken = ~torch.isfinite(latents).flatten(1).all(dim=1)

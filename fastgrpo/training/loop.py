@@ -214,7 +214,7 @@ def close(trainer: Trainer, done: int, failed: bool) -> int:
 
 
 def reason_to_stop(trainer: Trainer) -> str:
-    """Why the run cannot go on, with the last error of each of the judge's endpoints on any rank."""
+    """Why the run cannot go on, and the last error of each part of the judge on any rank."""
     config = trainer.config
     if trainer.skipped_in_a_row >= config.update.max_skipped_updates:
         reason = (

@@ -1,8 +1,8 @@
-"""Stage 1: the captions of a run, and which of them an iteration takes.
+"""Phase 1: the prompts of a run, and which of them an iteration takes.
 
 The 50,000 prompts that the paper trains on are those that DanceGRPO publishes for text-to-video:
 the file `assets/video_prompts.txt` of its repository, https://github.com/XueZeyue/DanceGRPO, one
-prompt a line, filtered by its authors from VidProM (CC BY-NC 4.0). It is not shipped here; a
+prompt per line, filtered by its authors from VidProM (CC BY-NC 4.0). It is not shipped here; a
 recipe names where it lies: `prompts.train: video_prompts.txt`. (`assets/prompts.txt` there is
 for images, from HPDv2.)
 """
@@ -12,54 +12,61 @@ from __future__ import annotations
 import functools
 import json
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from fastgrpo.algorithm.seeds import derive_seed
+from fastgrpo.errors import require
 from fastgrpo.files import find_file
 
 HUB = "hub:"
-"""What a data set of the Hugging Face hub begins with, where a file is expected."""
+"""What a data set of the Hugging Face hub begins with."""
 COLUMNS = ("prompt", "caption")
-"""The columns that hold captions; the first that a file has is taken."""
+"""The columns that hold prompts; the first that a table has is taken."""
 _INSTALL = 'pip install "fastgrpo[prompts]"'
 
 
 def read_prompts(path: str, key: str) -> list[str]:
-    """The captions of a file or a data set, stripped of white space at their ends; blank ones are
-    left out.
+    """The prompts of a file or a data set, stripped of white space at their ends, without blank
+    ones.
 
     Args:
-        path: by its ending a table with the column `prompt`, or else `caption`, in .jsonl (an
-            object a line) or .parquet (read by pyarrow alone); or any other file: UTF-8 text, a
-            caption a line. Or `hub:OWNER/NAME[/CONFIGURATION][:SPLIT]`, a data set with such a
-            column, read by the `datasets` library, split `train` if none is named. key: of the
-            configuration, for the messages.
+        path: A table with the column `prompt`, or else `caption`, in .jsonl (an object per line) or
+            .parquet (read by pyarrow); or any other file: UTF-8 text, a prompt per line. Or
+            `hub:OWNER/NAME[/CONFIGURATION][:SPLIT]`, a data set with such a column, read by the
+            `datasets` library; the split is `train` by default.
+        key: Of the configuration, for the messages.
 
     Raises:
-        FileNotFoundError, ValueError: no such file or data set, one that cannot be read, or no
-            caption in it; names `key`, the file or data set, and where it is one row's fault,
-            the line or row, and the column.
+        FileNotFoundError, ValueError: There is no such file or data set, it cannot be read, or it
+            has no prompt; names `key`, the file or data set, and if one row is at fault, the line
+            or row and the column.
     """
     if path.startswith(HUB):
-        captions, source = _read_hub(path, key), path
+        prompts, source = _read_hub(path, key), path
     else:
         file = find_file(path, key)
-        captions, source = _reader(file, key)(file, key), str(file)
-    prompts = [caption for caption in captions if caption]
+        prompts, source = _read_file(file, key), str(file)
+    prompts = [prompt for prompt in prompts if prompt]
     if not prompts:
-        raise ValueError(f"{key}: expected at least one caption in {source}, found none")
+        raise ValueError(f"{key}: expected at least one prompt in {source}, got none")
     return prompts
 
 
 def draw_prompts(
     prompts: list[str], position: int, count: int, seed: int, shuffle: bool = True
 ) -> list[str]:
-    """Captions number position ... position + count - 1 of an endless walk over the list, every
-    epoch in an order of its own.
+    """Draw from an endless walk over the list, every epoch in an order of its own.
 
-    A function of its arguments, so that `position` is all a checkpoint has to keep.
+    A function of its arguments, so `position` is all that a checkpoint has to keep.
+
+    Args:
+        prompts: The list.
+        position: How many have been drawn before.
+        count: How many to draw.
+        seed: The run's seed.
+        shuffle: False keeps the list's order in every epoch.
     """
     drawn = []
     for i in range(position, position + count):
@@ -75,15 +82,13 @@ def _order(length: int, epoch: int, seed: int) -> list[int]:
     return order
 
 
-def _reader(file: Path, key: str) -> Callable[[Path, str], list[str]]:
+def _read_file(file: Path, key: str) -> list[str]:
     suffix = file.suffix.lower()
-    if suffix in (
-        ".json",
-        ".csv",
-        ".tsv",
-    ):  # as text they would give captions full of braces and commas
-        raise ValueError(f"{key}: expected a text file, .jsonl or .parquet, got {file}")
-    return {".jsonl": _read_jsonl, ".parquet": _read_parquet}.get(suffix, _read_text)
+    # As text these would give prompts full of braces and commas.
+    is_other_table = suffix in (".json", ".csv", ".tsv")
+    require(not is_other_table, key, "a text file, .jsonl or .parquet", str(file))
+    reader = {".jsonl": _read_jsonl, ".parquet": _read_parquet}.get(suffix, _read_text)
+    return reader(file, key)
 
 
 def _read_text(file: Path, key: str) -> list[str]:
@@ -94,24 +99,20 @@ def _read_text(file: Path, key: str) -> list[str]:
 
 
 def _read_jsonl(file: Path, key: str) -> list[str]:
-    column, captions = "", []
+    column, prompts = "", []
     for number, line in enumerate(_read_text(file, key), start=1):
         if not line:
             continue
-        where = f"{file}, line {number}"
+        where = f"{key}: {file}, line {number}"
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise ValueError(f"{key}: {where}: expected a JSON object, got {error}") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"{key}: {where}: expected a JSON object, got {line[:80]!r}")
-        column = column or _column(row, key, where)
-        if column not in row:
-            raise ValueError(
-                f"{key}: {where}: expected the column {column!r} as in the lines before, got {list(row)}"
-            )
-        captions.append(_caption(row[column], key, f"{where}, column {column!r}"))
-    return captions
+            raise ValueError(f"{where}: expected a JSON object, got {error}") from error
+        require(isinstance(row, dict), where, "a JSON object", line[:80])
+        column = column or _column(row, where)
+        require(column in row, where, f"the column {column!r} as in the lines before", list(row))
+        prompts.append(_prompt(row[column], f"{where}, column {column!r}"))
+    return prompts
 
 
 def _read_parquet(file: Path, key: str) -> list[str]:
@@ -120,23 +121,21 @@ def _read_parquet(file: Path, key: str) -> list[str]:
         import pyarrow.parquet
     except ImportError as error:
         raise ValueError(f"{key}: {file} needs pyarrow to be read ({error}): {_INSTALL}") from error
+    where = f"{key}: {file}"
     try:
         with pyarrow.parquet.ParquetFile(file) as table:
-            column = _column(table.schema_arrow.names, key, str(file))
+            column = _column(table.schema_arrow.names, where)
             values = table.read(columns=[column]).column(column).to_pylist()
     except (OSError, pyarrow.ArrowException) as error:
         raise ValueError(f"{key}: cannot read {file} as parquet: {error}") from error
-    return [
-        _caption(value, key, f"{file}, row {row}, column {column!r}")
-        for row, value in enumerate(values, start=1)
-    ]
+    return _rows(values, where, column)
 
 
 def _read_hub(path: str, key: str) -> list[str]:
     name, _, split = path.removeprefix(HUB).partition(":")
     parts = name.split("/")
-    if len(parts) not in (2, 3) or not all(parts):
-        raise ValueError(f"{key}: expected {HUB}OWNER/NAME[/CONFIGURATION][:SPLIT], got {path!r}")
+    is_name = len(parts) in (2, 3) and all(parts)
+    require(is_name, key, f"{HUB}OWNER/NAME[/CONFIGURATION][:SPLIT]", path)
     try:
         import datasets
     except ImportError as error:
@@ -144,27 +143,26 @@ def _read_hub(path: str, key: str) -> list[str]:
             f"{key}: {path} needs the datasets library to be read ({error}): {_INSTALL}"
         ) from error
     try:
-        rows = datasets.load_dataset("/".join(parts[:2]), *parts[2:], split=split or "train")
+        table = datasets.load_dataset("/".join(parts[:2]), *parts[2:], split=split or "train")
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise ValueError(f"{key}: cannot load {path}: {error}") from error
-    column = _column(rows.column_names, key, path)
-    return [
-        _caption(value, key, f"{path}, row {row}, column {column!r}")
-        for row, value in enumerate(rows[column], start=1)
-    ]
+    column = _column(table.column_names, f"{key}: {path}")
+    return _rows(table[column], f"{key}: {path}", column)
 
 
-def _column(names: Iterable[str], key: str, where: str) -> str:
+def _column(names: Iterable[str], where: str) -> str:
     names = list(names)
-    for column in COLUMNS:
-        if column in names:
-            return column
-    raise ValueError(
-        f"{key}: {where}: expected a column {' or '.join(map(repr, COLUMNS))}, got {names}"
-    )
+    found = [column for column in COLUMNS if column in names]
+    require(found, where, f"a column {' or '.join(map(repr, COLUMNS))}", names)
+    return found[0]
 
 
-def _caption(value: Any, key: str, where: str) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"{key}: {where}: expected a text, got {value!r}")
-    return value.strip()
+def _rows(values: Iterable[Any], where: str, column: str) -> list[str]:
+    rows = enumerate(values, start=1)
+    return [_prompt(value, f"{where}, row {row}, column {column!r}") for row, value in rows]
+
+
+def _prompt(value: Any, where: str) -> str:
+    require(isinstance(value, str), where, "a text", value)
+    text: str = value.strip()
+    return text

@@ -26,7 +26,7 @@ import yaml
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-import fastgrpo.train
+import fastgrpo.cli.train
 from fastgrpo.distributed import collectives
 from fastgrpo.shapes.captions import train_captions, validation_captions
 from fastgrpo.training.step import Trainer
@@ -107,13 +107,13 @@ def start() -> Callable[..., Outcome]:
     def call(
         folder: Path,
         argv: Sequence[str],
-        main: Callable[..., int] = fastgrpo.train.main,
+        main: Callable[..., int] = fastgrpo.cli.train.main,
         report: bool = False,
     ) -> Outcome:
         out, err = io.StringIO(), io.StringIO()
-        write_report = fastgrpo.train.write_report
+        write_report = fastgrpo.cli.train.write_report
         if not report:  # four figures, three times the cost of the run
-            fastgrpo.train.write_report = lambda run, smoothing_window=10: run
+            fastgrpo.cli.train.write_report = lambda run, smoothing_window=10: run
         try:
             with (
                 contextlib.redirect_stdout(out),
@@ -127,7 +127,7 @@ def start() -> Callable[..., Outcome]:
         except SystemExit as stop:
             code = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
         finally:
-            fastgrpo.train.write_report = write_report
+            fastgrpo.cli.train.write_report = write_report
             collectives.stop()
         return Outcome(code, folder, out.getvalue(), err.getvalue())
 
@@ -188,7 +188,7 @@ def background() -> Callable[[Sequence[str]], Any]:
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(
         [
-            "fastgrpo.train",
+            "fastgrpo.cli.train",
             "fastgrpo.shapes.policy",
             "fastgrpo.shapes.judge",
             "diffusers.optimization",
@@ -196,7 +196,7 @@ def background() -> Callable[[Sequence[str]], Any]:
     )
 
     def begin(argv: Sequence[str]) -> Any:
-        process = server.Process(target=fastgrpo.train.main, args=(list(argv),))
+        process = server.Process(target=fastgrpo.cli.train.main, args=(list(argv),))
         process.start()
         return process
 

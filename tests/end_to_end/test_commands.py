@@ -98,7 +98,7 @@ def test_no_command_is_a_call_for_help(fastgrpo: Any) -> None:
                 "thresholds",
             ],
         ),
-        ("sample", ["run", "--checkpoint_name", "--prompts", "same noise"]),
+        ("sample", ["run", "--checkpoint", "--prompts", "same noise"]),
         ("report", ["run", "--smoothing_window"]),
     ],
 )
@@ -445,7 +445,7 @@ def test_sample_with_options_of_its_own(finished: Path, fastgrpo: Any, tmp_path:
 
 def test_sample_refuses(finished: Path, fastgrpo: Any, tmp_path: Path) -> None:
     shutil.copytree(finished, tmp_path / "run", symlinks=True)
-    missing = fastgrpo("sample", tmp_path / "run", "--checkpoint_name", "iteration_000099")
+    missing = fastgrpo("sample", tmp_path / "run", "--checkpoint", "iteration_000099")
     file = tmp_path / "run" / "checkpoints" / "latest" / "__0_0.distcp"
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
@@ -460,7 +460,7 @@ def test_sample_refuses(finished: Path, fastgrpo: Any, tmp_path: Path) -> None:
         (missing, "iteration_000099"),
         (damaged, "__0_0.distcp"),
         (strange, "something else"),
-        (empty, "at least one caption"),
+        (empty, "at least one prompt"),
         (none, "num_videos: expected at least 1"),
     ):
         assert refused.code == 2

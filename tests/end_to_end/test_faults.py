@@ -446,11 +446,11 @@ WITHOUT_WEIGHTS: dict[str, tuple[list[str], list[str]]] = {
     "binary prompt file": (["--prompts.train", BINARY], ["prompts.train", BINARY, "UTF-8"]),
     "empty prompt file": (
         ["--prompts.train", EMPTY],
-        ["prompts.train", EMPTY, "at least one caption"],
+        ["prompts.train", EMPTY, "at least one prompt"],
     ),
     "blank prompt file": (
         ["--prompts.validation", BLANK],
-        ["prompts.validation", BLANK, "at least one caption"],
+        ["prompts.validation", BLANK, "at least one prompt"],
     ),
     "missing prompt file": (["--prompts.train", "nowhere.txt"], ["prompts.train", "nowhere.txt"]),
     "prompt file is a folder": (["--prompts.train", "."], ["prompts.train"]),
@@ -482,11 +482,11 @@ WITHOUT_WEIGHTS: dict[str, tuple[list[str], list[str]]] = {
     "no frames": (["--rollout.num_frames", "0"], ["rollout.num_frames", "0"]),
     "too few thresholds": (
         ["--pacing.thresholds", "[0.5]"],
-        ["pacing.thresholds", "expected 2", "got 1"],
+        ["pacing.thresholds", "expected 2", "got (0.5,)"],
     ),
     "too many thresholds": (
         ["--pacing.thresholds", "[0.5,0.5,0.5]"],
-        ["pacing.thresholds", "expected 2", "got 3"],
+        ["pacing.thresholds", "expected 2", "got (0.5, 0.5, 0.5)"],
     ),
     "thresholds for the other gate": (
         ["--pacing.gate", "literal"],

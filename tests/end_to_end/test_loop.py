@@ -1,4 +1,4 @@
-"""The loop through `fastgrpo.train.main`: the ratio before the first update, the files of a run,
+"""The loop through `fastgrpo.cli.train.main`: the ratio before the first update, the files of a run,
 and what an update does to the weights.
 """
 

@@ -23,7 +23,7 @@ import yaml
 from torch.distributed.checkpoint import CheckpointException
 
 import fastgrpo.training.checkpoint
-import fastgrpo.training.loop
+import fastgrpo.training.signals
 from fastgrpo.shapes.captions import train_captions
 
 Train = Callable[..., Any]
@@ -119,7 +119,7 @@ def test_a_rollout_that_takes_long_is_left_and_done_again(
     the checkpoint is of the one before.
     """
     arguments = ["--iterations", "4", "--checkpoint.interval", "2", *SETTINGS["many states"]]
-    monkeypatch.setattr(fastgrpo.training.loop, "PATIENCE", 0.0)
+    monkeypatch.setattr(fastgrpo.training.signals, "PATIENCE", 0.0)
     for stopped_in in (1, 3, 4):
         with interrupt(stopped_in):
             run = train(tmp_path / "run", *arguments, "--resume", "auto")
@@ -340,7 +340,7 @@ def fail_in(number: int) -> Callable[[int], None]:
 
 
 OPERATIONS = [
-    (fastgrpo.training.checkpoint, "_sync"),
+    (fastgrpo.training.checkpoint, "sync"),
     (fastgrpo.training.checkpoint.dcp, "save"),
     (os, "replace"),
     (shutil, "rmtree"),

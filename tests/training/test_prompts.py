@@ -98,8 +98,8 @@ def test_json_lines(tmp_path: Path) -> None:
         ('{"prompt": "a"}\n{"caption": "b"}\n', ["line 2", "'prompt'", "['caption']"]),
         ('{"prompt": "a"}\n{"prompt": null}\n', ["line 2", "column 'prompt'", "None"]),
         ('{"caption": "a"}\n{"caption": ["b"]}\n', ["line 2", "column 'caption'", "['b']"]),
-        ('{"prompt": " "}\n', ["at least one caption"]),
-        ("", ["at least one caption"]),
+        ('{"prompt": " "}\n', ["at least one prompt"]),
+        ("", ["at least one prompt"]),
     ],
 )
 def test_a_bad_line_of_json_is_named(tmp_path: Path, content: str, words: list[str]) -> None:
@@ -154,7 +154,7 @@ def test_what_is_wrong_with_a_parquet_file_is_named(tmp_path: Path) -> None:
             write_parquet(tmp_path / "numbers.parquet", caption=[1, 2]),
             ["row 1", "column 'caption'", "got 1"],
         ),
-        (write_parquet(tmp_path / "empty.parquet", prompt=["", " "]), ["at least one caption"]),
+        (write_parquet(tmp_path / "empty.parquet", prompt=["", " "]), ["at least one prompt"]),
     ):
         with pytest.raises(ValueError, match=r"prompts\.validation: ") as caught:
             read_prompts(path, "prompts.validation")
@@ -248,7 +248,7 @@ def test_a_data_set_of_the_hub(stand_in: Callable[[Any], list[Any]]) -> None:
             Rows(prompt=["a", None]),
             ["hub:o/c:test", "row 2", "column 'prompt'", "None"],
         ),
-        ("hub:o/c", Rows(prompt=[]), ["hub:o/c", "at least one caption"]),
+        ("hub:o/c", Rows(prompt=[]), ["hub:o/c", "at least one prompt"]),
     ],
 )
 def test_what_is_wrong_with_a_data_set_is_named(

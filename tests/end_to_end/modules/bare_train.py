@@ -6,12 +6,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import fastgrpo.train
+import fastgrpo.cli.train
 
 
 def main(argv: list[str]) -> None:
-    fastgrpo.train.write_report = empty_report
-    raise SystemExit(fastgrpo.train.main(argv))
+    fastgrpo.cli.train.write_report = empty_report
+    raise SystemExit(fastgrpo.cli.train.main(argv))
 
 
 def empty_report(run: Path) -> Path:
