@@ -15,11 +15,11 @@ import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard, ModelCardData
 
-from fastgrpo.cli.sample import open_run
 from fastgrpo.config import TrainConfig
 from fastgrpo.errors import fail
 from fastgrpo.policies import pretrained
 from fastgrpo.training import checkpoint
+from fastgrpo.training.sampling import open_run
 from fastgrpo.training.tracking import Row, read_metrics, stage_names
 
 PAPER = "https://arxiv.org/abs/2511.19356"
@@ -55,7 +55,7 @@ def export(
         ValueError, FileNotFoundError: no such run or checkpoint, or a damaged one; no average in
             it; a folder that is not new.
     """
-    config, path = open_run(run, checkpoint_name, with_judge=False)
+    config, path = open_run(run, checkpoint_name)
     out = Path(output) if output else Path(run) / "export" / (path.name + ("_ema" if ema else ""))
     if out.exists():
         raise ValueError(f"output: expected a folder that is new, {out} is there already")

@@ -1,178 +1,220 @@
-"""How much a judge's scores hang on what a video shows: the coefficient of variation over clusters
-of captions (Eq. 3, Figs. 4, 5, 8, 9).
-
-Real videos of all kinds of content should be about equally good, so a judge whose mean score
-differs between clusters of captions prefers some content.
+"""Measure how much judges' scores depend on what videos show: match the files of scores, embed and
+cluster the prompts, write tables and figures (Eq. 3; the mathematics is in kappa.py).
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
-from tqdm import tqdm
 
-N_INIT = 10
-"""Starts of k-means, of which the best is kept."""
-NEAR_ZERO = 0.01
-"""A mean below this share of the greatest score's magnitude counts as zero."""
-SHUFFLES = 200
-"""Shuffles of the scores that chance is measured with."""
-
-Floats = NDArray[np.float64]
-Vectors = NDArray[np.float32]
-Labels = NDArray[np.int64]
+from fastgrpo.errors import UserError, require
+from fastgrpo.evaluation.bias_tables import (
+    bias_json,
+    bias_rows,
+    bias_table,
+    cluster_figure,
+    cluster_table,
+    kappa_figure,
+    warnings_about,
+)
+from fastgrpo.evaluation.figures import save_figure
+from fastgrpo.evaluation.kappa import N_INIT, cluster_all, directions, measure_all, typical
+from fastgrpo.evaluation.prompt_embeddings import (
+    Encoder,
+    Vectors,
+    embed_prompts,
+    embeddings_in_order,
+    read_embeddings,
+)
+from fastgrpo.evaluation.score import Device, select_device
+from fastgrpo.evaluation.score_rows import (
+    MEAN,
+    ScoredRow,
+    ScoreFile,
+    left_out_lines,
+    match_rows,
+    name_files,
+    pick,
+    read_scores,
+)
+from fastgrpo.evaluation.tables import write_csv, write_json
+from fastgrpo.evaluation.video_prompts import look_up, named_prompts
+from fastgrpo.training.prompts import read_prompts
 
 
 @dataclass(frozen=True)
-class Bias:
-    """One judge and one partition into k clusters; all in the clusters' order. κ in percent, NaN
-    where it is withheld.
+class BiasOptions:
+    """What `measure_bias` measures.
+
+    Attributes:
+        scores: A file of scores for each judge.
+        names: Names of the judges, in the same order; by default those of the files.
+        score: A stage, a component, or `mean` of all stages; one for all judges, or one for each.
+            The score of a row {"score": x} is the stage `score`.
+        prompts: File of the videos' prompts: by video name (.json, .jsonl with video and prompt),
+            or in the order of the first file's rows; by default the prompts in the rows.
+        embeddings: Of the prompts, .npy or .safetensors: a row for each row of the first file of
+            scores, or a file that this command wrote.
+        text_encoder: Folder or hub id of a UMT5 encoder (a model of transformers, or a pipeline of
+            diffusers, such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers); it embeds the prompts whose
+            embeddings OUTPUT does not have yet.
+        revision: Of the hub id.
+        clusters: Numbers of clusters, first:last, or one number.
+        seed: Of k-means for the tables and clusters, and of the shuffles.
+        num_seeds: Seeds, from `seed` on, over which the range of κ is shown.
+        batch_size: Prompts that the encoder gets at a time.
+        device: Where the encoder runs; auto takes a GPU if there is one.
+        output: Folder to write to; by default `bias` beside the first file of scores.
     """
 
-    of_means: float
-    """κ over the k cluster means: the bias."""
-    sizes: list[int]
-    means: list[float]
-    inside: list[float]
-    """κ of the scores inside each cluster; NaN in a cluster of one video too."""
-    chance: float
-    """What κ over the means stays below in 95 % of shuffles of the scores: a judge without bias
-    comes as far. NaN where κ is withheld.
+    scores: Sequence[Path]
+    names: Sequence[str] | None = None
+    score: Sequence[str] = (MEAN,)
+    prompts: str | None = None
+    embeddings: Path | None = None
+    text_encoder: str | None = None
+    revision: str | None = None
+    clusters: str = "10:20"
+    seed: int = 0
+    num_seeds: int = 5
+    batch_size: int = 8
+    device: Device = "auto"
+    output: Path | None = None
+
+    def __post_init__(self) -> None:
+        for key in ("num_seeds", "batch_size"):
+            require(getattr(self, key) >= 1, key, "at least 1", getattr(self, key))
+        in_range = 0 <= self.seed <= 2**32 - self.num_seeds
+        require(in_range, "seed", "an integer in [0, 2^32 - num_seeds]", self.seed)
+        alone = self.revision is not None and self.text_encoder is None
+        require(not alone, "revision", "none without a text_encoder", self.revision)
+        one_source = self.embeddings is None or self.text_encoder is None
+        require(one_source, "embeddings", "those or a text_encoder", "both")
+        expected = f"one for all or one for each of {len(self.scores)} files of scores"
+        require(len(self.score) in (1, len(self.scores)), "score", expected, len(self.score))
+
+    @property
+    def folder(self) -> Path:
+        return self.output or self.scores[0].parent / "bias"
+
+
+def measure_bias(options: BiasOptions) -> str:
+    """The bias of each judge, as text; the same as JSON, CSV and figures in a folder.
+
+    Writes OUTPUT/bias.json, kappa.csv, clusters.csv, kappa.png and .svg (κ over k), clusters.png
+    and .svg (scores by cluster, greatest k), and embeddings.safetensors, from which a second call
+    takes the embeddings without an encoder.
+
+    Raises:
+        UserError, OSError: Something cannot be read, matched, embedded or clustered.
     """
-
-
-def kappa(values: ArrayLike, scale: ArrayLike | None = None) -> Floats:
-    """100 · std / |mean| (Eq. 3, population std) along the last axis: [..., n] -> [...], float64,
-    percent.
-
-    NaN where it means nothing: values of both signs, or a mean below NEAR_ZERO of the scale. κ
-    takes the scale's zero for "no quality at all"; VideoAlign's scores, which are normalised to
-    mean 0 and may be negative, have no such zero.
-
-    Args:
-        values: [..., n] scores or means. scale: [...] what the mean is compared with; the
-            greatest magnitude among the values if not given.
-    """
-    x = np.asarray(values, dtype=np.float64)
-    mean, reference = (
-        x.mean(-1),
-        np.abs(x).max(-1) if scale is None else np.asarray(scale, dtype=np.float64),
+    ks, seed, folder = read_range(options.clusters), options.seed, options.folder
+    names = name_files(options.scores, options.names)
+    files = [read_scores(path) for path in options.scores]
+    matched = match_rows(files)
+    which = list(options.score) * (len(files) // len(options.score))
+    values = [
+        np.array(pick(file, rows, score))
+        for file, rows, score in zip(files, zip(*matched, strict=True), which, strict=True)
+    ]
+    prompts = prompts_of(matched, files[0], options.prompts)
+    vectors = vectors_of(matched, files[0], prompts, options)
+    labels = cluster_all(vectors, ks, range(seed, seed + options.num_seeds))
+    judges = {
+        name: measure_all(score, scores, labels, seed)
+        for name, score, scores in zip(names, which, values, strict=True)
+    }
+    shown = [text or rows[0].video or "" for text, rows in zip(prompts, matched, strict=True)]
+    typicals = {k: [shown[i] for i in typical(vectors, labels[k, seed])] for k in ks}
+    notes = [*left_out_lines(names, files, len(matched)), *warnings_about(judges)]
+    content = bias_json(judges, typicals)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(
+        folder / "bias.json",
+        {
+            "seed": seed,
+            "num_seeds": options.num_seeds,
+            "n_init": N_INIT,
+            "notes": notes,
+            "judges": content,
+            "videos": [rows[0].video or rows[0].prompt for rows in matched],
+            "cluster_of_video": {str(k): labels[k, seed].tolist() for k in ks},
+        },
     )
-    one_sign = (x.min(-1) >= 0) | (x.max(-1) <= 0)
-    defined = one_sign & (np.abs(mean) > NEAR_ZERO * reference)
-    return np.where(defined, 100 * x.std(-1) / np.where(defined, np.abs(mean), 1.0), np.nan)
+    for stem, rows in zip(("kappa", "clusters"), bias_rows(content), strict=True):
+        write_csv(folder / f"{stem}.csv", rows)
+    save_figure(kappa_figure(judges), folder / "kappa")
+    save_figure(cluster_figure(judges, labels[ks[-1], seed]), folder / "clusters")
+    lines = [
+        f"{len(matched)} videos, {options.clusters} clusters, seed {seed}, the best of {N_INIT} "
+        f"starts, range over {options.num_seeds} seeds",
+        "",
+        bias_table(judges),
+        "",
+        cluster_table(judges, ks[-1], typicals[ks[-1]]),
+        "",
+        *(f"note: {note}" for note in notes),
+        f"tables and figures: {folder}",
+    ]
+    return "\n".join(lines)
 
 
-def measure(scores: ArrayLike, labels: Labels, seed: int = 0) -> Bias:
-    """The bias of a judge's scores [n] over clusters with labels [n] from 0 to k - 1, none empty.
-    seed: of the shuffles.
+def read_range(text: str) -> list[int]:
+    """`10:20` as 10, 11, ..., 20; `10` as only 10."""
+    ends = text.split(":")
+    ok = len(ends) in (1, 2) and all(end.isdecimal() for end in ends)
+    ok = ok and 2 <= int(ends[0]) <= int(ends[-1])
+    require(ok, "clusters", "first:last or one number, at least 2", text)
+    return list(range(int(ends[0]), int(ends[-1]) + 1))
+
+
+def prompts_of(
+    matched: Sequence[Sequence[ScoredRow]], first: ScoreFile, prompts: str | None
+) -> list[str]:
+    """The prompt of each matched video: from the file, or else that of the first judge that has
+    one, or "".
     """
-    x = np.asarray(scores, dtype=np.float64)
-    member = np.asarray(labels)[:, None] == np.arange(np.max(labels) + 1)
-    sizes, scale = member.sum(0), np.abs(x).max()
-    groups = [x[column] for column in member.T]
-    means = [float(group.mean()) for group in groups]
-    inside = [float(kappa(group, scale)) if len(group) > 1 else np.nan for group in groups]
-    of_means = float(kappa(means, scale))
-    shuffled = np.random.default_rng(seed).permuted(np.tile(x, (SHUFFLES, 1)), axis=1)
-    by_chance = kappa(shuffled @ member.astype(np.float64) / sizes, scale)
-    chance = float(np.percentile(by_chance, 95)) if np.isfinite(of_means) else np.nan
-    return Bias(of_means, sizes.tolist(), means, inside, chance)
-
-
-def directions(embeddings: ArrayLike) -> Vectors:
-    """[n, D] of any dtype -> float32 vectors of length 1: what captions are about, whatever their
-    length.
-
-    ValueError: another shape, or a vector that is zero or not finite.
-    """
-    x = np.asarray(embeddings, dtype=np.float64)
-    if x.ndim != 2 or 0 in x.shape:
-        raise ValueError(
-            f"embeddings: expected a matrix with a row for each caption, got the shape {list(x.shape)}"
+    if prompts is None:
+        return [next((row.prompt for row in rows if row.prompt), "") for rows in matched]
+    rows = [of_judges[0] for of_judges in matched]
+    by_name = named_prompts(prompts)
+    if by_name is not None:
+        return look_up([row.video or "" for row in rows], by_name, prompts)
+    in_order = read_prompts(prompts, "prompts")
+    if len(in_order) != first.num_rows:
+        raise UserError(
+            f"prompts: expected one for each of {first.num_rows} rows of {first.path}, got "
+            f"{len(in_order)} in {prompts}"
         )
-    lengths = np.linalg.norm(x, axis=1, keepdims=True)
-    bad = int((~(np.isfinite(lengths) & (lengths > 0))).sum())
-    if bad:
-        raise ValueError(
-            f"embeddings: expected finite numbers, not all zero, in each of {len(x)} rows, got {bad} rows without"
-        )
-    return (x / lengths).astype(np.float32)
+    return [in_order[row.row_index] for row in rows]
 
 
-def cluster(vectors: Vectors, k: int, seed: int) -> Labels:
-    """k-means (scikit-learn's, N_INIT starts by k-means++) of vectors [n, D] into k clusters:
-    labels [n], 0 for the largest.
-
-    A function of its arguments alone: the number of threads changes no bit. ValueError: no
-    scikit-learn.
+def vectors_of(
+    matched: Sequence[Sequence[ScoredRow]],
+    first: ScoreFile,
+    prompts: Sequence[str],
+    options: BiasOptions,
+) -> Vectors:
+    """A direction [D] for each matched video: of the given embeddings, or of those that OUTPUT
+    keeps, to which an encoder adds.
     """
-    k_means, threadpool_limits = _scikit_learn()
-    with threadpool_limits(1):  # several would add up in another order
-        found = k_means(k, n_init=N_INIT, random_state=seed).fit_predict(vectors)
-    _, first, group, sizes = np.unique(
-        found, return_index=True, return_inverse=True, return_counts=True
-    )
-    rank = np.empty(
-        len(sizes), dtype=np.int64
-    )  # of vectors that are nearly alike k-means may make fewer clusters than k
-    rank[np.lexsort((first, -sizes))] = np.arange(len(sizes))
-    return rank[group]
-
-
-def _scikit_learn() -> tuple[Any, Any]:
-    """KMeans, and threadpool_limits of a library that scikit-learn needs; imported when needed, as
-    they are an extra.
-    """
-    try:
-        from sklearn.cluster import KMeans
-        from threadpoolctl import threadpool_limits
-    except ImportError as error:
-        raise ValueError(
-            f'bias needs scikit-learn ({error}): pip install "fastgrpo[analysis]"'
-        ) from error
-    return KMeans, threadpool_limits
-
-
-def cluster_all(
-    vectors: Vectors, ks: Sequence[int], seeds: Sequence[int]
-) -> dict[tuple[int, int], Labels]:
-    """`cluster` for each k and seed, by (k, seed), on all CPU cores. ValueError: fewer different
-    vectors than clusters, or k below 2.
-    """
-    different = len(np.unique(vectors, axis=0))
-    if min(ks) < 2 or max(ks) > different:
-        raise ValueError(
-            f"clusters: expected from 2 to {different}, the number of different captions (by their embeddings), "
-            f"got {min(ks) if min(ks) < 2 else max(ks)}"
-        )
-    cases = [(k, seed) for k in ks for seed in seeds]
-    _, threadpool_limits = _scikit_learn()
-    # The outer limit keeps what there was: those inside the threads may end in another order than
-    # they began.
-    with threadpool_limits(1), ThreadPoolExecutor(os.cpu_count()) as pool:
-        found = pool.map(lambda case: cluster(vectors, *case), cases)
-        return dict(
-            zip(cases, tqdm(found, total=len(cases), desc="k-means", disable=None), strict=True)
-        )
-
-
-def typical(vectors: Vectors, labels: Labels) -> list[int]:
-    """For each cluster the index of the vector nearest to its centre."""
-    found = []
-    for label in range(int(labels.max()) + 1):
-        members = np.flatnonzero(labels == label)
-        found.append(
-            int(
-                members[
-                    np.linalg.norm(vectors[members] - vectors[members].mean(0), axis=1).argmin()
-                ]
+    kept = options.folder / "embeddings.safetensors"
+    if options.embeddings is None:
+        without = sum(not prompt.strip() for prompt in prompts)
+        if without:
+            raise UserError(
+                f"prompts: expected one for each of {len(prompts)} videos, got {without} without; "
+                "name a file of them, or embeddings"
             )
-        )
-    return found
+        if options.text_encoder is not None:
+            device = select_device(options.device)
+            encoder = Encoder(options.text_encoder, options.revision, device)
+            return directions(embed_prompts(prompts, kept, encoder, options.batch_size))
+        if not kept.is_file():
+            raise UserError(f"text_encoder: expected it, or embeddings, as {kept} is not there yet")
+    found = read_embeddings(options.embeddings or kept)
+    indices = [rows[0].row_index for rows in matched]
+    return directions(embeddings_in_order(found, indices, prompts, first.num_rows))

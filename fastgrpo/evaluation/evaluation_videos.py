@@ -1,15 +1,16 @@
-"""Videos for an evaluation: which, with which seeds, by which rank; each written whole, and those
-that are there already kept.
+"""Videos for an evaluation: which, with which seeds, by which rank. Each is written whole, and
+those that are there already are kept.
 
-OUT/videos/*.mp4      nothing else: VBench takes the ending of whichever file the folder lists
-first for that of all OUT/seeds.jsonl       {"video", "prompt", "seed"}, a row a video, made or
-yet to be made OUT/sampling.json     with what they were made OUT/prompts.json      captions by
-file name, for VBench's --prompt_file where the captions are not its own
+OUTPUT/videos/*.mp4   Nothing else: VBench takes the ending of whichever file the folder lists first
+                      for that of all.
+OUTPUT/seeds.jsonl    {"video", "prompt", "seed"} per video, made or yet to be made.
+OUTPUT/prompts.json   Prompts by file name, for VBench's --prompt_file if they are not its own.
+OUTPUT/sampling.json  What the videos were made with.
 """
 
 from __future__ import annotations
 
-import fcntl
+import dataclasses
 import hashlib
 import json
 import logging
@@ -20,24 +21,66 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch
+import yaml
 from torch import Tensor
 from tqdm import tqdm
 
 from fastgrpo.algorithm.seeds import derive_seed
 from fastgrpo.config import RolloutConfig
 from fastgrpo.distributed import collectives
-from fastgrpo.evaluation.vbench_scores import EvaluationPrompt, video_name
-from fastgrpo.files import atomic_write_text
+from fastgrpo.errors import UserError, require
+from fastgrpo.evaluation.vbench_prompts import (
+    EvaluationPrompt,
+    read_evaluation_prompts,
+    video_name,
+)
+from fastgrpo.files import atomic_write_text, find_file
 from fastgrpo.interfaces import Policy
+from fastgrpo.training import run_folder
 from fastgrpo.training.decode import decode
+from fastgrpo.training.loop import compute_dtype
 from fastgrpo.training.rollout import sample_groups, start_rollout
-from fastgrpo.training.run_folder import differences
 from fastgrpo.training.sample_files import write_video
+from fastgrpo.training.sampling import (
+    SamplingOptions,
+    find_checkpoint,
+    joined,
+    load_base,
+    load_trained,
+    read_without_judge,
+)
 
 logger = logging.getLogger("fastgrpo")
 
 BASE = "base"
 """In place of a checkpoint: the weights that training starts from."""
+
+
+@dataclass(frozen=True)
+class EvaluationOptions(SamplingOptions):
+    """What `sample_evaluation` samples.
+
+    Attributes:
+        run: A run folder.
+        checkpoint: Name of one of the run's checkpoints, or the path of one; its average of the
+            weights is sampled if it has one. Or `base`, the weights that training starts from.
+        prompts: vbench: the list of the installed package vbench; or the path of its
+            VBench_full_info.json; or prompts of your own (text, .jsonl, .parquet). A name that no
+            file can have is changed: slashes to underscores, cut, and a hash added.
+        num_videos: Videos of each prompt; by default 5, and 25 of the prompts of
+            temporal_flickering, as VBench asks.
+        num_inference_steps: Steps of the sampler; by default the recipe's.
+        height: In pixels; by default the recipe's.
+        width: In pixels; by default the recipe's.
+        num_frames: By default the recipe's. VBench is for videos shorter than 5 seconds.
+        sde: Sampler on the training schedule.
+        seed: All videos' seeds follow from it; by default the recipe's.
+        output: Folder to write to; by default <run>/evaluation/<checkpoint>_<prompts>.
+        config: A recipe, instead of a run.
+    """
+
+    prompts: str = "vbench"
+    config: str | None = None
 
 
 @dataclass(frozen=True)
@@ -49,9 +92,72 @@ class Video:
     seed: int
 
 
+def sample_evaluation(options: EvaluationOptions) -> str:
+    """Sample the videos that VBench judges, or those of other prompts, with one model. Videos that
+    are there already are kept. All ranks call this.
+
+    Returns:
+        One line: how many videos there are, how many of them are new, and where.
+
+    Raises:
+        ValueError, OSError: There is no such run, recipe, checkpoint or prompts; or the folder
+            holds other videos, or is in use.
+    """
+    path, config_path = find_recipe(options.run, options.config)
+    config = read_without_judge(config_path)
+    folder = path or config.run_folder
+    weights = None
+    if options.checkpoint != BASE:
+        weights = find_checkpoint(options.checkpoint, folder)
+    prompts = [
+        dataclasses.replace(prompt, num_videos=options.num_videos or prompt.num_videos)
+        for prompt in read_evaluation_prompts(options.prompts)
+    ]
+    config.policy.check_prompts([prompt.text for prompt in prompts])
+    cfg = options.rollout(config)
+    seed = config.seed if options.seed is None else options.seed
+    videos = list_videos(prompts, seed)
+    name = f"{weights.name if weights else BASE}_{Path(options.prompts).stem}"
+    output = Path(options.output) if options.output else folder / "evaluation" / name
+    with joined(config.runtime) as device:
+        dtype = compute_dtype(config.runtime, device)
+        lock = claim(output)
+        policy = yaml.safe_load(config_path.read_text(encoding="utf-8"))["policy"]
+        keep_settings(output, settings(policy, cfg, weights, dtype, seed))
+        if collectives.rank() == 0:
+            write_lists(output, videos)
+        there = {path.name for path in (output / "videos").iterdir()}
+        unmade = unmade_batches(videos, cfg.micro_batch_size, output)
+        if unmade:
+            load_base(config, list(dict.fromkeys(video.prompt for video in videos)), device)
+            if weights is not None:
+                load_trained(weights, config.policy)
+            make_videos(config.policy, unmade, cfg, output, device, dtype)
+        if lock is not None:
+            lock.close()
+    new = sum(video.name not in there for video in videos)
+    return f"{len(videos)} videos, {new} of them new: {output / 'videos'}"
+
+
+def find_recipe(run: str | None, config: str | None) -> tuple[Path | None, Path]:
+    """The run folder, if there is one, and the file of the configuration."""
+    one = (run is None) != (config is None)
+    require(one, "evaluate sample", "a run folder or --config", "both" if run else "neither")
+    given = Path(run or config or "")
+    path = given / "config.yaml"
+    if config and not given.is_dir():
+        path = find_file(config, "config")
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"run: expected a run folder with config.yaml, found none at {path.parent}"
+        )
+    is_run = path.name == "config.yaml" and (path.parent / "checkpoints").is_dir()
+    return path.parent if is_run else None, path
+
+
 def list_videos(prompts: Sequence[EvaluationPrompt], seed: int) -> list[Video]:
-    """All videos in order. A video's seed depends on `seed`, its caption and its index alone, not
-    on the other captions.
+    """All videos in order. A video's seed depends only on `seed`, its prompt and its index, not on
+    the other prompts.
     """
     return [
         Video(video_name(p.text, index), p.text, derive_seed(seed, "evaluation", p.text, index))
@@ -62,13 +168,19 @@ def list_videos(prompts: Sequence[EvaluationPrompt], seed: int) -> list[Video]:
 
 def settings(
     policy: Mapping[str, Any],
-    rollout: RolloutConfig,
+    cfg: RolloutConfig,
     weights: Path | None,
     dtype: torch.dtype,
     seed: int,
 ) -> dict[str, Any]:
-    """What decides a video beside its caption and index, as JSON. policy: as it stands in the
-    recipe. weights: a checkpoint, or None.
+    """What decides a video besides its prompt and index, as JSON.
+
+    Args:
+        policy: The recipe's section.
+        cfg: How to sample.
+        weights: A checkpoint, or None for the base weights.
+        dtype: Of the forward pass.
+        seed: All videos' seeds follow from it.
     """
     keys = (
         "sde",
@@ -82,84 +194,78 @@ def settings(
         "timestep_rounding",
         "decode",
     )
-    manifest = (
-        b"" if weights is None else (weights / "manifest.json").read_bytes()
-    )  # it has the hash of every other file
+    of_weights = BASE
+    if weights is not None:
+        manifest = (weights / "manifest.json").read_bytes()  # it has the hash of every other file
+        of_weights = f"{weights.name} {hashlib.sha256(manifest).hexdigest()[:16]}"
     return {
-        "weights": BASE
-        if weights is None
-        else f"{weights.name} {hashlib.sha256(manifest).hexdigest()[:16]}",
+        "weights": of_weights,
         "policy": dict(policy),
-        "sampler": {key: getattr(rollout, key) for key in keys},
-        "micro_batch_size": rollout.micro_batch_size,
+        "sampler": {key: getattr(cfg, key) for key in keys},
+        "micro_batch_size": cfg.micro_batch_size,
         "compute_dtype": str(dtype).removeprefix("torch."),
         "seed": seed,
     }
 
 
 def claim(output: Path) -> TextIO | None:
-    """Make the folder and lock it; rank 0 gets the open lock file, which a process that dies lets
-    go of. FileExistsError: in use.
+    """Make the folder and lock it. All ranks call this.
+
+    Returns:
+        On rank 0 the open lock file; a process that dies lets go of it.
+
+    Raises:
+        FileExistsError: Another process uses the folder.
     """
-    lock, busy = None, False
+    lock = run_folder.claim(output, resume="auto")
     if collectives.rank() == 0:
-        (output / "videos").mkdir(parents=True, exist_ok=True)
-        lock = open(output / ".lock", "w")  # noqa: SIM115  (held open while videos are written)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            for begun in output.glob(".rank_*.mp4"):  # by a process that was killed
-                begun.unlink()
-        except BlockingIOError:
-            busy = True
-    if collectives.any_rank(busy):
-        raise FileExistsError(f"{output} is in use by another process that is still running")
+        (output / "videos").mkdir(exist_ok=True)
+        for begun in output.glob(".rank_*.mp4"):  # by a process that was killed
+            begun.unlink()
     return lock
 
 
 def keep_settings(output: Path, made_with: dict[str, Any]) -> None:
-    """Write sampling.json; ValueError on every rank where the folder holds videos that were made
-    otherwise.
+    """Write sampling.json, or check it. All ranks call this.
+
+    Raises:
+        UserError: The folder holds videos that were made otherwise; raised on every rank.
     """
     path, lines = output / "sampling.json", []
     if collectives.rank() == 0:
-        made_with = json.loads(json.dumps(made_with))
-        lines = (
-            differences(json.loads(path.read_text(encoding="utf-8")), made_with)
-            if path.exists()
-            else []
-        )
-        if not lines:
-            atomic_write_text(path, json.dumps(made_with, indent=1) + "\n")
+        text = json.dumps(made_with, indent=1)
+        if path.exists():
+            before = json.loads(path.read_text(encoding="utf-8"))
+            lines = run_folder.differences(before, json.loads(text))
+        else:
+            atomic_write_text(path, text + "\n")
     lines = collectives.gather(lines)[0]
     if lines:
-        raise ValueError(
-            f"{output} holds videos that were made otherwise ({'; '.join(lines)}): give another --out"
+        raise UserError(
+            f"{output} holds videos that were made otherwise ({'; '.join(lines)}): give another "
+            "--output"
         )
 
 
 def write_lists(output: Path, videos: Sequence[Video]) -> None:
-    """seeds.jsonl and prompts.json."""
+    """Write seeds.jsonl and prompts.json."""
     rows = [{"video": video.name, "prompt": video.prompt, "seed": video.seed} for video in videos]
-    atomic_write_text(
-        output / "seeds.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    )
-    atomic_write_text(
-        output / "prompts.json",
-        json.dumps({video.name: video.prompt for video in videos}, indent=1, ensure_ascii=False)
-        + "\n",
-    )
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    atomic_write_text(output / "seeds.jsonl", "".join(lines))
+    prompts = {video.name: video.prompt for video in videos}
+    text = json.dumps(prompts, indent=1, ensure_ascii=False) + "\n"
+    atomic_write_text(output / "prompts.json", text)
 
 
 def unmade_batches(videos: Sequence[Video], size: int, output: Path) -> list[list[Video]]:
-    """The micro-batches with a video in them that is not there yet, as rank 0 sees the folder. All
-    ranks call this.
+    """The micro-batches with a video that is not there yet, as rank 0 sees the folder. All ranks
+    call this.
 
-    A video always shares a forward with the same others, at the same place, so that neither the
+    A video always shares a forward pass with the same others, in the same order. So neither the
     number of ranks nor what was there before changes a bit of it.
     """
-    there: set[str] = collectives.gather(
-        {path.name for path in (output / "videos").iterdir()} if collectives.rank() == 0 else None
-    )[0]
+    there = {path.name for path in (output / "videos").iterdir()}
+    there = collectives.gather(there)[0]
     batches = [list(videos[first : first + size]) for first in range(0, len(videos), size)]
     return [batch for batch in batches if any(video.name not in there for video in batch)]
 
@@ -175,16 +281,13 @@ def make_videos(
     """Sample these micro-batches, dealt over ranks, and write those of their videos that are not
     there. All ranks call this.
 
-    Every rank makes the same number of passes, since sharded ranks wait for each other: the last
-    ones may have nothing to write.
+    Every rank makes the same number of passes, since sharded ranks wait for each other; in the last
+    pass some may have nothing to write.
     """
-    ranks, broken = collectives.world_size(), 0
-    for first in tqdm(
-        range(0, len(batches), ranks),
-        unit="batch",
-        disable=None if collectives.rank() == 0 else True,
-    ):
-        mine = first + collectives.rank()
+    ranks, rank, broken = collectives.world_size(), collectives.rank(), 0
+    quiet = True if rank else None
+    for first in tqdm(range(0, len(batches), ranks), unit="batch", disable=quiet):
+        mine = first + rank
         batch = batches[min(mine, len(batches) - 1)]
         for video, frames in zip(batch, make_batch(policy, batch, cfg, device, dtype), strict=True):
             if mine < len(batches) and not (output / "videos" / video.name).exists():
@@ -208,20 +311,17 @@ def make_batch(
     rollout = start_rollout(
         policy, prompts, cfg, seed=0, iteration=0, first_slot=0, device=device, compute_dtype=dtype
     )
-    rollout.first_seeds = torch.tensor(
-        [video.seed for video in batch], dtype=torch.int64, device=device
-    )
-    rollout.noise_seeds = torch.tensor(
-        [derive_seed(video.seed, "sde") for video in batch], dtype=torch.int64, device=device
-    )
+    seeds = [video.seed for video in batch]
+    rollout.first_seeds = torch.tensor(seeds, device=device)
+    noise_seeds = [derive_seed(seed, "sde") for seed in seeds]
+    rollout.noise_seeds = torch.tensor(noise_seeds, device=device)
     (done,) = sample_groups(policy, rollout, share_first_step=False)
     return decode(policy, done.latents)
 
 
 def save_video(frames: Tensor, output: Path, name: str, fps: float) -> None:
-    """Write one video [T, 3, H, W] whole or not at all, whenever the process is killed. Not begun
-    among the videos, where VBench looks.
-    """
+    """Write one video [T, 3, H, W] whole or not at all, whenever the process is killed."""
+    # Not begun among the videos, where VBench looks.
     begun = output / f".rank_{collectives.rank()}.mp4"
     pixels = (frames.float().nan_to_num().clamp(0, 1) * 255).round().to(torch.uint8)
     write_video(begun, pixels.movedim(1, -1).contiguous().cpu().numpy(), fps)

@@ -1,5 +1,5 @@
-"""The file of scores that `python -m fastgrpo score` writes: a JSON object a line, one line a
-video, all by one judge.
+"""The file of scores that `python -m fastgrpo score` writes: one JSON object per video, one per
+line, all by one judge.
 """
 
 from __future__ import annotations
@@ -7,11 +7,13 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from fastgrpo.errors import UserError
+from fastgrpo.files import atomic_write
 
 Row = dict[str, Any]
 Key = tuple[str, str]
@@ -19,26 +21,22 @@ Key = tuple[str, str]
 
 
 def judge_hash(judge: Mapping[str, Any]) -> str:
-    """12 hexadecimal digits that stand for all that decides a judge's scores.
+    """12 hexadecimal digits that stand for everything that decides a judge's scores.
 
-    Where its servers are, and how many of them answered at the start, does not; what they say of
+    Where its servers are, and how many answered at the start, does not count; what they say of
     themselves does.
     """
     engine = judge.get("engine")
     if isinstance(engine, Mapping) and isinstance(engine.get("servers"), Mapping):
-        said = sorted({json.dumps(one, sort_keys=True) for one in engine["servers"].values()})
-        judge = {
-            **judge,
-            "engine": {key: value for key, value in engine.items() if key != "endpoints"}
-            | {"servers": said},
-        }
-    return hashlib.sha256(
-        json.dumps(judge, sort_keys=True, ensure_ascii=False).encode()
-    ).hexdigest()[:12]
+        told = sorted({json.dumps(one, sort_keys=True) for one in engine["servers"].values()})
+        others = {key: value for key, value in engine.items() if key != "endpoints"}
+        judge = {**judge, "engine": {**others, "servers": told}}
+    text = json.dumps(judge, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def describe_beside(path: Path) -> Path:
-    """Where the judge of a file of scores is described: scores.judge.json beside scores.jsonl."""
+    """The file that describes the judge: scores.judge.json beside scores.jsonl."""
     return path.with_suffix(".judge.json")
 
 
@@ -46,17 +44,21 @@ def describe_beside(path: Path) -> Path:
 def open_scores(
     path: Path, judge: Mapping[str, Any], retry_failed: bool = False
 ) -> Iterator[tuple[dict[Key, Row], Callable[[Row], None]]]:
-    """The rows that are there, by video and prompt, and a function that adds one, with this judge's
-    hash, and flushes it.
+    """Open a file of scores to add to it, for one process at a time.
 
-    A last line that was written by half is dropped. The judge is described in the file
-    `describe_beside`. One process at a time.
+    A last line that was half written is dropped. The judge is described in `describe_beside`.
 
     Args:
-        judge: all that decides its scores, as JSON. retry_failed: drop the rows with an error.
+        path: The file; it may not exist yet.
+        judge: Everything that decides the judge's scores, as JSON.
+        retry_failed: Drop the rows with an error.
+
+    Yields:
+        The rows that are there, by video and prompt; and a function that writes one more, with this
+        judge's hash, and flushes it.
 
     Raises:
-        ValueError: rows of another judge, a line that is no row, a video and prompt twice, or
+        UserError: Rows of another judge, a line that is no row, a video and prompt twice, or
             another process that writes the file.
     """
     name = judge_hash(judge)
@@ -68,10 +70,9 @@ def open_scores(
         if retry_failed and any("error" in row for row in rows.values()):
             rows = {key: row for key, row in rows.items() if "error" not in row}
             file = _replace(file, path, rows)
-        beside = describe_beside(path)
-        _write_whole(
-            beside, json.dumps({"judge": name, **judge}, indent=1, ensure_ascii=False) + "\n"
-        )
+        with atomic_write(describe_beside(path)) as partial:
+            text = json.dumps({"judge": name, **judge}, indent=1, ensure_ascii=False)
+            partial.write_text(text + "\n", encoding="utf-8")
 
         def add(row: Row) -> None:
             file.write(_line({**row, "judge": name}))
@@ -86,7 +87,7 @@ def _lock(file: BinaryIO, path: Path) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        raise ValueError(f"out: another process is writing {path}") from error
+        raise UserError(f"output: another process is writing {path}") from error
 
 
 def _read(file: BinaryIO, path: Path, judge: str) -> dict[Key, Row]:
@@ -102,20 +103,20 @@ def _read(file: BinaryIO, path: Path, judge: str) -> dict[Key, Row]:
             data += b"\n"
     rows: dict[Key, Row] = {}
     for number, line in enumerate(data.split(b"\n")[:-1], start=1):
-        row = _parse(line)
+        row, where = _parse(line), f"output: {path}, line {number}"
         if row is None:
-            raise ValueError(
-                f"out: {path}, line {number}: expected a row of scores, got {line[:80].decode(errors='replace')!r}"
-            )
+            got = line[:80].decode(errors="replace")
+            raise UserError(f"{where}: expected a row of scores, got {got!r}")
         if row["judge"] != judge:
-            raise ValueError(
-                f"out: {path}, line {number} is by another judge, {row['judge']}, described in {describe_beside(path)}; this one is "
-                f"{judge}: name another file, or take the same settings"
+            raise UserError(
+                f"{where} is by another judge, {row['judge']}, described in "
+                f"{describe_beside(path)}; this one is {judge}: name another file, or take the same"
+                " settings"
             )
         key = row["video"], row["prompt"]
         if key in rows:
-            raise ValueError(
-                f"out: {path}, line {number}: expected one row a video and prompt, got a second one of {key[0]}"
+            raise UserError(
+                f"{where}: expected one row per video and prompt, got a second one of {key[0]}"
             )
         rows[key] = row
     return rows
@@ -126,38 +127,22 @@ def _parse(line: bytes) -> Row | None:
         row = json.loads(line)
     except ValueError:
         return None
-    return (
-        row
-        if isinstance(row, dict)
-        and all(isinstance(row.get(key), str) for key in ("video", "prompt", "judge"))
-        else None
-    )
+    texts = [row.get(key) for key in ("video", "prompt", "judge")] if isinstance(row, dict) else [0]
+    return row if all(isinstance(text, str) for text in texts) else None
 
 
 def _line(row: Row) -> bytes:
-    # The name of a file that is not UTF-8 holds lone surrogates, which become escapes, as JSON has
-    # them too.
-    return (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n").encode(
-        "utf-8", "backslashreplace"
-    )
+    # A file name that is not UTF-8 holds lone surrogates; they become escapes, which JSON has too.
+    text = json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
+    return text.encode("utf-8", "backslashreplace")
 
 
 def _replace(file: BinaryIO, path: Path, rows: dict[Key, Row]) -> BinaryIO:
-    """The file with these rows alone, at once or not at all; both the old and the new one are
-    locked until it has happened.
-    """
-    temporary = path.with_name(f".{path.name}.tmp")
-    fresh = temporary.open("wb")
-    _lock(fresh, path)
-    fresh.writelines(_line(row) for row in rows.values())
-    fresh.flush()
-    os.fsync(fresh.fileno())
-    os.replace(temporary, path)
+    """Replace the file by one with only these rows; both are locked until that has happened."""
+    with atomic_write(path) as partial:
+        fresh = partial.open("wb")
+        _lock(fresh, path)
+        fresh.writelines(_line(row) for row in rows.values())
+        fresh.flush()
     file.close()
     return fresh
-
-
-def _write_whole(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

@@ -116,7 +116,7 @@ def sampled(
     run: Path, info: Path, evaluate: Command, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     out = tmp_path_factory.mktemp("sampled") / "out"
-    outcome = evaluate(run, "--prompts", info, "--out", out)
+    outcome = evaluate(run, "--prompts", info, "--output", out)
     assert outcome.code == 0, outcome.err
     assert outcome.out.strip() == f"35 videos, 35 of them new: {out / 'videos'}"
     return out
@@ -231,12 +231,12 @@ def test_what_is_there_is_kept(
     for name in gone:
         (out / "videos" / name).unlink()
     before = {path.name: path.stat().st_mtime_ns for path in (out / "videos").iterdir()}
-    outcome = evaluate(run, "--prompts", info, "--out", out)
+    outcome = evaluate(run, "--prompts", info, "--output", out)
     assert "35 videos, 2 of them new" in outcome.out
     assert contents(out) == contents(sampled)
     after = {path.name: path.stat().st_mtime_ns for path in (out / "videos").iterdir()}
     assert {name for name in after if after[name] != before.get(name)} == gone
-    assert "35 videos, 0 of them new" in evaluate(run, "--prompts", info, "--out", out).out
+    assert "35 videos, 0 of them new" in evaluate(run, "--prompts", info, "--output", out).out
 
 
 def test_killed_while_it_writes(
@@ -250,7 +250,7 @@ def test_killed_while_it_writes(
     """SIGKILL with the seventh video half written: six whole ones; the next call ends as if nothing
     had happened.
     """
-    out, argv = tmp_path / "out", ["evaluate", "sample", str(run), "--prompts", str(info), "--out"]
+    out, argv = tmp_path / "out", ["evaluate", "sample", str(run), "--prompts", str(info), "--output"]
     killed = subprocess.run(
         [sys.executable, "-c", HALF_WRITTEN, *argv, str(out)],
         env=environment,
@@ -282,7 +282,7 @@ def test_two_ranks_make_the_same(
         "evaluate",
         "sample",
     ]
-    command += [str(run), "--prompts", str(info), "--out", str(tmp_path / "out")]
+    command += [str(run), "--prompts", str(info), "--output", str(tmp_path / "out")]
     job = subprocess.run(
         command, cwd=tmp_path, env=environment, text=True, capture_output=True, timeout=180
     )
@@ -350,15 +350,15 @@ def test_base_and_checkpoints(
     """
     few = ("--prompts", info, "--num_videos", 1)
     for argv in (
-        (run, "--checkpoint", "base", "--out", tmp_path / "base"),
-        ("--config", run / "config.yaml", "--checkpoint", "base", "--out", tmp_path / "again"),
-        (run, "--checkpoint", "iteration_000001", "--out", tmp_path / "first"),
+        (run, "--checkpoint", "base", "--output", tmp_path / "base"),
+        ("--config", run / "config.yaml", "--checkpoint", "base", "--output", tmp_path / "again"),
+        (run, "--checkpoint", "iteration_000001", "--output", tmp_path / "first"),
         (
             "--config",
             run,
             "--checkpoint",
             run / "checkpoints" / "iteration_000002",
-            "--out",
+            "--output",
             tmp_path / "last",
         ),
         (run, "--checkpoint", "base"),
@@ -436,7 +436,7 @@ def test_a_model_sharded_over_ranks(
         "base",
         "--prompts",
         "mine.txt",
-        "--out",
+        "--output",
         "out",
         "--num_videos",
     ]
@@ -472,7 +472,7 @@ def test_refusals(
     (tmp_path / "empty.txt").write_text("\n")
     (tmp_path / "strange.txt").write_text("a dog runs\n")
     (tmp_path / "list.yaml").write_text("- 1\n")
-    out = ("--out", tmp_path / "out")
+    out = ("--output", tmp_path / "out")
     for argv, words in (
         ((), "a run folder or --config, got neither"),
         ((run, "--config", run), "got both"),
@@ -480,7 +480,7 @@ def test_refusals(
         (("--config", "nowhere.yaml"), "nowhere.yaml"),
         (("--config", "list.yaml"), "list.yaml"),
         ((run, "--checkpoint", "iteration_000009"), "iteration_000009"),
-        ((run, "--prompts", "empty.txt"), "at least one caption"),
+        ((run, "--prompts", "empty.txt"), "at least one prompt"),
         ((run, "--prompts", "strange.txt"), "a dog runs"),
         ((run, "--prompts", "nowhere.json"), "nowhere.json"),
         ((run, "--prompts", info, "--num_videos", 0), "num_videos: expected at least 1, got 0"),
@@ -519,14 +519,14 @@ def test_a_folder_of_other_videos(
         (("--num_inference_steps", 4), "sampler.num_inference_steps: 5 -> 4"),
         (("--seed", 9), "seed: "),
     ):
-        refused = evaluate(run, "--prompts", info, "--out", out, *argv)
+        refused = evaluate(run, "--prompts", info, "--output", out, *argv)
         assert refused.code == 2
         assert words in refused.err
         assert refused.err.count("\n") == 1
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
     with open(out / ".lock") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        assert "in use by another process" in evaluate(run, "--prompts", info, "--out", out).err
+        assert "in use by another process" in evaluate(run, "--prompts", info, "--output", out).err
 
 
 def test_settings_name_what_decides_a_video(one_rank: torch.device, tmp_path: Path) -> None:
@@ -537,5 +537,5 @@ def test_settings_name_what_decides_a_video(one_rank: torch.device, tmp_path: Pa
     assert made_with["sampler"]["guidance_scale"] == cfg.guidance_scale
     keep_settings(tmp_path, made_with)
     keep_settings(tmp_path, made_with)
-    with pytest.raises(ValueError, match=r"policy.class_path: 'A' -> 'B'.*give another --out"):
+    with pytest.raises(ValueError, match=r"policy.class_path: 'A' -> 'B'.*give another --output"):
         keep_settings(tmp_path, settings({"class_path": "B"}, cfg, None, torch.bfloat16, 3))

@@ -33,9 +33,9 @@ from safetensors.torch import load_file
 
 from fastgrpo import __main__ as command_line
 from fastgrpo.algorithm.seeds import derive_seed
-from fastgrpo.cli import sample
+from fastgrpo.training import sampling
 from fastgrpo.cli.export import model_card
-from fastgrpo.cli.sample import Unscored, pipeline_scheduler, sample_with_scheduler
+from fastgrpo.training.sampling import Unscored, pipeline_scheduler, sample_with_scheduler
 from fastgrpo.config import RolloutConfig
 from fastgrpo.policies.hunyuan_video import HunyuanVideoPolicy
 from fastgrpo.policies.wan import WanPolicy
@@ -558,7 +558,7 @@ def test_the_pipelines_scheduler_makes_the_pipelines_video(
     )
     rooms: list[int] = []
     monkeypatch.setattr(
-        sample,
+        sampling,
         "start_rollout",
         lambda *a, **k: (rollout := start_rollout(*a, **k), rooms.append(len(rollout.latents)))[0],
     )

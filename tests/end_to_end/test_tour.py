@@ -38,12 +38,12 @@ def test_from_training_to_report(
     scored = [tmp_path / "base.jsonl", tmp_path / "trained.jsonl"]
     for path in scored:
         saved = samples / path.stem
-        call("score", "--videos", saved, "--prompts", saved / "samples.json", "--out", path, *JUDGE)
+        call("score", "--videos", saved, "--prompts", saved / "samples.json", "--output", path, *JUDGE)
         entries = json.loads((saved / "samples.json").read_text())["samples"]
         assert [(Path(row["video"]).name, row["prompt"]) for row in rows_of(path)] == [
             (e["video"], e["prompt"]) for e in entries
         ]
-    call("stages", *scored, "--out", tmp_path / "stages")
+    call("stages", *scored, "--output", tmp_path / "stages")
     found = json.loads((tmp_path / "stages" / "stages.json").read_text())
     for path in scored:
         for stage in found["stages"]:
@@ -55,7 +55,7 @@ def test_from_training_to_report(
     (tmp_path / "captions.txt").write_text("a red square moving up\na blue cross moving left\n")
     made = tmp_path / "made"
     assert "10 videos, 10 of them new" in call(
-        "evaluate", "sample", runs[0], "--prompts", tmp_path / "captions.txt", "--out", made
+        "evaluate", "sample", runs[0], "--prompts", tmp_path / "captions.txt", "--output", made
     )
     judges = [tmp_path / "clean.jsonl", tmp_path / "noisy.jsonl"]
     for path, noise in zip(judges, ("0", "0.3"), strict=True):
@@ -66,7 +66,7 @@ def test_from_training_to_report(
             made / "videos",
             "--prompts",
             made / "prompts.json",
-            "--out",
+            "--output",
             path,
             *JUDGE,
             *options,
@@ -80,7 +80,7 @@ def test_from_training_to_report(
         tmp_path / "words.npy",
         "--clusters",
         "2:2",
-        "--out",
+        "--output",
         tmp_path / "bias",
     ]
     call("bias", "--scores", *judges, *options)

@@ -333,9 +333,9 @@ def test_the_command_end_to_end(
 def test_the_order_of_rows_changes_nothing(files: Any, tmp_path: Path) -> None:
     options = ("--clusters", "3:7", "--num_seeds", 2)
     *scores, x = files()
-    call("--scores", *scores, "--embeddings", x, *options, "--out", tmp_path / "one")
+    call("--scores", *scores, "--embeddings", x, *options, "--output", tmp_path / "one")
     *scores, x = files(np.random.default_rng(5).permutation(48))
-    call("--scores", *scores, "--embeddings", x, *options, "--out", tmp_path / "two")
+    call("--scores", *scores, "--embeddings", x, *options, "--output", tmp_path / "two")
     assert results(tmp_path / "one") == results(tmp_path / "two")
 
 
@@ -376,9 +376,9 @@ def test_captions_from_files(files: Any, tmp_path: Path) -> None:
                 x,
                 "--clusters",
                 4,
-                "--captions",
+                "--prompts",
                 file,
-                "--out",
+                "--output",
                 tmp_path / word,
             )
             == 0
@@ -397,12 +397,12 @@ def test_embeddings_are_made_once(
     options = ("--scores", biased, fair, "--clusters", "2:4", "--num_seeds", 1)
     assert call(*options, "--text_encoder", wan_folder, "--device", "cpu") == 0
     first = results(tmp_path / "bias")
-    monkeypatch.setattr("fastgrpo.evaluation.caption_embeddings.load_encoder", None)
+    monkeypatch.setattr("fastgrpo.evaluation.prompt_embeddings.load_encoder", None)
     assert call(*options, "--text_encoder", wan_folder, "--device", "cpu") == 0
     assert call(*options) == 0
     assert results(tmp_path / "bias") == first
     kept = tmp_path / "bias" / "embeddings.safetensors"
-    assert call(*options, "--embeddings", kept, "--out", tmp_path / "other") == 0
+    assert call(*options, "--embeddings", kept, "--output", tmp_path / "other") == 0
     assert results(tmp_path / "other") == first
 
 
@@ -431,15 +431,15 @@ def test_embeddings_are_made_once(
         (["--batch_size", "0"], "batch_size: expected at least 1, got 0"),
         (["--seed", "-1"], "seed: expected an integer in .*, got -1"),
         (["--revision", "main"], "revision: expected none without a text_encoder, got main"),
-        (["--captions", "none.txt"], "captions: expected a file, found none at .*none.txt"),
-        (["--captions", "none.json"], "captions: expected a file, found none at .*none.json"),
-        (["--captions", "EMPTY"], "captions: expected at least one caption in .*, found none"),
+        (["--prompts", "none.txt"], "captions: expected a file, found none at .*none.txt"),
+        (["--prompts", "none.json"], "captions: expected a file, found none at .*none.json"),
+        (["--prompts", "EMPTY"], "captions: expected at least one caption in .*, found none"),
         (
-            ["--captions", "SHORT"],
+            ["--prompts", "SHORT"],
             "captions: expected one for each of 48 rows of .*biased.jsonl, got 1",
         ),
         (
-            ["--captions", "NAMED"],
+            ["--prompts", "NAMED"],
             "captions: expected one for each of 48 videos in .*, got none for 47: /a/01.mp4",
         ),
         (["--embeddings", "none.npy"], "embeddings: expected a file, found none"),

@@ -20,7 +20,7 @@ from fastgrpo.evaluation.score_rows import (
     pick,
     read_scores,
 )
-from fastgrpo.training.figures import save_samples
+from fastgrpo.training.sample_files import save_samples
 
 
 def write(path: Path, *rows: Any) -> Path:

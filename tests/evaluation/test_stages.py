@@ -155,7 +155,7 @@ def test_sets_without_a_common_video(tmp_path: Path, capsys: pytest.CaptureFixtu
         write(tmp_path / "a.jsonl", scores),
         write(tmp_path / "b.jsonl", scores, "other"),
     )
-    assert call(first, second, "--names", "one", "two", "--out", tmp_path / "out") == 0
+    assert call(first, second, "--names", "one", "two", "--output", tmp_path / "out") == 0
     assert (
         "note: two: no difference to one: expected a video that all files have, got none"
         in capsys.readouterr().out
@@ -221,13 +221,13 @@ def test_a_published_models_own_scores(tmp_path: Path, capsys: pytest.CaptureFix
         for i in range(3)
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert call(path, "--components", "true", "--out", tmp_path / "out") == 0
+    assert call(path, "--components", "--output", tmp_path / "out") == 0
     found = json.loads((tmp_path / "out" / "stages.json").read_text())
     assert found["stages"] == ["VQ", "MQ"]
     assert [found["sets"]["a"]["stages"][name]["mean"] for name in ("VQ", "MQ")] == [4.0, -1.0]
     without = write(tmp_path / "b.jsonl", np.ones((2, 3)))
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
-        call(without, "--components", "true")
+        call(without, "--components")
     assert stop.value.code == 2
     assert "expected rows with components" in capsys.readouterr().err

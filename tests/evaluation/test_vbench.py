@@ -33,7 +33,7 @@ from fastgrpo.evaluation.vbench_tables import (
     score_table,
     scores_json,
 )
-from fastgrpo.training.figures import save_figure
+from fastgrpo.evaluation.figures import save_figure
 
 NAMES = [
     *(

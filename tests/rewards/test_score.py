@@ -87,7 +87,7 @@ def run(
             str(videos),
             "--prompts",
             str(prompts),
-            "--out",
+            "--output",
             str(out),
             "--device",
             "cpu",
@@ -318,7 +318,7 @@ def test_rows_that_are_there_are_kept(
     assert run(videos, prompts, out) == 1
     assert out.read_bytes() == first
     assert "4 rows were there before" in capsys.readouterr().out
-    assert run(videos, prompts, out, "--retry_failed", "true") == 0
+    assert run(videos, prompts, out, "--retry_failed") == 0
     kept = [line for line in first.splitlines() if b'"error"' not in line]
     assert out.read_bytes().splitlines()[:3] == kept
     assert rows_of(out)[3]["video"].endswith("b.mp4")
@@ -451,7 +451,7 @@ def test_killed_anywhere_and_started_again_gives_the_same_file(
         str(tmp_path / "list.txt"),
         "--prompts",
         str(tmp_path / "p.txt"),
-        "--out",
+        "--output",
         str(out),
         "--device",
         "cpu",

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastgrpo.training import figures
+from fastgrpo.training.sample_files import save_samples
 
 STAGES = ("visual_quality", "temporal_coherence", "text_alignment")
 CONFIG = """\
@@ -112,7 +112,7 @@ def add_samples() -> Callable[..., None]:
     def add(run: Path, iteration: int, prompts: list[str], level: int, scores: bool = True) -> None:
         videos = torch.full((len(prompts), 8, 3, 16, 16), level, dtype=torch.uint8)
         table = [[level / 255, 0.5, math.nan]] * len(prompts) if scores else None
-        figures.save_samples(
+        save_samples(
             run / "samples" / f"iteration_{iteration:06d}",
             videos,
             prompts,

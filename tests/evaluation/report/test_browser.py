@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from fastgrpo.cli import report
+from fastgrpo.evaluation.report import page as report
 
 PROMPTS = [
     "a red square moving right",

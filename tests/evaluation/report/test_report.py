@@ -10,13 +10,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import av
 import pytest
 from PIL import Image
 
-from fastgrpo.cli import report
+from fastgrpo.cli import report as command
+from fastgrpo.evaluation import figures
+from fastgrpo.evaluation.report import page as report
 from fastgrpo.evaluation.report import report_media, run_figures
-from fastgrpo.training import figures
+from fastgrpo.evaluation.report.run_record import RunRecord
 
 FIGURES = ["reward", "weights", "hoyer", "ratio_drift", "stability", "time"]
 Make = Callable[..., Path]
@@ -96,7 +97,7 @@ def test_a_finished_run_on_one_page(
         "0.300 → 0.700 +0.400",
         "0.200 → 0.600 +0.400",
         "0.100 → 0.500 +0.400",
-        "captions of the evaluation, from the same noise every time: iteration 0 → iteration 20",
+        "prompts of the evaluation, from the same noise every time: iteration 0 → iteration 20",
         "a <b>blue</b> & yellow cross",  # shown as typed, not as markup
         "untrained 0.16 0.50 –",
         "iteration 20 0.78 0.50 –",
@@ -119,29 +120,6 @@ def test_a_finished_run_on_one_page(
     assert alt.endswith("iteration 0 to 20.")
 
 
-def test_thresholds_and_window_reach_the_curves(
-    tmp_path: Path, make_run: Make, parse: Parse, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen = []
-    topics = run_figures.topics
-    monkeypatch.setattr(
-        run_figures,
-        "topics",
-        lambda runs, window: seen.append(topics(runs, window)) or seen[-1][:1],
-    )
-    report.write_report(make_run(tmp_path / "paced"), smoothing_window=3)
-    joint = make_run(tmp_path / "joint")
-    (joint / "config.yaml").write_text(
-        (joint / "config.yaml").read_text().replace("self_paced", "joint")
-    )
-    report.write_report(joint)
-    assert [[value for value, _ in drawn[0].panels[0].levels] for drawn in seen] == [
-        [0.54, 0.35],
-        [],
-    ]
-    assert "the mean over 3." in parse(tmp_path / "paced" / "report" / "report.html").text
-
-
 def test_a_run_without_evaluation_is_summed_up_by_its_training_scores(
     tmp_path: Path, make_run: Make, parse: Parse, one_figure: None
 ) -> None:
@@ -150,7 +128,7 @@ def test_a_run_without_evaluation_is_summed_up_by_its_training_scores(
     )
     assert "0.010 → 0.200 +0.190" in page.text
     assert (
-        "on the training captions (mean over 1 iterations): iteration 1 → iteration 20" in page.text
+        "on the training prompts (mean over 1 iterations): iteration 1 → iteration 20" in page.text
     )
 
 
@@ -213,7 +191,7 @@ def test_the_page_follows_the_run(
     report.write_report(run)
     assert not (run / "report" / "contact_sheet.png").exists()
     add_samples(run, 20, ["another"], 200)
-    assert "untrained and iteration 20 share no caption" in parse(report.write_report(run)).text
+    assert "untrained and iteration 20 share no prompt" in parse(report.write_report(run)).text
 
 
 def test_without_a_configuration(
@@ -296,18 +274,6 @@ def test_large_videos_are_shown_as_stills(
         Image.open(tmp_path / "sheet.jpg").size
         == Image.open(run / "report" / "contact_sheet.png").size
     )
-
-
-def test_an_embedded_video_decodes(
-    tmp_path: Path, make_run: Make, add_samples: Add, parse: Parse, one_figure: None
-) -> None:
-    run = make_run(tmp_path / "run")
-    add_samples(run, 0, ["a"], 100)
-    (tmp_path / "a.mp4").write_bytes(
-        sources(parse(report.write_report(run)), "video", "video/mp4")[0]
-    )
-    with av.open(str(tmp_path / "a.mp4")) as container:
-        assert sum(1 for _ in container.decode(video=0)) == 8
 
 
 def test_several_runs_side_by_side(
@@ -422,7 +388,8 @@ def test_attached_folders(tmp_path: Path, make_run: Make, parse: Parse, one_figu
     calibration.mkdir()
     bias.mkdir()
     figures.save_figure(
-        run_figures.reward_curves([{"iteration": 1, "reward": 0.5}], []), calibration / "curves"
+        run_figures.reward_curves(RunRecord(run, "run", [{"iteration": 1, "reward": 0.5}], {}), 10),
+        calibration / "curves",
     )
     (calibration / "thresholds.yaml").write_text("pacing:\n  thresholds: [0.6, 0.4]\n")
     Image.new("RGB", (3, 2)).save(bias / "kappa.png")
@@ -461,7 +428,7 @@ def test_what_is_no_run_is_refused(tmp_path: Path, make_run: Make) -> None:
         report.write_report(run, smoothing_window=0)
     with pytest.raises(ValueError, match=r"expected different runs, got .*run 2 times"):
         report.write_report(run, run / ".." / "run")
-    with pytest.raises(ValueError, match="out: expected a folder, got the file"):
+    with pytest.raises(ValueError, match="out: expected a folder, got .*config.yaml"):
         report.write_report(run, out=run / "config.yaml")
     (run / "judge.json").write_text("{")
     with pytest.raises(ValueError, match=r"judge\.json"):
@@ -487,11 +454,11 @@ def test_command_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     run, other = make_run(tmp_path / "run"), make_run(tmp_path / "other")
-    assert report.main([str(run), "--smoothing_window", "5"]) == 0
+    assert command.main([str(run), "--smoothing_window", "5"]) == 0
     assert capsys.readouterr().out.strip() == str(run / "report" / "report.html")
     assert "the mean over 5." in parse(run / "report" / "report.html").text
     assert (
-        report.main(
+        command.main(
             [str(run), str(other), "--out", str(tmp_path / "both"), "--attach", str(run / "report")]
         )
         == 0
@@ -508,13 +475,13 @@ def test_command_line(
         [str(run)],
     ):
         with pytest.raises(SystemExit) as stop:
-            report.main(arguments)
+            command.main(arguments)
         assert stop.value.code == 2
         said = capsys.readouterr().err
         assert said.startswith("error: ")
         assert said.count("\n") == 1
     with pytest.raises(SystemExit) as stop:
-        report.main(["--help"])
+        command.main(["--help"])
     assert stop.value.code == 0
     assert "smoothing_window" in capsys.readouterr().out
 

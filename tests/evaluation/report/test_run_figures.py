@@ -10,11 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastgrpo.evaluation.report import run_figures
-from fastgrpo.evaluation.report.panels import Line, Panel
+from fastgrpo.evaluation import figures
+from fastgrpo.evaluation.figures import Line, Panel
 from fastgrpo.evaluation.report.run_figures import PHASES, Topic, reward_curves, stages_of, topics
 from fastgrpo.evaluation.report.run_record import RunRecord
-from fastgrpo.training import figures
 
 STAGES = ("visual_quality", "temporal_coherence", "text_alignment")
 PACING = {"pacing": {"mode": "self_paced", "thresholds": [0.54, 0.35]}}
@@ -65,8 +64,6 @@ def make_run(
         label,
         make_rows() if rows is None else rows,
         PACING if config is None else config,
-        {},
-        {},
     )
 
 
@@ -119,8 +116,8 @@ def test_rewards_of_one_run(window: int) -> None:
 
 
 def test_the_curves_of_a_calibration() -> None:
-    """reward_curves draws the same panel for rows that come from no run folder."""
-    figure = reward_curves(make_rows(), STAGES, [0.54, 0.35, 0.2], 4)
+    """reward_curves draws the same panel, here with a threshold for every stage."""
+    figure = reward_curves(make_run(config={"pacing": {"thresholds": [0.54, 0.35, 0.2]}}), 4)
     drawn = {str(line.get_gid()): list(line.get_ydata()) for line in figure.axes[0].lines}
     assert drawn["raw/rewards/text_alignment/mean"] == [math.cos(i + 2) for i in ITERATIONS]
     assert [key for key in drawn if key.startswith("threshold")] == [
@@ -327,17 +324,16 @@ def test_runs_in_progress_draw_without_a_warning(
 
 
 def test_no_pyplot_and_no_global_setting(tmp_path: Path) -> None:
-    script = (
-        "import sys, matplotlib\nfrom pathlib import Path\n"
-        # reading the setting `backend` would itself import pyplot
-        "settings = lambda: {key: matplotlib.rcParams[key] for key in matplotlib.rcParams if key != 'backend'}\n"
-        "before = settings()\n"
-        "from fastgrpo import figures\n"
-        "from fastgrpo.evaluation import run_figures\n"
-        "figures.save_figure(run_figures.reward_curves([{'iteration': 1, 'reward': 1.0}], ()), Path(sys.argv[1]))\n"
-        "assert 'matplotlib.pyplot' not in sys.modules\n"
-        "assert settings() == before\n"
-    )
-    root = Path(run_figures.__file__).resolve().parents[2]
-    subprocess.run([sys.executable, "-c", script, str(tmp_path / "x")], check=True, cwd=root)
+    script = """
+import sys, matplotlib
+from pathlib import Path
+# Reading the setting `backend` would itself import pyplot.
+settings = lambda: {k: matplotlib.rcParams[k] for k in matplotlib.rcParams if k != "backend"}
+before = settings()
+from fastgrpo.evaluation.figures import Line, Panel, draw, save_figure
+save_figure(draw([Panel("t", "y", (Line("a", ([1], [1.0]), "#000000"),))]), Path(sys.argv[1]))
+assert "matplotlib.pyplot" not in sys.modules
+assert settings() == before
+"""
+    subprocess.run([sys.executable, "-c", script, str(tmp_path / "x")], check=True)
     assert (tmp_path / "x.svg").exists()

@@ -15,8 +15,8 @@ import torch
 from safetensors.numpy import save_file
 from transformers import UMT5EncoderModel
 
-from fastgrpo.evaluation import caption_embeddings
-from fastgrpo.evaluation.caption_embeddings import (
+from fastgrpo.evaluation import prompt_embeddings
+from fastgrpo.evaluation.prompt_embeddings import (
     Embeddings,
     embed_captions,
     embeddings_in_order,
@@ -70,7 +70,7 @@ def test_batches_and_order_do_not_matter(encoder: tuple[Any, Any]) -> None:
 def test_long_captions_are_cut_with_a_warning(
     encoder: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(caption_embeddings, "MAX_TOKENS", 6)
+    monkeypatch.setattr(prompt_embeddings, "MAX_TOKENS", 6)
     with pytest.warns(
         UserWarning, match="2 of 5 captions have 6 tokens or more; the rest of them is cut off"
     ):
@@ -93,7 +93,7 @@ def test_made_once_and_added_to(
         made.extend(captions)
         return real(encoder, tokenizer, captions, size)
 
-    monkeypatch.setattr(caption_embeddings, "mean_embeddings", count)
+    monkeypatch.setattr(prompt_embeddings, "mean_embeddings", count)
     both = embed_captions([*CAPTIONS, "b"], path, model, None, CPU, 2)
     assert made == CAPTIONS[3:]
     for caption in CAPTIONS[:3]:

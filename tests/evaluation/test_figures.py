@@ -11,10 +11,19 @@ import numpy as np
 import pytest
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from PIL import Image
 
-from fastgrpo.evaluation.report.panels import STYLES, THRESHOLD, Dashes, Line, Panel, describe, draw
-from fastgrpo.evaluation.report.run_figures import run_line
-from fastgrpo.training import figures
+from fastgrpo.evaluation import figures
+from fastgrpo.evaluation.figures import (
+    STYLES,
+    THRESHOLD,
+    Dashes,
+    Line,
+    Panel,
+    describe,
+    draw,
+    indexed_line,
+)
 
 
 def lines(axes: Axes) -> dict[str, tuple[list[float], list[float]]]:
@@ -156,7 +165,7 @@ def test_words_for_those_who_do_not_see_the_picture() -> None:
 
 
 def test_runs_differ_in_more_than_colour() -> None:
-    looks = [run_line(index, "x") for index in range(36)]
+    looks = [indexed_line(index, "x") for index in range(36)]
     assert len({(line.color, line.style) for line in looks}) == 36
     for six in itertools.batched(looks[:6], 6) if hasattr(itertools, "batched") else [looks[:6]]:
         assert (
@@ -167,6 +176,18 @@ def test_runs_differ_in_more_than_colour() -> None:
         )
     styles: list[Dashes] = [*STYLES]
     assert THRESHOLD not in styles
+
+
+def test_saved_figures_are_png_and_svg_and_the_same_twice(tmp_path: Path) -> None:
+    for name in ("a.b", "again"):
+        drawn = Figure(figsize=(8, 2))
+        drawn.subplots().plot([1, 2], [0.5, 0.25], label="x")
+        figures.save_figure(drawn, tmp_path / name)
+    assert Image.open(tmp_path / "a.b.png").size[0] == 8 * 160
+    assert (tmp_path / "a.b.svg").read_text().startswith("<?xml")
+    for kind in ("png", "svg"):
+        first, again = (tmp_path / f"{name}.{kind}" for name in ("a.b", "again"))
+        assert first.read_bytes() == again.read_bytes()
 
 
 # Colours as people without one kind of cone see them: Machado, Oliveira and Fernandes (2009),

@@ -1,0 +1,123 @@
+"""Sample the same prompts from the same noise with the base and the trained weights of a run."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from fastgrpo.distributed import collectives
+from fastgrpo.evaluation.report.contact_sheet import contact_sheet
+from fastgrpo.interfaces import Policy, RewardModel
+from fastgrpo.rewards.queue import ScoringQueue
+from fastgrpo.training.loop import compute_dtype
+from fastgrpo.training.preflight import checked_prompts
+from fastgrpo.training.sample_files import read_samples, save_samples
+from fastgrpo.training.sampling import (
+    SamplingOptions,
+    Unscored,
+    joined,
+    load_base,
+    load_judge,
+    load_trained,
+    open_run,
+    pipeline_scheduler,
+    sample_with_scheduler,
+)
+from fastgrpo.training.validation import ValidationSet, sample_validation
+
+logger = logging.getLogger("fastgrpo")
+
+
+@dataclass(frozen=True)
+class ComparisonOptions(SamplingOptions):
+    """What `compare_weights` samples.
+
+    Attributes:
+        run: A run folder.
+        checkpoint: Name of one of its checkpoints, such as iteration_000050, or the path of one;
+            its average of the weights is sampled if it has one.
+        prompts: Text file, one prompt per line; by default the run's validation prompts.
+        num_videos: Only the first so many prompts.
+        num_inference_steps: Steps of the sampler; by default the run's.
+        height: In pixels; by default the run's.
+        width: In pixels; by default the run's.
+        num_frames: By default the run's.
+        sde: Sampler on the training schedule.
+        seed: Of the noise; by default the run's.
+        output: Folder for the videos, which replace those of an earlier call; by default
+            <run>/samples/<checkpoint>_<sampler>.
+        scheduler: training: the schedule of training. pipeline: the scheduler that the model's own
+            diffusers pipeline has; in one process.
+        no_scores: Do not let the run's judge score the videos. A judge that cannot be loaded leaves
+            them without scores too, with a note.
+    """
+
+    scheduler: Literal["training", "pipeline"] = "training"
+    no_scores: bool = False
+
+
+def compare_weights(options: ComparisonOptions) -> Path:
+    """Sample with base and trained weights.
+
+    Returns:
+        The folder with `base/`, `trained/` and `comparison.png`.
+
+    Raises:
+        ValueError, FileNotFoundError: There is no such run or checkpoint, or it is damaged, or the
+            policy cannot take the prompts or sizes.
+    """
+    assert options.run is not None
+    config, path = open_run(options.run, options.checkpoint)
+    policy, files = config.policy, config.prompts
+    source = options.prompts or files.validation or files.train
+    prompts = checked_prompts(policy, source, "prompts")[: options.num_videos]
+    cfg, sampler = options.rollout(config), options.sde
+    scheduler = None
+    if options.scheduler == "pipeline":
+        scheduler, sampler = pipeline_scheduler(policy, options.sde), "pipeline"
+    output = Path(options.output or f"{options.run}/samples/{path.name}_{sampler}")
+    with joined(config.runtime) as device:
+        load_base(config, prompts, device)
+        reward: RewardModel = Unscored()
+        if not options.no_scores:
+            reward = load_judge(Path(options.run) / "config.yaml", device)
+        judge = ScoringQueue(reward)
+        how: dict[str, Any] = {
+            "seed": config.seed if options.seed is None else options.seed,
+            "device": device,
+            "compute_dtype": compute_dtype(config.runtime, device),
+        }
+        try:
+            for name in ("base", "trained"):
+                if name == "trained":
+                    load_trained(path, policy)
+                if scheduler is None:
+                    how["num_videos"] = len(prompts)
+                    made = sample_validation(policy, judge, prompts, cfg, **how)
+                else:
+                    made = sample_with_scheduler(policy, judge, prompts, cfg, scheduler, **how)
+                if collectives.rank() == 0:
+                    save(made, output / name, policy, reward)
+        finally:
+            judge.close()
+        if collectives.rank() == 0:
+            folders = {"before": output / "base", "after": output / "trained"}
+            contact_sheet(folders, output / "comparison.png")
+    return output
+
+
+def save(made: ValidationSet, folder: Path, policy: Policy, reward: RewardModel) -> None:
+    """Write videos, stills and scores to `folder`, in place of those of an earlier call, and log
+    the mean of each stage.
+    """
+    if (folder / "samples.json").is_file():
+        for sample in read_samples(folder)["samples"]:
+            for key in ("video", "still"):
+                (folder / sample[key]).unlink(missing_ok=True)
+    scores, stages = (made.scores_shown, reward.stages) if reward.stages else (None, None)
+    save_samples(folder, made.videos, made.prompts_shown, policy.fps, scores, stages)
+    if stages:
+        means = zip(stages, made.stage_means(len(stages)), strict=True)
+        logger.info(f"{folder.name:<8}" + "  ".join(f"{s} {mean:.3f}" for s, mean in means))

@@ -1,0 +1,101 @@
+"""The prompts that an evaluation samples, and the names of its videos, as VBench wants them.
+
+Facts from https://github.com/Vchitect/VBench: prompts/README.md (numbers of samples) and
+vbench/__init__.py (names of files). None of its data is copied here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from fastgrpo.errors import UserError
+from fastgrpo.files import find_file
+from fastgrpo.training.prompts import read_prompts
+
+SAMPLES, FLICKERING_SAMPLES = 5, 25
+"""Videos per prompt; more if temporal flickering is judged, of which VBench's static filter then
+picks five that are still.
+"""
+_LONGEST_NAME = 240  # bytes; most file systems take 255, and the index and the ending are added
+
+
+@dataclass(frozen=True)
+class EvaluationPrompt:
+    """A prompt, and how many videos of it an evaluation takes."""
+
+    text: str
+    num_videos: int
+
+
+def read_evaluation_prompts(prompts: str) -> list[EvaluationPrompt]:
+    """The prompts to sample, each once.
+
+    Args:
+        prompts: `vbench`, the list of the installed package; the path of such a list
+            (VBench_full_info.json, or any .json like it); or prompts of one's own, as
+            `fastgrpo.training.prompts.read_prompts` takes them.
+
+    Raises:
+        FileNotFoundError, UserError: There is no such file or package, or nothing in it that can
+            be read.
+    """
+    if prompts == "vbench":
+        return _read_info(_packaged_info())
+    if prompts.lower().endswith(".json"):
+        return _read_info(find_file(prompts, "prompts"))
+    texts = dict.fromkeys(read_prompts(prompts, "prompts"))
+    return [EvaluationPrompt(text, SAMPLES) for text in texts]
+
+
+def _packaged_info() -> Path:
+    # The package is found, not imported: importing it needs more than its list does.
+    spec = importlib.util.find_spec("vbench")
+    for folder in (spec.submodule_search_locations if spec else None) or []:
+        if (info := Path(folder) / "VBench_full_info.json").is_file():
+            return info
+    raise FileNotFoundError(
+        "prompts: vbench needs the prompt list of the package vbench, which is not installed here; "
+        "give the path of its VBench_full_info.json (in the package's folder, or "
+        "https://github.com/Vchitect/VBench/blob/master/vbench/VBench_full_info.json)"
+    )
+
+
+def _read_info(file: Path) -> list[EvaluationPrompt]:
+    try:
+        entries = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"prompts: cannot read {file} as JSON in UTF-8: {error}") from error
+    counts: dict[str, int] = {}
+    for number, entry in enumerate(entries if isinstance(entries, list) else [entries], start=1):
+        keys = ("prompt_en", "dimension")
+        text, dimensions = map(entry.get, keys) if isinstance(entry, dict) else (None, None)
+        if not (isinstance(text, str) and text.strip() and isinstance(dimensions, list)):
+            raise UserError(
+                f"prompts: {file}, entry {number}: expected prompt_en (a text) and dimension (a "
+                f"list), as in VBench_full_info.json, got {str(entry)[:60]}"
+            )
+        samples = FLICKERING_SAMPLES if "temporal_flickering" in dimensions else SAMPLES
+        counts[text] = max(counts.get(text, 0), samples)
+    if not counts:
+        raise UserError(f"prompts: expected at least one prompt in {file}, found none")
+    return [EvaluationPrompt(text, count) for text, count in counts.items()]
+
+
+def video_name(prompt: str, index: int) -> str:
+    """`{prompt}-{index}.mp4`, which VBench looks for.
+
+    All of VBench's own prompts can be file names. In one that cannot (a slash or NUL in it, or too
+    long) these become underscores, it is cut, and a hash of the whole prompt is added, so that two
+    prompts never share a name.
+    """
+    name = re.sub(r"[/\0]", "_", prompt)
+    encoded = name.encode()
+    if name != prompt or len(encoded) > _LONGEST_NAME:
+        digest = hashlib.sha256(prompt.encode()).hexdigest()[:8]
+        name = encoded[: _LONGEST_NAME - 9].decode(errors="ignore") + "_" + digest
+    return f"{name}-{index}.mp4"

@@ -1,0 +1,255 @@
+"""Sample videos outside of training: a run's configuration without its judge, the weights of a
+checkpoint, and the scheduler of a model's own diffusers pipeline.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import logging
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+from fastgrpo_kernels import gaussian_noise, guided_velocity
+from torch import Tensor
+
+from fastgrpo.algorithm.seeds import derive_seed
+from fastgrpo.config import RolloutConfig, RuntimeConfig, TrainConfig
+from fastgrpo.distributed import collectives, sharding
+from fastgrpo.errors import UserError, require
+from fastgrpo.interfaces import Policy, RewardModel
+from fastgrpo.rewards.queue import ScoringQueue
+from fastgrpo.training import checkpoint
+from fastgrpo.training.config_file import parse_config
+from fastgrpo.training.decode import decode
+from fastgrpo.training.loop import compute_dtype
+from fastgrpo.training.rollout import start_rollout
+from fastgrpo.training.trajectory import branch_velocities
+from fastgrpo.training.validation import ValidationSet
+
+logger = logging.getLogger("fastgrpo")
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """What a command samples. Whatever is None is as the run or recipe has it."""
+
+    run: str | None = None
+    checkpoint: str = "latest"
+    prompts: str | None = None
+    num_videos: int | None = None
+    num_inference_steps: int | None = None
+    height: int | None = None
+    width: int | None = None
+    num_frames: int | None = None
+    sde: Literal["dance", "flow", "linear", "cps", "ode"] = "ode"
+    seed: int | None = None
+    output: str | None = None
+
+    def __post_init__(self) -> None:
+        wanted = self.num_videos is None or self.num_videos >= 1
+        require(wanted, "num_videos", "at least 1", self.num_videos)
+
+    def rollout(self, config: TrainConfig) -> RolloutConfig:
+        """How to sample one video per prompt, checked against the policy."""
+        keys = ("num_inference_steps", "height", "width", "num_frames")
+        given = {key: getattr(self, key) for key in keys if getattr(self, key) is not None}
+        cfg = dataclasses.replace(
+            config.rollout, sde=self.sde, sde_window="all", num_generations=1, **given
+        )
+        config.policy.latent_shape(cfg.height, cfg.width, cfg.num_frames)
+        return cfg
+
+
+class Unscored(RewardModel):
+    """In place of a judge: no stages, so no scores."""
+
+    stages = ()
+
+    def load(self, device: torch.device) -> None:
+        """There is nothing to load."""
+
+    def score(self, videos: Tensor, prompts: Sequence[str], fps: float) -> tuple[Tensor, Tensor]:
+        """No score [B, 0] for any video."""
+        count = len(prompts)
+        return torch.empty(count, 0, dtype=torch.float64), torch.ones(count, dtype=torch.bool)
+
+
+def open_run(run: str, name: str) -> tuple[TrainConfig, Path]:
+    """The configuration of a run, without its judge, and the folder of one of its checkpoints.
+
+    Raises:
+        FileNotFoundError, ValueError: There is no such run or checkpoint, or it is damaged.
+        SystemExit: The configuration does not parse.
+    """
+    path = Path(run) / "config.yaml"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"run: expected a run folder with config.yaml, found none at {Path(run)}"
+        )
+    return read_without_judge(path), find_checkpoint(name, Path(run))
+
+
+def find_checkpoint(name: str, folder: Path) -> Path:
+    """The folder of the checkpoint of this name in a run folder, or of this path, verified."""
+    places = dict.fromkeys([folder / "checkpoints" / name, Path(name)])
+    for place in places:
+        if place.is_dir():
+            checkpoint.verify(place.resolve())
+            return place.resolve()
+    raise FileNotFoundError(
+        f"checkpoint: expected a checkpoint, found none at {' or '.join(map(str, places))}"
+    )
+
+
+def read_without_judge(path: Path) -> TrainConfig:
+    """Read a recipe with an Unscored in place of its judge, which need not be installed.
+
+    Raises:
+        UserError: It is no YAML of keys and values.
+        SystemExit: The configuration does not parse.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"config: cannot read {path} as YAML: {error}") from error
+    require(isinstance(values, dict), f"config: {path}", "keys and their values", values)
+    judge = {"class_path": f"{__name__}.{Unscored.__name__}"}
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as without_judge:
+        yaml.safe_dump(values | {"reward": judge}, without_judge)
+        without_judge.flush()
+        return parse_config(["--config", without_judge.name])[0]
+
+
+def load_judge(path: Path, device: torch.device) -> RewardModel:
+    """The judge of a configuration, loaded. If that fails on any rank, all log a note and get an
+    Unscored.
+    """
+    problem, reward, errors = None, Unscored(), io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors):
+            reward = parse_config(["--config", str(path)])[0].reward
+        reward.load(device)
+    except SystemExit:  # only the judge can be wrong: the rest was parsed before
+        problem = errors.getvalue().strip()
+    except Exception as error:  # a judge's own loading may raise anything, of a file or a server
+        problem = f"{type(error).__name__}: {error}"
+    problems = [text for text in collectives.gather(problem) if text is not None]
+    if not problems:
+        return reward
+    logger.info(f"note: no scores, the run's judge cannot be loaded: {problems[0]}")
+    return Unscored()
+
+
+@contextlib.contextmanager
+def joined(runtime: RuntimeConfig) -> Iterator[torch.device]:
+    """Join the other processes for the length of a block, unless the caller has done so."""
+    own_group = not collectives.started()
+    yield collectives.start(runtime)
+    # Not after an error: the other ranks may be in a collective, and leaving would wait for them.
+    if own_group:
+        collectives.stop()
+
+
+def load_base(config: TrainConfig, prompts: Sequence[str], device: torch.device) -> None:
+    """Load the policy's base weights onto `device`, sharded over these processes as
+    `parallel.shard` of the run says.
+    """
+    config.policy.embed(prompts, device)
+    config.policy.load(device)
+    parallel = dataclasses.replace(
+        config.parallel, replicas=1, cpu_offload=False, activations="none", compile=False
+    )
+    dtype = compute_dtype(config.runtime, device)
+    sharding.prepare(config.policy.transformer, parallel, device, dtype)
+
+
+def load_trained(path: Path, policy: Policy) -> None:
+    """Load a checkpoint's weights: their average (EMA) if it has one."""
+    checkpoint.load_weights(path, policy.transformer, ema="ema" in checkpoint.parts(path))
+
+
+def pipeline_scheduler(policy: Policy, sde: str) -> Callable[[int, torch.device], Any]:
+    """The scheduler of the policy's diffusers pipeline.
+
+    Args:
+        policy: Must name a model in diffusers' format.
+        sde: Must be `ode`: the scheduler has no use for another.
+
+    Returns:
+        f(steps, device): the scheduler, set to so many steps as the pipeline sets it.
+    """
+    import diffusers
+
+    from fastgrpo.policies.model_files import fetch
+    from fastgrpo.policies.pretrained import DiffusersPolicy
+
+    if not isinstance(policy, DiffusersPolicy):
+        kind = type(policy).__name__
+        raise UserError(
+            f"scheduler: pipeline needs a model in diffusers' format, which {kind} is not"
+        )
+    ok = sde == "ode" and collectives.world_size() == 1
+    require(ok, "scheduler: pipeline", "sde ode in one process", sde)
+    folder = fetch(policy.model, policy.revision, ("model_index.json", "scheduler/*"))
+    index = diffusers.DiffusionPipeline.load_config(folder)
+    kind = getattr(diffusers, index["scheduler"][1])
+    scheduler = kind.from_pretrained(folder, subfolder="scheduler")
+
+    def set_to(steps: int, device: torch.device) -> Any:
+        if index["_class_name"] == "HunyuanVideoPipeline":
+            scheduler.set_timesteps(sigmas=[1.0 - i / steps for i in range(steps)], device=device)
+        else:
+            scheduler.set_timesteps(steps, device=device)
+        return scheduler
+
+    return set_to
+
+
+@torch.no_grad()
+def sample_with_scheduler(
+    policy: Policy,
+    judge: ScoringQueue,
+    prompts: list[str],
+    cfg: RolloutConfig,
+    scheduler: Callable[[int, torch.device], Any],
+    *,
+    seed: int,
+    device: torch.device,
+    compute_dtype: torch.dtype,
+) -> ValidationSet:
+    """As `sample_validation`, from the same noise, but with a scheduler of diffusers
+    (`pipeline_scheduler`) and one video at a time.
+    """
+    videos, index = [], torch.tensor([0])
+    for slot, prompt in enumerate(prompts):
+        # One rollout per video: it has room for all states of its videos, 0.3 GB each at 50 steps
+        # of 53 frames of 480 x 832.
+        rollout = start_rollout(
+            policy,
+            [prompt],
+            cfg,
+            seed=derive_seed(seed, "validation"),
+            iteration=0,
+            first_slot=slot,
+            device=device,
+            compute_dtype=compute_dtype,
+        )
+        # Set anew for every video, since it keeps what its last steps predicted.
+        steps = scheduler(cfg.num_inference_steps, device)
+        rollout.timesteps = steps.timesteps.double().cpu()
+        latents = gaussian_noise(rollout.first_seeds, 0, rollout.latent_shape, device)
+        for step, timestep in enumerate(steps.timesteps):
+            velocities = branch_velocities(policy, rollout, latents, index, torch.tensor([step]))
+            velocity = guided_velocity(*velocities, cfg.guidance_scale)
+            latents = steps.step(velocity, timestep, latents, return_dict=False)[0]
+        frames = decode(policy, latents)
+        judge.submit(frames, [prompt], policy.fps)
+        videos.append((frames[0].nan_to_num() * 255).round().to(torch.uint8).cpu())
+    return ValidationSet(prompts, *judge.collect(1), torch.stack(videos))
