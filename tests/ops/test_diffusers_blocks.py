@@ -24,9 +24,7 @@ from diffusers.models.transformers.transformer_wan import (
     WanTransformer3DModel,
     WanTransformerBlock,
 )
-from fastgrpo_kernels.norm.gate_residual import gate_residual, gate_residual_ln_modulate
-from fastgrpo_kernels.norm.ln_modulate import ln_modulate
-from fastgrpo_kernels.norm.qk_norm_rope import qk_norm_rope
+from fastgrpo_kernels import gate_residual, gate_residual_ln_modulate, ln_modulate, qk_norm_rope
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode

@@ -153,12 +153,12 @@ def test_the_public_operations_take_the_argument() -> None:
         lambda: fastgrpo_kernels.sde.branch_gradient(
             seeds, 0, x[:, 0], 1.0, 1.0, (4,), backend="none"
         ),
-        lambda: fastgrpo_kernels.norm.ln_modulate(x[None], x, x, backend="none"),
-        lambda: fastgrpo_kernels.norm.gate_residual(x[None], x[None], x, backend="none"),
+        lambda: fastgrpo_kernels.ln_modulate(x[None], x, x, backend="none"),
+        lambda: fastgrpo_kernels.gate_residual(x[None], x[None], x, backend="none"),
         lambda: fastgrpo_kernels.gate_residual_ln_modulate(
             x[None], x[None], None, x, x, backend="none"
         ),
-        lambda: fastgrpo_kernels.norm.qk_norm_rope(
+        lambda: fastgrpo_kernels.qk_norm_rope(
             x[None, None], x[None, None], x[0], x[0], backend="none"
         ),
     ):

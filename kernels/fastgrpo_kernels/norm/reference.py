@@ -1,9 +1,9 @@
-"""The transformer's pointwise operations in plain PyTorch: the specification that faster kernels
-must meet, and the path of float64.
+"""The transformer's pointwise operations in plain PyTorch: the specification that the kernels must
+meet, and what serves float64.
 
 Arithmetic is fp32, whatever the inputs' dtype, and float64 for float64 x; one rounding to the dtype
-of x at the end. Signatures are those of the public functions, which have the full docstrings, less
-`backend`.
+of x at the end. The signatures are those of the public functions, which have the full docstrings,
+without `backend`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ..checks import compute_dtype
 
 
 def ln_modulate(x: Tensor, scale: Tensor, shift: Tensor, *, eps: float = 1e-6) -> Tensor:
-    """The specification of `fastgrpo_kernels.norm.ln_modulate`."""
+    """The specification of `fastgrpo_kernels.ln_modulate`."""
     checks.check_sequence("x", x)
     scale, shift = checks.modulation("scale", scale, x), checks.modulation("shift", shift, x)
     dtype = compute_dtype(x)
@@ -26,7 +26,7 @@ def ln_modulate(x: Tensor, scale: Tensor, shift: Tensor, *, eps: float = 1e-6) -
 
 
 def gate_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
-    """The specification of `fastgrpo_kernels.norm.gate_residual`."""
+    """The specification of `fastgrpo_kernels.gate_residual`."""
     checks.check_sequence("x", x)
     checks.check_like("y", y, x)
     return _gate_residual(x, y, checks.modulation("gate", gate, x))
@@ -52,7 +52,7 @@ def qk_norm_rope(
     *,
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor]:
-    """The specification of `fastgrpo_kernels.norm.qk_norm_rope`."""
+    """The specification of `fastgrpo_kernels.qk_norm_rope`."""
     checks.check_qk(q, k, q_weight, k_weight)
     checks.check_rotation(cos, sin, q, k)
     return _norm_rope(q, q_weight, cos, sin, eps), _norm_rope(k, k_weight, cos, sin, eps)
