@@ -20,13 +20,12 @@ from typing import Any, ClassVar, Literal
 import torch
 from accelerate import init_empty_weights
 from diffusers.video_processor import VideoProcessor
-from fastgrpo_kernels import dispatch
-from fastgrpo_kernels.patch import fuse
+from fastgrpo_kernels import dispatch, patch
 from torch import Tensor
 from torch.nn import functional as F
 
 from fastgrpo.distributed.collectives import rank
-from fastgrpo.errors import require
+from fastgrpo.errors import UserError, require
 from fastgrpo.interfaces import Conditioning, Policy
 from fastgrpo.policies.attention import set_attention
 from fastgrpo.policies.lora import LoRA, add_lora, has_lora
@@ -181,7 +180,10 @@ class DiffusersPolicy(Policy):
             add_lora(transformer, self.lora, self.lora_targets)
         self.is_fused = fused_serves(device) if self.fused == "auto" else bool(self.fused)
         if self.is_fused:
-            fuse(transformer)
+            try:
+                patch(transformer)
+            except ValueError as error:
+                raise UserError(f"policy.fused: {error}; set it to false") from error
         set_attention(transformer, self.attention, device, self.is_fused)
         self.transformer = transformer
         self.vae = vae.eval().requires_grad_(False).to(device)

@@ -15,6 +15,7 @@ from .norm.gate_residual_ln_modulate import (
     ln_modulate,
 )
 from .norm.qk_norm_rope import qk_norm_rope
+from .patching import patch
 from .random.philox import gaussian_noise
 from .sde.branch_gradient import branch_gradient
 from .sde.log_prob import sde_log_prob
@@ -35,6 +36,7 @@ __all__ = [
     "grpo_loss",
     "guided_velocity",
     "ln_modulate",
+    "patch",
     "qk_norm_rope",
     "sde_log_prob",
     "sde_step",
