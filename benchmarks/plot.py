@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `python benchmarks/plot.py`
 
 from benchmarks.rows import DATA, Row, read_csv
-from fastgrpo.training.figures import COLORS, FAINT, GRID, INK
+from fastgrpo.evaluation.figures import COLORS, FAINT, GRID, INK
 
 ORDER = ("triton", "cuda", "cpp", "reference", "compile", "eager")
 """Of the bars in a group, and their colours."""

@@ -1,43 +1,36 @@
 """What an ablation found: a table with mean and spread over seeds, and curves, from the metrics of
 its cells (one mode, one seed each).
 
-Compared are the judge's mean scores of the validation captions at one iteration, the same for all
-cells. No mean over stages is formed: the last stage of the paper's judge counts the others
+The judge's mean scores of the validation prompts are compared at one iteration, the same for all
+cells. No mean over stages is formed, since the last stage of the paper's judge counts the others
 already. The training reward stands beside them, but each mode mixes its own, so it does not
 compare.
 """
 
 from __future__ import annotations
 
-import csv
-import io
-import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from matplotlib.figure import Figure
 
-from fastgrpo.evaluation.report import panels
-from fastgrpo.training.figures import COLORS, MARKERS, Series
+from fastgrpo.evaluation import figures
 from fastgrpo.training.tracking import Row
 
 LAST_ITERATIONS = 10
-"""Iterations over which the training reward is averaged: that of one iteration hangs on its few
-captions.
-"""
-REWARD = "training reward"
+"""Iterations over which the training reward is averaged: one iteration has only a few prompts."""
 UNTRAINED = "untrained"
 
 
 @dataclass(frozen=True)
 class CellResult:
-    """The metrics of one run of an ablation."""
+    """The metrics of one run of an ablation; `rows` is empty for a cell that has not begun."""
 
     mode: str
     seed: int
     rows: list[Row]
-    """Of metrics.jsonl; empty for a cell that has not begun."""
 
     @property
     def name(self) -> str:
@@ -45,7 +38,7 @@ class CellResult:
 
     @property
     def last(self) -> int:
-        """The last iteration there is; -1 for a cell that has not begun."""
+        """The last iteration; -1 for a cell that has not begun."""
         return max((row["iteration"] for row in self.rows), default=-1)
 
     @property
@@ -56,23 +49,16 @@ class CellResult:
         }
 
     def score(self, stage: str, iteration: int) -> float | None:
-        """Validation mean of a stage; None where it was not evaluated, or no video had a score."""
-        found = [
-            row.get(f"eval/rewards/{stage}/mean")
-            for row in self.rows
-            if row["iteration"] == iteration
-        ]
-        return found[0] if found else None
+        """Validation mean of a stage; None if it was not evaluated or no video had a score."""
+        row = next((row for row in self.rows if row["iteration"] == iteration), {})
+        return row.get(f"eval/rewards/{stage}/mean")
 
     def training_reward(self, iteration: int) -> float | None:
         """Mean over the last iterations up to this one; None without any."""
-        rewards = [
-            row.get("reward")
-            for row in self.rows
-            if iteration - LAST_ITERATIONS < row["iteration"] <= iteration
-        ]
+        last = range(iteration - LAST_ITERATIONS + 1, iteration + 1)
+        rewards = [row.get("reward") for row in self.rows if row["iteration"] in last]
         finite = [reward for reward in rewards if reward is not None]
-        return math.fsum(finite) / len(finite) if finite else None
+        return statistics.fmean(finite) if finite else None
 
 
 @dataclass(frozen=True)
@@ -87,19 +73,20 @@ class ModeRow:
 
 
 def compared_iteration(cells: Sequence[CellResult], iterations: int) -> int | None:
-    """The iteration at which cells are compared: the last of the ablation; while no cell has got
-    there, the last at which all that have begun were evaluated.
+    """The iteration at which cells are compared.
 
-    None where that is only the untrained model.
+    It is the last iteration of the ablation; while no cell has reached it, the last one at which
+    all cells that have begun were evaluated; None if that is only the untrained model.
     """
-    begun = [cell.evaluated for cell in cells if cell.rows]
-    if any(iterations in evaluated for evaluated in begun):
+    if any(iterations in cell.evaluated for cell in cells):
         return iterations
-    return (
-        max((i for i in set.intersection(*begun) if 0 < i < iterations), default=None)
-        if begun
-        else None
-    )
+    return max(_shared(cells, iterations), default=None)
+
+
+def _shared(cells: Sequence[CellResult], iterations: int) -> set[int]:
+    """Iterations, after the start, at which all cells that have begun were evaluated."""
+    begun = [cell.evaluated for cell in cells if cell.rows]
+    return {i for i in set.intersection(*begun) if 0 < i <= iterations} if begun else set()
 
 
 def table_rows(
@@ -109,136 +96,90 @@ def table_rows(
     order in which modes first come.
     """
     # The untrained model is the same in all modes, and so is the noise of its evaluation: one cell
-    # a seed.
+    # per seed.
     untrained = {cell.seed: cell for cell in reversed(cells) if 0 in cell.evaluated}
-    rows = (
-        [ModeRow(UNTRAINED, len(untrained), [*_scores(list(untrained.values()), stages, 0), []])]
-        if untrained
-        else []
-    )
+    rows = [_mode_row(UNTRAINED, list(untrained.values()), stages, 0)] if untrained else []
     for mode in dict.fromkeys(cell.mode for cell in cells):
-        there = (
-            []
-            if iteration is None
-            else [cell for cell in cells if cell.mode == mode and iteration in cell.evaluated]
-        )
-        rewards = [
-            reward for cell in there if (reward := cell.training_reward(iteration or 0)) is not None
-        ]
-        rows.append(ModeRow(mode, len(there), [*_scores(there, stages, iteration or 0), rewards]))
+        there = [cell for cell in cells if cell.mode == mode and iteration in cell.evaluated]
+        rows.append(_mode_row(mode, there, stages, iteration or 0))
     return rows
 
 
-def _scores(
-    cells: Sequence[CellResult], stages: Sequence[str], iteration: int
-) -> list[list[float]]:
-    return [
-        [score for cell in cells if (score := cell.score(stage, iteration)) is not None]
-        for stage in stages
-    ]
+def _mode_row(
+    mode: str, cells: Sequence[CellResult], stages: Sequence[str], iteration: int
+) -> ModeRow:
+    columns = [[cell.score(stage, iteration) for cell in cells] for stage in stages]
+    columns.append([cell.training_reward(iteration) for cell in cells])
+    values = [[value for value in column if value is not None] for column in columns]
+    return ModeRow(mode, len(cells), values)
 
 
 def spread(values: Sequence[float]) -> str:
-    """'0.884 ± 0.010': mean and sample standard deviation; of one value the value, of none a dash."""
+    """'0.884 ± 0.010': mean and sample standard deviation; one value alone, or a dash for none."""
     if not values:
         return "–"
-    return f"{statistics.fmean(values):.3f}" + (
-        f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-    )
+    deviation = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.3f}{deviation}"
 
 
 def caption(iteration: int | None) -> str:
     """What the numbers of the table are, in words."""
     if iteration is None:
-        return "Validation captions: nothing to compare yet but the untrained model."
+        return "Validation prompts: nothing to compare yet but the untrained model."
     return (
-        f"Validation captions at iteration {iteration}, by the judge of the training; mean ± standard deviation over seeds, which the bands "
-        f"of the curves show too. The training reward (mean of the last {LAST_ITERATIONS} iterations) is each mode's own mixture: it does "
-        "not compare between modes."
+        f"Validation prompts at iteration {iteration}, by the judge of the training; mean ± "
+        "standard deviation over seeds, which the bands of the curves show too. The training "
+        f"reward (mean of the last {LAST_ITERATIONS} iterations) is each mode's own mixture: it "
+        "does not compare between modes."
     )
 
 
-def text_table(rows: Sequence[ModeRow], stages: Sequence[str]) -> str:
-    """The table in columns of spaces."""
-    lines = _cells(rows, stages)
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in lines
-    )
-
-
-def markdown_table(rows: Sequence[ModeRow], stages: Sequence[str]) -> str:
-    """The table in Markdown."""
-    head, *lines = ["| " + " | ".join(line) + " |" for line in _cells(rows, stages)]
-    return "\n".join([head, "|---" * (len(stages) + 3) + "|", *lines])
-
-
-def _cells(rows: Sequence[ModeRow], stages: Sequence[str]) -> list[list[str]]:
-    head = ["reward", "seeds", *(stage.replace("_", " ") for stage in stages), REWARD]
+def table_cells(rows: Sequence[ModeRow], stages: Sequence[str]) -> list[list[str]]:
+    """The table for `render_table`: the head, then a row per mode."""
+    head = ["reward", "seeds", *(stage.replace("_", " ") for stage in stages), "training reward"]
     return [head, *([row.mode, str(row.num_seeds), *map(spread, row.values)] for row in rows)]
 
 
-def csv_table(rows: Sequence[ModeRow], stages: Sequence[str], iteration: int | None) -> str:
-    """The table as CSV, six digits: <column> and <column>_std, empty where there is no value, or
-    only one.
+def mode_records(
+    rows: Sequence[ModeRow], stages: Sequence[str], iteration: int | None
+) -> list[dict[str, Any]]:
+    """The table for `write_csv`, six digits: <column> and <column>_std, None where there is no
+    value, or only one.
     """
-    columns = [f"{name}{end}" for name in (*stages, "training_reward") for end in ("", "_std")]
-    lines: list[list[object]] = [["mode", "seeds", "iteration", *columns]]
+    records = []
     for row in rows:
-        numbers = [
-            (statistics.fmean(v) if v else None, statistics.stdev(v) if len(v) > 1 else None)
-            for v in row.values
-        ]
         at = 0 if row.mode == UNTRAINED else iteration
-        lines.append(
-            [
-                row.mode,
-                row.num_seeds,
-                "" if at is None else at,
-                *(_digits(number) for pair in numbers for number in pair),
-            ]
-        )
-    return _csv(lines)
+        record: dict[str, Any] = {"mode": row.mode, "seeds": row.num_seeds, "iteration": at}
+        for name, values in zip((*stages, "training_reward"), row.values, strict=True):
+            record[name] = _digits(statistics.fmean(values) if values else None)
+            record[f"{name}_std"] = _digits(statistics.stdev(values) if len(values) > 1 else None)
+        records.append(record)
+    return records
 
 
-def csv_cells(cells: Sequence[CellResult], stages: Sequence[str], iteration: int | None) -> str:
-    """Each cell as a line of CSV: how far it is, and its own numbers at the compared iteration."""
-    lines: list[list[object]] = [
-        ["mode", "seed", "last_iteration", "iteration", *stages, "training_reward"]
-    ]
+def cell_records(
+    cells: Sequence[CellResult], stages: Sequence[str], iteration: int | None
+) -> list[dict[str, Any]]:
+    """Each cell for `write_csv`: how far it is, and its own numbers at the compared iteration."""
+    records = []
     for cell in cells:
         at = iteration if iteration in cell.evaluated else None
-        numbers = (
-            [None] * (len(stages) + 1)
-            if at is None
-            else [*(cell.score(s, at) for s in stages), cell.training_reward(at)]
-        )
-        lines.append(
-            [
-                cell.mode,
-                cell.seed,
-                "" if cell.last < 0 else cell.last,
-                "" if at is None else at,
-                *map(_digits, numbers),
-            ]
-        )
-    return _csv(lines)
+        last = None if cell.last < 0 else cell.last
+        record = {"mode": cell.mode, "seed": cell.seed, "last_iteration": last, "iteration": at}
+        for stage in stages:
+            record[stage] = None if at is None else _digits(cell.score(stage, at))
+        record["training_reward"] = None if at is None else _digits(cell.training_reward(at))
+        records.append(record)
+    return records
 
 
-def _digits(number: float | None) -> str:
-    return "" if number is None else f"{number:.6g}"
-
-
-def _csv(lines: Sequence[Sequence[object]]) -> str:
-    file = io.StringIO()
-    csv.writer(file, lineterminator="\n").writerows(lines)
-    return file.getvalue()
+def _digits(number: float | None) -> str | None:
+    return None if number is None else f"{number:.6g}"
 
 
 def absences(cells: Sequence[CellResult], iterations: int, iteration: int | None) -> list[str]:
     """A line for each cell that is missing, unfinished, or not in the table; and how to compare all
-    that have begun, where that differs.
+    cells that have begun, if that differs.
     """
     lines = []
     for cell in cells:
@@ -252,73 +193,46 @@ def absences(cells: Sequence[CellResult], iterations: int, iteration: int | None
     longer = [cell.last for cell in cells if cell.last > iterations]
     if longer:
         lines.append(
-            f"{len(longer)} cells have up to {max(longer)} iterations; what comes after the {iterations} asked for is left out"
+            f"{len(longer)} cells have up to {max(longer)} iterations; what comes after the "
+            f"{iterations} asked for is left out"
         )
-    shared = (
-        set.intersection(*(cell.evaluated for cell in cells if cell.rows))
-        if any(cell.rows for cell in cells)
-        else set()
-    )
-    best = max((i for i in shared if i <= iterations), default=0)
+    best = max(_shared(cells, iterations), default=0)
     if iteration is not None and 0 < best < iteration:
         lines.append(
-            f"all that have begun were evaluated at iteration {best}: --iterations {best} --collect true compares them there"
+            f"all that have begun were evaluated at iteration {best}: --iterations {best} "
+            "--collect compares them there"
         )
     return lines
 
 
 def curves(cells: Sequence[CellResult], stages: Sequence[str], iteration: int) -> Figure:
     """Validation mean of each stage over iterations: for each mode the mean over the seeds of the
-    table, and a band of one deviation.
+    table, and a band of one standard deviation.
     """
-    drawn = []
+    panels = []
     for stage in stages:
-        means = {
-            mode: _mean_curve(cells, mode, stage, iteration)
-            for mode in dict.fromkeys(cell.mode for cell in cells)
-        }
         lines = [
-            panels.Line(
-                mode, points, COLORS[i], "line", panels.STYLES[i], MARKERS[i], gid=f"{mode}/{stage}"
-            )
-            for i, (mode, (points, _)) in enumerate(means.items())
-            if points[0]
+            _mean_curve(index, mode, cells, stage, iteration)
+            for index, mode in enumerate(dict.fromkeys(cell.mode for cell in cells))
         ]
-        bands = [
-            (COLORS[i], points, deviations)
-            for i, (points, deviations) in enumerate(means.values())
-            if deviations
-        ]
-        drawn.append(
-            (panels.Panel(stage.replace("_", " "), "validation mean score", tuple(lines)), bands)
-        )
-    figure = panels.draw(
-        [panel for panel, _ in drawn], columns=len(stages), width=3.7 * len(stages), height=3.2
-    )
-    for axes, (_, bands) in zip(figure.axes, drawn, strict=False):
-        for color, (iterations, values), deviations in bands:
-            low, high = (
-                [v + sign * d for v, d in zip(values, deviations, strict=True)] for sign in (-1, 1)
-            )
-            axes.fill_between(iterations, low, high, color=color, alpha=0.15, linewidth=0)
-        axes.autoscale(axis="y")  # the limits were set to the lines
-    return figure
+        drawn = tuple(line for line in lines if line.points[0])
+        title = stage.replace("_", " ")
+        panels.append(figures.Panel(title, "validation mean score", drawn))
+    return figures.draw(panels, columns=len(stages), width=3.7 * len(stages), height=3.2)
 
 
 def _mean_curve(
-    cells: Sequence[CellResult], mode: str, stage: str, iteration: int
-) -> tuple[Series, list[float]]:
-    """Mean over the cells that the table counts, where all of them have a value, and the
-    deviations; none of one cell.
-    """
+    index: int, mode: str, cells: Sequence[CellResult], stage: str, iteration: int
+) -> figures.Line:
+    """Mean over the mode's cells in the table, at the iterations where all of them have a value."""
     there = [cell for cell in cells if cell.mode == mode and iteration in cell.evaluated]
-    points = (
-        {i: [cell.score(stage, i) for cell in there] for i in range(iteration + 1)} if there else {}
-    )
-    whole = {
-        i: [v for v in values if v is not None]
-        for i, values in points.items()
-        if None not in values
-    }
-    deviations = [statistics.stdev(values) for values in whole.values()] if len(there) > 1 else []
-    return (list(whole), [statistics.fmean(values) for values in whole.values()]), deviations
+    points: dict[int, list[float]] = {}
+    for i in range(iteration + 1):
+        values = [value for cell in there if (value := cell.score(stage, i)) is not None]
+        if there and len(values) == len(there):
+            points[i] = values
+    means = [statistics.fmean(values) for values in points.values()]
+    line = figures.indexed_line(index, mode, (list(points), means), f"{mode}/{stage}")
+    if len(there) < 2:
+        return line
+    return replace(line, band=[statistics.stdev(values) for values in points.values()])

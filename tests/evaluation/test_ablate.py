@@ -4,8 +4,6 @@ overlays, and what it refuses.
 
 from __future__ import annotations
 
-import csv
-import io
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +12,21 @@ import pytest
 import yaml
 
 from fastgrpo import __main__ as command_line
-from fastgrpo.cli import ablate
+from fastgrpo.evaluation.ablation import MODES, make_cells
 from fastgrpo.evaluation.ablation_results import (
     LAST_ITERATIONS,
-    REWARD,
     UNTRAINED,
     CellResult,
     ModeRow,
     absences,
     caption,
+    cell_records,
     compared_iteration,
-    csv_cells,
-    csv_table,
     curves,
-    markdown_table,
+    mode_records,
     spread,
+    table_cells,
     table_rows,
-    text_table,
 )
 from fastgrpo.training.config_file import parse_config
 from fastgrpo.training.run_folder import differences
@@ -65,10 +61,6 @@ def complete() -> list[CellResult]:
     ]
 
 
-# --- the table
-# --------------------------------------------------------------------------------------------------------
-
-
 def test_rows_by_hand() -> None:
     """The untrained model counts once a seed; the training reward is that of iterations 3 to 12."""
     cells = complete()
@@ -91,52 +83,31 @@ def test_spread_is_the_sample_deviation() -> None:
     assert spread([]) == "–"
 
 
-def test_one_table_in_three_forms() -> None:
+def test_one_table_for_readers_and_for_programs() -> None:
     rows = table_rows(complete(), STAGES, 12)
-    text, markdown = (
-        text_table(rows, STAGES).splitlines(),
-        markdown_table(rows, STAGES).splitlines(),
-    )
-    assert text[0].split("  ")[0] == "reward"
-    assert "very hard" in text[0]
-    assert REWARD in text[0]
-    assert text[3] == "joint      2      0.650 ± 0.071  0.550 ± 0.212  0.575 ± 0.707"
-    assert markdown[1] == "|---|---|---|---|---|"
-    assert markdown[4] == "| joint | 2 | 0.650 ± 0.071 | 0.550 ± 0.212 | 0.575 ± 0.707 |"
-    assert {line.count("|") for line in markdown} == {6}
-    by_mode = {
-        line["mode"]: line for line in csv.DictReader(io.StringIO(csv_table(rows, STAGES, 12)))
-    }
-    assert by_mode[UNTRAINED]["iteration"] == "0"
-    assert by_mode[UNTRAINED]["training_reward"] == by_mode[UNTRAINED]["training_reward_std"] == ""
-    joint = by_mode["joint"]
-    assert (joint["seeds"], joint["iteration"]) == ("2", "12")
-    assert float(joint["very_hard"]) == pytest.approx(0.55, rel=1e-5)
-    assert float(joint["very_hard_std"]) == pytest.approx(0.3 / 2**0.5, rel=1e-5)
+    head, *lines = table_cells(rows, STAGES)
+    assert head == ["reward", "seeds", "easy", "very hard", "training reward"]
+    assert lines[2] == ["joint", "2", "0.650 ± 0.071", "0.550 ± 0.212", "0.575 ± 0.707"]
+    untrained, _, joint = mode_records(rows, STAGES, 12)
+    assert (untrained["mode"], untrained["iteration"]) == (UNTRAINED, 0)
+    assert untrained["training_reward"] is untrained["training_reward_std"] is None
+    assert (joint["mode"], joint["seeds"], joint["iteration"]) == ("joint", 2, 12)
+    assert (joint["very_hard"], joint["very_hard_std"]) == ("0.55", f"{0.3 / 2**0.5:.6g}")
     assert "iteration 12" in caption(12)
 
 
-def test_cells_as_csv() -> None:
+def test_cells_as_records() -> None:
     cells = [
         *complete()[:2],
         result("one_stage", 1, [0.4, 0.5], [None, 0.2], last=6),
         CellResult("joint", 1, []),
     ]
-    lines = list(csv.DictReader(io.StringIO(csv_cells(cells, STAGES, 12))))
-    assert [
-        (line["mode"], line["seed"], line["last_iteration"], line["iteration"]) for line in lines
-    ] == [
-        ("one_stage", "0", "12", "12"),
-        ("joint", "0", "12", "12"),
-        ("one_stage", "1", "6", ""),
-        ("joint", "1", "", ""),
+    assert [list(record.values()) for record in cell_records(cells, STAGES, 12)] == [
+        ["one_stage", 0, 12, 12, "0.8", "0.1", "0.075"],
+        ["joint", 0, 12, 12, "0.6", "0.4", "0.075"],
+        ["one_stage", 1, 6, None, None, None, None],
+        ["joint", 1, None, None, None, None, None],
     ]
-    assert (lines[1]["easy"], lines[1]["very_hard"], lines[1]["training_reward"]) == (
-        "0.6",
-        "0.4",
-        "0.075",
-    )
-    assert (lines[2]["easy"], lines[3]["easy"]) == ("", "")
 
 
 def test_unfinished_cells_are_left_out_and_named() -> None:
@@ -150,7 +121,7 @@ def test_unfinished_cells_are_left_out_and_named() -> None:
     assert absences(cells, 12, 12) == [
         "one_stage_seed1: at iteration 6 of 12, not in the table",
         "joint_seed1: missing",
-        "all that have begun were evaluated at iteration 4: --iterations 4 --collect true compares them there",
+        "all that have begun were evaluated at iteration 4: --iterations 4 --collect compares them there",
     ]
     assert absences(complete(), 12, 12) == []
 
@@ -194,10 +165,6 @@ def test_a_score_that_could_not_be_had_is_left_out() -> None:
     assert table_rows(cells, STAGES, 4)[1].values[:2] == [[0.8], [0.2, 0.4]]
 
 
-# --- the curves
-# -------------------------------------------------------------------------------------------------------
-
-
 def test_curves_are_means_with_bands() -> None:
     figure = curves(complete(), STAGES, 12)
     assert [axes.get_title(loc="left") for axes in figure.axes] == ["easy", "very hard"]
@@ -226,10 +193,6 @@ def test_curves_of_one_seed_have_no_band_and_leave_out_what_the_table_does() -> 
     assert list(joint.get_ydata()) == [0.2, 0.4, 0.5, 0.6]
 
 
-# --- cells and options
-# ------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("recipe", [["shapes.yaml"], ["shapes.yaml", "shapes_literal_gate.yaml"]])
 def test_cells_are_the_overlays(recipe: list[str], tmp_path: Path) -> None:
     """A cell's configuration, as written and as its arguments parse, is the recipe's under
@@ -242,9 +205,9 @@ def test_cells_are_the_overlays(recipe: list[str], tmp_path: Path) -> None:
         "ab",
     ]
     config, text, _ = parse_config(base)
-    cells = ablate.matrix(config, text, base, ablate.MODES, [0, 7])
+    cells = make_cells(config, text, base, MODES, [0, 7])
     assert [(cell.mode, cell.seed) for cell in cells] == [
-        (mode, seed) for seed in (0, 7) for mode in ablate.MODES
+        (mode, seed) for seed in (0, 7) for mode in MODES
     ]
     assert len(cells) == 10
     for cell in cells:
@@ -287,9 +250,9 @@ def test_cells_are_the_overlays(recipe: list[str], tmp_path: Path) -> None:
         (["--jobs", "0"], "--jobs: expected at least 1, got 0"),
         (["--jobs", "many"], "--jobs"),
         (["--launcher", " "], "--launcher: expected a command"),
-        (["--list", "maybe"], "expected true or false, got 'maybe'"),
-        (["--list", "true", "--collect", "true"], "--list and --collect: expected one of them"),
-        (["--collect", "true"], "collect: expected cells such as"),
+        (["--list", "true"], "true"),
+        (["--list", "--collect"], "--list and --collect: expected one of them"),
+        (["--collect"], "collect: expected cells such as"),
         (["--seed", "3"], "--seed: an ablation sets it for each cell itself, from --seeds"),
         (
             ["--pacing.mode=joint"],
@@ -302,7 +265,7 @@ def test_cells_are_the_overlays(recipe: list[str], tmp_path: Path) -> None:
         (["--mode", "joint"], "--mode"),
         (
             ["--prompts.validation", "null", "--evaluation.num_videos", "0"],
-            "prompts.validation: expected captions to compare on",
+            "prompts.validation: expected prompts to compare on",
         ),
         (["--prompts.train", "nowhere.txt"], "prompts.train: expected a file"),
         (

@@ -1,1 +1,1 @@
-""""""
+"""One page about one or more runs."""

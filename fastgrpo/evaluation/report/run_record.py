@@ -1,43 +1,47 @@
-"""What a run folder holds, read for a report: while the run is going as well, so anything but the
-folder itself may still be missing.
+"""What a run folder holds, read for a report. The run may still be going, so anything but the
+folder itself may be missing.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from fastgrpo.algorithm.self_paced import smooth
+from fastgrpo.errors import UserError, require
+from fastgrpo.evaluation.figures import series
 from fastgrpo.training.tracking import Row, read_metrics, stage_names
 
 NAMES_OF_THE_RUN = ("name", "output_dir", "resume")
-"""Keys of the configuration that differ between any two runs and change nothing of what they
-compute.
-"""
+"""Configuration keys that differ between any two runs and change nothing that they compute."""
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """One run folder: metrics.jsonl, config.yaml, those that a resume replaced, and judge.json,
-    each empty where the file is not there.
+    """One run folder; a field is empty if its file is missing.
+
+    Attributes:
+        folder: The run folder.
+        label: Its name, with as much of the path as tells it from the other runs.
+        rows: Of metrics.jsonl.
+        config: Of config.yaml.
+        earlier: Iteration -> the configuration up to it, from config.until_NNNNNN.yaml, which a
+            resume writes.
+        judge: Of judge.json.
     """
 
     folder: Path
     label: str
-    """Its name, with as much of the path as tells it from the other runs."""
     rows: list[Row]
     config: dict[str, Any]
-    earlier: dict[int, dict[str, Any]]
-    """Iteration -> the configuration up to it, from config.until_NNNNNN.yaml."""
-    judge: dict[str, Any]
+    earlier: dict[int, dict[str, Any]] = field(default_factory=dict)
+    judge: dict[str, Any] = field(default_factory=dict)
 
     @property
     def stages(self) -> tuple[str, ...]:
@@ -46,54 +50,81 @@ class RunRecord:
 
     @property
     def trained(self) -> list[Row]:
-        """Rows of training iterations: without that of the untrained model."""
+        """Rows of training iterations, without that of the untrained model."""
         return [row for row in self.rows if "reward" in row]
 
     @property
     def thresholds(self) -> list[float]:
-        """Those that paced the run: the modes without gates have none."""
+        """Those that paced the run; modes without gates have none."""
         pacing = self.config.get("pacing") or {}
-        return (
-            list(pacing.get("thresholds") or [])
-            if pacing.get("mode", "self_paced") in ("self_paced", "two_stage")
-            else []
-        )
+        gated = pacing.get("mode", "self_paced") in ("self_paced", "two_stage")
+        return list(pacing.get("thresholds") or []) if gated else []
 
     @property
     def samples(self) -> list[Path]:
-        """Finished sample folders, oldest first."""
-        return sorted(
-            path.parent for path in (self.folder / "samples").glob("iteration_*/samples.json")
-        )
+        """Complete sample folders, oldest first."""
+        found = (self.folder / "samples").glob("iteration_*/samples.json")
+        return sorted(path.parent for path in found)
+
+    @property
+    def last_iteration(self) -> int:
+        """The last training iteration; 0 before the first."""
+        return int(self.trained[-1]["iteration"]) if self.trained else 0
+
+    @property
+    def planned(self) -> int | None:
+        """The iterations that were asked for."""
+        return self.config.get("iterations")
+
+    @property
+    def seconds(self) -> float:
+        """The time of all training iterations."""
+        return sum(row.get("step_time") or 0.0 for row in self.trained)
+
+    def class_of(self, part: str) -> str:
+        """Class name of `policy` or `reward`; "" if the configuration does not say."""
+        described = self.config.get(part)
+        path = described.get("class_path") if isinstance(described, Mapping) else None
+        return str(path or "").rpartition(".")[2]
 
 
 @dataclass(frozen=True)
 class Scores:
-    """First and last mean score of each stage of a run; None where there is none."""
+    """First and last mean score of each stage of a run; None for a missing one.
+
+    Attributes:
+        iterations: Of the first and the last scores.
+        validation: On the validation prompts; False: on the training prompts, smoothed.
+        first: By stage.
+        last: By stage.
+    """
 
     iterations: tuple[int, int]
     validation: bool
-    """Over validation captions; False: smoothed, over those of the training."""
     first: dict[str, float | None]
     last: dict[str, float | None]
 
 
+class Missing:
+    """Stands for the value of a key that a configuration does not have."""
+
+
 def read_runs(folders: Sequence[Path]) -> list[RunRecord]:
-    """Read run folders, each once.
+    """Read run folders.
 
     Raises:
-        ValueError: none given, one given twice, no run folder (neither config.yaml nor
-            metrics.jsonl), or a file in it that is broken.
+        ValueError: No folder, one given twice, one with neither config.yaml nor metrics.jsonl, or
+            a broken file.
     """
-    if not folders:
-        raise ValueError("report: expected at least one run folder, got none")
+    require(folders, "report", "at least one run folder", list(folders))
     resolved = [folder.resolve() for folder in folders]
-    for folder, count in Counter(resolved).items():
+    for folder in resolved:
+        count = resolved.count(folder)
         if count > 1:
-            raise ValueError(f"report: expected different runs, got {folder} {count} times")
+            raise UserError(f"report: expected different runs, got {folder} {count} times")
     for folder in folders:
         if not ((folder / "metrics.jsonl").is_file() or (folder / "config.yaml").is_file()):
-            raise ValueError(
+            raise UserError(
                 f"report: expected a run folder with config.yaml or metrics.jsonl, got {folder}"
             )
     return [
@@ -113,66 +144,51 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def config_differences(configs: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
-    """Dotted key -> its value in each configuration, for the keys that are not the same in all;
-    `Missing` where one has no such key.
-    """
+    """Keys (dotted) whose values differ -> the value in each configuration, or `Missing`."""
     flat = [flatten(config) for config in configs]
-    keys = list(dict.fromkeys(key for config in flat for key in config))
     rows = {
         key: [config.get(key, Missing) for config in flat]
-        for key in keys
+        for config in flat
+        for key in config
         if key not in NAMES_OF_THE_RUN
     }
     return {key: row for key, row in rows.items() if any(value != row[0] for value in row)}
 
 
-class Missing:
-    """Stands for the value of a key that a configuration does not have."""
-
-
 def judged_alike(runs: Sequence[RunRecord]) -> bool:
-    """Whether one judge scored the same validation captions with the same sampler in all runs: only
+    """True if one judge scored the same validation prompts with the same sampler in all runs: only
     then do scores compare.
     """
 
-    def what(run: RunRecord) -> Any:
-        sampler = (
-            (run.config.get("evaluation") or {}).get("sde"),
-            (run.config.get("evaluation") or {}).get("num_generations"),
-        )
-        prompts = run.config.get("prompts") or {}
+    def conditions(run: RunRecord) -> Any:
+        evaluation, prompts = run.config.get("evaluation") or {}, run.config.get("prompts") or {}
+        sampler = evaluation.get("sde"), evaluation.get("num_generations")
         return run.config.get("reward"), run.judge, prompts.get("validation"), sampler
 
-    return all(what(run) == what(runs[0]) for run in runs)
+    return all(conditions(run) == conditions(runs[0]) for run in runs)
 
 
 def scores_of(run: RunRecord, window: int) -> Scores | None:
-    """First and last validation scores, or where fewer than two evaluations were made the training
-    scores smoothed over `window` iterations.
-
-    None where there are not two points of either.
+    """First and last validation scores; with fewer than two evaluations, the training scores
+    smoothed over `window` iterations; None with fewer than two of these as well.
     """
     for validation in (True, False):
-        series = {
-            stage: _series(run.rows, f"{'eval/' if validation else ''}rewards/{stage}/mean")
-            for stage in run.stages
-        }
-        iterations = sorted({iteration for points in series.values() for iteration in points})
-        if len(iterations) < 2:
-            continue
-        if not validation:
-            series = {
-                stage: dict(zip(points, smooth(list(points.values()), window), strict=True))
-                for stage, points in series.items()
-            }
-        ends = iterations[0], iterations[-1]
-        first, last = ({stage: points.get(end) for stage, points in series.items()} for end in ends)
-        return Scores(ends, validation, first, last)
+        prefix = "eval/rewards" if validation else "rewards"
+        curves = {}
+        for stage in run.stages:
+            iterations, values = series(run.rows, f"{prefix}/{stage}/mean")
+            smoothed = values if validation else smooth(values, window)
+            curves[stage] = dict(zip(iterations, smoothed, strict=True))
+        found = [iteration for curve in curves.values() for iteration in curve]
+        if len(set(found)) >= 2:
+            ends = min(found), max(found)
+            first, last = ({s: curve.get(end) for s, curve in curves.items()} for end in ends)
+            return Scores(ends, validation, first, last)
     return None
 
 
 def judge_totals(run: RunRecord) -> dict[str, float]:
-    """Sum over the run of what the judge counts (`judge/...`) and of the videos without a score, in
+    """Sums over the run of the judge's counters (`judge/...`) and of the videos without a score, in
     the order of the rows.
     """
     totals: dict[str, float] = {}
@@ -183,26 +199,18 @@ def judge_totals(run: RunRecord) -> dict[str, float]:
     return totals
 
 
-def _series(rows: Sequence[Row], key: str) -> dict[int, float]:
-    return {
-        row["iteration"]: float(row[key])
-        for row in rows
-        if row.get(key) is not None and math.isfinite(row[key])
-    }
-
-
 def _read_run(folder: Path, label: str) -> RunRecord:
     metrics = folder / "metrics.jsonl"
-    numbered = {
-        path: re.fullmatch(r"config\.until_(\d+)\.yaml", path.name)
-        for path in sorted(folder.glob("config.until_*.yaml"))
-    }
+    earlier = {}
+    for path in sorted(folder.glob("config.until_*.yaml")):
+        if match := re.fullmatch(r"config\.until_(\d+)\.yaml", path.name):
+            earlier[int(match[1])] = _read_mapping(path)
     return RunRecord(
         folder=folder,
         label=label,
         rows=read_metrics(metrics) if metrics.is_file() else [],
         config=_read_mapping(folder / "config.yaml"),
-        earlier={int(match[1]): _read_mapping(path) for path, match in numbered.items() if match},
+        earlier=earlier,
         judge=_read_mapping(folder / "judge.json"),
     )
 
@@ -214,14 +222,14 @@ def _read_mapping(path: Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
         mapping = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
     except (ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise UserError(f"{path}: {error}") from error
     if not isinstance(mapping, dict):
-        raise ValueError(f"{path}: expected a mapping, got {type(mapping).__name__}")
+        raise UserError(f"{path}: expected a mapping, got {type(mapping).__name__}")
     return mapping
 
 
 def _labels(folders: Sequence[Path]) -> list[str]:
-    """The shortest ends of the paths that differ, as many parts for all."""
+    """The shortest ends of the paths that differ, with the same number of parts."""
     parts = 1
     while True:
         labels = ["/".join(folder.parts[-parts:]) for folder in folders]

@@ -92,12 +92,12 @@ def test_a_finished_run_on_one_page(
 
     for words in (
         "20 of 20 iterations",
-        "2 min 00 s of training, 6 s an iteration",
+        "2 min 00 s of training, 6 s per iteration",
         "ShapesPolicy · ShapesJudge",
         "0.300 → 0.700 +0.400",
         "0.200 → 0.600 +0.400",
         "0.100 → 0.500 +0.400",
-        "prompts of the evaluation, from the same noise every time: iteration 0 → iteration 20",
+        "on the validation prompts, from the same noise every time: iteration 0 → iteration 20",
         "a <b>blue</b> & yellow cross",  # shown as typed, not as markup
         "untrained 0.16 0.50 –",
         "iteration 20 0.78 0.50 –",
@@ -428,7 +428,7 @@ def test_what_is_no_run_is_refused(tmp_path: Path, make_run: Make) -> None:
         report.write_report(run, smoothing_window=0)
     with pytest.raises(ValueError, match=r"expected different runs, got .*run 2 times"):
         report.write_report(run, run / ".." / "run")
-    with pytest.raises(ValueError, match="out: expected a folder, got .*config.yaml"):
+    with pytest.raises(ValueError, match=r"out: expected a folder, got .*config\.yaml"):
         report.write_report(run, out=run / "config.yaml")
     (run / "judge.json").write_text("{")
     with pytest.raises(ValueError, match=r"judge\.json"):
