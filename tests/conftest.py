@@ -9,8 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import socket
-import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -423,41 +421,7 @@ def one_rank() -> Iterator[torch.device]:
 
 @pytest.fixture(scope="session")
 def run_ranks() -> Callable[..., list[Any]]:
-    """run_ranks(script, world_size=2): run a script in that many processes; what each printed as
-    JSON in its last line, by rank.
-    """
+    """run_ranks(script, world_size=2): what each rank printed as JSON in its last line."""
+    import ranks
 
-    def run(script: str, world_size: int = 2) -> list[Any]:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        paths = [str(ROOT / "tests"), str(ROOT), str(ROOT / "kernels")]
-        shared = {
-            "WORLD_SIZE": str(world_size),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "OMP_NUM_THREADS": "1",
-        }
-        shared |= {"PYTHONPATH": os.pathsep.join(paths), "OMP_WAIT_POLICY": "PASSIVE"}
-        processes = [
-            subprocess.Popen(
-                [sys.executable, "-c", script],
-                text=True,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            )
-            for rank in range(world_size)
-        ]
-        try:
-            outputs = [process.communicate(timeout=120) for process in processes]
-        finally:
-            for process in processes:
-                process.kill()
-        failures = [
-            err for process, (_, err) in zip(processes, outputs, strict=True) if process.returncode
-        ]
-        assert not failures, "\n\n".join(failures)
-        return [json.loads(out.splitlines()[-1]) for out, _ in outputs]
-
-    return run
+    return ranks.run_ranks

@@ -1,6 +1,4 @@
-"""Stage 7: the clipped policy-gradient update over the chosen videos (Eq. 11; method.md, section
-2).
-"""
+"""Update phase: clipped policy gradients over chosen videos (Eq. 11; docs/method.md, section 2)."""
 
 from __future__ import annotations
 
@@ -8,7 +6,7 @@ import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from fastgrpo_kernels import Transition, branch_gradient, gaussian_kl, grpo_loss, guided_velocity
@@ -17,38 +15,54 @@ from torch import Tensor, nn
 from fastgrpo.algorithm.seeds import derive_seed
 from fastgrpo.config import UpdateConfig
 from fastgrpo.distributed.collectives import average_gradients, clip_gradients, gather
+from fastgrpo.errors import UserError
 from fastgrpo.interfaces import Policy
 from fastgrpo.training.trajectory import Rollout, branch_velocities, branch_velocity
 from fastgrpo.training.weights import using_weights
 
 
 @dataclass(frozen=True)
-class Pair:
-    """One transition to train: video and step number, and the video's advantage."""
+class TrainedTransition:
+    """One transition to train: where it lies in the rollout, and the advantage of its video."""
 
-    video: int
+    sample_index: int
     step: int
     advantage: float
 
 
-Seen = tuple[Tensor, Tensor, Tensor, Tensor]
-"""Of each transition, [micro_batch_size]: ratio, log ratio, whether the clip removed the gradient,
-KL (0 without a reference).
-"""
+class TransitionStats(NamedTuple):
+    """What the forward pass of a micro-batch gave, each [micro_batch_size].
+
+    Attributes:
+        ratio: exp(new - old log-probability).
+        log_ratio: Its logarithm.
+        clipped: Whether the clip removed the gradient.
+        kl: KL to the reference; 0 without one.
+    """
+
+    ratio: Tensor
+    log_ratio: Tensor
+    clipped: Tensor
+    kl: Tensor
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """The stored transitions of at most B = micro_batch_size pairs, filled up to B with zeros of
-    weight (advantage) zero.
+    """The stored values of at most B = micro_batch_size transitions, filled up to B.
 
-    latents, next_latents [B, *latent_shape]; the rest [B]: videos and steps on the CPU, a, b and
-    std float64, real bool.
+    What fills it up is zeros with advantage zero, never NaN.
+
+    Attributes:
+        sample_indices, steps: [B] int64 on the CPU.
+        valid_mask: [B] bool, False for what fills the batch up.
+        latents, next_latents: [B, *latent_shape] fp32, x and x'.
+        old_log_probs, advantages: [B] fp32.
+        a, b, std: [B] float64.
     """
 
-    videos: Tensor
+    sample_indices: Tensor
     steps: Tensor
-    real: Tensor
+    valid_mask: Tensor
     latents: Tensor
     next_latents: Tensor
     old_log_probs: Tensor
@@ -60,8 +74,15 @@ class MicroBatch:
 
 @dataclass
 class UpdateStatistics:
-    """What the optimizer steps of one iteration on this rank saw. One entry a trained transition,
-    unless said otherwise.
+    """What one iteration's optimizer steps on this rank gave.
+
+    Attributes:
+        steps, ratios, log_ratios, clipped, kl: One entry per trained transition.
+        num_first: Transitions of the first optimizer step: the leading entries of those lists,
+            which are still on-policy.
+        losses: This rank's loss, per optimizer step.
+        grad_norms: 2-norm over all ranks before clipping, per optimizer step.
+        skipped: Whether the step was left out because of a loss or gradient that is not finite.
     """
 
     steps: list[int] = field(default_factory=list)
@@ -70,21 +91,21 @@ class UpdateStatistics:
     clipped: list[bool] = field(default_factory=list)
     kl: list[float] = field(default_factory=list)
     num_first: int = 0
-    """Transitions of the first optimizer step: the leading entries of the lists, still on-policy."""
     losses: list[float] = field(default_factory=list)
-    """One an optimizer step: this rank's loss."""
     grad_norms: list[float] = field(default_factory=list)
-    """One an optimizer step: 2-norm over all ranks, before clipping."""
     skipped: list[bool] = field(default_factory=list)
-    """One an optimizer step: whether it was left out for a loss or gradient that was not finite."""
+
+    @property
+    def on_policy(self) -> bool:
+        """Whether no optimizer step was made yet, so that the weights are those of the rollout."""
+        return all(self.skipped)
 
 
 def make_optimizer(parameters: list[nn.Parameter], cfg: UpdateConfig) -> torch.optim.Optimizer:
-    """torch's fused AdamW, or NVIDIA apex's FusedAdam where `optimizer: apex_fused_adam` asks for
-    it.
+    """torch's fused AdamW, or NVIDIA apex's FusedAdam for `optimizer: apex_fused_adam`.
 
     Raises:
-        ValueError: there is no NVIDIA apex.
+        UserError: NVIDIA apex is not installed.
     """
     options = {"lr": cfg.learning_rate, "betas": cfg.betas, "weight_decay": cfg.weight_decay}
     if cfg.optimizer == "adamw":
@@ -94,27 +115,29 @@ def make_optimizer(parameters: list[nn.Parameter], cfg: UpdateConfig) -> torch.o
 
 
 def import_fused_adam() -> Any:
-    """NVIDIA apex's FusedAdam. ValueError where there is none (PyPI's package of that name is
-    something else).
+    """NVIDIA apex's FusedAdam (PyPI's package of that name is something else).
+
+    Raises:
+        UserError: NVIDIA apex is not installed.
     """
     try:
         from apex.optimizers import FusedAdam
     except ImportError as error:
-        raise ValueError(
-            "update.optimizer: apex_fused_adam needs NVIDIA apex, built from NVIDIA's source with its CUDA extensions; "
-            f"the `apex` on PyPI is another package ({error}). Use adamw, torch's own fused optimizer"
+        raise UserError(
+            "update.optimizer: apex_fused_adam needs NVIDIA apex, built from NVIDIA's source with "
+            f"its CUDA extensions; the `apex` on PyPI is another package ({error}). Use adamw, "
+            "torch's own fused optimizer"
         ) from error
     return FusedAdam
 
 
-def trained_steps(rollout: Rollout, video: int, fraction: float, seed: int) -> list[int]:
-    """The steps of a video that are trained: of the `all` window a random share, of a narrower one
-    the whole window.
+def trained_steps(rollout: Rollout, sample_index: int, fraction: float, seed: int) -> list[int]:
+    """The steps of a video that are trained.
 
-    With N = 16 and fraction 0.6 these are int(0.6 * 15) = 9 of the first 15 steps, drawn
-    independently for each video.
+    Of the `all` window a random share: with N = 16 and fraction 0.6, int(0.6 * 15) = 9 of the
+    first 15 steps, drawn independently for each video. Of a narrower window all steps.
     """
-    candidates = rollout.trainable_steps[video // rollout.num_generations]
+    candidates = rollout.trainable_steps[sample_index // rollout.num_generations]
     if rollout.sde_window != "all":
         return list(candidates)
     return sorted(random.Random(seed).sample(candidates, max(1, int(fraction * len(candidates)))))
@@ -131,50 +154,46 @@ def update(
     reference: Mapping[str, Tensor] | None = None,
     after_step: Callable[[], None] = lambda: None,
 ) -> UpdateStatistics:
-    """Train on the chosen videos: an optimizer step for every `gradient_accumulation` of them.
+    """Train on the chosen videos: one optimizer step per `gradient_accumulation` of them.
 
-    Every rank makes the same number of passes of the same size: where it has fewer videos than
-    another, and to fill the last micro-batch, it runs passes of weight zero. The loss of one
-    transition is divided by (gradient_accumulation x steps trained).
-
-    The weights must be those that sampled the rollout: until the first optimizer step is made,
-    every ratio is taken for 1 (`branchwise`).
+    Every rank makes the same number of passes of the same size, or sharded ranks would wait
+    forever. A rank with fewer videos runs passes of weight zero, and so does the end of a
+    micro-batch. The loss of one transition is divided by (gradient_accumulation x steps trained).
 
     Args:
-        chosen: numbers of this rank's videos, in the order of training. advantages: by video
-            number. reference: the weights that `kl_coef` pulls to, for `using_weights`.
-            after_step: called after each optimizer step that was made (the EMA).
+        policy: Its weights must be those that sampled the rollout: until the first optimizer step
+            `branchwise` takes every ratio for 1.
+        optimizer: Holds the trained parameters.
+        rollout: From `sample_groups`.
+        chosen: Sample indices of this rank's videos, in the order of training.
+        advantages: By sample index.
+        cfg: The `update` section.
+        reference: For `using_weights`, the weights that `kl_coef` pulls to.
+        after_step: Called after each optimizer step that was made (the EMA).
     """
     stats = UpdateStatistics()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     most_videos = max(gather(len(chosen)))
     for begin in range(0, most_videos, cfg.gradient_accumulation):
-        videos = chosen[begin : begin + cfg.gradient_accumulation]
-        pairs = [
-            Pair(video, step, advantages[video])
-            for video in videos
-            for step in trained_steps(
-                rollout,
-                video,
-                cfg.timestep_fraction,
-                derive_seed("trained steps", int(rollout.noise_seeds[video])),
-            )
-        ]
-        num_pairs = max(gather(len(pairs)))
-        steps_per_video = num_pairs / min(cfg.gradient_accumulation, most_videos - begin)
+        transitions = []
+        for index in chosen[begin : begin + cfg.gradient_accumulation]:
+            seed = derive_seed("trained steps", int(rollout.noise_seeds[index]))
+            for step in trained_steps(rollout, index, cfg.timestep_fraction, seed):
+                transitions.append(TrainedTransition(index, step, advantages[index]))
+        num_transitions = max(gather(len(transitions)))
+        steps_per_video = num_transitions / min(cfg.gradient_accumulation, most_videos - begin)
         loss = accumulate_gradients(
             policy,
             rollout,
-            pairs,
-            num_pairs,
+            transitions,
+            num_transitions,
             cfg.gradient_accumulation * steps_per_video,
             cfg,
             reference,
             stats,
-            on_policy=all(stats.skipped),  # no weight has moved yet, on any rank
         )
         if begin == 0:
-            stats.num_first = len(pairs)
+            stats.num_first = len(transitions)
         average_gradients(parameters)
         grad_norm = clip_gradients(parameters, cfg.max_grad_norm)
         # The averaged gradient is the same on every rank, so every rank decides the same.
@@ -192,80 +211,90 @@ def update(
 def accumulate_gradients(
     policy: Policy,
     rollout: Rollout,
-    pairs: Sequence[Pair],
-    num_pairs: int,
+    transitions: Sequence[TrainedTransition],
+    num_transitions: int,
     divisor: float,
     cfg: UpdateConfig,
     reference: Mapping[str, Tensor] | None,
     stats: UpdateStatistics,
-    *,
-    on_policy: bool = False,
 ) -> float:
-    """Forward and backward over `pairs` in micro-batches of the rollout's size, filled up with
-    weight zero to `num_pairs`.
+    """Forward and backward over transitions, in micro-batches of the rollout's size.
 
-    The gradient is that of (sum of the transitions' losses) / divisor. Adds to `stats`; returns
-    the loss.
+    The gradient is that of (sum of the transitions' losses) / divisor.
 
-    on_policy: the weights are those of the rollout, so that every ratio is 1, and `branchwise`
-    may rely on it (a ratio that is not, which ratio_drift shows, is neither weighted nor clipped
-    then). False is always right. The same on every rank.
+    Args:
+        policy: The generator.
+        rollout: Holds the transitions.
+        transitions: To train on this rank.
+        num_transitions: The most that any rank has; weight zero fills up to it.
+        divisor: Of the sum of losses.
+        cfg: The `update` section.
+        reference: Weights of the KL.
+        stats: Gets the new entries. While it is on-policy, which all ranks agree on, every ratio
+            is 1, and `branchwise` relies on it. A ratio that is not 1 is then neither weighted nor
+            clipped; `ratio_drift` shows it.
+
+    Returns:
+        The loss.
     """
     size = rollout.micro_batch_size
     total = torch.zeros((), device=rollout.latents.device)
     passes = []
-    for begin in range(0, num_pairs, size):
-        batch = list(pairs[begin : begin + size])
+    for begin in range(0, num_transitions, size):
+        batch = transitions[begin : begin + size]
         loss, seen = backpropagate(
-            policy, rollout, batch, cfg, reference, scale=size / divisor, on_policy=on_policy
+            policy, rollout, batch, cfg, reference, scale=size / divisor, on_policy=stats.on_policy
         )
         total += loss * (size / divisor)
-        passes.append((batch, [values[: len(batch)] for values in seen]))
+        passes.append((batch, seen))
     # Read back after the last pass, so that the host never waits in between.
-    for batch, (ratio, log_ratio, clipped, kl) in passes:
-        stats.steps += [pair.step for pair in batch]
-        stats.ratios += ratio.tolist()
-        stats.log_ratios += log_ratio.tolist()
-        stats.clipped += clipped.tolist()
-        stats.kl += kl.tolist()
+    for batch, seen in passes:
+        ratio, log_ratio, clipped, kl = (values[: len(batch)].tolist() for values in seen)
+        stats.steps += [transition.step for transition in batch]
+        stats.ratios += ratio
+        stats.log_ratios += log_ratio
+        stats.clipped += clipped
+        stats.kl += kl
     return float(total)
 
 
 def backpropagate(
     policy: Policy,
     rollout: Rollout,
-    pairs: Sequence[Pair],
+    transitions: Sequence[TrainedTransition],
     cfg: UpdateConfig,
     reference: Mapping[str, Tensor] | None,
     *,
     scale: float,
     on_policy: bool,
-) -> tuple[Tensor, Seen]:
-    """Add the gradient of scale x (loss of one micro-batch) to the parameters'; returns what
-    `transition_loss` does, without a graph.
+) -> tuple[Tensor, TransitionStats]:
+    """Add the gradient of scale x (loss of one micro-batch) to the parameters' gradients.
 
-    `branchwise` runs one branch of the guidance forward and backward before the other, so that
-    one branch's activations live at a time. What it sends back into the second one must be known
-    without it: from the noise, where the ratio is 1, and else from a forward more.
+    `branchwise` runs one branch of the guidance forward and backward before the other, so only one
+    branch's activations live at a time. What goes back into a branch must then be known without
+    the other branch's graph: from the noise while the ratio is 1, else from one more forward.
+
+    Returns:
+        As `transition_loss`, without a graph.
     """
-    batch = micro_batch(rollout, pairs)
-    at = batch.latents, batch.videos, batch.steps
+    batch = micro_batch(rollout, transitions)
+    at = batch.latents, batch.sample_indices, batch.steps
     fixed = None
-    if (
-        reference is not None
-    ):  # before the policy's own forward, whose graph must not see other weights pass through
+    if reference is not None:
+        # Before the policy's own forward, whose graph must not see other weights pass through.
         with torch.no_grad(), using_weights(policy, reference):
             fixed = branch_velocities(policy, rollout, *at)
 
-    if rollout.unconditional is None or not cfg.branchwise:  # all at once
-        loss, seen = transition_loss(
-            rollout, batch, *branch_velocities(policy, rollout, *at), fixed, cfg
-        )
+    if rollout.unconditional is None or not cfg.branchwise:
+        # Both branches in one graph.
+        velocities = branch_velocities(policy, rollout, *at)
+        loss, stats = transition_loss(rollout, batch, *velocities, fixed, cfg)
         (loss * scale).backward()
-        return loss.detach(), seen
+        return loss.detach(), stats
 
     both = cfg.cfg_grad == "both"
-    if both and on_policy and fixed is None:  # what to send back is known before any forward
+    if both and on_policy and fixed is None:
+        # What goes back into both branches is known before any forward.
         velocity = branch_velocity(policy, rollout, *at, conditional=True)
         gradients = known_gradients(rollout, batch, cfg, scale, velocity.dtype)
         velocity.backward(gradients[0])
@@ -274,37 +303,38 @@ def backpropagate(
         with torch.no_grad():
             return transition_loss(rollout, batch, velocity, uncond, None, cfg)
 
+    # One forward of the unconditional branch for its value, a second one for its graph.
     with torch.no_grad():
         uncond = branch_velocity(policy, rollout, *at, conditional=False)
     velocity = branch_velocity(policy, rollout, *at, conditional=True)
     leaf, uncond_leaf = velocity.detach().requires_grad_(), uncond.detach().requires_grad_(both)
-    loss, seen = transition_loss(rollout, batch, leaf, uncond_leaf, fixed, cfg)
+    loss, stats = transition_loss(rollout, batch, leaf, uncond_leaf, fixed, cfg)
     (loss * scale).backward()
     velocity.backward(leaf.grad)
     if both:
         branch_velocity(policy, rollout, *at, conditional=False).backward(uncond_leaf.grad)
-    return loss.detach(), seen
+    return loss.detach(), stats
 
 
-def micro_batch(rollout: Rollout, pairs: Sequence[Pair]) -> MicroBatch:
-    """What the rollout has stored of at most `micro_batch_size` pairs; what fills it up is never
-    NaN.
-    """
+def micro_batch(rollout: Rollout, transitions: Sequence[TrainedTransition]) -> MicroBatch:
+    """Look up at most `micro_batch_size` transitions in the rollout."""
     device, size = rollout.latents.device, rollout.micro_batch_size
-    filled = [*pairs, *[Pair(0, 0, 0.0)] * (size - len(pairs))]
-    videos, steps = torch.tensor([p.video for p in filled]), torch.tensor([p.step for p in filled])
-    real = torch.arange(size, device=device) < len(pairs)
-    rows = real.view(-1, *[1] * len(rollout.latent_shape))
-    at = videos.to(device), steps.to(device)
-    a, b, std = (torch.where(real, c, 1.0) for c in rollout.coefficients(videos, steps))
+    filled = [*transitions, *[TrainedTransition(0, 0, 0.0)] * (size - len(transitions))]
+    indices = torch.tensor([transition.sample_index for transition in filled])
+    steps = torch.tensor([transition.step for transition in filled])
+    valid_mask = torch.arange(size, device=device) < len(transitions)
+    valid_rows = valid_mask.view(-1, *[1] * len(rollout.latent_shape))
+    at = indices.to(device), steps.to(device)
+    # A std of 1 keeps the loss of a row without a transition finite.
+    a, b, std = (torch.where(valid_mask, c, 1.0) for c in rollout.coefficients(indices, steps))
     return MicroBatch(
-        videos=videos,
+        sample_indices=indices,
         steps=steps,
-        real=real,
-        latents=torch.where(rows, rollout.latents[at], 0.0),
-        next_latents=torch.where(rows, rollout.latents[at[0], at[1] + 1], 0.0),
-        old_log_probs=torch.where(real, rollout.log_probs[at], 0.0),
-        advantages=torch.tensor([p.advantage for p in filled], device=device),
+        valid_mask=valid_mask,
+        latents=torch.where(valid_rows, rollout.latents[at], 0.0),
+        next_latents=torch.where(valid_rows, rollout.latents[at[0], at[1] + 1], 0.0),
+        old_log_probs=torch.where(valid_mask, rollout.log_probs[at], 0.0),
+        advantages=torch.tensor([transition.advantage for transition in filled], device=device),
         a=a,
         b=b,
         std=std,
@@ -314,23 +344,16 @@ def micro_batch(rollout: Rollout, pairs: Sequence[Pair]) -> MicroBatch:
 def known_gradients(
     rollout: Rollout, batch: MicroBatch, cfg: UpdateConfig, scale: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor | None]:
-    """d(scale x loss) / d velocity of both branches where every ratio is 1: it follows from the
-    noise that the seeds give back.
+    """d(scale x loss) / d velocity of both branches while every ratio is 1.
 
-    It is that of `transition_loss` but for the rounding of the stored x', which the noise alone
-    does not know.
+    It follows from the noise that the seeds give back. It differs from the gradient of
+    `transition_loss` only by the rounding of the stored x', which the noise does not know.
     """
-    seeds = rollout.noise_seeds[batch.videos.to(rollout.noise_seeds.device)]
+    seeds = rollout.noise_seeds[batch.sample_indices.to(rollout.noise_seeds.device)]
+    # Only shape and dtype of the velocity are used, not its values.
+    velocity = torch.empty_like(batch.latents, dtype=dtype)
     return branch_gradient(
-        Transition(
-            batch.latents,
-            torch.empty_like(batch.latents, dtype=dtype),  # its values are not used
-            batch.a,
-            batch.b,
-            batch.std,
-            guidance_scale=rollout.guidance_scale,
-            normalized=rollout.normalized,
-        ),
+        kernel_transition(rollout, batch, velocity, None),
         batch.advantages,
         seeds=seeds,
         step=batch.steps.to(seeds.device),
@@ -347,24 +370,21 @@ def transition_loss(
     uncond: Tensor | None,
     fixed: tuple[Tensor, Tensor | None] | None,
     cfg: UpdateConfig,
-) -> tuple[Tensor, Seen]:
-    """The loss of one micro-batch as a function of both branches' velocities. fixed: those of the
-    reference.
+) -> tuple[Tensor, TransitionStats]:
+    """The loss of one micro-batch as a function of both branches' velocities (Eq. 11).
 
-    The loss is the sum over the batch divided by micro_batch_size.
+    The sum over transitions of -min(ratio A, clip(ratio, 1 - eps, 1 + eps) A) + kl_coef KL,
+    divided by micro_batch_size.
+
+    Args:
+        rollout: Guidance and normalisation of the log-probability.
+        batch: The stored transitions.
+        velocity, uncond: [B, *latent_shape]; `uncond` is None without guidance.
+        fixed: Both velocities of the KL's reference, if there is one.
+        cfg: The `update` section.
     """
-    transition = Transition(
-        batch.latents,
-        velocity,
-        batch.a,
-        batch.b,
-        batch.std,
-        uncond,
-        rollout.guidance_scale,
-        rollout.normalized,
-    )
     loss, stats = grpo_loss(
-        transition,
+        kernel_transition(rollout, batch, velocity, uncond),
         batch.next_latents,
         batch.old_log_probs,
         batch.advantages,
@@ -374,14 +394,25 @@ def transition_loss(
     )
     kl = torch.zeros_like(stats.ratio)
     if fixed is not None:
-        kl = (
-            gaussian_kl(
-                guided_velocity(velocity, uncond, rollout.guidance_scale, cfg_grad=cfg.cfg_grad),
-                guided_velocity(*fixed, rollout.guidance_scale),
-                batch.b,
-                batch.std,
-            )
-            * batch.real
-        )
+        w = rollout.guidance_scale
+        guided = guided_velocity(velocity, uncond, w, cfg_grad=cfg.cfg_grad)
+        kl = gaussian_kl(guided, guided_velocity(*fixed, w), batch.b, batch.std) * batch.valid_mask
         loss = loss + cfg.kl_coef * kl.mean()
-    return loss, (stats.ratio, stats.log_probs - batch.old_log_probs, stats.clipped, kl.detach())
+    log_ratio = stats.log_probs - batch.old_log_probs
+    return loss, TransitionStats(stats.ratio, log_ratio, stats.clipped, kl.detach())
+
+
+def kernel_transition(
+    rollout: Rollout, batch: MicroBatch, velocity: Tensor, uncond: Tensor | None
+) -> Transition:
+    """The micro-batch as the kernels take it."""
+    return Transition(
+        batch.latents,
+        velocity,
+        batch.a,
+        batch.b,
+        batch.std,
+        velocity_uncond=uncond,
+        guidance_scale=rollout.guidance_scale,
+        normalized=rollout.normalized,
+    )

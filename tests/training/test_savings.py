@@ -1,7 +1,7 @@
-"""The exact savings: what each one leaves out of the work, that it changes no bit, and where it
-does, by how much it may.
+"""The exact savings: what each one leaves out of the work, and that it changes no bit, or by how
+much it may.
 
-The first step shared has more tests in test_rollout.py.
+test_rollout.py has more tests of the shared first step.
 """
 
 from __future__ import annotations
@@ -16,17 +16,16 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_training import CPU, PROMPTS, Recorder, moved, same_bits, small_rollout, weights_of
 from torch import Tensor
 
-from fastgrpo.config import RolloutConfig, UpdateConfig
-from fastgrpo.policies.lora import LoRA
+from fastgrpo.config import UpdateConfig
+from fastgrpo.policies.pretrained import LoRA
 from fastgrpo.policies.wan import WanPolicy
-from fastgrpo.training.rollout import sample_groups, start_rollout
 from fastgrpo.training.trajectory import Rollout, branch_velocities, branch_velocity
-from fastgrpo.training.weights import WITHOUT_ADAPTERS
 from fastgrpo.training.update import (
     MicroBatch,
-    Pair,
+    TrainedTransition,
     UpdateStatistics,
     accumulate_gradients,
     backpropagate,
@@ -34,19 +33,14 @@ from fastgrpo.training.update import (
     micro_batch,
     update,
 )
+from fastgrpo.training.weights import WITHOUT_ADAPTERS
 
-CPU = torch.device("cpu")
 EPS = torch.finfo(torch.float32).eps
-PROMPTS = ["a cat", "a dog"]
-SMALL = {"height": 2, "width": 2, "num_frames": 2}
-WAN = {"height": 32, "width": 48, "num_frames": 9}
-PAIRS = [
-    Pair(0, 0, 1.5),
-    Pair(1, 2, -0.5),
-    Pair(3, 1, -7.0),
-    Pair(2, 3, 0.25),
-    Pair(0, 4, 1.5),
-]  # the third is clamped to -5
+DTYPES = [torch.float32, torch.bfloat16]
+# The third advantage is clamped to -5.
+AT = [(0, 0, 1.5), (1, 2, -0.5), (3, 1, -7.0), (2, 3, 0.25), (0, 4, 1.5)]
+TRANSITIONS = [TrainedTransition(*at) for at in AT]
+ADVANTAGES = {0: 1.5, 1: -0.5, 2: -1.0, 3: 0.25}
 
 
 @pytest.fixture(scope="module")
@@ -68,35 +62,11 @@ def make_wan(
     return loaded
 
 
-def sampled(
-    policy: Any, dtype: torch.dtype = torch.float32, share_first_step: bool = True, **settings: Any
-) -> Rollout:
-    size = WAN if isinstance(policy, WanPolicy) else SMALL
-    small = {
-        "num_inference_steps": 6,
-        "num_generations": 2,
-        "micro_batch_size": 1,
-        "guidance_scale": 3.0,
-    }
-    cfg = RolloutConfig(**(size | small | settings))
-    rollout = start_rollout(
-        policy, PROMPTS, cfg, seed=3, iteration=1, first_slot=0, device=CPU, compute_dtype=dtype
-    )
-    rollout.latents.fill_(math.nan)  # what is not written shows
-    for _ in sample_groups(policy, rollout, share_first_step=share_first_step):
-        pass
-    return rollout
-
-
-def moved(policy: Any, by: float = 0.02, seed: int = 1) -> Any:
-    """The same policy with other weights, off-policy."""
-    other, draw = copy.copy(policy), torch.Generator().manual_seed(seed)
-    other.transformer = copy.deepcopy(policy.transformer)
-    with torch.no_grad():
-        for p in other.transformer.parameters():
-            if p.requires_grad:
-                p += by * torch.randn(p.shape, generator=draw)
-    return other
+def sampled(policy: Any, dtype: torch.dtype = torch.float32, **settings: Any) -> Rollout:
+    """Two prompts with two videos each, under guidance."""
+    wan = {"height": 32, "width": 48, "num_frames": 9} if isinstance(policy, WanPolicy) else {}
+    base = {"num_generations": 2, "micro_batch_size": 1, "guidance_scale": 3.0}
+    return small_rollout(policy, dtype=dtype, **(wan | base | settings))
 
 
 class Watched:
@@ -159,13 +129,13 @@ class Outcome:
 def backward_of(
     policy: Any,
     rollout: Rollout,
-    pairs: Sequence[Pair],
+    transitions: Sequence[TrainedTransition],
     cfg: UpdateConfig,
     *,
     on_policy: bool,
     reference: Any = None,
 ) -> Outcome:
-    watched, stats = Watched(policy, rollout), UpdateStatistics()
+    watched, stats = Watched(policy, rollout), statistics_at(on_policy)
     trained = [p for p in policy.transformer.parameters() if p.requires_grad]
     magnitudes = [torch.zeros_like(p) for p in trained]
     hooks = [
@@ -174,25 +144,39 @@ def backward_of(
     ]
     policy.transformer.zero_grad(set_to_none=True)
     loss = accumulate_gradients(
-        watched, rollout, pairs, len(pairs), 7.0, cfg, reference, stats, on_policy=on_policy
+        watched, rollout, transitions, len(transitions), 7.0, cfg, reference, stats
     )
     for hook in hooks:
         hook.remove()
     return Outcome([p.grad.clone() for p in trained], magnitudes, loss, stats, watched)
 
 
+def both_ways(
+    policy: Any,
+    rollout: Rollout,
+    transitions: Sequence[TrainedTransition],
+    cfg: UpdateConfig,
+    **settings: Any,
+) -> tuple[Outcome, Outcome]:
+    """Branch after branch, and both in one graph."""
+    one, other = (
+        backward_of(
+            policy, rollout, transitions, dataclasses.replace(cfg, branchwise=on), **settings
+        )
+        for on in (True, False)
+    )
+    return one, other
+
+
+def statistics_at(on_policy: bool) -> UpdateStatistics:
+    return UpdateStatistics(skipped=[] if on_policy else [False])
+
+
 def add_magnitude(total: Tensor, term: Tensor) -> None:
     total += term.abs()
 
 
-def same_bits(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
-
-
-# -------- the first step shared
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("micro_batch_size", [1, 2])
 def test_wan_shares_its_first_step(
     make_wan: Any, dtype: torch.dtype, micro_batch_size: int
@@ -210,12 +194,13 @@ def test_wan_shares_its_first_step(
     assert torch.equal(shared.log_probs, alone.log_probs)
     # The update's forward at the first step still has the rollout's bits.
     outcome = backward_of(
-        policy, shared, [Pair(v, 0, 1.0) for v in range(8)], UpdateConfig(), on_policy=True
+        policy,
+        shared,
+        [TrainedTransition(v, 0, 1.0) for v in range(8)],
+        UpdateConfig(),
+        on_policy=True,
     )
     assert outcome.stats.ratios == [1.0] * 8
-
-
-# -------- branch after branch
 
 
 REFERENCE = ["cond", "uncond"]
@@ -243,25 +228,17 @@ def test_forwards_and_their_order(
     kl: bool,
     expected: list[str],
 ) -> None:
-    """One after the other, whatever the transitions are, so that ranks keep step; with no pair at
-    all too.
-    """
+    """One after the other, also with no transition at all, so that ranks keep step."""
     policy = tiny_policy()
     rollout = sampled(policy, guidance_scale=guidance_scale, micro_batch_size=2)
-    reference = (
-        {name: p.detach().clone() for name, p in policy.transformer.named_parameters()}
-        if kl
-        else None
-    )
+    reference = weights_of(policy) if kl else None
     cfg = UpdateConfig(kl_coef=0.5 if kl else 0.0, **settings)
-    for pairs, passes in ((PAIRS, 3), ([], 2)):
-        watched, stats = Watched(policy, rollout), UpdateStatistics()
-        num_pairs = max(len(pairs), 3)
-        accumulate_gradients(
-            watched, rollout, pairs, num_pairs, 7.0, cfg, reference, stats, on_policy=on_policy
-        )  # type: ignore[arg-type]
+    for transitions, passes in ((TRANSITIONS, 3), ([], 2)):
+        watched, stats = Watched(policy, rollout), statistics_at(on_policy)
+        at = watched, rollout, transitions, max(len(transitions), 3), 7.0, cfg, reference
+        accumulate_gradients(*at, stats)
         assert watched.calls == expected * passes
-        assert stats.ratios == [1.0] * len(pairs)
+        assert stats.ratios == [1.0] * len(transitions)
     assert all(torch.isfinite(p.grad).all() for p in policy.transformer.parameters())
 
 
@@ -278,30 +255,24 @@ def test_off_policy_one_micro_batch_is_the_joint_backward_to_the_bit(
     rollout = sampled(
         base, sde="cps" if variant == "cps" else "dance", micro_batch_size=size, **window
     )
-    policy, reference = (
-        moved(base),
-        {name: p.detach().clone() for name, p in base.transformer.named_parameters()},
-    )
+    policy, reference = moved(base, 0.02), weights_of(base)
     cfg = UpdateConfig(
         clip_range=0.02,
         cfg_grad="cond_only" if variant == "cond_only" else "both",
         kl_coef=0.3 if variant == "KL" else 0.0,
     )
     for video in range(4):
-        pairs = [
-            Pair(video, rollout.trainable_steps[video // 2][0], -0.7),
-            Pair(3, rollout.trainable_steps[1][-1], 2.0),
+        transitions = [
+            TrainedTransition(video, rollout.trainable_steps[video // 2][0], -0.7),
+            TrainedTransition(3, rollout.trainable_steps[1][-1], 2.0),
         ][: min(size, 2)]
-        branchwise, joint = (
-            backward_of(
-                policy,
-                rollout,
-                pairs,
-                dataclasses.replace(cfg, branchwise=on),
-                on_policy=False,
-                reference=reference if variant == "KL" else None,
-            )
-            for on in (True, False)
+        branchwise, joint = both_ways(
+            policy,
+            rollout,
+            transitions,
+            cfg,
+            on_policy=False,
+            reference=reference if variant == "KL" else None,
         )
         assert same_bits(branchwise.gradients, joint.gradients)
         assert (branchwise.loss, branchwise.stats) == (joint.loss, joint.stats)
@@ -316,15 +287,10 @@ def test_off_policy_many_micro_batches_differ_by_the_order_of_a_sum(
     from the exact sum, either way.
     """
     base = tiny_policy()
-    rollout, policy = sampled(base), moved(base)
+    rollout, policy = sampled(base), moved(base, 0.02)
     cfg = UpdateConfig(clip_range=0.02, cfg_grad=cfg_grad)
-    branchwise, joint = (
-        backward_of(
-            policy, rollout, PAIRS, dataclasses.replace(cfg, branchwise=on), on_policy=False
-        )
-        for on in (True, False)
-    )
-    terms = len(PAIRS) * (2 if cfg_grad == "both" else 1)
+    branchwise, joint = both_ways(policy, rollout, TRANSITIONS, cfg, on_policy=False)
+    terms = len(TRANSITIONS) * (2 if cfg_grad == "both" else 1)
     for one, other, magnitude in zip(
         branchwise.gradients, joint.gradients, branchwise.magnitudes, strict=True
     ):
@@ -366,21 +332,16 @@ def test_on_policy_it_is_the_joint_backward_but_for_the_rounding_of_the_states(
     policy = tiny_policy()
     rollout = sampled(policy, sde=sde, sde_window=sde_window, window_size=3)
     cfg = UpdateConfig()
-    for pair in [
-        Pair(v, step, (1.5, -0.5, -7.0, 0.25)[v])
+    for transition in [
+        TrainedTransition(v, step, (1.5, -0.5, -7.0, 0.25)[v])
         for v in range(4)
         for step in rollout.trainable_steps[v // 2]
     ]:
-        known, joint = (
-            backward_of(
-                policy, rollout, [pair], dataclasses.replace(cfg, branchwise=on), on_policy=True
-            )
-            for on in (True, False)
-        )
+        known, joint = both_ways(policy, rollout, [transition], cfg, on_policy=True)
         assert known.stats == joint.stats
         assert known.stats.ratios == [1.0]
         assert known.loss == joint.loss
-        batch, bounds = micro_batch(rollout, [pair]), {}
+        batch, bounds = micro_batch(rollout, [transition]), {}
         for branch, share in (("cond", 3.0), ("uncond", -2.0)):
             one, other = known.watched.gradients[branch], joint.watched.gradients[branch]
             bounds[branch] = allowed_difference(rollout, batch, other, share, 7.0)
@@ -394,7 +355,7 @@ def test_on_policy_it_is_the_joint_backward_but_for_the_rounding_of_the_states(
                 policy,
                 rollout,
                 batch.latents,
-                batch.videos,
+                batch.sample_indices,
                 batch.steps,
                 conditional=branch == "cond",
             ).flatten()
@@ -429,15 +390,12 @@ def test_wan(make_wan: Any, dtype: torch.dtype, lora: LoRA | None, micro_batch_s
     if lora is not None:  # B starts at zero
         policy = moved(policy, 0.05)
     rollout = sampled(policy, dtype, num_inference_steps=4, micro_batch_size=micro_batch_size)
-    pairs = [Pair(0, 2, 1.5), Pair(3, 0, -0.8)][:micro_batch_size]
+    transitions = [TrainedTransition(0, 2, 1.5), TrainedTransition(3, 0, -0.8)][:micro_batch_size]
     cfg = UpdateConfig()
-    known, joint = (
-        backward_of(policy, rollout, pairs, dataclasses.replace(cfg, branchwise=on), on_policy=True)
-        for on in (True, False)
-    )
-    assert known.stats.ratios == joint.stats.ratios == [1.0] * len(pairs)
+    known, joint = both_ways(policy, rollout, transitions, cfg, on_policy=True)
+    assert known.stats.ratios == joint.stats.ratios == [1.0] * len(transitions)
     assert known.loss == joint.loss
-    batch = micro_batch(rollout, pairs)
+    batch = micro_batch(rollout, transitions)
     for branch, share in (("cond", 3.0), ("uncond", -2.0)):
         one, other = known.watched.gradients[branch], joint.watched.gradients[branch]
         assert (
@@ -446,7 +404,9 @@ def test_wan(make_wan: Any, dtype: torch.dtype, lora: LoRA | None, micro_batch_s
         ).all()
 
     trained = [p for p in policy.transformer.parameters() if p.requires_grad]
-    velocities = branch_velocities(policy, rollout, batch.latents, batch.videos, batch.steps)
+    velocities = branch_velocities(
+        policy, rollout, batch.latents, batch.sample_indices, batch.steps
+    )
     gradients = known_gradients(rollout, batch, cfg, micro_batch_size / 7.0, velocities[0].dtype)
     assert same_bits(known.gradients, torch.autograd.grad(velocities, trained, gradients))  # type: ignore[arg-type]
 
@@ -455,31 +415,23 @@ def test_wan(make_wan: Any, dtype: torch.dtype, lora: LoRA | None, micro_batch_s
     other_weights = moved(policy, 1e-3, seed=2)
     reference = None if lora is None else WITHOUT_ADAPTERS
     off = UpdateConfig(clip_range=0.02, kl_coef=0.0 if reference is None else 0.1)
-    branchwise, joint = (
-        backward_of(
-            other_weights,
-            rollout,
-            pairs,
-            dataclasses.replace(off, branchwise=on),
-            on_policy=False,
-            reference=reference,
-        )
-        for on in (True, False)
+    branchwise, joint = both_ways(
+        other_weights, rollout, transitions, off, on_policy=False, reference=reference
     )
     assert same_bits(branchwise.gradients, joint.gradients)
     assert branchwise.stats == joint.stats
     assert 1.0 not in branchwise.stats.ratios
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_activations_of_one_branch_live_at_a_time(make_wan: Any, dtype: torch.dtype) -> None:
     policy = make_wan()
     rollout = sampled(policy, dtype, num_inference_steps=3)
-    pairs = [Pair(0, 1, 1.5), Pair(2, 0, -0.5)]
+    transitions = [TrainedTransition(0, 1, 1.5), TrainedTransition(2, 0, -0.5)]
     alone = Watched(policy, rollout)
-    batch = micro_batch(rollout, pairs[:1])
+    batch = micro_batch(rollout, transitions[:1])
     velocity = branch_velocity(
-        alone, rollout, batch.latents, batch.videos, batch.steps, conditional=True
+        alone, rollout, batch.latents, batch.sample_indices, batch.steps, conditional=True
     )  # type: ignore[arg-type]
     one_branch = alone.now
     velocity.sum().backward()
@@ -487,7 +439,7 @@ def test_activations_of_one_branch_live_at_a_time(make_wan: Any, dtype: torch.dt
     assert one_branch > 100 * batch.latents.numel()
     peaks = {
         name: backward_of(
-            policy, rollout, pairs, UpdateConfig(**settings), on_policy=on_policy
+            policy, rollout, transitions, UpdateConfig(**settings), on_policy=on_policy
         ).watched.peak
         for name, settings, on_policy in (
             ("joint", {"branchwise": False}, True),
@@ -504,7 +456,7 @@ def test_activations_of_one_branch_live_at_a_time(make_wan: Any, dtype: torch.dt
     }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("micro_batch_size", [1, 3])
 def test_a_branch_alone_has_the_bits_it_has_beside_the_other(
     make_wan: Any, dtype: torch.dtype, micro_batch_size: int
@@ -512,9 +464,12 @@ def test_a_branch_alone_has_the_bits_it_has_beside_the_other(
     policy = make_wan()
     rollout = sampled(policy, dtype, num_inference_steps=3, micro_batch_size=micro_batch_size)
     batch = micro_batch(
-        rollout, [Pair(3, 1, 1.0), Pair(0, 0, 1.0), Pair(2, 1, 1.0)][:micro_batch_size]
+        rollout,
+        [TrainedTransition(3, 1, 1.0), TrainedTransition(0, 0, 1.0), TrainedTransition(2, 1, 1.0)][
+            :micro_batch_size
+        ],
     )
-    at = batch.latents, batch.videos, batch.steps
+    at = batch.latents, batch.sample_indices, batch.steps
     with torch.no_grad():
         together = branch_velocities(policy, rollout, *at)
         alone = [
@@ -524,39 +479,21 @@ def test_a_branch_alone_has_the_bits_it_has_beside_the_other(
     assert same_bits(alone, together)  # type: ignore[arg-type]
 
 
-# -------- within an iteration
-
-
-class Steps(torch.optim.SGD):
-    """An optimizer that keeps what its steps were given."""
-
-    def __init__(self, policy: Any, lr: float = 0.02) -> None:
-        super().__init__(policy.transformer.parameters(), lr=lr)
-        self.seen: list[list[Tensor]] = []
-
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        self.seen.append([p.grad.clone() for group in self.param_groups for p in group["params"]])
-        super().step(closure)
-
-
 def test_only_until_a_weight_has_moved_is_the_gradient_taken_for_known(
     tiny_policy: Any, one_rank: Any
 ) -> None:
     policy, seen = tiny_policy(), {}
     rollout = sampled(policy)
-    advantages, cfg = (
-        {0: 1.5, 1: -0.5, 2: -1.0, 3: 0.25},
-        UpdateConfig(gradient_accumulation=2, clip_range=0.02, max_grad_norm=1e9),
-    )
+    cfg = UpdateConfig(gradient_accumulation=2, clip_range=0.02, max_grad_norm=1e9)
     for branchwise in (True, False):
         trained = copy.deepcopy(policy)
-        watched, optimizer = Watched(trained, rollout), Steps(trained)
+        watched, optimizer = Watched(trained, rollout), Recorder(trained, 0.02)
         stats = update(
             watched,
             optimizer,
             rollout,
             [0, 1, 2, 3],
-            advantages,
+            ADVANTAGES,
             dataclasses.replace(cfg, branchwise=branchwise),  # type: ignore[arg-type]
         )
         seen[branchwise] = stats, optimizer.seen, watched.calls
@@ -584,12 +521,9 @@ def test_a_step_left_out_leaves_the_next_one_on_policy(
     policy = tiny_policy()
     rollout = sampled(policy)
     (rollout.latents if fault == "state" else rollout.log_probs)[0] = math.nan
-    watched, optimizer = Watched(policy, rollout), Steps(policy)
-    advantages, cfg = (
-        {0: 1.5, 1: -0.5, 2: -1.0, 3: 0.25},
-        UpdateConfig(gradient_accumulation=2, max_grad_norm=1e9),
-    )
-    stats = update(watched, optimizer, rollout, [0, 1, 2, 3], advantages, cfg)  # type: ignore[arg-type]
+    watched, optimizer = Watched(policy, rollout), Recorder(policy, 0.02)
+    cfg = UpdateConfig(gradient_accumulation=2, max_grad_norm=1e9)
+    stats = update(watched, optimizer, rollout, [0, 1, 2, 3], ADVANTAGES, cfg)  # type: ignore[arg-type]
     assert stats.skipped == [True, False]
     assert watched.calls == ["cond+", "uncond+"] * 12
     assert stats.ratios[6:] == [1.0] * 6
@@ -602,48 +536,57 @@ def test_a_ratio_that_is_not_1_shows(tiny_policy: Any) -> None:
     forward gave.
     """
     base = tiny_policy()
-    rollout, policy = sampled(base), moved(base)
-    batch = micro_batch(rollout, PAIRS[:1])
+    rollout, policy = sampled(base), moved(base, 0.02)
+    batch = micro_batch(rollout, TRANSITIONS[:1])
     watched = Watched(policy, rollout)
     _, (ratio, *_) = backpropagate(
-        watched, rollout, PAIRS[:1], UpdateConfig(), None, scale=1 / 7.0, on_policy=True
+        watched, rollout, TRANSITIONS[:1], UpdateConfig(), None, scale=1 / 7.0, on_policy=True
     )  # type: ignore[arg-type]
-    joint = backward_of(policy, rollout, PAIRS[:1], UpdateConfig(branchwise=False), on_policy=True)
+    joint = backward_of(
+        policy, rollout, TRANSITIONS[:1], UpdateConfig(branchwise=False), on_policy=True
+    )
     assert ratio.tolist() == joint.stats.ratios != [1.0]
     expected = known_gradients(rollout, batch, UpdateConfig(), 1 / 7.0, torch.float32)
     assert same_bits([watched.gradients["cond"], watched.gradients["uncond"]], expected)  # type: ignore[arg-type]
 
 
 SHARDED = """
-import json, os, torch
+import json, torch
 from conftest import TinyPolicy
+from tiny_training import SMALL
 from torch.distributed.tensor import DTensor
-from fastgrpo.distributed import collectives
 from fastgrpo.config import ParallelConfig, RolloutConfig, RuntimeConfig, UpdateConfig
-from fastgrpo.training.rollout import sample_groups, start_rollout
+from fastgrpo.distributed import collectives
 from fastgrpo.distributed.sharding import prepare
-from fastgrpo.training.update import Pair, UpdateStatistics, accumulate_gradients
+from fastgrpo.training.rollout import sample_groups, start_rollout
+from fastgrpo.training.update import TrainedTransition, UpdateStatistics, accumulate_gradients
 
 device = collectives.start(RuntimeConfig(device="cpu"))
-rank, found = collectives.rank(), {}
-cfg = RolloutConfig(height=2, width=2, num_frames=2, num_inference_steps=6, num_generations=2, micro_batch_size=1, guidance_scale=3.0)
+rank, found, prompts = collectives.rank(), {}, ["a cat", "a dog"]
+size = {"num_generations": 2, "micro_batch_size": 1, "guidance_scale": 3.0}
+cfg = RolloutConfig(**(SMALL | size))
+orders = {"joint": (False, True), "known": (True, True), "off-policy": (True, False)}
+# one rank has fewer
+transitions = [TrainedTransition(*at) for at in AT][: 3 - 2 * rank]
 for shard in ("none", "full"):
     policy = TinyPolicy()
     prepare(policy.transformer, ParallelConfig(shard=shard), device, torch.float32)
-    rollout = start_rollout(policy, ["a cat", "a dog"], cfg, seed=3, iteration=1, first_slot=2 * rank, device=device)
+    at = {"seed": 3, "iteration": 1, "first_slot": 2 * rank, "device": device}
+    rollout = start_rollout(policy, prompts, cfg, **at)
     for _ in sample_groups(policy, rollout):
         pass
-    # one rank has fewer
-    pairs = [Pair(0, 0, 1.5), Pair(1, 2, -0.5), Pair(3, 1, -7.0)][: 3 - 2 * rank]
-    for name, branchwise, on_policy in (("joint", False, True), ("known", True, True), ("off-policy", True, False)):
+    for name, (branchwise, on_policy) in orders.items():
         policy.transformer.zero_grad(set_to_none=True)
         policy.batch_sizes.clear()
-        stats, update = UpdateStatistics(), UpdateConfig(branchwise=branchwise)
-        accumulate_gradients(policy, rollout, pairs, 3, 7.0, update, None, stats, on_policy=on_policy)
+        stats = UpdateStatistics(skipped=[] if on_policy else [False])
+        update = UpdateConfig(branchwise=branchwise)
+        accumulate_gradients(policy, rollout, transitions, 3, 7.0, update, None, stats)
         parameters = list(policy.transformer.parameters())
         collectives.average_gradients(parameters)
-        whole = [p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad for p in parameters]
-        found[f"{shard} {name}"] = [[g.flatten().tolist() for g in whole], stats.ratios, len(policy.batch_sizes)]
+        own = [p.grad for p in parameters]
+        whole = [g.full_tensor() if isinstance(g, DTensor) else g for g in own]
+        gradients = [g.flatten().tolist() for g in whole]
+        found[f"{shard} {name}"] = [gradients, stats.ratios, len(policy.batch_sizes)]
 print(json.dumps(found))
 collectives.stop()
 """
@@ -653,7 +596,7 @@ def test_sharded_ranks_keep_step_and_get_the_same_gradients(run_ranks: Any) -> N
     """FSDP2 over two processes: each order of the branches against the joint backward of whole
     copies.
     """
-    first, second = run_ranks(SHARDED)
+    first, second = run_ranks(f"AT = {AT[:3]}\n{SHARDED}")
     expected = [torch.tensor(g) for g in first["none joint"][0]]
     for key, (gradients, ratios, forwards) in first.items():
         assert forwards == second[key][2] == (9 if "off-policy" in key else 6)
@@ -663,9 +606,6 @@ def test_sharded_ranks_keep_step_and_get_the_same_gradients(run_ranks: Any) -> N
             torch.testing.assert_close(
                 torch.tensor(one), other, rtol=0, atol=1e-5 * other.abs().max().item()
             )
-
-
-# -------- un-tiled decode
 
 
 def test_the_decode_is_the_untiled_fp32_one_and_tiles_blend(make_wan: Any) -> None:
