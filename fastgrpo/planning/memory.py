@@ -1,7 +1,7 @@
-"""What a recipe needs of a GPU's memory and arithmetic, phase by phase: estimated from `dry_run`'s
-counts, before anything is allocated.
+"""What a recipe needs of a GPU's memory and arithmetic, phase by phase: estimated from the counts
+of `meta_model` before anything is allocated.
 
-Bytes are of one rank, and of tensors: what CUDA, NCCL, cuDNN and the allocator take besides is
+Bytes are of one rank, and of tensors. What CUDA, NCCL, cuDNN and the allocator take besides is
 `RESERVE`. GB and TFLOP are 1e9 and 1e12.
 """
 
@@ -17,8 +17,9 @@ from typing import Literal
 import torch
 
 from fastgrpo.config import ParallelConfig, TrainConfig
+from fastgrpo.errors import UserError, require
 from fastgrpo.planning import meta_model
-from fastgrpo.planning.meta_model import META, Cost, Network
+from fastgrpo.planning.meta_model import META, Cost, Network, NotPlannableError
 
 ACTIVATIONS: tuple[Literal["none", "keep_attention", "full"], ...] = (
     "none",
@@ -26,24 +27,32 @@ ACTIVATIONS: tuple[Literal["none", "keep_attention", "full"], ...] = (
     "full",
 )
 SMALLER_DECODE = "policy.vae_tiling true or policy.vae_dtype bf16"
+NOTHING_FITS = "more GPUs, a LoRA (policy.lora), or a smaller video"
 RESERVE = 4e9
-"""Bytes for the CUDA context, the libraries' workspaces, NCCL's buffers and the allocator's gaps."""
+"""Bytes for the CUDA context, libraries' workspaces, NCCL's buffers and the allocator's gaps."""
 MATMUL_RATE = 798e12
-"""FLOP/s, bf16 dense: matrix products of 8192 measured on one H100."""
+"""FLOP/s, bf16 dense: matrix products of 8192, measured on one H100."""
 ATTENTION_RATES = 600e12, 515e12
 """FLOP/s of attention on an H100, forward and backward, as published for torch's cuDNN attention at
 head dimension 128.
 """
 
+Phases = dict[str, dict[str, float]]
+"""Bytes by phase (rollout, decode, update, step) and by what they are."""
+
 
 @dataclass(frozen=True)
 class Counts:
-    """A recipe's network and sizes in numbers; costs are of one micro-batch (a decode: of one
-    video) and run when first asked for.
+    """A recipe's network and sizes in numbers.
 
-    velocity(activations, gathered): one branch, see `meta_model.velocity_cost`. latent: bytes of
-    one latent. fixed: bytes of what besides the network stays on the device: the VAE, and the
-    judge where it says its `memory_bytes`.
+    Attributes:
+        network: The trained network.
+        velocity: velocity(activations, gathered): the cost of one branch for one micro-batch, see
+            `meta_model.velocity_cost`; computed when it is first asked for.
+        decode: The cost of the decode of one video.
+        latent: Bytes of one latent.
+        conditioning: Bytes of one prompt's conditioning.
+        fixed: Bytes of what else stays on the device: the VAE, and a judge in this process.
     """
 
     network: Network
@@ -56,8 +65,12 @@ class Counts:
 
 @dataclass(frozen=True)
 class Work:
-    """FLOP of one rank in one iteration: products and convolutions, attention forward, attention
-    backward.
+    """FLOP of one rank in one iteration.
+
+    Attributes:
+        linear: Of matrix products and convolutions.
+        attention_forward: Of attention, forward.
+        attention_backward: Of attention, backward.
     """
 
     linear: float
@@ -70,32 +83,30 @@ class Work:
 
     @property
     def bound(self) -> float:
-        """Seconds, all at the rate of matrix products: nothing can be faster."""
+        """Seconds if all ran at the rate of matrix products: nothing can be faster."""
         return self.flop / MATMUL_RATE
 
     @property
     def expected(self) -> float:
-        """Seconds with attention at its own rates, and nothing else but products: what good kernels
-        come near to.
+        """Seconds with attention at its own rates and all else at that of matrix products: what
+        good kernels come near to.
         """
-        return (
-            self.linear / MATMUL_RATE
-            + self.attention_forward / ATTENTION_RATES[0]
-            + self.attention_backward / ATTENTION_RATES[1]
-        )
+        forward, backward = ATTENTION_RATES
+        attention = self.attention_forward / forward + self.attention_backward / backward
+        return self.linear / MATMUL_RATE + attention
 
 
 def count(config: TrainConfig) -> Counts:
     """Run the recipe's networks on the meta device, as on a GPU with Triton.
 
     Raises:
-        ValueError, FileNotFoundError: the policy cannot be planned, or not had, or cannot make
-            this size.
+        NotPlannableError: The policy cannot be planned.
+        ValueError, FileNotFoundError: Its model cannot be had, or cannot make this size.
     """
-    cfg, policy = config.rollout, config.policy
-    shape = policy.latent_shape(cfg.height, cfg.width, cfg.num_frames)
+    roll, policy = config.rollout, config.policy
+    shape = policy.latent_shape(roll.height, roll.width, roll.num_frames)
     twin, conditioning = meta_model.load_meta(policy)
-    latents = torch.empty(cfg.micro_batch_size, *shape, device=META)
+    latents = torch.empty(roll.micro_batch_size, *shape, device=META)
     dtype = torch.float32 if config.runtime.compute_dtype == "fp32" else torch.bfloat16
 
     @functools.cache
@@ -104,116 +115,120 @@ def count(config: TrainConfig) -> Counts:
             twin, conditioning, latents, dtype, activations=activations, gathered=gathered
         )
 
-    vae = getattr(twin, "vae", None)
-    vae_bytes = 0 if vae is None else sum(p.numel() * p.element_size() for p in vae.parameters())
+    vae = vars(twin).get("vae")
+    weights = [] if vae is None else vae.parameters()
     return Counts(
         network=meta_model.network_of(twin.transformer),
         velocity=velocity,
         decode=meta_model.decode_cost(twin, shape),
         latent=4 * math.prod(shape),
-        conditioning=sum(t.numel() * t.element_size() for t in conditioning.values()),
-        fixed=vae_bytes + int(getattr(config.reward, "memory_bytes", 0)),
+        conditioning=sum(tensor.nbytes for tensor in conditioning.values()),
+        fixed=sum(weight.nbytes for weight in weights) + config.reward.memory_bytes,
     )
 
 
 def resolve(cfg: ParallelConfig, world_size: int) -> ParallelConfig:
-    """`shard: auto` as it comes out on GPUs. ValueError: settings that do not go together, as
-    `sharding.shards` says them.
+    """The settings with `shard: auto` as it comes out on GPUs.
+
+    Raises:
+        ValueError: Settings that do not go together, as `sharding.shards` says.
     """
-    shard: Literal["full", "none"] = (
-        "full" if cfg.shard == "full" or (cfg.shard == "auto" and world_size > 1) else "none"
-    )
-    if world_size % cfg.replicas:
-        raise ValueError(
-            f"parallel.replicas: expected a divisor of the world size {world_size}, got {cfg.replicas}"
-        )
-    return dataclasses.replace(
-        cfg, shard=shard
-    )  # which refuses replicas or cpu_offload without sharding
+    divides = world_size % cfg.replicas == 0
+    expected = f"a divisor of the world size {world_size}"
+    require(divides, "parallel.replicas", expected, cfg.replicas)
+    if cfg.shard != "auto":
+        return cfg
+    return dataclasses.replace(cfg, shard="full" if world_size > 1 else "none")
 
 
-def memory(
-    config: TrainConfig, counts: Counts, cfg: ParallelConfig, world_size: int
-) -> dict[str, dict[str, float]]:
-    """Bytes on one GPU, by phase (rollout, decode, update, step) and by what they are.
+def memory(config: TrainConfig, counts: Counts, cfg: ParallelConfig, world_size: int) -> Phases:
+    """Bytes on one GPU.
 
-    cfg: the parallel settings, instead of the recipe's; `shard` must be resolved.
+    Args:
+        config: The recipe; its parallel settings are not read.
+        counts: Of this recipe.
+        cfg: The parallel settings, with `shard` resolved.
+        world_size: Number of GPUs.
     """
     network, update, roll = counts.network, config.update, config.rollout
-    sharded, on_gpu = cfg.shard == "full", 0 if cfg.cpu_offload else 1
-    ranks = world_size // cfg.replicas if sharded else 1
+    sharded = cfg.shard == "full"
     element = 4 if config.runtime.compute_dtype == "fp32" else 2
+    prompts = math.ceil(roll.num_prompts / world_size)
+    videos, steps = prompts * roll.num_generations, roll.num_inference_steps
+
+    # What stays: the master weights and all that has their shape lie in equal parts on the ranks.
+    part = world_size // cfg.replicas if sharded else 1
+    weights, trained = (
+        0 if cfg.cpu_offload else 4 * n / part for n in (network.parameters, network.trained)
+    )
     has_lora = network.trained < network.parameters
-    videos = math.ceil(roll.num_prompts / world_size) * roll.num_generations
     copies = bool(update.ema_decay) + (bool(update.kl_coef) and not has_lora)
     state = {
-        "fp32 weights": on_gpu * 4 * network.parameters / ranks,
-        "Adam": on_gpu * 8 * network.trained / ranks,
-        "copies (EMA, KL reference)": on_gpu * 4 * copies * network.trained / ranks,
+        "fp32 weights": weights,
+        "Adam": 2 * trained,
+        "copies (EMA, KL reference)": copies * trained,
         "VAE, judge": counts.fixed,
-        "trajectories": videos
-        * ((roll.num_inference_steps + 1) * counts.latent + 4 * roll.num_inference_steps)
-        + (math.ceil(roll.num_prompts / world_size) + 1) * counts.conditioning,
+        "trajectories": videos * ((steps + 1) * counts.latent + 4 * steps)
+        + (prompts + 1) * counts.conditioning,
     }
-    # A block, the next one on its way, and the buffer it arrives in; what is in no block stays from
-    # the forward's begin to its end.
-    passing = (
-        element * (network.root + min(3 * network.block, network.parameters)) if sharded else 0
-    )
+    # A block, the next one on its way, and the buffer it arrives in. What is in no block stays from
+    # the beginning of the forward pass to its end.
+    passing = element * (network.root + min(3 * network.block, network.parameters)) * sharded
     everything = element * network.parameters if sharded and cfg.keep_gathered else 0
-    gradients = {"gradients": on_gpu * 4 * network.trained / ranks}
-    forward, train, decode = (
-        counts.velocity(None, sharded),
-        counts.velocity(cfg.activations, sharded),
-        counts.decode,
-    )
+    forward, train = counts.velocity(None, sharded), counts.velocity(cfg.activations, sharded)
     branches = 2 if roll.guidance_scale != 1 else 1
-    graphs = branches if not update.branchwise else 1
-    share = network.trained / network.parameters
-    pending = roll.micro_batch_size * max(
-        config.scoring.max_pending, int(getattr(config.reward, "concurrency", 1))
-    )
-    waiting = {"frames that wait for the judge": min(pending, videos) * decode.kept}
+    graphs = 1 if update.branchwise else branches
+    pending = roll.micro_batch_size * max(config.scoring.max_pending, config.reward.concurrency)
+    waiting = {"frames that wait for the judge": min(pending, videos) * counts.decode.kept}
     return {
-        "rollout": state
-        | {
+        "rollout": {
+            **state,
             "gathered weights": max(passing, everything),
             "forward": forward.kept + forward.work + (branches + 2) * counts.latent,
-        }
-        | waiting,
-        "decode": state
-        | {"gathered weights": everything, "decode": decode.kept + decode.work}
-        | waiting,
-        "update": state
-        | gradients
-        | {
+            **waiting,
+        },
+        "decode": {
+            **state,
+            "gathered weights": everything,
+            "decode": counts.decode.kept + counts.decode.work,
+            **waiting,
+        },
+        "update": {
+            **state,
+            "gradients": trained,
             "gathered weights": passing,
-            # bf16 gradients of a block, and fp32 on their way to the ranks
-            "gradients of a block": (element + 4) * share * network.block if sharded else 0,
+            # In bf16, and in fp32 on their way to the ranks.
+            "gradients of a block": (element + 4)
+            * (network.trained / network.parameters)
+            * network.block
+            * sharded,
             "activations": graphs * train.kept + train.work,
         },
-        "step": state
-        | gradients
-        | {"gradients' reduction": 4 * network.trained if not sharded and world_size > 1 else 0},
+        "step": {
+            **state,
+            "gradients": trained,
+            "gradients' reduction": 4 * network.trained * (not sharded and world_size > 1),
+        },
     }
 
 
-def peak(phases: dict[str, dict[str, float]]) -> tuple[str, float]:
+def peak(phases: Phases) -> tuple[str, float]:
     """The phase that needs most, and its bytes."""
     sums = {name: sum(parts.values()) for name, parts in phases.items()}
     return max(sums.items(), key=lambda item: item[1])
 
 
 def host_bytes(config: TrainConfig, counts: Counts, cfg: ParallelConfig, world_size: int) -> float:
-    """Bytes in the host's memory of one rank under `cpu_offload`: weights, gradients, Adam, copies."""
-    whole = ParallelConfig(shard="full", replicas=cfg.replicas)
-    offloaded = memory(config, counts, dataclasses.replace(whole, cpu_offload=True), world_size)
-    return (
-        sum(memory(config, counts, whole, world_size)["step"].values())
-        - sum(offloaded["step"].values())
-        if cfg.cpu_offload
-        else 0.0
+    """Bytes in the host's memory of one rank under `cpu_offload`: weights, gradients, Adam and
+    copies.
+    """
+    if not cfg.cpu_offload:
+        return 0.0
+    on_gpu, off_gpu = (
+        memory(config, counts, dataclasses.replace(cfg, cpu_offload=offload), world_size)["step"]
+        for offload in (False, True)
     )
+    return sum(on_gpu.values()) - sum(off_gpu.values())
 
 
 def work(config: TrainConfig, counts: Counts, activations: str, world_size: int) -> dict[str, Work]:
@@ -223,17 +238,17 @@ def work(config: TrainConfig, counts: Counts, activations: str, world_size: int)
     videos, kept = prompts * roll.num_generations, prompts * (update.num_best + update.num_worst)
     branches = 2 if roll.guidance_scale != 1 else 1
     forward, train = counts.velocity(None, True), counts.velocity(activations, True)
-    shared = (
-        prompts * (math.ceil(roll.num_generations / size) - 1) * size
-        if roll.share_first_step and roll.same_noise
-        else 0
-    )
+
+    # Videos that start from the same noise share the first step's forward pass.
+    shared = 0
+    if roll.share_first_step and roll.same_noise:
+        shared = prompts * (math.ceil(roll.num_generations / size) - 1) * size
     forwards = branches * (videos * roll.num_inference_steps - shared) / size
+
     passes = kept * trained_steps(config) / size
     trained = branches if update.cfg_grad == "both" else 1
-    again: float = (
-        branches - trained + (branches if update.kl_coef else 0)
-    )  # forwards without a backward
+    # Forward passes without a backward pass, per pass of the update.
+    again: float = branches - trained + (branches if update.kl_coef else 0)
     if update.branchwise and branches == 2 and trained == 2:
         # Only the first optimizer step, and none with a KL, knows its gradient before any forward.
         again += 1.0 if update.kl_coef else max(0, kept - update.gradient_accumulation) / kept
@@ -250,7 +265,7 @@ def work(config: TrainConfig, counts: Counts, activations: str, world_size: int)
 
 
 def trained_steps(config: TrainConfig) -> int:
-    """Transitions that each chosen video trains."""
+    """Number of transitions that each chosen video trains."""
     roll = config.rollout
     if roll.sde_window == "all":
         return max(1, int(config.update.timestep_fraction * (roll.num_inference_steps - 1)))
@@ -263,23 +278,21 @@ def candidates(
     """Settings to choose from, best first: the least that is computed twice, then the least
     communication, offloading last.
     """
+    base = ParallelConfig(compile=config.parallel.compile)
+    alone, full = (dataclasses.replace(base, shard=shard) for shard in ("none", "full"))
     nodes = max(1, world_size // gpus_per_node)
-    replicas = [
-        r for r in dict.fromkeys((config.parallel.replicas, nodes, 1)) if world_size % r == 0
-    ]
-    compiled = config.parallel.compile
+    replicas = dict.fromkeys((config.parallel.replicas, nodes, 1))
     spread = [
-        ParallelConfig(shard="full", replicas=r, keep_gathered=keep, compile=compiled)
+        dataclasses.replace(full, replicas=r, keep_gathered=keep)
         for keep in (True, False)
         for r in replicas
+        if world_size % r == 0
     ]
-    alone = ParallelConfig(shard="none", compile=compiled)
     layouts = [*spread, alone] if world_size > 1 else [alone]
-    offload = ParallelConfig(shard="full", cpu_offload=True, compile=compiled)
     return [
-        dataclasses.replace(cfg, activations=a)
-        for group in (layouts, [offload])
-        for a in ACTIVATIONS
+        dataclasses.replace(cfg, activations=activations)
+        for group in (layouts, [dataclasses.replace(full, cpu_offload=True)])
+        for activations in ACTIVATIONS
         for cfg in group
     ]
 
@@ -291,34 +304,32 @@ def describe(cfg: ParallelConfig) -> str:
 
 
 def check_fits(config: TrainConfig, gpu_memory_bytes: float, world_size: int) -> None:
-    """Refuse, before anything is allocated, what cannot fit into a GPU; the tensors alone are held
-    against its memory, without RESERVE.
-
-    A policy that cannot be planned is not checked.
+    """Refuse, before anything is allocated, a recipe whose tensors (without RESERVE) cannot fit
+    into a GPU. A policy that cannot be planned is not checked.
 
     Raises:
-        ValueError: names the phase, what it needs, and the settings to change.
+        UserError: Names the phase, what it needs, and the settings to change.
     """
-    if not meta_model.can_load_meta(config.policy):
+    try:
+        counts = count(config)
+    except NotPlannableError:
         return
-    counts, cfg = count(config), resolve(config.parallel, world_size)
-    phase, needed = peak(memory(config, counts, cfg, world_size))
+
+    def needs(cfg: ParallelConfig) -> tuple[str, float]:
+        return peak(memory(config, counts, cfg, world_size))
+
+    phase, needed = needs(resolve(config.parallel, world_size))
     if needed <= gpu_memory_bytes:
         return
-    fitting = (
-        c
-        for c in candidates(config, world_size)
-        if peak(memory(config, counts, c, world_size))[1] + RESERVE <= gpu_memory_bytes
-    )
-    best = next(fitting, None)
-    advice = (
-        "more GPUs, a LoRA (policy.lora), or a smaller video: no settings of `parallel` are enough"
-        if best is None
-        else describe(best)
-    )
+    advice = f"{NOTHING_FITS}: no settings of `parallel` are enough"
+    for cfg in candidates(config, world_size):
+        if needs(cfg)[1] + RESERVE <= gpu_memory_bytes:
+            advice = describe(cfg)
+            break
     if phase == "decode":
         advice = f"{SMALLER_DECODE}, or {advice}"
-    raise ValueError(
-        f"parallel: expected a recipe that fits into the {gpu_memory_bytes / 1e9:.1f} GB of a GPU, but the {phase} of this one needs about "
-        f"{needed / 1e9:.1f} GB on each of {world_size} GPU(s). What to change: {advice} (`python -m fastgrpo plan` shows all of it)"
+    raise UserError(
+        f"parallel: expected a recipe that fits into the {gpu_memory_bytes / 1e9:.1f} GB of a GPU, "
+        f"but the {phase} of this one needs about {needed / 1e9:.1f} GB on each of {world_size} "
+        f"GPU(s). What to change: {advice} (`python -m fastgrpo plan` shows all of it)"
     )

@@ -1,11 +1,11 @@
-"""A generator on the meta device: what a forward, a forward with backward and a decode cost in FLOP
-and bytes, without weights or GPU.
+"""A generator on the meta device: FLOP and bytes of a forward pass, of a forward and backward pass
+and of a decode, without weights or GPU.
 
-diffusers' own modules run, on tensors that have shapes and no data, and every operator's work
-and every byte that lives is counted. Blocks that are alike are run once and counted as often as
-there are. What a GPU would do and the meta device does not is put in its place: attention keeps
-no scores (FlashAttention's operator; cuDNN's costs the same), autocast casts, fastgrpo_kernels'
-operations are Triton's.
+diffusers' own modules run on tensors that have shapes and no data. Every operator's work and every
+byte that lives is counted. Blocks that are alike are run once and counted as often as there are.
+Where the meta device differs from a GPU, the GPU's behaviour is put in its place: attention keeps
+no scores (FlashAttention's operator; cuDNN's costs the same), autocast casts, and the operations of
+fastgrpo_kernels are Triton's.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import copy
 import functools
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from fastgrpo_kernels import dispatch
@@ -27,45 +27,35 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry
 
 from fastgrpo.distributed import sharding
+from fastgrpo.errors import UserError
 from fastgrpo.interfaces import Conditioning, Policy
 
 META = torch.device("meta")
-_BF16_UNDER_AUTOCAST = {
-    "linear",
-    "conv1d",
-    "conv2d",
-    "conv3d",
-    "matmul",
-    "__matmul__",
-    "mm",
-    "bmm",
-    "addmm",
-    "baddbmm",
-    "einsum",
+_ATTENTION = "scaled_dot_product_attention"
+_16_BIT_UNDER_AUTOCAST = {
+    *("linear", "conv1d", "conv2d", "conv3d", "matmul", "__matmul__", "mm", "bmm", "addmm"),
+    *("baddbmm", "einsum", _ATTENTION),
 }
 _FP32_UNDER_AUTOCAST = {
-    "layer_norm",
-    "rms_norm",
-    "group_norm",
-    "softmax",
-    "log_softmax",
-    "exp",
-    "pow",
-    "rsqrt",
-    "sum",
-    "prod",
-    "cumsum",
+    *("layer_norm", "rms_norm", "group_norm", "softmax", "log_softmax", "exp", "pow", "rsqrt"),
+    *("sum", "prod", "cumsum"),
 }
-"""Of CUDA's autocast (ATen/autocast_mode.h), what video transformers use."""
+"""What video transformers use of the lists of CUDA's autocast (ATen/autocast_mode.h)."""
+
+
+class NotPlannableError(UserError):
+    """The policy has no networks on the meta device (`Policy.load_meta`)."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What some computation costs. FLOP of matrix products and convolutions, and of attention;
-    bytes on the device.
+    """What a computation costs.
 
-    kept: what lives on after the forward for the backward, the output included. work: what lives
-    besides at the worst moment.
+    Attributes:
+        linear: FLOP of matrix products and convolutions.
+        attention: FLOP of attention.
+        kept: Bytes that live on after the forward pass for the backward, the output included.
+        work: Bytes that live besides `kept` at the worst moment.
     """
 
     linear: float = 0.0
@@ -80,7 +70,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Network:
-    """The trained network in numbers: elements of all parameters, of the trained ones, of the
+    """Numbers of elements of the trained network: of all parameters, of the trained ones, of the
     largest block, and of what is in no block.
     """
 
@@ -91,31 +81,23 @@ class Network:
     num_blocks: int
 
 
-# -------- the policy
-
-
-def can_load_meta(policy: Policy) -> bool:
-    """Whether a policy has the method that `load_meta` calls."""
-    return callable(getattr(policy, "load_meta", None))
-
-
 def load_meta(policy: Policy) -> tuple[Any, Conditioning]:
-    """A copy of a policy with its networks on the meta device, and the conditioning of one prompt
-    there; reads configuration files alone.
+    """Copy a policy onto the meta device; reads only configuration files.
 
-    The policy does it by a method `load_meta() -> Conditioning`, which sets `transformer` and
-    what `decode` needs.
+    Returns:
+        The copy, and the conditioning of one prompt on the meta device.
 
     Raises:
-        ValueError: a policy without that method. FileNotFoundError, ValueError: a model that
-            cannot be had.
+        NotPlannableError: The policy has no `load_meta`.
+        FileNotFoundError, ValueError: The model cannot be had.
     """
-    if not can_load_meta(policy):
-        raise ValueError(
-            f"policy: {type(policy).__name__} has no method load_meta (fastgrpo/planning/meta_model.py), so that it cannot be planned"
-        )
-    twin: Any = copy.copy(policy)
+    twin = copy.copy(policy)
     conditioning = twin.load_meta()
+    if conditioning is None:
+        raise NotPlannableError(
+            f"policy: {type(policy).__name__} cannot be planned, since it has no method load_meta "
+            "(fastgrpo/interfaces.py)"
+        )
     twin.transformer.eval()
     return twin, {name: tensor.to(META) for name, tensor in conditioning.items()}
 
@@ -129,9 +111,6 @@ def network_of(transformer: nn.Module) -> Network:
     return Network(total, trained, max(sizes), total - sum(sizes), len(blocks))
 
 
-# -------- measuring
-
-
 def velocity_cost(
     policy: Any,
     conditioning: Conditioning,
@@ -141,34 +120,34 @@ def velocity_cost(
     activations: str | None,
     gathered: bool,
 ) -> Cost:
-    """One branch's velocity of `latents` [B, *latent_shape], on the meta device.
+    """Cost of one branch's velocity.
 
-    activations: of `ParallelConfig`, for a forward and a backward; None for a forward alone.
-    gathered: whether the parameters are in `compute_dtype`, as FSDP2 gathers them, or fp32
-    master weights that autocast casts.
+    Args:
+        policy: As `load_meta` makes it.
+        conditioning: Of one prompt, on the meta device.
+        latents: [B, *latent_shape] on the meta device.
+        compute_dtype: dtype of the forward pass.
+        activations: `ParallelConfig.activations` for a forward and backward pass; None for only a
+            forward pass.
+        gathered: Whether the parameters are in `compute_dtype`, as FSDP2 gathers them, or fp32
+            master weights that autocast casts.
     """
+    conditioning = {name: t.expand(len(latents), *t.shape[1:]) for name, t in conditioning.items()}
     lists = lists_of_blocks(policy.transformer)
 
     def cost(lengths: Mapping[str, int]) -> Cost:
-        with ExitStack() as stack:
-            stack.enter_context(
-                _first_blocks(policy, lengths, activations, compute_dtype, gathered)
-            )
-            conditions = {
-                name: tensor.expand(len(latents), *tensor.shape[1:])
-                for name, tensor in conditioning.items()
-            }
+        with _first_blocks(policy, lengths):
+            network = policy.transformer
+            for block in sharding.blocks_of(network) if activations not in (None, "none") else ():
+                # Function modes do not reach what the backward pass computes again.
+                block.forward = _as_on_a_gpu(block.forward, compute_dtype)
+                sharding.recompute(block, keep_attention=activations == "keep_attention")
+            for parameter in network.parameters() if gathered else ():
+                parameter.data = parameter.data.to(compute_dtype)
+            velocity = _as_on_a_gpu(policy.velocity, compute_dtype)
             return measure(
-                _as_on_a_gpu(
-                    lambda: policy.velocity(latents, latents.new_empty(len(latents)), conditions),
-                    compute_dtype,
-                ),
-                [
-                    *policy.transformer.parameters(),
-                    *policy.transformer.buffers(),
-                    latents,
-                    *conditions.values(),
-                ],
+                lambda: velocity(latents, latents.new_empty(len(latents)), conditioning),
+                [*network.parameters(), *network.buffers(), latents, *conditioning.values()],
                 backward=activations is not None,
             )
 
@@ -185,39 +164,29 @@ def velocity_cost(
 
 
 def decode_cost(policy: Any, latent_shape: tuple[int, ...]) -> Cost:
-    """The decode of one video, as the policy is set to do it; `kept` are its frames."""
-    latents, vae = (
-        torch.empty(1, *latent_shape, device=META),
-        cast(Any, getattr(policy, "vae", None)),
-    )
-    tiles = _share_of_tiles(vae, latent_shape) if getattr(vae, "use_tiling", False) else None
-    if tiles:
+    """Cost of the decode of one video, as the policy is set to do it; `kept` are its frames."""
+    latents = torch.empty(1, *latent_shape, device=META)
+    vae: Any = vars(policy).get("vae")
+    # Few tiles are quick to run, so a VAE that also tiles time is measured as it is.
+    by_area = getattr(vae, "use_tiling", False) and not hasattr(vae, "tile_sample_min_num_frames")
+    if by_area:
         vae.disable_tiling()
     try:
-        with torch.no_grad(), _attention_without_scores():
+        with torch.no_grad(), _AttentionWithoutScores():
             cost = measure(lambda: policy.decode(latents), [latents], backward=False)
     finally:
-        if tiles:
+        if by_area:
             vae.enable_tiling()
-    if tiles is None:
+    if not by_area:
         return cost
-    every, largest = (
-        tiles  # all tiles' frames live until they are blended, and then the blended ones too
-    )
-    return Cost(
-        cost.linear * every,
-        cost.attention * every,
-        cost.kept,
-        cost.work * largest + cost.kept * (every + 1),
-    )
+    # All tiles' frames live until they are blended, and then the blended ones too.
+    every, largest = share_of_tiles(vae, latent_shape)
+    work = cost.work * largest + cost.kept * (every + 1)
+    return Cost(cost.linear * every, cost.attention * every, cost.kept, work)
 
 
-def _share_of_tiles(vae: Any, latent_shape: tuple[int, ...]) -> tuple[float, float] | None:
-    """Area of all tiles and of the largest one, of a video's; None where a decode tiles time as
-    well, which few tiles make quick to run.
-    """
-    if hasattr(vae, "tile_sample_min_num_frames"):
-        return None
+def share_of_tiles(vae: Any, latent_shape: tuple[int, ...]) -> tuple[float, float]:
+    """The area of all tiles, and of the largest one, as shares of a video's area."""
     every = largest = 1.0
     for name, size in zip(("height", "width"), latent_shape[2:], strict=True):
         tile, stride = (
@@ -230,14 +199,25 @@ def _share_of_tiles(vae: Any, latent_shape: tuple[int, ...]) -> tuple[float, flo
 
 
 def measure(call: Callable[[], Tensor], given: list[Tensor], backward: bool) -> Cost:
-    """Run `call` on meta tensors, with a backward from its output or without autograd. Gradients of
-    parameters are not counted: each is let go of as soon as it is there.
+    """Run `call` on meta tensors and count.
 
-    given: tensors that were there before.
+    Gradients of parameters are not counted: each is released as soon as it exists.
+
+    Args:
+        call: The forward pass.
+        given: Tensors that existed before.
+        backward: Whether a backward pass from the output follows, or autograd is off.
     """
+
+    def drop_gradient(leaf: Tensor) -> None:
+        leaf.grad = None
+
     count = _Count(given)
-    leaves = [tensor for tensor in given if tensor.requires_grad and tensor.is_leaf]
-    hooks = [leaf.register_post_accumulate_grad_hook(_drop_gradient) for leaf in leaves if backward]
+    hooks = [
+        tensor.register_post_accumulate_grad_hook(drop_gradient)
+        for tensor in given
+        if backward and tensor.requires_grad and tensor.is_leaf
+    ]
     try:
         with count, torch.set_grad_enabled(backward):
             output = call()
@@ -250,22 +230,17 @@ def measure(call: Callable[[], Tensor], given: list[Tensor], backward: bool) -> 
     return Cost(float(count.linear), float(count.attention), float(kept), float(count.peak - kept))
 
 
-def _drop_gradient(parameter: Tensor) -> None:
-    parameter.grad = None
-
-
 class _Count(TorchDispatchMode):
-    """FLOP of the operators that run under it, by the formulas of torch's FlopCounterMode, which
-    itself takes several times as long; and the bytes of the storages that they make and that are
-    not freed yet, now and at most.
+    """Counts the FLOP of the operators that run under it, by the formulas of torch's
+    FlopCounterMode (which itself takes several times as long), and the bytes of the storages that
+    they make and that are not freed yet, now and at most.
     """
 
     def __init__(self, given: list[Tensor]) -> None:
         super().__init__()
         self.linear = self.attention = self.bytes = self.peak = 0
-        self._given = [
-            tensor.untyped_storage() for tensor in given
-        ]  # held, so that no other storage gets their addresses
+        # Held, so that no other storage gets their addresses.
+        self._given = [tensor.untyped_storage() for tensor in given]
         self._known = {storage._cdata for storage in self._given}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -274,58 +249,44 @@ class _Count(TorchDispatchMode):
         formula = flop_registry.get(func._overloadpacket)
         if formula is not None:
             flop = formula(*args, **kwargs, out_val=out)
-            is_attention = "attention" in func._overloadpacket.__name__
-            self.attention += flop if is_attention else 0
-            self.linear += 0 if is_attention else flop
+            if "attention" in func._overloadpacket.__name__:
+                self.attention += flop
+            else:
+                self.linear += flop
         for tensor in tree_leaves(out):
-            if (
-                isinstance(tensor, Tensor)
-                and (storage := tensor.untyped_storage())._cdata not in self._known
-            ):
+            if not isinstance(tensor, Tensor):
+                continue
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self._known:
                 self._known.add(storage._cdata)
                 self.bytes += storage.nbytes()
                 self.peak = max(self.peak, self.bytes)
-                weakref.finalize(
-                    storage, self._freed, storage._cdata, storage.nbytes()
-                ).atexit = False
+                free = functools.partial(self._free, storage._cdata, storage.nbytes())
+                weakref.finalize(storage, free).atexit = False
         return out
 
-    def _freed(self, address: int, size: int) -> None:
+    def _free(self, address: int, size: int) -> None:
         self._known.discard(address)
         self.bytes -= size
 
 
-# -------- blocks
-
-
 def lists_of_blocks(network: nn.Module) -> dict[str, int]:
-    """Name and length of each list of blocks that are alike; nothing where the network is one
-    block.
-    """
+    """Name and length of each list of blocks that are alike; none if the network is one block."""
     blocks = {id(block) for block in sharding.blocks_of(network)}
-    lists = {
-        name: module
-        for name, module in network.named_modules()
-        if isinstance(module, nn.ModuleList)
-    }
     return {
         name: len(module)
-        for name, module in lists.items()
-        if len(module) and all(id(block) in blocks for block in module)
+        for name, module in network.named_modules()
+        if isinstance(module, nn.ModuleList)
+        and len(module)
+        and all(id(block) in blocks for block in module)
     }
 
 
 @contextmanager
-def _first_blocks(
-    policy: Any,
-    lengths: Mapping[str, int],
-    activations: str | None,
-    compute_dtype: torch.dtype,
-    gathered: bool,
-) -> Iterator[None]:
-    """Let the policy have a network of the first blocks of each list, prepared as for training."""
+def _first_blocks(policy: Any, lengths: Mapping[str, int]) -> Iterator[None]:
+    """Give the policy a copy of its network that has only the first blocks of each list."""
     whole = policy.transformer
-    kept = {name: module._modules for name, module in whole.named_modules() if name in lengths}
+    kept = {name: whole.get_submodule(name)._modules for name in lengths}
     for name, modules in kept.items():
         whole.get_submodule(name)._modules = dict(list(modules.items())[: lengths[name]])
     try:
@@ -334,31 +295,16 @@ def _first_blocks(
         for name, modules in kept.items():
             whole.get_submodule(name)._modules = modules
     try:
-        for block in (
-            sharding.blocks_of(policy.transformer) if activations not in (None, "none") else ()
-        ):
-            block.forward = _as_on_a_gpu(
-                block.forward, compute_dtype
-            )  # function modes do not reach what backward computes again
-            sharding.recompute(block, keep_attention=activations == "keep_attention")
-        for parameter in policy.transformer.parameters() if gathered else ():
-            parameter.data = parameter.data.to(compute_dtype)
         yield
     finally:
         policy.transformer = whole
 
 
-# -------- in a GPU's place
-
-
 def _as_on_a_gpu(function: Callable[..., Any], compute_dtype: torch.dtype) -> Callable[..., Any]:
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
-        with (
-            _triton_operations(),
-            _attention_without_scores(),
-            _Autocast(compute_dtype),
-        ):  # the last one acts first
+        # The last mode acts first.
+        with _triton_operations(), _AttentionWithoutScores(), _Autocast(compute_dtype):
             return function(*args, **kwargs)
 
     return run
@@ -366,8 +312,8 @@ def _as_on_a_gpu(function: Callable[..., Any], compute_dtype: torch.dtype) -> Ca
 
 @contextmanager
 def _triton_operations() -> Iterator[None]:
-    """Let fastgrpo_kernels serve meta tensors with Triton's operators, which keep less for the
-    backward than the reference.
+    """Let Triton's operators serve meta tensors; they keep less for the backward pass than the
+    reference.
     """
     order, unsupported_reason = dispatch._order, dispatch.unsupported_reason
 
@@ -384,47 +330,39 @@ def _triton_operations() -> Iterator[None]:
         dispatch._order, dispatch.unsupported_reason = order, unsupported_reason
 
 
-class _attention_without_scores(TorchFunctionMode):
-    """scaled_dot_product_attention by FlashAttention's operator: on the meta device torch's own
-    choice would keep every score.
+class _AttentionWithoutScores(TorchFunctionMode):
+    """Serves scaled_dot_product_attention by FlashAttention's operator: torch's own choice on the
+    meta device would keep every score.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if getattr(func, "__name__", "") == "scaled_dot_product_attention":
+        if getattr(func, "__name__", "") == _ATTENTION:
             named = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
-            return torch.ops.aten._scaled_dot_product_flash_attention(
-                named["query"], named["key"], named["value"]
-            )[0]
+            q, k, v = (named[name] for name in ("query", "key", "value"))
+            return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]
         return func(*args, **kwargs)
 
 
 class _Autocast(TorchFunctionMode):
-    """What CUDA's autocast does, without its cache: there is none for the meta device."""
+    """Casts as CUDA's autocast does, without its cache; there is none for the meta device."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
         self.dtype = dtype
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name, kwargs = getattr(func, "__name__", ""), kwargs or {}
-        wanted = None
+        kwargs, name = kwargs or {}, getattr(func, "__name__", "")
         if self.dtype != torch.float32:
-            in_fp32 = name in _FP32_UNDER_AUTOCAST
-            wanted = (
-                torch.float32
-                if in_fp32
-                else self.dtype
-                if name in _BF16_UNDER_AUTOCAST or name == _ATTENTION
-                else None
-            )
-        if wanted is not None:
-            args, kwargs = tree_map(lambda value: _cast(value, wanted), (args, kwargs))
+            if name in _FP32_UNDER_AUTOCAST:
+                args, kwargs = _cast((args, kwargs), torch.float32)
+            elif name in _16_BIT_UNDER_AUTOCAST:
+                args, kwargs = _cast((args, kwargs), self.dtype)
         return func(*args, **kwargs)
 
 
-_ATTENTION = "scaled_dot_product_attention"
+def _cast(tree: Any, dtype: torch.dtype) -> Any:
+    def cast(value: Any) -> Any:
+        return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
-
-def _cast(value: Any, dtype: torch.dtype) -> Any:
-    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+    return tree_map(cast, tree)

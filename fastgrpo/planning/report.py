@@ -1,0 +1,175 @@
+"""The plan of a recipe as text: network, memory by phase, arithmetic, and the settings that fit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
+
+from tabulate import tabulate
+
+from fastgrpo.config import ParallelConfig, TrainConfig
+from fastgrpo.planning import memory
+from fastgrpo.planning.memory import Counts
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """The GPUs to plan for.
+
+    Attributes:
+        gpu_memory: Bytes of one GPU.
+        world_size: Number of GPUs.
+        gpus_per_node: GPUs of one node.
+    """
+
+    gpu_memory: float
+    world_size: int
+    gpus_per_node: int
+
+
+def plan(config: TrainConfig, cluster: Cluster) -> str:
+    """The whole plan.
+
+    Raises:
+        ValueError, FileNotFoundError: As `memory.count` and `memory.resolve`.
+    """
+    counts = memory.count(config)
+    cfg = memory.resolve(config.parallel, cluster.world_size)
+    return "\n\n".join(
+        [
+            network_lines(config, counts, cluster.world_size),
+            activation_table(counts, cfg.shard == "full"),
+            memory_table(config, counts, cfg, cluster.world_size),
+            work_table(config, counts, cluster.world_size),
+            settings_table(config, counts, cluster),
+            assumptions(config),
+        ]
+    )
+
+
+def network_lines(config: TrainConfig, counts: Counts, world_size: int) -> str:
+    """The recipe's size, and what one forward pass and one decode cost."""
+    network, roll, forward = counts.network, config.rollout, counts.velocity(None, True)
+    size, decode = roll.micro_batch_size, counts.decode
+    return (
+        f"{config.name} on {world_size} GPU(s): "
+        f"{roll.num_frames} frames of {roll.height} x {roll.width}, "
+        f"{roll.num_prompts} prompts x {roll.num_generations} videos\n"
+        f"parameters        {network.parameters / 1e6:,.1f} M, "
+        f"trained {network.trained / 1e6:,.1f} M, {network.num_blocks} blocks\n"
+        f"one forward       {tera(forward.linear / size)} TFLOP linear + "
+        f"{tera(forward.attention / size)} attention per video and branch\n"
+        f"VAE decode        {tera(decode.flop)} TFLOP and "
+        f"{giga(decode.kept + decode.work)} GB per video"
+    )
+
+
+def activation_table(counts: Counts, sharded: bool) -> str:
+    """What the backward pass keeps and computes under each setting of `parallel.activations`."""
+    costs = {name: counts.velocity(name, sharded) for name in memory.ACTIVATIONS}
+    rows = [(name, giga(c.kept), giga(c.work), tera(c.flop)) for name, c in costs.items()]
+    title = "one branch, forward and backward pass of a micro-batch"
+    return table(title, ("activations", "kept GB", "+ work GB", "TFLOP"), rows)
+
+
+def memory_table(config: TrainConfig, counts: Counts, cfg: ParallelConfig, world_size: int) -> str:
+    """GB per GPU by phase, under the recipe's own settings."""
+    phases = memory.memory(config, counts, cfg, world_size)
+    names = dict.fromkeys(name for parts in phases.values() for name in parts)
+    rows = [(name, *(giga(parts.get(name, 0)) for parts in phases.values())) for name in names]
+    rows.append(("peak", *(giga(sum(parts.values())) for parts in phases.values())))
+    title = f"GB on each GPU as configured ({memory.describe(cfg)})"
+    text = table(title, ("", *phases), rows)
+    if cfg.cpu_offload:
+        host = giga(memory.host_bytes(config, counts, cfg, world_size))
+        text += f"\n  and {host} GB of the host's memory for each GPU"
+    return text
+
+
+def work_table(config: TrainConfig, counts: Counts, world_size: int) -> str:
+    """TFLOP and seconds of an iteration, under the recipe's own settings."""
+    phases = memory.work(config, counts, config.parallel.activations, world_size)
+    phases["all"] = memory.Work(*map(sum, zip(*map(astuple, phases.values()), strict=True)))
+    rows = [
+        (name, tera(work.flop), f"{work.bound:,.1f}", f"{work.expected:,.1f}")
+        for name, work in phases.items()
+    ]
+    head = ("", "TFLOP", "bound s", "attention at its rates s")
+    return table("one iteration, each GPU", head, rows)
+
+
+def settings_table(config: TrainConfig, counts: Counts, cluster: Cluster) -> str:
+    """Which settings fit, best first, and the first that does."""
+    room, world_size = cluster.gpu_memory - memory.RESERVE, cluster.world_size
+    rows, best = [], None
+    for cfg in memory.candidates(config, world_size, cluster.gpus_per_node):
+        phase, needed = memory.peak(memory.memory(config, counts, cfg, world_size))
+        work = memory.work(config, counts, cfg.activations, world_size)
+        if needed <= room:
+            best = best or cfg
+        rows.append(
+            (
+                cfg.activations,
+                cfg.shard,
+                cfg.replicas,
+                str(cfg.keep_gathered).lower(),
+                str(cfg.cpu_offload).lower(),
+                giga(needed),
+                phase,
+                f"{sum(w.bound for w in work.values()):,.1f}",
+                "fits" if needed <= 0.9 * room else "fits, closely" if needed <= room else "-",
+            )
+        )
+    head = ("activations", "shard", "replicas", "keep_gathered", "cpu_offload")
+    head += ("peak GB", "in", "bound s", "")
+    lines = [table(f"settings, against {giga(room)} GB", head, rows), ""]
+    own = memory.resolve(config.parallel, world_size)
+    phase, needed = memory.peak(memory.memory(config, counts, own, world_size))
+    if phase == "decode" and needed > room:
+        lines.append(
+            f"as configured, the decode needs most: {memory.SMALLER_DECODE} would lower it\n"
+        )
+    if best is None:
+        return "\n".join([*lines, f"nothing fits: {memory.NOTHING_FITS}"])
+    return "\n".join([*lines, f"recommended: {memory.describe(best)}"])
+
+
+def assumptions(config: TrainConfig) -> str:
+    """What the numbers stand on."""
+    judge = config.reward.memory_bytes
+    dtype = "fp32" if config.runtime.compute_dtype == "fp32" else "bf16"
+    forward, backward = (f"{rate / 1e12:.0f}" for rate in memory.ATTENTION_RATES)
+    named = "" if judge else " (its class names no memory_bytes)"
+    return f"""assumed:
+  {memory.RESERVE / 1e9:.0f} GB of each GPU for CUDA, workspaces, NCCL and the allocator's gaps
+  GB are 1e9 bytes; compute in {dtype}; attention keeps no scores
+  Triton's pointwise operations, unless policy.fused is false
+  texts of the greatest length; no parallel.compile, which keeps less
+  the text encoder is freed before training
+  bytes: counted on diffusers' modules on the meta device, live tensors at the worst moment
+  bound: all at {memory.MATMUL_RATE / 1e12:.0f} TFLOP/s, as measured on an H100 in bf16
+  attention's own rates: {forward} forward, {backward} backward (torch's cuDNN attention, published)
+  no time for pointwise work, communication, offloading, optimizer or a judge
+  judge: {judge / 1e9:.1f} GB on this GPU{named}"""
+
+
+def table(title: str, head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Columns of cells under a title; the first and an unnamed last column are aligned left."""
+    align = ["left"] + ["right"] * (len(head) - 2) + ["right" if head[-1] else "left"]
+    text = tabulate(rows, head, tablefmt="plain", colalign=align, disable_numparse=True)
+    return "\n".join([title, *(f"  {line.rstrip()}" for line in text.splitlines())])
+
+
+def giga(value: float) -> str:
+    """In units of 1e9."""
+    return number(value / 1e9, 2)
+
+
+def tera(value: float) -> str:
+    """In units of 1e12."""
+    return number(value / 1e12, 1)
+
+
+def number(value: float, digits: int) -> str:
+    """With `digits` decimals, or with two significant digits if those would all be 0."""
+    return f"{value:,.{digits}f}" if value >= 10**-digits or not value else f"{value:.1e}"
