@@ -70,6 +70,10 @@ def same_bits(one: Iterable[Any] | Mapping[str, Tensor], other: Any) -> bool:
     return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
+def without_times(metrics: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in metrics.items() if not k.startswith("time/") and k != "step_time"}
+
+
 class Recorder(torch.optim.SGD):
     """An optimizer that keeps the gradients that each step was given."""
 

@@ -8,26 +8,20 @@ import copy
 import json
 import math
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
 import torch
+from tiny_training import CPU, same_bits, weights_of, without_times
 
-from fastgrpo.config import (
-    EvaluationConfig,
-    PacingConfig,
-    PromptsConfig,
-    RolloutConfig,
-    TrainConfig,
-    UpdateConfig,
-)
+from fastgrpo.config import PacingConfig, PromptsConfig, RolloutConfig, TrainConfig, UpdateConfig
 from fastgrpo.rewards.queue import ScoringQueue
 from fastgrpo.training import step
 from fastgrpo.training.step import Trainer
 
-CPU = torch.device("cpu")
 CAPTIONS = ["a cat", "a dog", "a fish", "a cow", "a horse"]
+STAGES = ("red", "green", "blue")
 NAN = math.nan
 ROLLOUT = {
     "num_prompts": 2,
@@ -66,7 +60,6 @@ def make(one_rank: Any, tiny_policy: Any, tiny_judge: Any) -> Iterator[Callable[
             rollout=RolloutConfig(**(ROLLOUT | (rollout or {}))),
             update=UpdateConfig(**(UPDATE | (update or {}))),
             pacing=PacingConfig(**({"thresholds": (0.5, 0.5)} | (pacing or {}))),
-            evaluation=EvaluationConfig(),
             **top,
         )
         judges.append(ScoringQueue(reward))
@@ -77,40 +70,27 @@ def make(one_rank: Any, tiny_policy: Any, tiny_judge: Any) -> Iterator[Callable[
         judge.close()
 
 
-def without_times(metrics: dict[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in metrics.items() if not k.startswith("time/") and k != "step_time"}
-
-
 def weights(trainer: Trainer) -> list[torch.Tensor]:
-    return [p.detach().clone() for p in trainer.policy.transformer.parameters()]
+    return [*weights_of(trainer.policy).values()]
 
 
-def all_equal(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
-    return all(torch.equal(p, q) for p, q in zip(one, other, strict=True))
+def normalised(rewards: Sequence[float]) -> list[float]:
+    """Eq. 10."""
+    return [(r - statistics.fmean(rewards)) / statistics.stdev(rewards) for r in rewards]
 
 
-# -------- one step, redone
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What each call of `update` gets: rollout, chosen, advantages and its keywords."""
+    found: list[Any] = []
 
+    def watched(policy: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+        found.append((*args[:3], kwargs))
+        return own(policy, optimizer, *args, **kwargs)
 
-def watch_update(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """What each call of `update` was handed: rollout, chosen, advantages."""
-    calls: list[Any] = []
-
-    def watched(
-        policy: Any,
-        optimizer: Any,
-        rollout: Any,
-        chosen: Any,
-        advantages: Any,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
-        calls.append((rollout, chosen, advantages, kwargs))
-        return real(policy, optimizer, rollout, chosen, advantages, *args, **kwargs)
-
-    real = step.update
+    own = step.update
     monkeypatch.setattr(step, "update", watched)
-    return calls
+    return found
 
 
 def channel_means(trainer: Trainer, rollout: Any) -> list[list[float]]:
@@ -132,11 +112,10 @@ def channel_means(trainer: Trainer, rollout: Any) -> list[list[float]]:
 
 @pytest.mark.parametrize("stage", [1, 3])
 def test_a_step_trains_the_best_and_the_worst_of_each_group(
-    make: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch, stage: int
+    make: Callable[..., Trainer], calls: list[Any], stage: int
 ) -> None:
     trainer = make(pacing={"mode": "static", "static_stage": stage})
     untouched = make()
-    calls = watch_update(monkeypatch)
     metrics = trainer.step(1)
     ((rollout, chosen, advantages, _),) = calls
     assert len({*rollout.prompts}) == 2
@@ -144,8 +123,7 @@ def test_a_step_trains_the_best_and_the_worst_of_each_group(
     scores = channel_means(untouched, rollout)  # before the update
     rewards = [row[stage - 1] for row in scores]
     for group in (range(6), range(6, 12)):
-        own = [rewards[i] for i in group]
-        expected = [(r - statistics.fmean(own)) / statistics.stdev(own) for r in own]
+        expected = normalised([rewards[i] for i in group])
         assert [advantages[i] for i in group] == pytest.approx(expected, rel=1e-3)
         ranked = sorted(group, key=lambda i: rewards[i])
         trained = [i for i in chosen if i in group]
@@ -159,7 +137,7 @@ def test_a_step_trains_the_best_and_the_worst_of_each_group(
     assert metrics["reward_std"] == pytest.approx(
         (statistics.stdev(rewards[:6]) + statistics.stdev(rewards[6:])) / 2, abs=1e-6
     )
-    for k, name in enumerate(("red", "green", "blue")):
+    for k, name in enumerate(STAGES):
         assert metrics[f"rewards/{name}/mean"] == pytest.approx(
             statistics.fmean(row[k] for row in scores), abs=1e-6
         )
@@ -167,7 +145,7 @@ def test_a_step_trains_the_best_and_the_worst_of_each_group(
         assert metrics[f"competence/{name}"] == pytest.approx(
             metrics[f"rewards/{name}/mean"], abs=1e-9
         )
-    assert not all_equal(weights(trainer), weights(untouched))
+    assert not same_bits(weights(trainer), weights(untouched))
     assert metrics["iteration"] == 1
     assert {
         "time/rollout",
@@ -181,7 +159,7 @@ def test_a_step_trains_the_best_and_the_worst_of_each_group(
 
 
 def test_the_reward_is_the_self_paced_mixture(
-    make: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch
+    make: Callable[..., Trainer], calls: list[Any]
 ) -> None:
     """Two stages below their thresholds and above: weights as Eqs. 6 and 9 written out, and
     advantages of the mixture.
@@ -195,7 +173,6 @@ def test_the_reward_is_the_self_paced_mixture(
         }
     )
     untouched = make()
-    calls = watch_update(monkeypatch)
     metrics = trainer.step(1)
     ((rollout, _, advantages, _),) = calls
     scores = channel_means(untouched, rollout)
@@ -218,19 +195,16 @@ def test_the_reward_is_the_self_paced_mixture(
     total = sum(math.exp(2 * g) for g in gates)
     w = [math.exp(2 * g) / total for g in gates]
     assert min(w) > 0.05
-    assert [metrics[f"weights/{name}"] for name in ("red", "green", "blue")] == pytest.approx(
-        w, abs=1e-5
-    )
+    assert [metrics[f"weights/{name}"] for name in STAGES] == pytest.approx(w, abs=1e-5)
     for g, group in enumerate(groups):
         mixed = [sum(a * b for a, b in zip(w, row, strict=True)) for row in group]
-        expected = [(r - statistics.fmean(mixed)) / statistics.stdev(mixed) for r in mixed]
-        assert [advantages[6 * g + i] for i in range(6)] == pytest.approx(expected, abs=2e-3)
+        got = [advantages[6 * g + i] for i in range(6)]
+        assert got == pytest.approx(normalised(mixed), abs=2e-3)
 
 
 def test_a_group_without_scores_is_skipped_and_counted(
-    make: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch
+    make: Callable[..., Trainer], calls: list[Any]
 ) -> None:
-    calls = watch_update(monkeypatch)
     trainer = make(captions=["an unseen cat", "a dog"], shuffle=False)
     metrics = trainer.step(1)
     ((_, chosen, advantages, _),) = calls
@@ -245,7 +219,7 @@ def test_a_group_without_scores_is_skipped_and_counted(
 
 
 def test_a_video_without_a_score_is_in_no_mean_and_not_trained(
-    make: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch, tiny_judge: Any
+    make: Callable[..., Trainer], calls: list[Any], tiny_judge: Any
 ) -> None:
     seen: list[tuple[list[list[float]], list[bool]]] = []
 
@@ -258,14 +232,12 @@ def test_a_video_without_a_score_is_in_no_mean_and_not_trained(
             seen.extend(zip(scores.tolist(), valid.tolist(), strict=True))  # type: ignore[arg-type]
             return scores, valid
 
-    calls = watch_update(monkeypatch)
     metrics = make(pacing={"mode": "one_stage"}, reward=Blind()).step(1)
     ((_, chosen, advantages, _),) = calls
     assert metrics["num_invalid_videos"] == 3
     assert not {1, 2, 7} & {*chosen}
     for group in ([0, 3, 4, 5], [6, 8, 9, 10, 11]):
-        own = [seen[i][0][0] for i in group]
-        expected = [(r - statistics.fmean(own)) / statistics.stdev(own) for r in own]
+        expected = normalised([seen[i][0][0] for i in group])
         assert [advantages[i] for i in group] == pytest.approx(expected, rel=1e-5)
     assert sorted(advantages) == [0, 3, 4, 5, 6, 8, 9, 10, 11]
     assert metrics["reward"] == pytest.approx(statistics.fmean(row[0] for row, ok in seen if ok))
@@ -275,7 +247,7 @@ def test_no_group_with_scores_is_no_update_and_no_crash(make: Callable[..., Trai
     trainer = make(captions=["an unseen cat"], shuffle=False)
     before = weights(trainer)
     metrics = trainer.step(1)
-    assert all_equal(weights(trainer), before)
+    assert same_bits(weights(trainer), before)
     assert metrics["num_skipped_groups"] == 2
     assert math.isnan(metrics["reward"])
     assert math.isnan(metrics["loss"])
@@ -289,7 +261,7 @@ def test_equal_videos_are_no_signal(make: Callable[..., Trainer]) -> None:
     before = weights(trainer)
     metrics = trainer.step(1)
     assert metrics["frac_reward_zero_std"] == 1.0
-    assert all_equal(weights(trainer), before)
+    assert same_bits(weights(trainer), before)
 
 
 def test_prompts_are_walked_through_and_dealt_in_blocks(
@@ -316,13 +288,10 @@ def test_updates_skipped_in_a_row_are_counted_over_iterations(make: Callable[...
     assert trainer.skipped_in_a_row == 2
     trainer.step(2)
     assert trainer.skipped_in_a_row == 4
-    assert all_equal(weights(trainer), before)
+    assert same_bits(weights(trainer), before)
     hook.remove()
     assert trainer.step(3)["num_skipped_updates"] == 0
     assert trainer.skipped_in_a_row == 0
-
-
-# -------- learning rate, EMA, reference
 
 
 @pytest.mark.parametrize(
@@ -357,7 +326,7 @@ def test_optimizer_state_is_there_from_the_start_at_step_0(
     make: Callable[..., Trainer], tiny_policy: Any
 ) -> None:
     trainer = make()
-    assert all_equal(weights(trainer), [p.detach() for p in tiny_policy().transformer.parameters()])
+    assert same_bits(weights(trainer), [p.detach() for p in tiny_policy().transformer.parameters()])
     assert len(trainer.optimizer.state) == 3
     for state in trainer.optimizer.state.values():
         assert float(state["step"]) == 0
@@ -390,21 +359,17 @@ def test_ema_is_taken_after_each_optimizer_step(
 
 
 def test_reference_is_a_frozen_copy_of_the_first_weights(
-    make: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch
+    make: Callable[..., Trainer], calls: list[Any]
 ) -> None:
-    calls = watch_update(monkeypatch)
     trainer = make(update={"kl_coef": 0.1})
     before = weights(trainer)
     metrics = [trainer.step(i) for i in (1, 2)]
     reference = calls[-1][3]["reference"]
-    assert all_equal([*reference.values()], before)
+    assert same_bits([*reference.values()], before)
     assert not any(p.requires_grad for p in reference.values())
-    assert not all_equal(weights(trainer), before)
+    assert not same_bits(weights(trainer), before)
     assert metrics[1]["kl"] > 0
     assert make().reference is None
-
-
-# -------- state
 
 
 @pytest.mark.parametrize("ema_decay", [0.0, 0.5])
@@ -424,14 +389,14 @@ def test_a_trainer_goes_on_from_its_state_to_the_bit(
     other.load_tensors(tensors)
     other.load_state_dict(state)
     assert (other.prompts_drawn, other.skipped_in_a_row) == (4, 3)
-    assert all_equal(weights(other), weights(one))
+    assert same_bits(weights(other), weights(one))
     for iteration in (3, 4):
         assert without_times(other.step(iteration)) == without_times(one.step(iteration))
-        assert all_equal(weights(other), weights(one))
+        assert same_bits(weights(other), weights(one))
     if ema_decay:
         assert one.sampling_weights is not None
         assert other.sampling_weights is not None
-        assert all_equal([*other.sampling_weights.values()], [*one.sampling_weights.values()])
+        assert same_bits([*other.sampling_weights.values()], [*one.sampling_weights.values()])
     # And it is the state that does it:
     fresh = make(**settings)
     assert without_times(fresh.step(5)) != without_times(one.step(5))
@@ -445,32 +410,36 @@ def test_a_resume_takes_rates_from_the_configuration(make: Callable[..., Trainer
     group = other.optimizer.param_groups[0]
     assert (group["lr"], group["weight_decay"], tuple(group["betas"])) == (0.3, 0.4, (0.7, 0.8))
     moments = [s["exp_avg"] for s in other.optimizer.state.values()]
-    assert all_equal(moments, [s["exp_avg"] for s in one.optimizer.state.values()])
+    assert same_bits(moments, [s["exp_avg"] for s in one.optimizer.state.values()])
     assert all(m.any() for m in moments)
-
-
-# -------- two ranks
 
 
 TWO_RANKS = """
 import json, torch
 from conftest import TinyJudge, TinyPolicy
+from fastgrpo.config import *
 from fastgrpo.distributed import collectives
-from fastgrpo.config import EvaluationConfig, PacingConfig, PromptsConfig, RolloutConfig, RuntimeConfig, TrainConfig, UpdateConfig
-from fastgrpo.training.step import Trainer
 from fastgrpo.rewards.queue import ScoringQueue
-device = collectives.start(RuntimeConfig(device="cpu"))
-answers = []
+from fastgrpo.training.step import Trainer
+
+device, answers = collectives.start(RuntimeConfig(device="cpu")), []
 for captions in {captions!r}:
     policy, reward = TinyPolicy(), TinyJudge()
-    config = TrainConfig(policy=policy, reward=reward, prompts=PromptsConfig(train="-", shuffle=False),
-        rollout=RolloutConfig(**{rollout!r}), update=UpdateConfig(**{update!r}), pacing=PacingConfig(thresholds=(0.5, 0.5)))
+    config = TrainConfig(
+        policy=policy,
+        reward=reward,
+        prompts=PromptsConfig(train="-", shuffle=False),
+        rollout=RolloutConfig(**{rollout!r}),
+        update=UpdateConfig(**{update!r}),
+        pacing=PacingConfig(thresholds=(0.5, 0.5)),
+    )
     judge = ScoringQueue(reward)
     trainer = Trainer(config, policy, judge, captions, device, torch.float32)
     trainer.optimizer = torch.optim.SGD(policy.transformer.parameters(), lr=1.0)
     metrics = trainer.step(1)
     passes = collectives.gather(len(policy.batch_sizes))
-    answers.append([metrics, [p.flatten().tolist() for p in policy.transformer.parameters()], passes, trainer.prompts_drawn])
+    weights = [p.flatten().tolist() for p in policy.transformer.parameters()]
+    answers.append([metrics, weights, passes, trainer.prompts_drawn])
     judge.close()
 print(json.dumps(answers))
 collectives.stop()
