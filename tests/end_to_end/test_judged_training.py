@@ -22,7 +22,7 @@ import yaml
 Train = Callable[..., Any]
 Endpoint = Callable[..., Any]
 STAGES = ("visual_quality", "temporal_smoothness", "text_alignment")
-SHORT = {"timeout": 5.0, "patience": 20.0, "backoff": 0.02, "set_aside": 0.1}
+SHORT = {"timeout": 5.0, "patience": 20.0, "set_aside": 0.1}
 CLOCKED_OR_COUNTED = re.compile("time/|step_time|judge/")
 
 

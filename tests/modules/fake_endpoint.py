@@ -1,4 +1,4 @@
-"""A fake OpenAI-compatible server on a real socket, that fails as it is told to."""
+"""A fake OpenAI-compatible server on a real socket that fails as it is told to."""
 
 from __future__ import annotations
 
@@ -13,13 +13,16 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from fastgrpo.rewards.vlm.endpoint_check import QUESTION
+
 
 @dataclass(frozen=True)
 class Fault:
-    """What happens instead of an answer, after `delay` seconds: a status with a body, a closed
-    connection (`close`), or, with the defaults, a late answer. cut: only so many bytes of the
-    answer are sent, of those that the header promises (`hang_up`) or as all there is. drip:
-    seconds between one byte and the next.
+    """What happens instead of an answer, after `delay` seconds.
+
+    A status with a body, a closed connection (`close`), or, by default, a late answer. cut: only so
+    many bytes of the answer are sent, of those that the header promises (`hang_up`) or as all there
+    is. drip: seconds between one byte and the next.
     """
 
     status: int = 200
@@ -34,9 +37,7 @@ class Fault:
 
 @dataclass
 class Request:
-    """One chat request as it came: JSON, headers, when, and the number of those at work with it,
-    itself included.
-    """
+    """One chat request: JSON, headers, time, and the requests at work with it, itself included."""
 
     body: dict[str, Any]
     headers: dict[str, str]
@@ -55,21 +56,23 @@ class Request:
 
 @dataclass
 class FakeEndpoint:
-    """Answers every question with `answer(request)`: a text, or pairs of a token and the
-    probabilities of what could stand in its place.
+    """Answers every question with `answer(request)`.
 
-    faults: used up one a request, in order. always: thereafter, for every request. models: what
-    /v1/models lists; None has no such page. key: the token that requests must carry. delay:
-    seconds to an answer.
+    An answer is a text, pairs of a token and the log-probabilities of what could stand in its
+    place, or fields of the completion. The questions of `endpoint_check` are kept in `checks`,
+    apart from `requests`, and meet no fault but `always`. faults: used up one per request, in
+    order. always: thereafter, for every request. models: what /v1/models lists. key: the token that
+    requests must carry. delay: seconds to an answer.
     """
 
-    models: list[str] | None = field(default_factory=lambda: ["judge"])
+    models: list[str] = field(default_factory=lambda: ["judge"])
     answer: Callable[[Request], Any] = lambda request: "7.25"
     key: str = ""
     delay: float = 0.0
     faults: deque[Fault] = field(default_factory=deque)
     always: Fault | None = None
     requests: list[Request] = field(default_factory=list)
+    checks: list[Request] = field(default_factory=list)
     port: int = 0
 
     def __post_init__(self) -> None:
@@ -135,13 +138,14 @@ class FakeEndpoint:
                 connection.shutdown(socket.SHUT_RDWR)
 
     def _get(self, handler: BaseHTTPRequestHandler) -> None:
-        pages: dict[str, Any] = {"/version": {"version": "0.0.fake"}, "/health": {}}
-        if self.models is not None:
-            cards = [
-                {"id": m, "object": "model", "created": 0, "owned_by": "fake", "root": f"there/{m}"}
-                for m in self.models
-            ]
-            pages["/v1/models"] = {"object": "list", "data": cards}
+        cards = [
+            {"id": m, "object": "model", "created": 0, "owned_by": "fake", "root": f"there/{m}"}
+            for m in self.models
+        ]
+        pages: dict[str, Any] = {
+            "/version": {"version": "0.0.fake"},
+            "/v1/models": {"object": "list", "data": cards},
+        }
         if self.key and handler.headers.get("authorization") != f"Bearer {self.key}":
             self._send(handler, self._unauthorized(handler))
         elif handler.path in pages:
@@ -159,8 +163,9 @@ class FakeEndpoint:
                 time.monotonic(),
                 self._at_work,
             )
-            self.requests.append(request)
-            fault = self.faults.popleft() if self.faults else self.always
+            check = request.text.startswith(QUESTION)
+            (self.checks if check else self.requests).append(request)
+            fault = self.faults.popleft() if self.faults and not check else self.always
         try:
             time.sleep(self.delay + (fault.delay if fault else 0.0))
         finally:
@@ -206,7 +211,9 @@ class FakeEndpoint:
             time.sleep(fault.drip)
 
     def _completion(self, request: Request) -> dict[str, Any]:
-        answer, logprobs = self.answer(request), None
+        answer, logprobs, fields = self.answer(request), None, {}
+        if isinstance(answer, dict):
+            answer, fields = answer["answer"], {"usage": answer["usage"]}
         if not isinstance(answer, str):
             entries = [
                 {
@@ -230,4 +237,4 @@ class FakeEndpoint:
             "created": 0,
             "model": "judge",
             "choices": [choice],
-        }
+        } | fields

@@ -30,12 +30,11 @@ def server_engine() -> Iterator[Callable[..., Any]]:
     from fastgrpo.rewards.vlm.served import ServerEngine
 
     made: list[ServerEngine] = []
-    short: dict[str, Any] = {"timeout": 1.0, "patience": 4.0, "backoff": 0.02, "set_aside": 0.1}
+    short: dict[str, Any] = {"timeout": 1.0, "patience": 4.0, "set_aside": 0.1}
 
     def make(*endpoints: Any, **options: Any) -> ServerEngine:
-        engine = ServerEngine(
-            tuple(endpoint.url for endpoint in endpoints), "judge", **{**short, **options}
-        )
+        urls = tuple(endpoint.url for endpoint in endpoints)
+        engine = ServerEngine(urls, **({"model": "judge"} | short | options))
         made.append(engine)
         engine.load(torch.device("cpu"))
         return engine

@@ -18,129 +18,67 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import av
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch import Tensor
 
-from fastgrpo.rewards.server.completions import FROM_ONE as ACCEPTED_FROM_ONE
-from fastgrpo.rewards.server.completions import read_question
 from fastgrpo.rewards.vlm.answers import NUMBER
 from fastgrpo.rewards.vlm.background import BackgroundLoop
 from fastgrpo.rewards.vlm.endpoints import FAILURES
 from fastgrpo.rewards.vlm.engine import Clip, Decoding, Reply
 from fastgrpo.rewards.vlm.failures import LONGEST_ERROR
-from fastgrpo.rewards.vlm.served import FROM_ONE, ServerEngine
-from fastgrpo.rewards.vlm.transport import Video, chat_request, encode_clip
+from fastgrpo.rewards.vlm.served import ServerEngine
+from fastgrpo.rewards.vlm.transport import FROM_ONE, encode_clip
 
 Clips = Callable[..., Clip]
 Engines = Callable[..., ServerEngine]
 
 
 def decode(url: str) -> Tensor:
-    """Frames [n, 3, H, W] of a data URL, by PIL and PyAV."""
+    """Frames [n, 3, H, W] of a data URL, by PIL."""
     head, data = url.split(",", 1)
-    if head == "data:video/mp4;base64":
-        with av.open(io.BytesIO(base64.b64decode(data))) as container:
-            pictures = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
-    else:
-        assert head in ("data:video/jpeg;base64", "data:image/png;base64")
-        pictures = [
-            np.asarray(Image.open(io.BytesIO(base64.b64decode(part)))) for part in data.split(",")
-        ]
+    assert head == "data:video/jpeg;base64"
+    pictures = [
+        np.asarray(Image.open(io.BytesIO(base64.b64decode(part)))) for part in data.split(",")
+    ]
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
 
 
-# -------- what is sent
+# What is sent
 
 
-@pytest.mark.parametrize("transport", ["frames", "images", "mp4"])
 def test_frames_arrive_bit_equal_and_before_the_text(
-    transport: Any, fake_endpoint: Any, server_engine: Engines, random_clip: Clips
+    fake_endpoint: Any, server_engine: Engines, random_clip: Clips
 ) -> None:
-    """mp4 too: H.264 without loss in RGB, so the tolerance is 0."""
     server, clip = fake_endpoint(), random_clip(n=4)
-    asked = server_engine(server, transport=transport).ask(
-        [clip], [["Why?", "How?"]], Decoding(max_tokens=9, temperature=0.7, seed=11)
-    )
+    decoding = Decoding(max_tokens=9, temperature=0.7, seed=11)
+    asked = server_engine(server).ask([clip], [["Why?", "How?"]], decoding)
     assert asked == [[Reply("7.25"), Reply("7.25")]]
-    kind = {"frames": ["video_url"], "images": ["image_url"] * 4, "mp4": ["video_url"]}[transport]
     for request, question in zip(server.requests, ("Why?", "How?"), strict=True):
-        assert [part["type"] for part in request.body["messages"][0]["content"]] == [*kind, "text"]
-        frames = torch.cat([decode(part[part["type"]]["url"]) for part in request.media])
-        assert torch.equal(frames, clip.frames)
-        assert request.text == question
-        assert {
-            key: request.body[key] for key in ("model", "max_tokens", "temperature", "seed")
-        } == {
+        video, text = request.body["messages"][0]["content"]
+        assert torch.equal(decode(video["video_url"]["url"]), clip.frames)
+        assert text == {"type": "text", "text": question}
+        assert {key: request.body[key] for key in request.body.keys() - {"messages"}} == {
             "model": "judge",
             "max_tokens": 9,
             "temperature": 0.7,
             "seed": 11,
+            "mm_processor_kwargs": {"fps": 2.0},
+            "media_io_kwargs": {"video": {"num_frames": -1, "fps": 2.0}},
         }
-        assert request.body.get("mm_processor_kwargs") == (
-            {"fps": 2.0} if transport == "frames" else None
-        )
-        loading = {
-            "frames": {"video": {"num_frames": -1, "fps": 2.0}},
-            "mp4": {"video": {"num_frames": 4, "fps": -1}},
-        }
-        assert request.body.get("media_io_kwargs") == loading.get(transport)
 
 
-def test_mp4_says_its_rate(random_clip: Clips) -> None:
-    video = encode_clip(Clip(random_clip(n=4).frames, 1.5), "mp4")
-    assert isinstance(video, Video)
-    url = video.parts[0]["video_url"]["url"]
-    with av.open(io.BytesIO(base64.b64decode(url.split(",")[1]))) as container:
-        assert container.streams.video[0].average_rate == 1.5
-        assert container.streams.video[0].frames == 4
-
-
-@pytest.mark.parametrize(
-    ("guided", "field"),
-    [
-        ("none", {}),
-        ("structured_outputs", {"structured_outputs": {"regex": NUMBER}}),
-        ("guided_regex", {"guided_regex": NUMBER}),
-        ("response_format", {"response_format": {"type": "regex", "regex": NUMBER}}),
-    ],
-)
-def test_a_constraint_is_in_the_field_that_the_server_reads(
-    guided: Any, field: dict, fake_endpoint: Any, server_engine: Engines, random_clip: Clips
+def test_a_constraint_is_sent_only_if_it_is_asked_for(
+    fake_endpoint: Any, server_engine: Engines, random_clip: Clips
 ) -> None:
     server = fake_endpoint()
-    judge = server_engine(server, guided=guided)
+    judge = server_engine(server)
     judge.ask([random_clip()], [["?"]], Decoding(constrained=True))
     judge.ask([random_clip()], [["?"]], Decoding())
-    names = {"structured_outputs", "guided_regex", "response_format", "logprobs", "top_logprobs"}
-    assert [{key: r.body[key] for key in names & r.body.keys()} for r in server.requests] == [
-        field,
-        {},
-    ]
-
-
-@pytest.mark.parametrize("guided", ["structured_outputs", "guided_regex", "response_format"])
-@pytest.mark.parametrize("transport", ["frames", "images"])
-def test_our_own_server_reads_the_request(guided: Any, transport: Any, random_clip: Clips) -> None:
-    """Both halves were written apart; `completions.read_question` is the server's."""
-    assert FROM_ONE == ACCEPTED_FROM_ONE
-    decoding = Decoding(max_tokens=2, constrained=True, probabilities=True)
-    arguments = chat_request(
-        "judge", encode_clip(random_clip(), transport), "Why?", decoding, guided, FROM_ONE
-    )
-    body = {key: value for key, value in arguments.items() if key != "extra_body"} | arguments[
-        "extra_body"
-    ]
-    question = read_question(json.dumps(body).encode(), max_tokens=16)
-    assert (question.text, question.fps, question.from_one, question.top) == (
-        "Why?",
-        2.0,
-        True,
-        True,
-    )
+    fields = [request.body.get("structured_outputs") for request in server.requests]
+    assert fields == [{"regex": NUMBER}, None]
 
 
 def test_numbers_that_begin_with_one() -> None:
@@ -156,7 +94,7 @@ def test_pictures_are_encoded_once_a_clip(
     calls: list[Clip] = []
     monkeypatch.setattr(
         "fastgrpo.rewards.vlm.served.encode_clip",
-        lambda clip, transport: calls.append(clip) or encode_clip(clip, transport),
+        lambda clip: calls.append(clip) or encode_clip(clip),
     )
     server_engine(fake_endpoint()).ask(
         [random_clip(i) for i in range(3)], [["a", "b", "c"]] * 3, Decoding()
@@ -164,23 +102,7 @@ def test_pictures_are_encoded_once_a_clip(
     assert len(calls) == 3
 
 
-@pytest.mark.parametrize(
-    ("clip", "words"),
-    [
-        (Clip(torch.zeros(2, 3, 28, 28), 2.0), "uint8"),
-        (Clip(torch.zeros(0, 3, 28, 28, dtype=torch.uint8), 2.0), "expected frames"),
-        (Clip(torch.zeros(2, 28, 28, 3, dtype=torch.uint8), 2.0), "expected frames"),
-        (Clip(torch.zeros(2, 3, 28, 28, dtype=torch.uint8), 0.0), "fps"),
-    ],
-)
-def test_what_is_no_clip_is_named(
-    clip: Clip, words: str, fake_endpoint: Any, server_engine: Engines
-) -> None:
-    with pytest.raises(ValueError, match=words):
-        server_engine(fake_endpoint()).ask([clip], [["?"]], Decoding())
-
-
-# -------- order and concurrency
+# Order and concurrency
 
 
 def video_of(request: Any) -> str:
@@ -264,7 +186,7 @@ def test_both_limits_hold_for_all_callers_together(
     assert max(map(len, videos)) == 2
 
 
-# -------- faults
+# Faults
 
 
 COMPLETION = (
@@ -481,7 +403,7 @@ def test_after_a_failure_the_next_call_has_its_own_patience(
     assert judge.ask([random_clip()], [["a"]], Decoding()) == [[Reply("7.25")]]
 
 
-# -------- interrupt and close
+# Interrupt and close
 
 
 def hung(fake_endpoint: Any, fault: Any, server_engine: Engines) -> tuple[Any, ServerEngine]:

@@ -11,8 +11,8 @@ import pytest
 
 from fastgrpo.rewards.vlm.answers import NUMBER, expected_answer
 from fastgrpo.rewards.vlm.engine import Clip, Decoding, Reply
-from fastgrpo.rewards.vlm.served import FROM_ONE, LEAST_PROBABILITY, ServerEngine
-from fastgrpo.rewards.vlm.transport import TOP_LOGPROBS, read_digits, read_text
+from fastgrpo.rewards.vlm.served import LEAST_PROBABILITY, ServerEngine
+from fastgrpo.rewards.vlm.transport import FROM_ONE, TOP_LOGPROBS, read_digits, read_text
 
 Clips = Callable[..., Clip]
 Engines = Callable[..., ServerEngine]
@@ -155,15 +155,6 @@ def test_without_logprobs_there_are_no_digits(
     assert server_engine(server).ask([random_clip()], [["?"]], EXPECTED) == [[Reply("8.25")]]
     server.answer = answer
     assert server_engine(server).ask([random_clip()], [["?"]], Decoding()) == [[Reply("8.25")]]
-
-
-def test_probabilities_need_a_way_to_ask_for_ten(
-    fake_endpoint: Any, server_engine: Engines, random_clip: Clips
-) -> None:
-    server = fake_endpoint(answer=answer)
-    with pytest.raises(ValueError, match="guided: expected structured_outputs"):
-        server_engine(server, guided="none").ask([random_clip()], [["?"]], EXPECTED)
-    assert server.requests == []
 
 
 def completion(**choice: Any) -> Any:

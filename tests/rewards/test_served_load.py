@@ -18,7 +18,6 @@ import torch
 
 from fastgrpo.rewards.vlm.engine import Clip, Decoding, Reply
 from fastgrpo.rewards.vlm.served import ServerEngine
-from fastgrpo.rewards.vlm.transport import check_transport
 
 CPU = torch.device("cpu")
 KEY = "sk-a-key-that-nobody-may-see"
@@ -26,33 +25,31 @@ Clips = Callable[..., Clip]
 Engines = Callable[..., ServerEngine]
 
 
-# -------- load
+# Load
 
 
 def test_what_the_servers_say_of_themselves_is_described(
     fake_endpoint: Any, server_engine: Engines
 ) -> None:
     first, second = fake_endpoint(), fake_endpoint(models=["other", "judge"])
-    judge = server_engine(first, second, transport="images", guided="guided_regex")
+    judge = server_engine(first, second)
     said = {"root": "there/judge", "version": "0.0.fake"}
     assert json.loads(json.dumps(judge.describe())) == {
         "engine": "server",
         "model": "judge",
         "endpoints": [first.url, second.url],
-        "transport": "images",
-        "guided": "guided_regex",
         "servers": {first.url: said, second.url: said},
     }
     assert (judge.memory_bytes, judge.last_errors()) == (0, {})
 
 
-def test_a_server_without_a_list_of_models_is_asked_for_its_health(
+def test_the_only_model_is_the_default(
     fake_endpoint: Any, server_engine: Engines, random_clip: Clips
 ) -> None:
-    server = fake_endpoint(models=None)
-    judge = server_engine(server)
-    assert judge.describe()["servers"] == {server.url: {"version": "0.0.fake"}}
-    assert judge.ask([random_clip()], [["a"]], Decoding()) == [[Reply("7.25")]]
+    judge = server_engine(fake_endpoint(), model="")
+    assert judge.describe()["model"] == "judge"
+    with pytest.raises(ValueError, match="it serves 'a', 'b'"):
+        server_engine(fake_endpoint(models=["a", "b"]), model="")
 
 
 @pytest.mark.timeout(60)
@@ -123,7 +120,7 @@ def test_a_server_of_another_model_is_left_alone(
     assert "it serves 'other'" in judge.last_errors()[other.url]
 
 
-# -------- key
+# Key
 
 
 @pytest.mark.timeout(60)
@@ -245,7 +242,7 @@ def test_a_key_that_no_header_can_hold_is_refused_and_not_repeated(
         assert "cret" not in str(raised.value)
 
 
-# -------- options
+# Options
 
 
 @pytest.mark.parametrize(
@@ -262,18 +259,11 @@ def test_a_key_that_no_header_can_hold_is_refused_and_not_repeated(
             {"endpoints": ("http://a", "http://a/v1/")},
             "endpoints: expected different ones, got http://a/v1, http://a/v1",
         ),
-        ({"model": ""}, "model: expected"),
         ({"concurrency": 0}, "concurrency: expected at least 1, got 0"),
         ({"requests_in_flight": -1}, "requests_in_flight: expected at least 1, got -1"),
         ({"timeout": 0.0}, "timeout: expected a positive number of seconds, got 0.0"),
         ({"patience": float("inf")}, "patience: expected a positive number of seconds, got inf"),
-        ({"backoff": float("nan")}, "backoff: expected a positive number of seconds, got nan"),
-        ({"set_aside": 600.0}, "set_aside: expected less than patience, 600.0"),
-        ({"transport": "gif"}, "transport: expected one of frames, images, mp4, got 'gif'"),
-        (
-            {"guided": "json"},
-            "guided: expected one of none, structured_outputs, guided_regex, response_format, got 'json'",
-        ),
+        ({"set_aside": 600.0}, "set_aside: expected seconds above 0 and below patience, 600.0"),
     ],
 )
 def test_options_are_checked(options: dict[str, Any], words: str) -> None:
@@ -281,30 +271,11 @@ def test_options_are_checked(options: dict[str, Any], words: str) -> None:
         ServerEngine(**{"endpoints": ("http://a/v1",), "model": "judge", **options})
 
 
-def test_mp4_needs_its_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
-    check_transport("mp4", "none")
-    monkeypatch.setattr("av.codecs_available", {"h264"})
-    with pytest.raises(ImportError, match="libx264rgb"):
-        check_transport("mp4", "none")
-
-
-def test_ask_needs_load_and_as_many_questions_as_clips(random_clip: Clips) -> None:
+def test_ask_needs_load(random_clip: Clips) -> None:
     judge = ServerEngine(("http://127.0.0.1:1",), "judge", concurrency=3)
     assert judge.concurrency == 3
     with pytest.raises(RuntimeError, match="call load"):
         judge.ask([random_clip()], [["a"]], Decoding())
-    with pytest.raises(ValueError, match="got 2 for 1 clips"):
-        judge.ask([random_clip()], [["a"], ["b"]], Decoding())
-
-
-def test_nothing_to_ask_is_no_request(
-    fake_endpoint: Any, server_engine: Engines, random_clip: Clips
-) -> None:
-    server = fake_endpoint()
-    judge = server_engine(server)
-    assert judge.ask([], [], Decoding()) == []
-    assert judge.ask([random_clip()], [[]], Decoding()) == [[]]
-    assert server.requests == []
 
 
 @pytest.mark.timeout(60)

@@ -1,9 +1,4 @@
-"""A judge behind one or many OpenAI-compatible servers: `trtllm-serve`, vLLM, or `python -m
-fastgrpo serve-judge`.
-
-Run against a fake endpoint, with the faults that its tests name, and against our own server; not
-against vLLM or TensorRT-LLM. What those two take is said in `transport.py`.
-"""
+"""A judge behind one or many OpenAI-compatible servers: vLLM, or `fastgrpo serve_judge`."""
 
 from __future__ import annotations
 
@@ -14,7 +9,7 @@ import re
 import threading
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -23,8 +18,10 @@ import torch
 from openai import AsyncOpenAI
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_random_exponential
 
+from fastgrpo.errors import UserError, require
 from fastgrpo.rewards.vlm.answers import NUMBER
 from fastgrpo.rewards.vlm.background import BackgroundLoop
+from fastgrpo.rewards.vlm.endpoint_check import FAILED, Finding, check_endpoint, needed_checks
 from fastgrpo.rewards.vlm.endpoints import (
     Endpoint,
     EndpointPool,
@@ -35,57 +32,50 @@ from fastgrpo.rewards.vlm.endpoints import (
 from fastgrpo.rewards.vlm.engine import Clip, Decoding, Reply
 from fastgrpo.rewards.vlm.failures import LONGEST_ERROR, Refused, TryAgain, failure_of
 from fastgrpo.rewards.vlm.transport import (
-    Guided,
-    Transport,
+    FROM_ONE,
     Video,
     chat_request,
-    check_transport,
     encode_clip,
     read_digits,
     read_text,
 )
 
-FROM_ONE = r"1\.[0-9]{2}|10\.00"
-"""The numbers of NUMBER that begin with 1."""
 LEAST_PROBABILITY = 1e-6
-"""Of a first "1": below it, what would follow is not asked for."""
+"""Of a first "1": below it, the probability of what would follow is not requested."""
 
 Result = TypeVar("Result")
 
 
 class ServerEngine:
-    """Asks a vision-language model behind OpenAI-compatible servers (engine.Engine).
+    """Asks a vision-language model behind OpenAI-compatible servers (`engine.Engine`).
 
-    Of each clip the first question goes ahead alone; the others follow together, to the endpoint
-    that answered it, whose prefix cache then holds the video. Connection errors, time-outs,
-    statuses 408, 409, 425, 429 and 5xx, and answers that are no chat completion are tried again,
-    on whichever endpoint is well. With 401, 403 and 404 an endpoint refuses all: it is set aside
-    and the others are asked; where all refuse, that is the reply's error at once. Any other
-    status is so at the first endpoint.
+    The first question about a clip goes ahead alone; the others follow together, to the endpoint
+    that answered it, whose prefix cache then holds the video. These are tried again, on any
+    endpoint that is well: connection errors, time-outs, statuses 408, 409, 425, 429 and 5xx, and
+    answers that are no chat completion. An endpoint that answers 401, 403 or 404 is set aside and
+    the others are asked; if all do, the reply is an error at once. Any other status is an error at
+    the first endpoint.
+
+    Probabilities are those of a number: an answer whose probabilities are requested is constrained.
+    A digit that is not among the 20 likeliest tokens counts as 0. vLLM masks what the constraint
+    forbids before it takes probabilities: the digits of one place keep their proportions, but
+    `Reply.ten` is then "0" against "." instead of against all that could follow a "1".
 
     Args:
-        endpoints: base URLs, as `http://host:8000/v1`; `/v1` is added to one without a path. All
-            serve the same model. model: its name there (`/v1/models` lists it). api_key_env:
-            name of the environment variable with the key, never the key itself; where it is not
-            set, "none" is sent. One for all. concurrency: videos that are asked about at a time.
-            requests_in_flight: requests at a time, to all endpoints together. timeout: seconds
-            for one request, all in all. patience: seconds for which a question is tried again
-            before its reply is an error. Where no endpoint has answered any for so long, the
-            questions that wait behind it fail too: `ask` then ends within another `timeout`.
-            backoff: seconds, at most, before the second try; doubled at every further one, up to
-            `set_aside`. set_aside: seconds for which an endpoint rests after two failures in a
-            row; doubled at every further one, up to a quarter of `patience`; with jitter.
-            transport: how a clip travels: frames (our server, vLLM), images, mp4 (trtllm-serve);
-            see `transport.encode_clip`. guided: how a server is told what a constrained answer
-            looks like: structured_outputs (ours, vLLM from 0.11), guided_regex (ours, vLLM
-            before), response_format (ours, trtllm-serve with `guided_decoding_backend:
-            xgrammar`); none leaves answers free.
-
-    An answer whose probabilities are asked for is a number, constrained. They are those that a
-    server gives for its 20 likeliest tokens; a digit that is not among them counts as 0 (our
-    server always lists the ten digits). vLLM masks what a constraint forbids before it takes
-    them: the digits of one place keep their proportions, but `ten` is then "0" against "."
-    rather than against all that could follow a "1".
+        endpoints: Base URLs such as `http://host:8000/v1`; `/v1` is added to one without a path.
+            All serve the same model.
+        model: The model's name there (`/v1/models` lists it); "" for the only one.
+        api_key_env: Name of the environment variable that holds the key of all endpoints, never the
+            key itself. If it is not set, "none" is sent.
+        concurrency: Videos that are asked about at a time.
+        requests_in_flight: Requests at a time, to all endpoints together.
+        timeout: Seconds for one request.
+        patience: Seconds for which a question is tried again before its reply is an error. If no
+            endpoint has answered any question for so long, the waiting questions fail too: `ask`
+            then ends within another `timeout`.
+        set_aside: Seconds for which an endpoint rests after two failures in a row. Doubled at every
+            further one, up to a quarter of `patience`, with jitter. The wait before a question's
+            second try is at most a twentieth of it, doubled at every further try.
     """
 
     def __init__(
@@ -97,51 +87,24 @@ class ServerEngine:
         requests_in_flight: int = 32,
         timeout: float = 120.0,
         patience: float = 600.0,
-        backoff: float = 0.5,
         set_aside: float = 10.0,
-        transport: Transport = "frames",
-        guided: Guided = "structured_outputs",
     ) -> None:
-        for name, count in (
-            ("concurrency", concurrency),
-            ("requests_in_flight", requests_in_flight),
-        ):
-            if count < 1:
-                raise ValueError(f"{name}: expected at least 1, got {count}")
-        for name, seconds in (
-            ("timeout", timeout),
-            ("patience", patience),
-            ("backoff", backoff),
-            ("set_aside", set_aside),
-        ):
-            if not 0 < seconds < math.inf:
-                raise ValueError(f"{name}: expected a positive number of seconds, got {seconds}")
-        if set_aside >= patience:
-            raise ValueError(
-                f"set_aside: expected less than patience, {patience}, or no endpoint is tried after it, got {set_aside}"
-            )
-        if not model:
-            raise ValueError("model: expected the name that the server gives it, got none")
+        require(concurrency >= 1, "concurrency", "at least 1", concurrency)
+        require(requests_in_flight >= 1, "requests_in_flight", "at least 1", requests_in_flight)
+        for name, seconds in (("timeout", timeout), ("patience", patience)):
+            require(0 < seconds < math.inf, name, "a positive number of seconds", seconds)
+        rest = f"seconds above 0 and below patience, {patience}"
+        require(0 < set_aside < patience, "set_aside", rest, set_aside)
         if not re.fullmatch("[A-Z_][A-Z0-9_]*", api_key_env):
-            # What was given is not repeated: it may be the key.
-            raise ValueError(
-                "api_key_env: expected the name of the environment variable that holds the key, in capitals"
+            # The value is not repeated: it may be the key.
+            raise UserError(
+                "api_key_env: expected the name of the environment variable that holds the key, "
+                "in capitals"
             )
-        check_transport(transport, guided)
         self._urls = check_urls(endpoints)
-        self._model, self._api_key_env, self._transport, self._guided = (
-            model,
-            api_key_env,
-            transport,
-            guided,
-        )
+        self._model, self._api_key_env = model, api_key_env
         self._concurrency, self._requests_in_flight = concurrency, requests_in_flight
-        self._timeout, self._patience, self._backoff, self._set_aside = (
-            timeout,
-            patience,
-            backoff,
-            set_aside,
-        )
+        self._timeout, self._patience, self._set_aside = timeout, patience, set_aside
         self._servers: dict[str, dict[str, str]] = {}
         self._key = ""
         self._running: BackgroundLoop | None = None
@@ -152,10 +115,12 @@ class ServerEngine:
 
     def load(self, device: torch.device) -> None:
         """Find the servers: at least one must answer within `patience` and serve the model.
-        `device` is not used.
+
+        Args:
+            device: Not used.
 
         Raises:
-            ValueError: none does; what each said instead.
+            UserError: No server does; with what each answered instead.
         """
         self.close()
         self._key = read_key(self._api_key_env)
@@ -169,31 +134,29 @@ class ServerEngine:
     def ask(
         self, clips: Sequence[Clip], questions: Sequence[Sequence[str]], decoding: Decoding
     ) -> list[list[Reply]]:
-        """A reply to each question about each clip, in the order given; a failure is the `error` of
-        its reply.
+        """A reply to each question about each clip, in the order given.
 
-        May be called from several threads; the limits hold for all of them together.
+        A failure is the `error` of its reply. May be called from several threads; the limits hold
+        for all of them together. Without clips, as a judge calls it when it is loaded, the
+        endpoints are checked for what answers of this kind need (`endpoint_check`).
 
         Raises:
-            ValueError: another number of lists of questions than of clips, frames that are not
-                those of a clip, or probabilities without `guided`, which the second request, for
-                the probability of a 10, needs. RuntimeError: `load` was not called, or `close`
-                was meanwhile.
+            UserError: An endpoint fails a check.
+            RuntimeError: `load` was not called, or `close` was meanwhile.
         """
-        if len(clips) != len(questions):
-            raise ValueError(
-                f"expected a list of questions a clip, got {len(questions)} for {len(clips)} clips"
-            )
-        if decoding.probabilities and self._guided == "none":
-            raise ValueError(
-                "guided: expected structured_outputs, guided_regex or response_format for probabilities, got none"
-            )
-        running = self._running  # once: `close` may take it away meanwhile
-        if running is None:
-            raise RuntimeError("ServerEngine: call load() before ask()")
+        if not clips:
+            for url, findings in self.check(needed_checks(decoding)).items():
+                for finding in findings:
+                    if finding.verdict == FAILED:
+                        raise UserError(f"{url}: check {finding.check}: {finding.evidence}")
+            return []
         # Copied on this thread: its stream is the one that the frames were made on.
         moved = [Clip(clip.frames.cpu(), clip.fps) for clip in clips]
-        return running.run(self._ask(moved, questions, decoding))
+        return self._run(lambda: self._ask(moved, questions, decoding))
+
+    def check(self, names: Collection[str]) -> dict[str, list[Finding]]:
+        """What the named checks find, for each endpoint that serves the model; not counted."""
+        return self._run(lambda: self._check(names))
 
     def close(self) -> None:
         """Stop at once: an `ask` that waits in another thread raises RuntimeError."""
@@ -202,13 +165,11 @@ class ServerEngine:
             running.close(self._disconnect())
 
     def describe(self) -> dict[str, Any]:
-        """Model, endpoints, how they are asked, and what the servers said of themselves at `load`."""
+        """Model, endpoints, and what the servers said of themselves at `load`."""
         return {
             "engine": "server",
             "model": self._model,
             "endpoints": list(self._urls),
-            "transport": self._transport,
-            "guided": self._guided,
             "servers": {url: dict(said) for url, said in self._servers.items()},
         }
 
@@ -219,12 +180,13 @@ class ServerEngine:
 
     @property
     def memory_bytes(self) -> int:
-        """0: the model lies elsewhere."""
+        """0: the model is elsewhere."""
         return 0
 
     def counters(self) -> dict[str, int]:
-        """Since the last call: requests, failed_requests (those that were tried again too) and
-        endpoints_set_aside.
+        """Counts since the last call: requests, failed_requests, endpoints_set_aside.
+
+        A request that was tried again is among the failed ones.
         """
         with self._lock:
             counts, self._counts = self._counts, Counter()
@@ -240,7 +202,12 @@ class ServerEngine:
             if endpoint.last_error
         }
 
-    # -------- from here on, on the loop's own thread
+    def _run(self, work: Callable[[], Coroutine[Any, Any, Result]]) -> Result:
+        """Run a coroutine on the loop's thread, where all methods below live."""
+        running = self._running  # once: `close` may take it away meanwhile
+        if running is None:
+            raise RuntimeError("ServerEngine: call load() before ask()")
+        return running.run(work())
 
     async def _find(self) -> None:
         """Make the clients, and ask each endpoint what it serves, until one has answered."""
@@ -255,29 +222,23 @@ class ServerEngine:
             Endpoint(url, AsyncOpenAI(base_url=url, http_client=direct_client(url), **options))
             for url in self._urls
         ]
-        self._pool = EndpointPool(
-            endpoints, self._set_aside, longest=max(self._set_aside, self._patience / 4)
-        )
-        self._clips, self._slots = (
-            asyncio.Semaphore(self._concurrency),
-            asyncio.Semaphore(self._requests_in_flight),
-        )
+        longest = max(self._set_aside, self._patience / 4)
+        self._pool = EndpointPool(endpoints, self._set_aside, longest)
+        self._clips = asyncio.Semaphore(self._concurrency)
+        self._slots = asyncio.Semaphore(self._requests_in_flight)
         self._asking, self._servers = 0, {}
         refused: dict[Endpoint, Refused] = {}
 
+        async def look(endpoint: Endpoint) -> None:
+            try:
+                self._servers[endpoint.url] = await self._look(endpoint)
+            except Refused as error:
+                refused[endpoint] = error
+            except TryAgain:
+                pass
+
         async def ask_all() -> None:
-            left = [endpoint for endpoint in endpoints if endpoint not in refused]
-            for endpoint, found in zip(
-                left,
-                await asyncio.gather(*map(self._look, left), return_exceptions=True),
-                strict=True,
-            ):
-                if isinstance(found, dict):
-                    self._servers[endpoint.url] = found
-                elif isinstance(found, Refused):
-                    refused[endpoint] = found
-                elif not isinstance(found, TryAgain):
-                    raise found
+            await asyncio.gather(*(look(e) for e in endpoints if e not in refused))
             if not self._servers and len(refused) < len(endpoints):
                 raise TryAgain
 
@@ -285,46 +246,42 @@ class ServerEngine:
             await self._until_patience_ends(ask_all)
         if not self._servers:
             said = "".join(f"\n  {error}" for error in self.last_errors().values())
-            keyed = any(error.status in (401, 403) for error in refused.values())
-            hint = (
-                f"\nthe key is read from {self._api_key_env}, which is {'set' if self._key else 'not set'}"
-                if keyed
-                else ""
-            )
-            raise ValueError(
-                f"endpoints: expected a server of model {self._model!r} within {self._patience:g} s, got{said}{hint}"
+            if any(error.status in (401, 403) for error in refused.values()):
+                state = "set" if self._key else "not set"
+                said += f"\nthe key is read from {self._api_key_env}, which is {state}"
+            raise UserError(
+                f"endpoints: expected a server of model {self._model!r} within "
+                f"{self._patience:g} s, got{said}"
             )
         for endpoint in endpoints:
             if endpoint.url not in self._servers:
-                self._set_aside_after(
-                    endpoint, time.monotonic(), at_once=True, refusing=endpoint in refused
-                )
+                refusing = endpoint in refused
+                self._set_aside_after(endpoint, time.monotonic(), at_once=True, refusing=refusing)
 
     async def _look(self, endpoint: Endpoint) -> dict[str, str]:
-        """What a server says of itself: its version and where its model lies, if it does. Refused:
-        it does not serve the model.
+        """What a server says of itself: its version and where its model lies, if it does.
+
+        Raises:
+            Refused: It does not serve the model.
         """
-        root, page = endpoint.url.removesuffix("/v1"), None
-        try:
-            page = await self._request(endpoint, lambda: endpoint.client.models.list())
-        except Refused as error:
-            if error.status != 404:
-                raise
-            await self._request(
-                endpoint, lambda: endpoint.client.get(f"{root}/health", cast_to=object)
-            )
+        page = await self._request(endpoint, endpoint.client.models.list)
         cards = {
             card.id: card for card in getattr(page, "data", None) or [] if getattr(card, "id", None)
         }
-        if cards and self._model not in cards:
-            endpoint.last_error = f"{endpoint.url}: expected model {self._model!r}, it serves {', '.join(map(repr, cards))[:LONGEST_ERROR]}"
+        if not self._model and len(cards) == 1:
+            (self._model,) = cards
+        if self._model not in cards:
+            served = ", ".join(map(repr, cards))[:LONGEST_ERROR]
+            endpoint.last_error = (
+                f"{endpoint.url}: expected model {self._model!r}, it serves {served}"
+            )
             raise Refused(endpoint.last_error)
         said = {"root": getattr(cards.get(self._model), "root", None)}
-        with contextlib.suppress(
-            openai.OpenAIError, ValueError, TimeoutError
-        ):  # few servers have it, and nothing depends on it
+        # Few servers have this page, and nothing depends on it.
+        with contextlib.suppress(openai.OpenAIError, ValueError, TimeoutError):
             async with asyncio.timeout(self._timeout):
-                answer = await endpoint.client.get(f"{root}/version", cast_to=object)
+                url = f"{endpoint.url.removesuffix('/v1')}/version"
+                answer = await endpoint.client.get(url, cast_to=object)
             said["version"] = answer.get("version") if isinstance(answer, dict) else None
         endpoint.last_error = ""
         return {name: str(value)[:LONGEST_ERROR] for name, value in said.items() if value}
@@ -332,6 +289,31 @@ class ServerEngine:
     async def _disconnect(self) -> None:
         for endpoint in self._pool.endpoints:
             await endpoint.client.close()
+
+    async def _check(self, names: Collection[str]) -> dict[str, list[Finding]]:
+        with self._lock:
+            counts = self._counts.copy()
+        found = {}
+        for endpoint in self._pool.endpoints:
+            others = {other for other in self._pool.endpoints if other is not endpoint}
+
+            async def send(
+                clip: Clip,
+                question: str,
+                decoding: Decoding,
+                regex: str,
+                home: Endpoint = endpoint,
+                others: set[Endpoint] = others,
+            ) -> Any:
+                video = await asyncio.to_thread(encode_clip, clip)
+                arguments = chat_request(self._model, video, question, decoding, regex)
+                return (await self._complete(arguments, home, others))[0]
+
+            if endpoint.url in self._servers:
+                found[endpoint.url] = await check_endpoint(send, names)
+        with self._lock:
+            self._counts = counts
+        return found
 
     async def _ask(
         self, clips: list[Clip], questions: Sequence[Sequence[str]], decoding: Decoding
@@ -356,7 +338,7 @@ class ServerEngine:
         async with self._clips:
             if not questions:
                 return []
-            video = await asyncio.to_thread(encode_clip, clip, self._transport)
+            video = await asyncio.to_thread(encode_clip, clip)
             first, home = await self._question(video, questions[0], decoding, None)
             others = await asyncio.gather(
                 *(self._question(video, question, decoding, home) for question in questions[1:])
@@ -367,44 +349,48 @@ class ServerEngine:
         self, video: Video, question: str, decoding: Decoding, home: Endpoint | None
     ) -> tuple[Reply, Endpoint | None]:
         """The reply to one question, and the endpoint that gave it."""
-        regex = (
-            NUMBER if decoding.constrained or decoding.probabilities else ""
-        )  # probabilities are those along a number
+        # Probabilities are those along a number.
+        regex = NUMBER if decoding.constrained or decoding.probabilities else ""
         try:
-            completion, home = await self._complete(
-                chat_request(self._model, video, question, decoding, self._guided, regex), home
-            )
+            request = chat_request(self._model, video, question, decoding, regex)
+            completion, home = await self._complete(request, home)
             tokens, digits = read_digits(completion) if decoding.probabilities else ((), ())
             ten = 0.0
             if tokens and tokens[0] == "1" and len(tokens) > 1:
                 ten = digits[1]["0"]
             elif tokens and digits[0]["1"] >= LEAST_PROBABILITY:
                 # Only what follows a "1" is wanted of this answer, so two tokens do.
-                forced = chat_request(
-                    self._model,
-                    video,
-                    question,
-                    replace(decoding, max_tokens=2),
-                    self._guided,
-                    FROM_ONE,
-                )
+                two = replace(decoding, max_tokens=2)
+                forced = chat_request(self._model, video, question, two, FROM_ONE)
                 written, places = read_digits((await self._complete(forced, home))[0])
                 if len(written) < 2 or written[0] != "1":
                     raise Refused(
-                        f"expected the probabilities of an answer that begins with 1, got those of {''.join(written)!r}"
+                        "expected the probabilities of an answer that begins with 1, "
+                        f"got those of {''.join(written)!r}"
                     )
                 ten = places[1]["0"]
         except (TryAgain, Refused) as error:
             return Reply(error=str(error)), home
-        return Reply(
-            read_text(completion), digits, ten, cut=completion.choices[0].finish_reason == "length"
-        ), home
+        cut = completion.choices[0].finish_reason == "length"
+        return Reply(read_text(completion), digits, ten, cut=cut), home
 
     async def _complete(
-        self, arguments: dict[str, Any], home: Endpoint | None
+        self,
+        arguments: dict[str, Any],
+        home: Endpoint | None,
+        without: Collection[Endpoint] = (),
     ) -> tuple[Any, Endpoint]:
-        """A completion, tried on endpoint after endpoint. TryAgain, Refused: the last error."""
-        refused: dict[Endpoint, Refused] = {}
+        """A completion, tried on endpoint after endpoint, and the endpoint that gave it.
+
+        Args:
+            arguments: Of `chat.completions.create`.
+            home: The endpoint that is preferred.
+            without: Endpoints that are not asked.
+
+        Raises:
+            TryAgain, Refused: The last error.
+        """
+        refused = set(without)
         errors: list[str] = []
 
         async def attempt() -> tuple[Any, Endpoint]:
@@ -430,7 +416,7 @@ class ServerEngine:
                     errors.append(str(error))
                     if not error.by_endpoint:
                         raise
-                    refused[endpoint] = error
+                    refused.add(endpoint)
                     self._set_aside_after(endpoint, sent, refusing=True)
                     if len(refused) == len(self._pool.endpoints):
                         raise
@@ -449,13 +435,12 @@ class ServerEngine:
     async def _until_patience_ends(
         self, attempt: Callable[[], Awaitable[Result]], without: Collection[Endpoint] = ()
     ) -> Result:
-        """Try again after TryAgain, with a jittered wait that is no shorter than the endpoints'
-        rest, and once more when patience ends.
+        """Try again after TryAgain until patience ends, and then once more.
+
+        The waits have jitter and are no shorter than the rest of the endpoints.
         """
         start = time.monotonic()
-        backoff = wait_random_exponential(
-            multiplier=self._backoff, max=max(self._set_aside, self._backoff)
-        )
+        backoff = wait_random_exponential(multiplier=self._set_aside / 20, max=self._set_aside)
 
         def left() -> float:
             down = self._pool.down_since
@@ -475,8 +460,10 @@ class ServerEngine:
         send: Callable[[], Awaitable[Any]],
         check: Callable[[Any], object] = lambda answer: None,
     ) -> Any:
-        """One request, counted. TryAgain, Refused: what went wrong, and where; kept as the
-        endpoint's last error.
+        """One request, counted.
+
+        Raises:
+            TryAgain, Refused: What went wrong and where; kept as the endpoint's last error.
         """
         endpoint.in_flight += 1
         endpoint.requests += 1
@@ -486,12 +473,8 @@ class ServerEngine:
                 answer = await send()
             check(answer)
             return answer
-        except (
-            TimeoutError,
-            openai.OpenAIError,
-            ValueError,
-            RecursionError,
-        ) as error:  # the last: JSON of brackets alone
+        # RecursionError: JSON that is only brackets.
+        except (TimeoutError, openai.OpenAIError, ValueError, RecursionError) as error:
             failure = failure_of(error, endpoint.url, self._key)
         finally:
             endpoint.in_flight -= 1

@@ -1,0 +1,181 @@
+"""Qwen2.5-VL on TensorRT-LLM's LLM API (PyTorch backend), as an engine for `serve_judge`.
+
+NOT RUN: TensorRT-LLM needs a GPU and pins its own torch. Every name is as in NVIDIA's sources,
+examples and tests of 1.0 to 1.3 (LLM, SamplingParams, GuidedDecodingParams, KvCacheConfig,
+inputs.utils.VideoData; the support matrix of 1.3 lists Qwen2.5-VL with video and KV-cache reuse),
+and the tests call a fake of those signatures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+
+from fastgrpo.rewards.vlm.answers import NUMBER
+from fastgrpo.rewards.vlm.engine import Clip, Decoding, Reply
+
+_DIGITS = "0123456789"
+_CHARACTERS = f"{_DIGITS}."
+
+
+class TensorRTLLMEngine:
+    """Qwen2.5-VL on TensorRT-LLM, as much of `engine.Engine` as the server needs.
+
+    Questions about one clip share its keys and values by KV-cache block reuse. A constrained
+    answer comes from guided decoding. With probabilities the number is written here instead, one
+    place per call and the likeliest one whatever the temperature, from the model's logits before
+    any constraint: guided decoding may change the logits that TensorRT-LLM gives back. Every such
+    call finds the clip in the cache.
+
+    Args:
+        model: A folder in transformers' format, or a hub id.
+        revision: Branch, tag or commit, for a hub id.
+        tensor_parallel: GPUs that share the model; 4 of 80 GB for 72B.
+        kv_cache_fraction: Share of the GPU memory that the weights leave, for keys and values.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        revision: str | None = None,
+        tensor_parallel: int = 1,
+        kv_cache_fraction: float = 0.6,
+    ) -> None:
+        self.model, self.revision, self.tensor_parallel = model, revision, tensor_parallel
+        self.kv_cache_fraction = kv_cache_fraction
+
+    def load(self, device: torch.device) -> None:
+        """Load the model onto the first `tensor_parallel` visible GPUs; `device` is not used.
+
+        Raises:
+            ImportError: No TensorRT-LLM.
+            ValueError: A tokenizer in which a digit is more than one token.
+        """
+        from tensorrt_llm import LLM
+        from tensorrt_llm.llmapi import KvCacheConfig
+
+        self._llm: Any = LLM(
+            model=self.model,
+            revision=self.revision,
+            tensor_parallel_size=self.tensor_parallel,
+            guided_decoding_backend="xgrammar",
+            kv_cache_config=KvCacheConfig(
+                enable_block_reuse=True, free_gpu_memory_fraction=self.kv_cache_fraction
+            ),
+        )
+        encode = self._llm.tokenizer.encode
+        self._ids = [encode(character, add_special_tokens=False) for character in _CHARACTERS]
+        if any(len(ids) != 1 for ids in self._ids):
+            raise ValueError(
+                f"model: expected one token for each of {_CHARACTERS}, got {self._ids}"
+            )
+
+    def ask(
+        self, clips: Sequence[Clip], questions: Sequence[Sequence[str]], decoding: Decoding
+    ) -> list[list[Reply]]:
+        """A reply to each question about each clip, in the order given; at least one question."""
+        asked = [
+            {"prompt": self._prompt(question)} | video
+            for video, row in zip(map(video_input, clips), questions, strict=True)
+            for question in row
+        ]
+        written = self._write(asked) if decoding.probabilities else self._generate(asked, decoding)
+        replies = iter(written)
+        return [[next(replies) for _ in row] for row in questions]
+
+    def describe(self) -> dict[str, Any]:
+        """TensorRT-LLM's version, model, revision."""
+        import tensorrt_llm
+
+        version = tensorrt_llm.__version__
+        return {"tensorrt_llm": version, "model": self.model, "revision": self.revision}
+
+    def _prompt(self, question: str) -> str:
+        parts = [{"type": "video"}, {"type": "text", "text": question}]
+        prompt: str = self._llm.tokenizer.apply_chat_template(
+            [{"role": "user", "content": parts}], tokenize=False, add_generation_prompt=True
+        )
+        return prompt
+
+    def _generate(self, asked: list[dict[str, Any]], decoding: Decoding) -> list[Reply]:
+        """Answers as the model writes them, or within guided decoding."""
+        from tensorrt_llm import SamplingParams
+        from tensorrt_llm.llmapi import GuidedDecodingParams
+
+        params = SamplingParams(
+            max_tokens=decoding.max_tokens,
+            temperature=decoding.temperature,  # 0 is greedy
+            seed=decoding.seed,
+            guided_decoding=GuidedDecodingParams(regex=NUMBER) if decoding.constrained else None,
+        )
+        outputs = self._llm.generate(asked, sampling_params=params, use_tqdm=False)
+        return [
+            Reply(text=output.outputs[0].text, cut=output.outputs[0].finish_reason == "length")
+            for output in outputs
+        ]
+
+    def _write(self, asked: list[dict[str, Any]]) -> list[Reply]:
+        """The likeliest numbers, with the probabilities of the digits in their places."""
+
+        def likeliest(place: dict[str, float], allowed: str) -> str:
+            return max(allowed, key=place.__getitem__)
+
+        first = self._places(asked, [""] * len(asked))
+        after_one = self._places(asked, ["1"] * len(asked))
+        places = [[one, two] for one, two in zip(first, after_one, strict=True)]
+        texts = [f"{likeliest(place, _DIGITS[1:])}." for place in first]
+        for i, place in enumerate(after_one):
+            if texts[i] != "1.":
+                places[i][1] = {}  # only "." can follow
+            elif likeliest(place, "0.") == "0":
+                texts[i] = "10.00"
+        for _ in range(2):
+            for i, place in enumerate(self._places(asked, texts)):
+                if texts[i] != "10.00":
+                    texts[i] += likeliest(place, _DIGITS)
+                    places[i].append(place)
+        return [
+            Reply(text, tuple(map(_digits, written)) + ({},) * (len(text) - len(written)), one["0"])
+            for text, written, one in zip(texts, places, after_one, strict=True)
+        ]
+
+    def _places(self, asked: list[dict[str, Any]], begun: list[str]) -> list[dict[str, float]]:
+        """Probabilities of the digits and "." as the next token of answers that began so."""
+        from tensorrt_llm import SamplingParams
+
+        inputs = [
+            one | {"prompt": one["prompt"] + text} for one, text in zip(asked, begun, strict=True)
+        ]
+        params = SamplingParams(max_tokens=1, temperature=0.0, return_generation_logits=True)
+        outputs = self._llm.generate(inputs, sampling_params=params, use_tqdm=False)
+        # generation_logits: [tokens, vocabulary]
+        chances = [one.outputs[0].generation_logits[0].double().softmax(-1) for one in outputs]
+        return [
+            {c: float(one[ids[0]]) for c, ids in zip(_CHARACTERS, self._ids, strict=True)}
+            for one in chances
+        ]
+
+
+def _digits(place: dict[str, float]) -> dict[str, float]:
+    return {character: p for character, p in place.items() if character != "."}
+
+
+def video_input(clip: Clip) -> dict[str, Any]:
+    """The fields of a request's input that carry a clip, whose frames are taken as they are."""
+    from tensorrt_llm.inputs.utils import VideoData
+
+    count = len(clip.frames)
+    frames = [Image.fromarray(f.numpy()) for f in clip.frames.permute(0, 2, 3, 1).contiguous()]
+    metadata = {
+        "total_num_frames": count,
+        "fps": clip.fps,
+        "duration": count / clip.fps,
+        "frames_indices": list(range(count)),
+    }
+    return {
+        "multi_modal_data": {"video": [VideoData(frames=frames, metadata=metadata)]},
+        "mm_processor_kwargs": {"fps": clip.fps, "do_sample_frames": False},
+    }

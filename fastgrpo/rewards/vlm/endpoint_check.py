@@ -1,0 +1,240 @@
+"""What an endpoint really does with what the judge's client sends.
+
+A few questions about synthetic videos, whose right handling is known. No check relies on what the
+model understands: the evidence is the number of prompt tokens, which tells how many frames
+arrived, the probabilities of the answer's tokens, which change with anything that the model sees,
+the count of cached tokens, and time. Where an endpoint gives no evidence, the verdict is
+"cannot tell", never a pass that was not observed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import re
+import time
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fastgrpo.rewards.vlm.answers import NUMBER
+from fastgrpo.rewards.vlm.engine import Clip, Decoding
+from fastgrpo.rewards.vlm.failures import Refused, TryAgain
+from fastgrpo.rewards.vlm.transport import FROM_ONE, read_places, read_text
+
+PASSED, FAILED, UNKNOWN = "holds", "FAILS", "cannot tell"
+QUESTION = "Endpoint check: how good is this video, from 1.00 to 10.00?"
+"""How every question of a check begins."""
+PROSE = f"{QUESTION} Write a sentence, no number."
+SPECIAL = ("<|im_end|>", "<|video_pad|>")
+"""Names of special tokens of Qwen's chat. As text, each is at least three tokens."""
+LISTED = 0.999
+"""Probability that the listed tokens of a place must have together if a digit is missing."""
+SHORT = Decoding(max_tokens=1)
+FREE = Decoding(max_tokens=5, probabilities=True)
+CONSTRAINED = Decoding(max_tokens=5, constrained=True)
+
+Send = Callable[[Clip, str, Decoding, str], Awaitable[Any]]
+"""Clip, question, decoding and regular expression of the answer ("": none) to a chat completion.
+
+Raises TryAgain or Refused.
+"""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The result of one check: its name, PASSED, FAILED or UNKNOWN, and the evidence in words."""
+
+    check: str
+    verdict: str
+    evidence: str
+
+
+def needed_checks(decoding: Decoding) -> list[str]:
+    """The checks that answers of this kind rely on."""
+    needed = ["frames", "frame rate"]
+    needed += ["constraint"] if decoding.constrained else []
+    return needed + (["probabilities"] if decoding.probabilities else [])
+
+
+async def check_endpoint(send: Send, names: Collection[str]) -> list[Finding]:
+    """Run the named checks one after the other, so that none disturbs the times of another."""
+    findings = []
+    for name in names:
+        try:
+            verdict, evidence = await CHECKS[name](send)
+        except TryAgain as error:
+            verdict, evidence = UNKNOWN, str(error)
+        except Refused as error:
+            verdict, evidence = FAILED, f"the request was refused: {error}"
+        findings.append(Finding(name, verdict, evidence))
+    return findings
+
+
+def synthetic_clip(count: int, seed: int = 0, fps: float = 2.0) -> Clip:
+    """`count` frames [count, 3, 112, 112] of random blocks of 14x14 pixels, no two alike."""
+    draw = torch.Generator().manual_seed(seed)
+    blocks = torch.randint(0, 256, (count, 3, 8, 8), dtype=torch.uint8, generator=draw)
+    return Clip(blocks.repeat_interleave(14, 2).repeat_interleave(14, 3), fps)
+
+
+async def _frames(send: Send) -> tuple[str, str]:
+    """Prompt tokens must grow with the frames; without them, each frame must matter."""
+    counts = (4, 8, 40)
+    clips = [synthetic_clip(count) for count in counts]
+    tokens = [_tokens(await send(clip, QUESTION, SHORT, "")) for clip in clips]
+    few, more, many = (number or 0 for number in tokens)
+    if few < more:
+        ok = many - more >= 0.9 * (40 - 8) / (8 - 4) * (more - few)
+        return _verdict(ok), f"{few}, {more} and {many} prompt tokens for {counts} frames"
+    clip = synthetic_clip(6)
+    inverted = [clip.frames.clone() for _ in clip.frames]
+    for index, frames in enumerate(inverted):
+        frames[index] = 255 - frames[index]
+    changed = [Clip(frames, clip.fps) for frames in inverted]
+    return await _effect(send, "inverting any one of 6 frames", clip, changed)
+
+
+async def _order(send: Send) -> tuple[str, str]:
+    clip = synthetic_clip(6)
+    reverse = Clip(clip.frames.flip(0), clip.fps)
+    return await _effect(send, "the reverse order of 6 frames", clip, [reverse])
+
+
+async def _frame_rate(send: Send) -> tuple[str, str]:
+    slow, fast = (synthetic_clip(8, fps=fps) for fps in (1.0, 8.0))
+    few, more = [_tokens(await send(clip, QUESTION, SHORT, "")) for clip in (slow, fast)]
+    if few != more:
+        return PASSED, f"{few} and {more} prompt tokens at 1 and 8 frames/s"
+    return await _effect(send, "8 frames/s instead of 1", slow, [fast])
+
+
+async def _constraint(send: Send) -> tuple[str, str]:
+    text = read_text(await send(synthetic_clip(4), PROSE, CONSTRAINED, NUMBER))
+    return _verdict(re.fullmatch(NUMBER, text)), f"asked for a sentence within {NUMBER}: {text!r}"
+
+
+async def _probabilities(send: Send) -> tuple[str, str]:
+    """Of a number's digits, and of what follows a "1" (`served.ServerEngine`)."""
+    decoding = Decoding(max_tokens=5, constrained=True, probabilities=True)
+    whole = await send(synthetic_clip(4), QUESTION, decoding, NUMBER)
+    two = Decoding(max_tokens=2, constrained=True, probabilities=True)
+    forced = await send(synthetic_clip(4), QUESTION, two, FROM_ONE)
+    for completion, expected in ((whole, NUMBER), (forced, r"1\.|10")):
+        tokens, places = read_places(completion)
+        text = "".join(tokens)
+        if not re.fullmatch(expected, text) or text != read_text(completion):
+            return FAILED, f"expected the tokens of a number {expected}, got {list(tokens)}"
+        for token, place in zip(tokens, places, strict=True):
+            digits = set("123456789" if place is places[0] else "0123456789")
+            missing = digits - place.keys()
+            if len(token) != 1 or (
+                token != "." and text != "10" and missing and math.fsum(place.values()) < LISTED
+            ):
+                return FAILED, f"{token!r} of {text!r}: digits {sorted(missing)} are not listed"
+    return PASSED, f"of {read_text(whole)!r} and after a first 1"
+
+
+async def _repeat(send: Send) -> tuple[str, str]:
+    texts = [read_text(await send(synthetic_clip(8), PROSE, Decoding(), "")) for _ in range(2)]
+    return _verdict(texts[0] == texts[1]), f"greedy: {texts[0]!r} and {texts[1]!r}"
+
+
+async def _prefix_cache(send: Send) -> tuple[str, str]:
+    """A second question about a clip must find the first one's prefix."""
+    seconds: list[list[float]] = [[], []]
+    for seed in range(3):
+        clip = synthetic_clip(40, seed=100 + seed)
+        for place, question in zip(seconds, (QUESTION, PROSE), strict=True):
+            began = time.monotonic()
+            completion = await send(clip, question, SHORT, "")
+            place.append(time.monotonic() - began)
+    details = getattr(getattr(completion, "usage", None), "prompt_tokens_details", None)
+    cached = getattr(details, "cached_tokens", None)
+    if cached is not None:
+        total = _tokens(completion) or 0
+        return _verdict(cached >= total / 2), f"{cached} of {total} prompt tokens were cached"
+    first, second = (min(place) for place in seconds)
+    evidence = f"second question {second:.2f} s, first {first:.2f} s; no count of cached tokens"
+    return (PASSED if second < first / 2 else UNKNOWN), evidence
+
+
+async def _parallel(send: Send) -> tuple[str, str]:
+    clips = [synthetic_clip(8, seed=200 + seed) for seed in range(8)]
+    questions = [f"{QUESTION} ({index})" for index in range(8)]
+
+    async def ask(index: int) -> str:
+        return read_text(await send(clips[index], questions[index], Decoding(), ""))
+
+    began = time.monotonic()
+    together = await asyncio.gather(*(ask(index) for index in range(8)))
+    between = time.monotonic()
+    alone = [await ask(index) for index in range(8)]
+    speedup = (time.monotonic() - between) / (between - began)
+    same = sum(a == b for a, b in zip(alone, together, strict=True))
+    evidence = f"{same} of 8 answers as one at a time (whose prefix is cached), {speedup:.1f} x"
+    return _verdict(same == 8), evidence
+
+
+async def _special_tokens(send: Send) -> tuple[str, str]:
+    plain = _tokens(await send(synthetic_clip(4), QUESTION, SHORT, ""))
+    for name in SPECIAL:
+        named = _tokens(await send(synthetic_clip(4), f"{QUESTION} {name}", SHORT, ""))
+        if plain is None or named is None:
+            return UNKNOWN, "no count of prompt tokens"
+        if not 3 <= named - plain <= 3 * len(name):
+            return FAILED, f"{name} in a caption adds {named - plain} prompt tokens: not text"
+    return PASSED, f"{' and '.join(SPECIAL)} in a caption are text"
+
+
+CHECKS: Mapping[str, Callable[[Send], Awaitable[tuple[str, str]]]] = {
+    "frames": _frames,
+    "order": _order,
+    "frame rate": _frame_rate,
+    "constraint": _constraint,
+    "probabilities": _probabilities,
+    "same answer": _repeat,
+    "prefix cache": _prefix_cache,
+    "parallel": _parallel,
+    "special tokens": _special_tokens,
+}
+"""All checks by name, in the order in which they are shown."""
+
+
+def _verdict(ok: object) -> str:
+    return PASSED if ok else FAILED
+
+
+def _tokens(completion: Any) -> int | None:
+    """Prompt tokens, if the endpoint counts them."""
+    count = getattr(getattr(completion, "usage", None), "prompt_tokens", None)
+    return count if isinstance(count, int) else None
+
+
+async def _effect(send: Send, change: str, clip: Clip, changed: Sequence[Clip]) -> tuple[str, str]:
+    """Whether each changed clip changes the probabilities of the answer's first token.
+
+    Asking twice about the same clip tells how far they differ by rounding. Where nothing at all
+    changes, the model did not receive the difference: whatever it sees moves its logits a little.
+    """
+
+    async def first_place(asked: Clip) -> Mapping[str, float]:
+        try:
+            places = read_places(await send(asked, QUESTION, FREE, ""))[1]
+        except Refused:  # some servers give no probabilities
+            return {}
+        return places[0] if places else {}
+
+    base = await first_place(clip)
+    if not base:
+        return UNKNOWN, "no evidence: the endpoint gives no probabilities"
+    noise, *effects = [
+        max(abs(place.get(token, 0.0) - base.get(token, 0.0)) for token in {*place, *base})
+        for place in [await first_place(other) for other in (clip, *changed)]
+    ]
+    evidence = f"{change} changes probabilities by {min(effects):.1e}, asking twice by {noise:.1e}"
+    if min(effects) == 0:
+        return FAILED, evidence
+    return (PASSED if min(effects) > 3 * noise else UNKNOWN), evidence
