@@ -10,7 +10,7 @@ logger = logging.getLogger("fastgrpo")
 
 
 class _ConsoleHandler(logging.Handler):
-    """Writes to whatever `sys.stdout` is at that moment, without breaking a progress bar."""
+    """Writes to the current `sys.stdout` without breaking a progress bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
         if os.environ.get("RANK", "0") == "0":

@@ -1,8 +1,7 @@
-"""How the trained network lies in memory: what backward keeps, compilation, sharding, in that
-order; and the whole of it back again.
+"""Activation checkpointing, compilation and sharding of the trained network, in that order.
 
-A block is a module whose class `_no_split_modules` of the network names (diffusers); a network
-that names none is one block.
+A block is a module whose class the network's `_no_split_modules` names (diffusers). A network
+without that list is one block.
 """
 
 from __future__ import annotations
@@ -29,6 +28,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from fastgrpo.config import ParallelConfig
 from fastgrpo.distributed.collectives import world_size
+from fastgrpo.errors import UserError, require
 
 _ATTENTION = (
     "aten::_scaled_dot_product_flash_attention",
@@ -43,36 +43,34 @@ _ATTENTION = (
     "flash_attn_3::_flash_attn_forward",
     "_diffusers_flash_attn_3::_flash_attn_forward",
 )
-"""Operators that compute attention: torch's own, the flash-attn package's (2 and 3), diffusers'
-around the latter. Not all need exist.
+"""Operators that compute attention: torch's own, those of the flash-attn packages 2 and 3, and
+diffusers' wrapper of the latter. Not all need to exist.
 """
 
 COMPILATIONS = 64
-"""Of blocks under `parallel.compile`, after which torch ends the run. Its own limit is 8;
-HunyuanVideo's four kinds of blocks, with and without gradients, for texts of one length and then
-of any, take 18.
+"""Compilations of blocks under `parallel.compile` after which torch ends the run. torch's own limit
+is 8; HunyuanVideo's four kinds of blocks, with and without gradients, for texts of one length and
+then of any, take 18.
 """
 
 
 def shards(cfg: ParallelConfig, device: torch.device) -> bool:
-    """Whether the parameters are sharded on this device: what `shard: auto` comes to.
+    """Whether the parameters are sharded on this device; resolves `shard: auto`.
 
     Raises:
-        ValueError: settings that do not fit the number of ranks, or that need sharding where
-            there is none.
+        UserError: Settings that do not fit the number of ranks, or that need sharding where
+            nothing is sharded.
     """
     full = cfg.shard == "full" or (
         cfg.shard == "auto" and world_size() > 1 and device.type == "cuda"
     )
-    if world_size() % cfg.replicas:
-        raise ValueError(
-            f"parallel.replicas: expected a divisor of the {world_size()} processes, got {cfg.replicas}"
-        )
+    divisor = f"a divisor of the {world_size()} processes"
+    require(world_size() % cfg.replicas == 0, "parallel.replicas", divisor, cfg.replicas)
     if not full and (cfg.replicas > 1 or cfg.cpu_offload):
         key = "replicas" if cfg.replicas > 1 else "cpu_offload"
-        raise ValueError(
-            f"parallel.{key}: needs sharding, but shard {cfg.shard!r} with {world_size()} process(es) on {device.type} shards nothing; "
-            "set parallel.shard to full"
+        raise UserError(
+            f"parallel.{key}: needs sharding, but shard {cfg.shard!r} with {world_size()} "
+            f"process(es) on {device.type} shards nothing; set parallel.shard to full"
         )
     return full
 
@@ -80,45 +78,48 @@ def shards(cfg: ParallelConfig, device: torch.device) -> bool:
 def prepare(
     network: nn.Module, cfg: ParallelConfig, device: torch.device, compute_dtype: torch.dtype
 ) -> None:
-    """Make a network that lies on the CPU ready to train on `device`, in place, on all ranks
-    together. Parameter names stay.
+    """Make a network ready to train on `device`, in place, on all ranks together.
 
-    Every rank gets rank 0's weights; the others' may be on the meta device. Where it is sharded,
-    one block after the other goes to the device, whole, and a share of it stays: a model larger
-    than a GPU never lies whole on one. Its parameters are then DTensors, fp32, that forward
-    gathers in `compute_dtype`; backward leaves the gradients' mean over all ranks, reduced in
-    fp32.
+    Every rank gets rank 0's weights. Parameter names stay. To shard, one block after the other
+    moves to the device whole and leaves a share of it there, so a model larger than a GPU never
+    lies whole on one. Its parameters are then fp32 DTensors that forward gathers in
+    `compute_dtype`; backward leaves the mean of the gradients over all ranks, reduced in fp32.
+
+    Args:
+        network: On the CPU; on ranks above 0 it may be on the meta device.
+        cfg: The `parallel` section.
+        device: Where to train.
+        compute_dtype: Of the forward pass.
 
     Raises:
-        ValueError: as `shards`.
+        UserError: As `shards`.
     """
     blocks, sharded = blocks_of(network), shards(cfg, device)
     for block in blocks:
         if cfg.activations != "none":
             recompute(block, keep_attention=cfg.activations == "keep_attention")
     if cfg.compile:
-        # Whatever kind of block and input it is compiled for, all count as compilations of one
-        # function, `recompute`'s.
-        torch._dynamo.config.recompile_limit = max(
-            torch._dynamo.config.recompile_limit, COMPILATIONS
-        )
-        # its forward, not its call: FSDP2's hooks stay outside. Equal blocks share one compilation
+        # The compilations for all kinds of blocks and inputs count for one function, that of
+        # `recompute`.
+        limit = max(torch._dynamo.config.recompile_limit, COMPILATIONS)
+        torch._dynamo.config.recompile_limit = limit
+        # The forward, not the call: FSDP2's hooks stay outside. Equal blocks share a compilation.
         for block in blocks:
             block.forward = torch.compile(block.forward, fullgraph=True)
     if not sharded:
         place(network, device)
         return
-    # It warns once that diffusers' networks return views, which nothing here changes in place.
+    # FSDP2 warns that diffusers' networks return views; nothing here changes them in place.
     warnings.filterwarnings(
         "ignore", message=r"FSDP2-wrapped module .* returned a view", category=UserWarning
     )
     options: dict[str, Any] = {
         "mesh": _mesh(device, cfg.replicas),
-        # Never left to torch: it would keep the root's gathered between forwards, and a module's
-        # parameters() are then not the optimizer's.
+        # torch's default keeps the root's parameters gathered between forwards; they are then not
+        # the optimizer's.
         "reshard_after_forward": True,
         # Inputs stay as they are: FSDP2 would round timesteps and rotary angles to bf16. Autocast
-        # does what remains (trajectory.py).
+        # (training/trajectory.py) does the rest.
         "mp_policy": MixedPrecisionPolicy(
             param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
         ),
@@ -132,7 +133,7 @@ def prepare(
 
 
 def blocks_of(network: nn.Module) -> list[nn.Module]:
-    """The outermost blocks of a network in their order, or the network itself."""
+    """The outermost blocks of a network in order, or the network itself."""
     names = set(getattr(network, "_no_split_modules", None) or ())
     blocks: list[nn.Module] = []
 
@@ -148,16 +149,17 @@ def blocks_of(network: nn.Module) -> list[nn.Module]:
 
 
 def recompute(block: nn.Module, keep_attention: bool) -> None:
-    """Let backward run the block's forward again instead of keeping what it needs; attention's
-    outputs can be kept.
+    """Let backward run the block's forward again instead of keeping its activations.
 
     The same operations on the same inputs: no bit of a gradient changes.
+
+    Args:
+        block: Its forward is replaced.
+        keep_attention: Keep the outputs of attention.
     """
     forward: Callable[..., Any] = block.forward
-    options: dict[str, Any] = {
-        "use_reentrant": False,
-        "preserve_rng_state": False,
-    }  # nothing in a forward is random
+    # Nothing in a forward is random, so no state of a generator is kept.
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
     if keep_attention:
         options["context_fn"] = functools.partial(
             create_selective_checkpoint_contexts, attention_operators()
@@ -173,33 +175,27 @@ def recompute(block: nn.Module, keep_attention: bool) -> None:
 
 
 def attention_operators() -> list[Any]:
-    """The overloads of those operators of `_ATTENTION` that this process has."""
+    """The overloads of the operators of `_ATTENTION` that exist in this process."""
     found = []
     for name in _ATTENTION:
         namespace, op = name.split("::")
         packet = getattr(getattr(torch.ops, namespace), op, None)
-        found += (
-            [] if packet is None else [getattr(packet, overload) for overload in packet.overloads()]
-        )
+        if packet is not None:
+            found += [getattr(packet, overload) for overload in packet.overloads()]
     return found
 
 
 def place(module: nn.Module, device: torch.device) -> None:
-    """Move a module to `device`, but for what is sharded already, and give every rank rank 0's
-    tensors.
-    """
+    """Move a module's tensors to `device`, with rank 0's values; sharded ones stay."""
     for owner in module.modules():
-        for name, tensor in [
-            *owner.named_parameters(recurse=False),
-            *owner.named_buffers(recurse=False),
-        ]:
+        parameters = [*owner.named_parameters(recurse=False)]
+        for name, tensor in [*parameters, *owner.named_buffers(recurse=False)]:
             if isinstance(tensor, DTensor):
                 continue
-            data = (
-                torch.empty_like(tensor, device=device)
-                if tensor.is_meta
-                else tensor.detach().to(device)
-            ).contiguous()
+            if tensor.is_meta:
+                data = torch.empty_like(tensor, device=device).contiguous()
+            else:
+                data = tensor.detach().to(device).contiguous()
             if world_size() > 1:
                 dist.broadcast(data, src=0)
             if not isinstance(tensor, nn.Parameter):
@@ -212,8 +208,9 @@ def place(module: nn.Module, device: torch.device) -> None:
 
 @contextmanager
 def gathered(network: nn.Module, keep: bool) -> Iterator[None]:
-    """Let the parameters of a sharded network stay gathered between the forwards of a while (no
-    backward in it); freed at its end.
+    """Keep the parameters of a sharded network gathered between forwards in a `with` block.
+
+    No backward may run inside. The gathered copies are freed at the end.
     """
     parts = [module for module in network.modules() if keep and isinstance(module, FSDPModule)]
     for part in parts:
@@ -227,7 +224,8 @@ def gathered(network: nn.Module, keep: bool) -> Iterator[None]:
 
 
 def full_state_dict(network: nn.Module) -> dict[str, Tensor]:
-    """The whole state dict, on the CPU, on rank 0; an empty one on the others. All ranks call it.
+    """The whole state dict on the CPU of rank 0; empty on the others. All ranks call it.
+
     It may share the network's memory.
     """
     weights: dict[str, Any] = get_model_state_dict(
@@ -237,8 +235,7 @@ def full_state_dict(network: nn.Module) -> dict[str, Tensor]:
 
 
 def _mesh(device: torch.device, replicas: int) -> dist.DeviceMesh:
+    shape, names = (replicas, world_size() // replicas), ("replicate", "shard")
     if replicas == 1:
-        return dist.init_device_mesh(device.type, (world_size(),), mesh_dim_names=("shard",))
-    return dist.init_device_mesh(
-        device.type, (replicas, world_size() // replicas), mesh_dim_names=("replicate", "shard")
-    )
+        shape, names = shape[1:], names[1:]
+    return dist.init_device_mesh(device.type, shape, mesh_dim_names=names)
