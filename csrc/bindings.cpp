@@ -1,4 +1,5 @@
-// Schemas, one line an operation. What they compute: kernels/fastgrpo_kernels/reference.py; fakes and autograd: the files of that folder.
+// Schemas, one line per operation. kernels/fastgrpo_kernels/sde/reference.py says what they compute; the files beside it hold their
+// fakes and their autograd.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(fastgrpo, m) {

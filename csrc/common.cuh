@@ -1,4 +1,4 @@
-// What the GPU kernels share: eight elements a thread in 16-byte accesses, how a row is cut into blocks, and sums in a fixed order.
+// Shared by the GPU kernels: eight elements per thread in 16-byte accesses, the division of a row into blocks, sums in a fixed order.
 #pragma once
 
 #ifdef __CUDACC__
@@ -20,7 +20,7 @@ constexpr int THREADS = 256, VECTOR = 8, WARP = 32;
 #define FASTGRPO_MAX_BLOCKS 2048
 #endif
 
-// Blocks of a row: a formula of its length alone, never of the batch. Where the sum of a row is beyond the exact range (see `quantised`)
+// Blocks of a row: a function of its length only, never of the batch. Where the sum of a row is beyond the exact range (see `quantised`)
 // its bits depend on the cut, and a sample's bits may not depend on its neighbours.
 inline int blocks_of_row(int64_t numel) {
   const int64_t blocks = (numel + THREADS * VECTOR - 1) / (THREADS * VECTOR);
@@ -28,18 +28,17 @@ inline int blocks_of_row(int64_t numel) {
 }
 
 // One block of one row: the grid is one-dimensional because its second dimension ends at 65,535.
-struct Place {
+struct TileIndex {
   int64_t row, first, stride;  // elements: where this thread starts, how far it jumps
 };
-__device__ __forceinline__ Place place_of(int blocks) {
+__device__ __forceinline__ TileIndex tile_index(int blocks) {
   const int64_t row = blockIdx.x / blocks, block = blockIdx.x % blocks;
   return {row, (block * THREADS + threadIdx.x) * VECTOR, static_cast<int64_t>(blocks) * THREADS * VECTOR};
 }
 
-// --------------------------------------------------------------------------------------------------------- 8 elements
 
 template <typename T>
-struct alignas(16) Eight {
+struct alignas(16) Vec8 {
   T values[VECTOR];
 };
 
@@ -47,8 +46,8 @@ __device__ __forceinline__ bool aligned(const void* p) { return (reinterpret_cas
 
 // `count` >= 8 on an aligned row: one or two 16-byte loads. At the end of a row, or on a row that is not aligned: one by one.
 template <typename T>
-__device__ __forceinline__ Eight<T> load(const T* row, int64_t index, int64_t count, bool vector) {
-  Eight<T> result;
+__device__ __forceinline__ Vec8<T> load(const T* row, int64_t index, int64_t count, bool vector) {
+  Vec8<T> result;
   if (vector && count >= VECTOR) {
     const uint4* source = reinterpret_cast<const uint4*>(row + index);
     uint4* target = reinterpret_cast<uint4*>(result.values);
@@ -62,16 +61,16 @@ __device__ __forceinline__ Eight<T> load(const T* row, int64_t index, int64_t co
 }
 
 template <typename T>
-__device__ __forceinline__ void store(const Eight<T>& eight, T* row, int64_t index, int64_t count, bool vector) {
+__device__ __forceinline__ void store(const Vec8<T>& vec, T* row, int64_t index, int64_t count, bool vector) {
   if (vector && count >= VECTOR) {
     uint4* target = reinterpret_cast<uint4*>(row + index);
-    const uint4* source = reinterpret_cast<const uint4*>(eight.values);
+    const uint4* source = reinterpret_cast<const uint4*>(vec.values);
 #pragma unroll
     for (int i = 0; i < static_cast<int>(sizeof(T) * VECTOR / 16); ++i) __stwb(target + i, source[i]);  // an assignment may be split again
   } else {
 #pragma unroll
     for (int i = 0; i < VECTOR; ++i) {
-      if (i < count) row[index + i] = eight.values[i];
+      if (i < count) row[index + i] = vec.values[i];
     }
   }
 }
@@ -89,7 +88,6 @@ __device__ __forceinline__ __nv_bfloat16 stored_as(float value) { return __float
 template <>
 __device__ __forceinline__ __half stored_as(float value) { return __float2half_rn(value); }
 
-// ---------------------------------------------------------------------------------------------------------- transition
 
 // One row's pointers and coefficients; L is the dtype of the latents, V of the velocities.
 template <typename L, typename V>
@@ -111,13 +109,13 @@ struct Row {
   }
 };
 
-// Eight elements of a transition as they are stored. Loading is apart from computing, so that work can be done while the loads are under way.
+// Eight elements of a transition as they are stored. Loading is separate from computing, so that work can be done during the loads.
 template <typename L, typename V, bool GUIDED>
-struct Operands {
-  Eight<L> x;
-  Eight<V> cond, uncond;
+struct Args {
+  Vec8<L> x;
+  Vec8<V> cond, uncond;
 
-  __device__ __forceinline__ Operands(const Row<L, V>& row, int64_t index, int64_t count)
+  __device__ __forceinline__ Args(const Row<L, V>& row, int64_t index, int64_t count)
       : x(load(row.latents, index, count, row.vector)), cond(load(row.velocity, index, count, row.vector)) {
     if (GUIDED) uncond = load(row.uncond, index, count, row.vector);
   }
@@ -132,7 +130,6 @@ struct Operands {
   }
 };
 
-// ---------------------------------------------------------------------------------------------------------------- sums
 
 __device__ __forceinline__ double warp_sum(double value) {
 #pragma unroll
@@ -145,7 +142,7 @@ template <int WARPS>
 __device__ __forceinline__ double block_sum(double value) {
   __shared__ double of_warps[WARPS];
   value = warp_sum(value);
-  __syncthreads();  // the room may still be read from the call before
+  __syncthreads();  // a previous call may still read of_warps
   if (threadIdx.x % WARP == 0) of_warps[threadIdx.x / WARP] = value;
   __syncthreads();
   double sum = 0.0;
@@ -154,7 +151,7 @@ __device__ __forceinline__ double block_sum(double value) {
   return sum;
 }
 
-// The log-probability of a row from the partial sums of its blocks; all lanes of a warp call it and get it.
+// The log-probability of a row from the partial sums of its blocks; all lanes of a warp call it and get the result.
 __device__ __forceinline__ float row_log_prob(const Transition& t, const double* partials, int blocks, int64_t row, int lane) {
   double sum = 0.0;
   for (int i = lane; i < blocks; i += WARP) sum += partials[row * blocks + i];
@@ -162,12 +159,11 @@ __device__ __forceinline__ float row_log_prob(const Transition& t, const double*
   return log_prob_of(warp_sum(sum), t.numel, std, log(static_cast<double>(std)), t.normalized);
 }
 
-// ---------------------------------------------------------------------------------------------------------------- host
 
 #ifdef __CUDACC__
-// Launch a kernel; why it failed, or null.
+// Launch a kernel; the error, or null.
 template <typename... Parameters, typename... Arguments>
-const char* start(void (*kernel)(Parameters...), int64_t blocks, int threads, void* stream, Arguments... arguments) {
+const char* launch_kernel(void (*kernel)(Parameters...), int64_t blocks, int threads, void* stream, Arguments... arguments) {
   if (blocks > 0x7FFFFFFF) return "the batch is too large for one launch, split it";
   kernel<<<static_cast<unsigned>(blocks), static_cast<unsigned>(threads), 0, static_cast<cudaStream_t>(stream)>>>(arguments...);
   const cudaError_t error = cudaGetLastError();
@@ -175,7 +171,7 @@ const char* start(void (*kernel)(Parameters...), int64_t blocks, int threads, vo
 }
 #endif
 
-// launch(L(), V(), GUIDED) with the C++ types of the dtypes, and whether there is an unconditional branch as a type; what it returns.
+// Call launch(L(), V(), GUIDED) with the C++ types of the dtypes, and std::true_type if there is an unconditional branch.
 template <typename L, typename V, typename Launch>
 const char* with_guidance(const Transition& t, const Launch& launch) {
   if (t.uncond) return launch(L(), V(), std::true_type());
@@ -194,8 +190,8 @@ const char* with_types(const Transition& t, const Launch& launch) {
   return with_velocity<__half>(t, launch);
 }
 
-// The second, tiny launch of a step or a log-prob: partial sums -> log-probabilities. And the first of a log-prob or a loss.
-const char* start_log_probs(const Transition& t, const double* partials, float* log_probs, void* stream);
-const char* start_squared_errors(const Transition& t, double* partials, void* stream);
+// The second launch of a step or a log-prob: partial sums -> log-probabilities. And the first launch of a log-prob or a loss.
+const char* launch_log_probs(const Transition& t, const double* partials, float* log_probs, void* stream);
+const char* launch_squared_errors(const Transition& t, double* partials, void* stream);
 
 }  // namespace fastgrpo

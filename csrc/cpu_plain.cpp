@@ -1,3 +1,3 @@
-// The CPU's loops for any processor: the instruction set that the compiler takes of its own accord (SSE2, NEON).
+// The CPU's loops for any processor: the compiler's default instruction set (SSE2, NEON).
 #define FASTGRPO_ISA cpu_plain
 #include "kernels_cpu.h"

@@ -1,5 +1,5 @@
 // The transition and the clipped loss, element by element and sample by sample: the same operations in the same order as
-// kernels/fastgrpo_kernels/reference.py, so that the bits agree on every device.
+// kernels/fastgrpo_kernels/sde/reference.py, so that the bits agree on every device.
 #pragma once
 
 #include "portable.h"
@@ -33,13 +33,13 @@ FASTGRPO_INLINE float velocity_gradient(float c, float error, float b) {
 
 // A squared error, rounded to a multiple of q = 2^(2k - 24), 2^k <= std < 2^(k+1): sums of such multiples are exact in float64
 // below 2^53 q, and so the same in any order, on any device. See `_exact_row_sum` in reference.py.
-FASTGRPO_INLINE double quantised(float squared_error, double magic) {
-  const double shifted = static_cast<double>(squared_error) + magic;
-  return shifted - magic;
+FASTGRPO_INLINE double quantised(float squared_error, double rounder) {
+  const double shifted = static_cast<double>(squared_error) + rounder;
+  return shifted - rounder;
 }
 
 // 1.5 * 2^(2k + 28), whose last float64 bit is worth q; 0 (no rounding) where std is 0 or not finite and the log-prob is of no use.
-FASTGRPO_INLINE double magic_of(float std) {
+FASTGRPO_INLINE double rounder_of(float std) {
   if (!(std > 0.0f) || std > 3.4028234663852886e38f) return 0.0;
   const int64_t k = (bit_cast<int64_t>(static_cast<double>(std)) >> 52) - 1023;  // a subnormal fp32 is a normal float64
   return bit_cast<double>(((2 * k + 28 + 1023) << 52) | 0x8000000000000);
@@ -69,7 +69,7 @@ FASTGRPO_INLINE Bounds bounds_of(double clip_range, double adv_clip) {
   return {static_cast<float>(1.0 - clip_range), static_cast<float>(1.0 + clip_range), static_cast<float>(adv_clip)};
 }
 
-// One sample of Eq. 11: ratio = fp32(exp(double(log_ratio))) comes from outside, because exp is a library's.
+// One sample of Eq. 11: ratio = fp32(exp(double(log_ratio))) is an argument, because exp is a library function.
 struct ClipTerm {
   float objective, gradient;
   bool clipped;

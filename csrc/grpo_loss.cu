@@ -5,7 +5,7 @@ namespace fastgrpo {
 
 constexpr int LOSS_THREADS = 512, LOSS_WARPS = LOSS_THREADS / WARP;
 
-// partials: null where the log-probabilities are given.
+// partials: null if the log-probabilities are given.
 __global__ void __launch_bounds__(LOSS_THREADS) loss_kernel(Transition t, const double* __restrict__ partials, int blocks, float* log_probs, ClippedLoss l) {
   if (partials) {
     for (int64_t row = threadIdx.x / WARP; row < l.batch; row += LOSS_WARPS) {
@@ -37,13 +37,13 @@ __global__ void __launch_bounds__(LOSS_THREADS) loss_kernel(Transition t, const 
 }
 
 const char* cuda_clipped_loss(const ClippedLoss& l, void* stream) {
-  return start(loss_kernel, 1, LOSS_THREADS, stream, Transition{}, nullptr, 0, nullptr, l);
+  return launch_kernel(loss_kernel, 1, LOSS_THREADS, stream, Transition{}, nullptr, 0, nullptr, l);
 }
 
 const char* cuda_grpo_loss(const Transition& t, float* log_probs, const ClippedLoss& l, double* partials, void* stream) {
   if (t.batch == 0) return cuda_clipped_loss(l, stream);
-  const char* error = start_squared_errors(t, partials, stream);
-  return error ? error : start(loss_kernel, 1, LOSS_THREADS, stream, t, partials, blocks_of_row(t.numel), log_probs, l);
+  const char* error = launch_squared_errors(t, partials, stream);
+  return error ? error : launch_kernel(loss_kernel, 1, LOSS_THREADS, stream, t, partials, blocks_of_row(t.numel), log_probs, l);
 }
 
 }  // namespace fastgrpo

@@ -1,7 +1,7 @@
 // The CPU's loops, written so that g++ vectorises them; included once per instruction set, with FASTGRPO_ISA as its name.
 //
 // A block of a row at a time goes through fp32 buffers that stay in the first-level cache, so that one loop serves every dtype.
-// Only portable.h and what stands on it may be included here: see there.
+// Only portable.h and headers that include nothing else may be included here: see there.
 
 #include "launch.h"
 #include "normals.h"
@@ -16,12 +16,11 @@ namespace {
 
 constexpr int BLOCK = 256;  // elements; a multiple of 8 (accumulators) and of 4 (Philox)
 
-// ------------------------------------------------------------------------------------------------------------ storage
 
 const void* at(const void* base, Dtype dtype, int64_t index) { return static_cast<const char*>(base) + index * size_of(dtype); }
 void* at(void* base, Dtype dtype, int64_t index) { return static_cast<char*>(base) + index * size_of(dtype); }
 
-// n stored values as fp32: where they lie, or in the buffer.
+// n stored values as fp32: the memory itself for fp32, else the buffer.
 const float* load(const void* source, Dtype dtype, int n, float* buffer) {
   if (dtype == Dtype::float32) return static_cast<const float*>(source);
   const uint16_t* bits = static_cast<const uint16_t*>(source);
@@ -54,7 +53,6 @@ void store(const float* __restrict__ values, Dtype dtype, int n, void* target) {
   for (; i < n; ++i) bits[i] = float16_from_float(values[i]);
 }
 
-// -------------------------------------------------------------------------------------------------------------- blocks
 
 // Standard normals of `quads` groups of four elements, the first being `quad`.
 void noise_block(int64_t seed, int64_t step, int64_t quad, int quads, float* __restrict__ noise) {
@@ -88,28 +86,27 @@ void mean_block(const Transition& t, int64_t row, int64_t index, int n, float* _
 }
 
 // Eight running sums, as many as a register holds; their order is free because the sum is exact.
-double squared_error_block(const float* __restrict__ stored, const float* __restrict__ mean, int n, double magic) {
+double squared_error_block(const float* __restrict__ stored, const float* __restrict__ mean, int n, double rounder) {
   double sums[8] = {};
   int i = 0;
   for (; i + 8 <= n; i += 8) {
     for (int lane = 0; lane < 8; ++lane) {
       const float error = stored[i + lane] - mean[i + lane];
-      sums[lane] += quantised(error * error, magic);
+      sums[lane] += quantised(error * error, rounder);
     }
   }
   for (; i < n; ++i) {
     const float error = stored[i] - mean[i];
-    sums[i & 7] += quantised(error * error, magic);
+    sums[i & 7] += quantised(error * error, rounder);
   }
   return ((sums[0] + sums[4]) + (sums[1] + sums[5])) + ((sums[2] + sums[6]) + (sums[3] + sums[7]));
 }
 
-// --------------------------------------------------------------------------------------------------------------- rows
 
 double step(const Transition& t, void* next_latents, int64_t row, int64_t begin, int64_t end) {
   float noise[BLOCK], mean[BLOCK], next[BLOCK], stored_buffer[BLOCK];
   const float std = t.std[row];
-  const double magic = magic_of(std);
+  const double rounder = rounder_of(std);
   double sum = 0.0;
   for (int64_t offset = begin; offset < end; offset += BLOCK) {
     const int n = static_cast<int>(end - offset < BLOCK ? end - offset : BLOCK);
@@ -119,20 +116,20 @@ double step(const Transition& t, void* next_latents, int64_t row, int64_t begin,
     for (int i = 0; i < n; ++i) next[i] = add_noise(mean[i], std, noise[i]);
     void* target = at(next_latents, t.latents_dtype, index);
     store(next, t.latents_dtype, n, target);
-    sum += squared_error_block(load(target, t.latents_dtype, n, stored_buffer), mean, n, magic);
+    sum += squared_error_block(load(target, t.latents_dtype, n, stored_buffer), mean, n, rounder);
   }
   return sum;
 }
 
 double squared_error(const Transition& t, int64_t row, int64_t begin, int64_t end) {
   float mean[BLOCK], stored_buffer[BLOCK];
-  const double magic = magic_of(t.std[row]);
+  const double rounder = rounder_of(t.std[row]);
   double sum = 0.0;
   for (int64_t offset = begin; offset < end; offset += BLOCK) {
     const int n = static_cast<int>(end - offset < BLOCK ? end - offset : BLOCK);
     const int64_t index = row * t.numel + offset;
     mean_block(t, row, index, n, mean);
-    sum += squared_error_block(load(at(t.next_latents, t.latents_dtype, index), t.latents_dtype, n, stored_buffer), mean, n, magic);
+    sum += squared_error_block(load(at(t.next_latents, t.latents_dtype, index), t.latents_dtype, n, stored_buffer), mean, n, rounder);
   }
   return sum;
 }

@@ -1,4 +1,4 @@
-// The seam between torch and the kernels: plain structs and functions over raw pointers. Neither side includes the other's headers.
+// The interface between torch and the kernels: plain structs and functions over raw pointers. Neither side includes the other's headers.
 #pragma once
 
 #include "formulas.h"
@@ -12,14 +12,14 @@ struct Transition {
   const void* velocity;       // [B, P]
   const void* uncond;         // [B, P], dtype of velocity, or null
   const float *a, *b, *std;   // [B]
-  const int64_t *seeds, *steps;  // [B], of the step alone
+  const int64_t *seeds, *steps;  // [B], for the step only
   Dtype latents_dtype, velocity_dtype;
   int64_t batch, numel;
   float guidance_scale;
   bool normalized;
 };
 
-// The clipped loss of a batch, and where its results go; log_ratio's sources are fp32 [B].
+// The clipped loss of a batch: its fp32 inputs [B], and where its results go.
 struct ClippedLoss {
   const float *log_probs, *old_log_probs, *advantages;
   float *loss, *ratio;  // [], [B]
@@ -37,7 +37,7 @@ struct CpuKernels {
 };
 extern const CpuKernels cpu_plain, cpu_avx2, cpu_avx512;
 
-// GPU: `partials` is scratch of partial_sums(numel) float64 per row; `stream` a cudaStream_t. Null, or an error in words.
+// GPU: `partials` is scratch of partial_sums(numel) float64 per row; `stream` a cudaStream_t. They return null, or an error as text.
 int64_t cuda_partial_sums(int64_t numel);
 const char* cuda_sde_step(const Transition&, void* next_latents, float* log_probs, double* partials, void* stream);
 const char* cuda_sde_log_prob(const Transition&, float* log_probs, double* partials, void* stream);

@@ -2,7 +2,7 @@
 //
 //   uniform(n) = (n + 1/2) 2^-23, n = word >> 9        radius = sqrt(-2 ln u)        cos, sin of 2 pi v
 //
-// Only 2^23 arguments exist, and csrc/unit.cpp tries them all: the float64 path gives the reference's fp32 bits (whose margin is 20
+// Only 2^23 arguments exist, and csrc/unit/numbers.cpp tries them all: the float64 path gives the reference's fp32 bits (whose margin is 20
 // float64 ulps, kernels/fastgrpo_kernels/random/philox.py), the fp32 path stays within one fp32 ulp of them. No branches and no
 // library calls, so that a compiler can vectorise every function, and host and device give the same bits.
 #pragma once
@@ -37,7 +37,6 @@ FASTGRPO_INLINE void rotate(int32_t quarters, float cosine, float sine, float& c
   s = bit_cast<float>(static_cast<int32_t>(s_bits ^ static_cast<int32_t>(static_cast<uint32_t>(quarters & 2) << 30)));
 }
 
-// ---------------------------------------------------------------------------------------------- float64, for the CPU
 
 // -2 ln u by ln f = 2 artanh((f - 1) / (f + 1)), |argument| <= 0.1716; the last term is below 2^-55 of the first.
 FASTGRPO_INLINE double minus_two_log64(int32_t n) {
@@ -86,7 +85,6 @@ FASTGRPO_INLINE void cos_sin64(int32_t n, float& c, float& s) {
   rotate(quarters, static_cast<float>(1.0 - z * pc), static_cast<float>(r - r * (z * ps)), c, s);
 }
 
-// -------------------------------------------------------------------------------------------------- fp32, for the GPU
 
 // Fused here by name, on both sides: a correctly rounded operation like the others, and the same bits everywhere.
 FASTGRPO_INLINE float fused(float x, float y, float z) {

@@ -29,7 +29,7 @@ Choice best_instructions() {
 
 const Choice chosen = best_instructions();
 
-// work(row, begin, end, part) for every chunk of every row, on as many threads as the amount is worth.
+// work(row, begin, end, part) for every chunk of every row, on as many threads as the work is worth.
 template <typename Work>
 void for_chunks(const Transition& t, const Work& work) {
   const int64_t parts = (t.numel + CHUNK - 1) / CHUNK, size = std::min(t.numel, CHUNK);
@@ -50,17 +50,17 @@ void log_probs_of(const Transition& t, const std::vector<double>& sums, float* l
   }
 }
 
-std::vector<double> room_for_sums(const Transition& t) { return std::vector<double>(t.batch * ((t.numel + CHUNK - 1) / CHUNK)); }
+std::vector<double> empty_sums(const Transition& t) { return std::vector<double>(t.batch * ((t.numel + CHUNK - 1) / CHUNK)); }
 
 struct Cpu {
   static void sde_step(const Transition& t, void* next_latents, float* log_probs, const Tensor&) {
-    std::vector<double> sums = room_for_sums(t);
+    std::vector<double> sums = empty_sums(t);
     for_chunks(t, [&](int64_t row, int64_t begin, int64_t end, int64_t part) { sums[part] = chosen.kernels->step(t, next_latents, row, begin, end); });
     log_probs_of(t, sums, log_probs);
   }
 
   static void sde_log_prob(const Transition& t, float* log_probs, const Tensor&) {
-    std::vector<double> sums = room_for_sums(t);
+    std::vector<double> sums = empty_sums(t);
     for_chunks(t, [&](int64_t row, int64_t begin, int64_t end, int64_t part) { sums[part] = chosen.kernels->squared_error(t, row, begin, end); });
     log_probs_of(t, sums, log_probs);
   }

@@ -1,4 +1,4 @@
-// What the operations need of torch's stable ABI: checked pointers in, new tensors out.
+// Tensors by torch's stable ABI: checked pointers in, new tensors out.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -14,22 +14,24 @@
 namespace fastgrpo {
 
 using torch::headeronly::ScalarType;
+using torch::headeronly::toString;
 using torch::stable::Tensor;
 
 inline Dtype dtype_of(const char* name, const Tensor& tensor) {
   const ScalarType type = tensor.scalar_type();
   if (type == ScalarType::Float) return Dtype::float32;
   if (type == ScalarType::BFloat16) return Dtype::bfloat16;
-  STD_TORCH_CHECK(type == ScalarType::Half, name, ": expected float32, bfloat16 or float16, got another dtype");
+  STD_TORCH_CHECK(type == ScalarType::Half, name, ": expected float32, bfloat16 or float16, got ", toString(type));
   return Dtype::float16;
 }
 
-// The data of a contiguous tensor of that many elements and that dtype, on the device of another.
+// The data of a contiguous tensor, after a check of its dtype, its number of elements and its device (that of `like`).
 inline const void* checked(const char* name, const Tensor& tensor, ScalarType type, int64_t numel, const Tensor& like) {
-  STD_TORCH_CHECK(tensor.scalar_type() == type, name, ": unexpected dtype (the public functions convert)");
+  STD_TORCH_CHECK(tensor.scalar_type() == type, name, ": expected ", toString(type), ", got ",
+                  toString(tensor.scalar_type()));
   STD_TORCH_CHECK(tensor.numel() == numel, name, ": expected ", numel, " elements, got ", tensor.numel());
-  STD_TORCH_CHECK(tensor.is_contiguous(), name, ": expected a contiguous tensor");
-  STD_TORCH_CHECK(tensor.device() == like.device(), name, ": expected it on the device of the first argument");
+  STD_TORCH_CHECK(tensor.is_contiguous(), name, ": expected a contiguous tensor, got other strides");
+  STD_TORCH_CHECK(tensor.device() == like.device(), name, ": expected the device of the first argument, got another");
   return tensor.const_data_ptr();
 }
 
@@ -52,7 +54,7 @@ inline Transition transition_of(const Tensor& latents, const Tensor* next_latent
                                 const Tensor& a, const Tensor& b, const Tensor& std, double guidance_scale, bool normalized) {
   STD_TORCH_CHECK(latents.dim() >= 1, "latents: expected the batch first, got a scalar");
   const int64_t batch = latents.size(0), total = latents.numel();
-  STD_TORCH_CHECK(batch == 0 || total > 0, "latents: expected at least one element per sample");
+  STD_TORCH_CHECK(batch == 0 || total > 0, "latents: expected at least one element per sample, got none");
   Transition t{};
   t.latents_dtype = dtype_of("latents", latents);
   t.velocity_dtype = dtype_of("velocity", velocity);

@@ -78,7 +78,7 @@ struct Case {
     double sum = 0.0;
     for (int64_t i = row * numel; i < (row + 1) * numel; ++i) {
       const float error = stored.get(i) - mean[i];
-      sum += quantised(error * error, magic_of(std[row]));
+      sum += quantised(error * error, rounder_of(std[row]));
     }
     return log_prob_of(sum, numel, std[row], std::log(static_cast<double>(std[row])), normalized);
   }

@@ -21,7 +21,6 @@ struct Index {
 };
 inline thread_local Index threadIdx, blockIdx;
 
-// ------------------------------------------------------------------------------------------------------------- storage
 
 struct alignas(16) uint4 {
   uint32_t x, y, z, w;
@@ -43,7 +42,6 @@ inline float __half2float(__half value) { return fastgrpo::float_from_float16(va
 inline __nv_bfloat16 __float2bfloat16_rn(float value) { return __nv_bfloat16(value); }
 inline __half __float2half_rn(float value) { return __half(value); }
 
-// ------------------------------------------------------------------------------------------------------------- threads
 
 struct Block {
   pthread_barrier_t all, warps[32];
@@ -66,7 +64,7 @@ namespace fastgrpo {
 
 // The blocks of a grid one after the other, in the order that a GPU would be least likely to take: the last first.
 template <typename... Parameters, typename... Arguments>
-const char* start(void (*kernel)(Parameters...), int64_t blocks, int threads, void*, Arguments... arguments) {
+const char* launch_kernel(void (*kernel)(Parameters...), int64_t blocks, int threads, void*, Arguments... arguments) {
   pthread_barrier_init(&block.all, nullptr, static_cast<unsigned>(threads));
   for (int warp = 0; warp < threads / 32; ++warp) pthread_barrier_init(&block.warps[warp], nullptr, 32);
   std::vector<std::thread> pool;

@@ -88,9 +88,9 @@ void test_storage(const char* name, uint16_t infinity, From from, To to) {
   EXPECT(std::isnan(from(to(NAN))) && std::isnan(from(to(-NAN))), "%s: NaN", name);
 }
 
-double sum_of(const std::vector<float>& terms, double magic) {
+double sum_of(const std::vector<float>& terms, double rounder) {
   double sum = 0.0;
-  for (float term : terms) sum += quantised(term, magic);
+  for (float term : terms) sum += quantised(term, rounder);
   return sum;
 }
 
@@ -104,23 +104,23 @@ void test_exact_sum() {
       const float error = static_cast<float>(normal(random));
       term = error * error;
     }
-    const double magic = magic_of(std), forward = sum_of(terms, magic);
+    const double rounder = rounder_of(std), forward = sum_of(terms, rounder);
     int exponent;
     std::frexp(std, &exponent);
     const double q = std::ldexp(1.0, 2 * (exponent - 1) - 24);
-    EXPECT(magic == 1.5 * std::ldexp(1.0, 2 * (exponent - 1) + 28), "std %g: magic %a", std, magic);
+    EXPECT(rounder == 1.5 * std::ldexp(1.0, 2 * (exponent - 1) + 28), "std %g: rounder %a", std, rounder);
     long double exact = 0.0L;
     for (float term : terms) exact += term;
     EXPECT(std::fabs(static_cast<double>(exact - static_cast<long double>(forward))) <= 0.5 * q * terms.size(), "std %g: %a", std, forward);
     EXPECT(std::fmod(forward, q) == 0.0, "std %g: not a multiple of q", std);
     for (int trial = 0; trial < 20; ++trial) {
       std::shuffle(terms.begin(), terms.end(), random);
-      EXPECT(sum_of(terms, magic) == forward, "std %g: another order, another sum", std);
+      EXPECT(sum_of(terms, rounder) == forward, "std %g: another order, another sum", std);
       const auto cut = terms.begin() + static_cast<int64_t>(random() % terms.size());
-      EXPECT(sum_of({terms.begin(), cut}, magic) + sum_of({cut, terms.end()}, magic) == forward, "std %g: another split, another sum", std);
+      EXPECT(sum_of({terms.begin(), cut}, rounder) + sum_of({cut, terms.end()}, rounder) == forward, "std %g: another split, another sum", std);
     }
   }
-  EXPECT(magic_of(0.0f) == 0.0 && magic_of(NAN) == 0.0 && magic_of(INFINITY) == 0.0, "%a", magic_of(INFINITY));
+  EXPECT(rounder_of(0.0f) == 0.0 && rounder_of(NAN) == 0.0 && rounder_of(INFINITY) == 0.0, "%a", rounder_of(INFINITY));
 }
 
 void test_log_prob_and_scale() {

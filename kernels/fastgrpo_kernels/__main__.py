@@ -1,6 +1,4 @@
-"""`python -m fastgrpo_kernels`: which backend serves which tensors here, and why another
-does not.
-"""
+"""`python -m fastgrpo_kernels`: which backend serves which ops on this machine, and why no other."""
 
 from __future__ import annotations
 
@@ -8,26 +6,20 @@ from pathlib import Path
 
 import torch
 
-from . import dispatch
+from .dispatch import BACKENDS, COMPILED, has_library, select_backend, unsupported_reason
 
 
 def main() -> None:
-    """Print, for each device of this machine, what serves csrc/'s operations and the transformer's,
-    and each refusal.
-    """
-    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-    for device in devices:
+    """Print, per device, the backend of csrc/'s ops and of the others, and what each backend says."""
+    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
         probe = torch.empty(0, device=device)
-        print(
-            f"{device} tensors: {', '.join(dispatch.COMPILED)}: {dispatch.select_backend('sde_step', probe)}; all others: "
-            f"{dispatch.select_backend('ln_modulate', probe)}"
-        )
-        for backend in dispatch.BACKENDS:
-            print(
-                f"  {backend:9}  {dispatch.unsupported_reason(backend, 'sde_step', probe) or 'can serve'}"
-            )
+        print(f"{device} tensors: {', '.join(COMPILED)}: {select_backend('sde_step', probe)}")
+        print(f"{device} tensors: all other ops: {select_backend('ln_modulate', probe)}")
+        for backend in BACKENDS:
+            reason = unsupported_reason(backend, "sde_step", probe)
+            print(f"  {backend:9}  {reason or 'can serve'}")
     note = Path(__file__).with_name("_C.txt")  # what setup.py built, and why no more
-    if dispatch.has_library() and note.exists():
+    if has_library() and note.exists():
         print(f"csrc/: {note.read_text().strip()} ({torch.ops.fastgrpo.build_info()})")
 
 

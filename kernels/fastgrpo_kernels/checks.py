@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 Coefficient = float | Tensor
-"""A number, a scalar tensor, or a tensor [B] of any float dtype, rounded once to the arithmetic's."""
+"""A number, a scalar tensor, or a tensor [B] of any float dtype, rounded once to the arithmetic's.
+"""
 
 CFG_GRADS = ("both", "cond_only")
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -166,7 +167,8 @@ def check_rotation(cos: Tensor | None, sin: Tensor | None, q: Tensor, k: Tensor)
 
 
 def modulation(name: str, value: Tensor, x: Tensor) -> Tensor:
-    """View a scale, shift or gate of x [B, L, C] as [B, 1, C] (per sample) or [B, L, C] (per token).
+    """View a scale, shift or gate of x [B, L, C] as [B, 1, C] (per sample) or [B, L, C] (per
+    token).
 
     Args:
         name: For the error message.

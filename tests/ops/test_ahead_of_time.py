@@ -1,7 +1,7 @@
 """Every Triton kernel compiled for an H100 without a GPU: no stack, no spills, 16-byte accesses, at
 the sizes of the real models.
 
-The compiler runs in a process of its own: here the kernels are interpreted (tests/conftest.py).
+The compiler runs in its own process: in this one the kernels are interpreted (tests/conftest.py).
 `python benchmarks/ahead_of_time.py` prints the same for all sizes and variants; the slow test
 asserts it.
 """
@@ -13,6 +13,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 COMMAND = [sys.executable, str(ROOT / "benchmarks" / "ahead_of_time.py"), "--json"]
 SIZES = ("wan_1.3b_480p", "wan_14b_240p", "hunyuan_240p")
 SDE_OPS = ("sde_step", "sde_log_prob", "clipped_ratio_loss", "grpo_loss", "branch_gradient")
-# Their tensors, tiles' sums in float64, begin at any multiple of 8 bytes, and are 11 KB.
+# Their tensors, the float64 sums of the tiles, begin at any multiple of 8 bytes, and are 11 KB.
 NARROW = {"_log_prob_kernel", "_grpo_loss_kernel"}
 
 pytestmark = pytest.mark.skipif(dispatch.triton is None, reason="triton is not installed")
@@ -44,53 +45,41 @@ def run(command: list[str], *expected: int) -> str:
 
 @pytest.fixture(scope="module")
 def report() -> dict[str, Any]:
-    """Three models: Wan with RMSNorm over all heads and two velocities; HunyuanVideo with one, text
-    tokens and RMSNorm a head.
+    """Three models: Wan with RMSNorm over all heads and two velocities; HunyuanVideo with one
+    velocity, text tokens and RMSNorm per head.
     """
     found: dict[str, Any] = json.loads(run([*COMMAND, "--no-variants", "--sizes", *SIZES], 0, 1))
     return found
 
 
-def kernels_in_the_sources() -> set[str]:
-    """Functions under @jit whose name ends in _kernel, the house's rule for those that are
-    launched.
-    """
-    return {
-        node.name
-        for path in (ROOT / "kernels" / "fastgrpo_kernels").glob("*.py")
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-        if isinstance(node, ast.FunctionDef)
-        and node.name.endswith("_kernel")
-        and any(
-            isinstance(decorator, ast.Name) and decorator.id == "jit"
-            for decorator in node.decorator_list
-        )
-    }
+def jit_functions() -> Iterator[tuple[Path, ast.FunctionDef]]:
+    """Every function under @jit in the package's sources."""
+    for path in (ROOT / "kernels" / "fastgrpo_kernels").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef) and any(
+                isinstance(decorator, ast.Name) and decorator.id == "jit"
+                for decorator in node.decorator_list
+            ):
+                yield path, node
 
 
 def test_every_kernel_of_the_package_was_compiled(report: dict[str, Any]) -> None:
+    """By their names, those that are launched end in _kernel."""
     assert report["broken"] == {}
     assert report["not_launched"] == []
-    assert {kernel["kernel"] for kernel in report["kernels"]} == kernels_in_the_sources() != set()
+    sources = {node.name for _, node in jit_functions() if node.name.endswith("_kernel")}
+    assert {kernel["kernel"] for kernel in report["kernels"]} == sources != set()
 
 
 def test_no_function_of_a_kernel_has_a_string_as_a_default() -> None:
-    """triton 3.6, the GPU machine's, does not compile a call that leaves it out; 3.7 does, so only
+    """triton 3.6, of the GPU machine, does not compile a call that leaves it out. 3.7 does, so only
     the source shows it here.
     """
     wrong = [
         f"{path.name}: {node.name}"
-        for path in (ROOT / "kernels" / "fastgrpo_kernels").glob("*.py")
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-        if isinstance(node, ast.FunctionDef)
-        and any(
-            isinstance(decorator, ast.Name) and decorator.id == "jit"
-            for decorator in node.decorator_list
-        )
-        and any(
-            isinstance(value, ast.Constant) and isinstance(value.value, str)
-            for value in node.args.defaults
-        )
+        for path, node in jit_functions()
+        for value in node.args.defaults
+        if isinstance(value, ast.Constant) and isinstance(value.value, str)
     ]
     assert wrong == []
 
@@ -104,8 +93,8 @@ def test_no_kernel_has_a_stack_frame_or_spills(report: dict[str, Any]) -> None:
 
 
 def test_tensors_move_16_bytes_a_thread(report: dict[str, Any]) -> None:
-    """Of each access whose threads have 16 bytes or more to move; scalars, and sums of one value a
-    program, cannot be wider.
+    """For each access whose threads have 16 bytes or more to move; scalars, and sums of one value
+    per program, cannot be wider.
     """
     narrow = {
         k["kernel"]: (k["narrow_loads"], k["narrow_stores"])
@@ -126,8 +115,8 @@ def test_the_transition_is_rounded_product_by_product(report: dict[str, Any]) ->
 
 
 def test_the_sizes_are_the_true_ones(report: dict[str, Any]) -> None:
-    """The rows' length is a constant of the kernels, or an argument that is known to be a multiple
-    of 16.
+    """The length of a row is a constant of the kernels, or an argument known to be a multiple of
+    16.
     """
     rows = {
         k["constants"]["C"] for k in report["kernels"] if k["kernel"] == "_ln_modulate_fwd_kernel"
@@ -144,18 +133,18 @@ from benchmarks import ahead_of_time as subject
 
 @triton.jit
 def _stack_kernel(out, BLOCK: tl.constexpr):
-    lanes = tl.arange(0, BLOCK)
-    tl.store(out + lanes, tl.randn(7, lanes))
+    offsets = tl.arange(0, BLOCK)
+    tl.store(out + offsets, tl.randn(7, offsets))
 
 @triton.jit
 def _narrow_kernel(rows, out, width, BLOCK: tl.constexpr):
-    lanes = tl.arange(0, BLOCK)
-    tl.store(out + lanes, tl.load(rows + width + lanes, mask=lanes < width, other=0.0))
+    offsets = tl.arange(0, BLOCK)
+    tl.store(out + offsets, tl.load(rows + width + offsets, mask=offsets < width, other=0.0))
 
 @triton.jit
 def _sound_kernel(x, scale, out, BLOCK: tl.constexpr):
-    lanes = tl.arange(0, BLOCK)
-    tl.store(out + lanes, tl.load(x + lanes) * tl.load(scale))
+    offsets = tl.arange(0, BLOCK)
+    tl.store(out + offsets, tl.load(x + offsets) * tl.load(scale))
 
 @triton.jit
 def _broken_kernel(x, out, BLOCK: tl.constexpr):
@@ -170,14 +159,15 @@ with subject._compiling(found, broken) as label:
     _sound_kernel[(1,)](x, x[1:], out, BLOCK=1024)
     _sound_kernel[(7,)](x, x[1:], out, BLOCK=1024)
     _broken_kernel[(1,)](x, out, BLOCK=1000)
-assert list(broken) == ["_broken_kernel (here)"] and "power of 2" in broken["_broken_kernel (here)"], broken
+assert list(broken) == ["_broken_kernel (here)"], broken
+assert "power of 2" in broken["_broken_kernel (here)"], broken
 print(json.dumps([[k.kernel, k.faults(), k.loads, k.stores] for k in found.values()]))
 """
 
 
 def test_it_sees_a_stack_and_narrow_accesses(tmp_path: Path) -> None:
-    """On kernels of its own; one that was launched twice is there once, one that does not compile
-    stops nothing.
+    """On kernels of this test. One that is launched twice is reported once; one that does not
+    compile stops nothing.
     """
     script = tmp_path / "faulty.py"
     script.write_text(
@@ -199,7 +189,9 @@ def test_a_kernel_that_no_case_launches_is_named(tmp_path: Path) -> None:
 import sys; sys.path[:0] = {[str(ROOT), str(ROOT / "kernels")]!r}
 from benchmarks import ahead_of_time as subject
 complete = subject.cases
-subject.cases = lambda name, dtype=None: [case for case in complete(name, dtype) if case.op == "branch_gradient"]
+def only_one(name, dtype=None):
+    return [case for case in complete(name, dtype) if case.op == "branch_gradient"]
+subject.cases = only_one
 sys.exit(subject.main(["--no-variants", "--sizes", "tiny"]))
 """)
     out = run([sys.executable, str(script)], 1)

@@ -1,4 +1,4 @@
-"""Which backend serves a call: its own choice, the argument, the environment, and the words of a
+"""Which backend serves a call: the default, the argument, the environment, and the reason of a
 refusal.
 """
 
@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 
-import fastgrpo_kernels
+import fastgrpo_kernels as k
 import pytest
 import torch
 from fastgrpo_kernels import dispatch
@@ -20,9 +20,7 @@ needs_library = pytest.mark.skipif(bool(NO_LIBRARY), reason=NO_LIBRARY)
 
 
 class OnGPU:
-    """Stands in for `Tensor` below: what `choose` asks of a tensor, on a GPU that this machine may
-    not have.
-    """
+    """What `select_backend` reads of a tensor, on a GPU that this machine may not have."""
 
     dtype, device = torch.float32, torch.device("cuda", 0)
 
@@ -31,9 +29,6 @@ class OnGPU:
 def gpu_tensor(monkeypatch: pytest.MonkeyPatch) -> OnGPU:
     monkeypatch.setattr(dispatch, "Tensor", (Tensor, OnGPU))
     return OnGPU()
-
-
-# -------- of its own accord
 
 
 @needs_library
@@ -80,55 +75,46 @@ def test_has_library_says_whether_the_compiled_operations_are_there() -> None:
     assert dispatch.has_library() == hasattr(torch.ops.fastgrpo, "sde_step")
 
 
-# -------- by force
-
-
 def test_the_argument_beats_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "FORCED", "cuda")
     assert dispatch.select_backend("sde_step", FLOAT32, "reference") == "reference"
 
 
-def test_the_environment_forces_only_what_the_family_has(
+def test_the_environment_forces_only_the_ops_that_the_backend_has(
     monkeypatch: pytest.MonkeyPatch, gpu_tensor: OnGPU
 ) -> None:
     monkeypatch.setattr(dispatch, "FORCED", "cuda")
     assert dispatch.select_backend("ln_modulate", gpu_tensor) == (
         "triton" if dispatch.triton else "reference"
     )
-    with pytest.raises(
-        ValueError, match=r"ln_modulate: .*'cuda' cannot serve this call: csrc/ has sde_step"
-    ):
+    with pytest.raises(ValueError, match=r"ln_modulate: .* serve this call: csrc/ has only sde_"):
         dispatch.select_backend("ln_modulate", gpu_tensor, "cuda")
 
 
 @pytest.mark.parametrize(
     ("backend", "tensor", "reason"),
     [
-        ("cuda", FLOAT32, "it takes cuda tensors, this one is on cpu"),
-        (
-            "cpp",
-            FLOAT64,
-            "it takes float32, bfloat16 and float16, this is torch.float64; the reference takes float64",
-        ),
-        ("triton", FLOAT64, "it takes float32, bfloat16 and float16"),
+        ("cuda", FLOAT32, "expected cuda tensors, got one on cpu"),
+        ("cpp", FLOAT64, "expected float32, bfloat16 or float16, got torch.float64"),
+        ("triton", FLOAT64, "expected float32, bfloat16 or float16"),
     ],
 )
-def test_a_family_that_cannot_serve_says_why(backend: str, tensor: Tensor, reason: str) -> None:
-    with pytest.raises(
-        ValueError,
-        match=rf"sde_step: the backend '{backend}' cannot serve this call: {reason}",
-    ):
+def test_a_backend_that_cannot_serve_gives_the_reason(
+    backend: str, tensor: Tensor, reason: str
+) -> None:
+    message = rf"sde_step: the backend '{backend}' cannot serve this call: {reason}"
+    with pytest.raises(ValueError, match=message):
         dispatch.select_backend("sde_step", tensor, backend)
 
 
-def test_triton_serves_a_cpu_under_its_interpreter_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_triton_serves_a_cpu_only_under_its_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "triton", object())
     monkeypatch.setattr(dispatch, "INTERPRETED", False)
-    with pytest.raises(ValueError, match="Triton runs on a GPU"):
+    with pytest.raises(ValueError, match="Triton needs a GPU or TRITON_INTERPRET=1"):
         dispatch.select_backend("sde_step", FLOAT32, "triton")
 
 
-def test_an_unknown_family_is_named_with_its_source(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_backend_is_named_with_its_source(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(
         ValueError,
         match="backend: expected one of cuda, cpp, triton, reference, got 'fast'",
@@ -143,45 +129,36 @@ def test_an_unknown_family_is_named_with_its_source(monkeypatch: pytest.MonkeyPa
 
 
 def test_the_public_operations_take_the_argument() -> None:
-    x, seeds = torch.ones(1, 4), torch.zeros(1, dtype=torch.int64)
-    with pytest.raises(ValueError, match="sde_step: the backend 'cuda' cannot serve"):
-        fastgrpo_kernels.sde.step(x, x, 1.0, 1.0, 1.0, seeds=seeds, step=0, backend="cuda")
+    x, row, seeds = torch.ones(1, 4), torch.ones(1), torch.zeros(1, dtype=torch.int64)
+    transition, key = k.Transition(x, x, 1.0, 1.0, 1.0), {"seeds": seeds, "step": 0}
     for call in (
-        lambda: fastgrpo_kernels.sde.log_prob(x, x, x, 1.0, 1.0, 1.0, backend="none"),
-        lambda: fastgrpo_kernels.clipped_ratio_loss(x[:, 0], x[:, 0], x[:, 0], backend="none"),
-        lambda: fastgrpo_kernels.sde.loss(x, x, x, x[:, 0], x[:, 0], 1.0, 1.0, 1.0, backend="none"),
-        lambda: fastgrpo_kernels.sde.branch_gradient(
-            seeds, 0, x[:, 0], 1.0, 1.0, (4,), backend="none"
-        ),
-        lambda: fastgrpo_kernels.ln_modulate(x[None], x, x, backend="none"),
-        lambda: fastgrpo_kernels.gate_residual(x[None], x[None], x, backend="none"),
-        lambda: fastgrpo_kernels.gate_residual_ln_modulate(
-            x[None], x[None], None, x, x, backend="none"
-        ),
-        lambda: fastgrpo_kernels.qk_norm_rope(
-            x[None, None], x[None, None], x[0], x[0], backend="none"
-        ),
+        lambda **options: k.sde_step(transition, **key, **options),
+        lambda **options: k.sde_log_prob(transition, x, **options),
+        lambda **options: k.clipped_ratio_loss(row, row, row, **options),
+        lambda **options: k.grpo_loss(transition, x, row, row, **options),
+        lambda **options: k.branch_gradient(transition, row, **key, **options),
+        lambda **options: k.ln_modulate(x[None], x, x, **options),
+        lambda **options: k.gate_residual(x[None], x[None], x, **options),
+        lambda **options: k.gate_residual_ln_modulate(x[None], x[None], None, x, x, **options),
+        lambda **options: k.qk_norm_rope(x[None, None], x[None, None], x[0], x[0], **options),
     ):
         with pytest.raises(ValueError, match="backend: expected one of"):
-            call()
+            call(backend="none")
 
 
 @pytest.mark.parametrize("backend", ["", "reference"])
 def test_the_environment_variable_and_the_report(backend: str) -> None:
     """`python -m fastgrpo_kernels` names what serves, for what the environment forces."""
-    environment = {**os.environ, "FASTGRPO_KERNELS": backend}
     done = subprocess.run(
         [sys.executable, "-m", "fastgrpo_kernels"],
-        env=environment,
+        env={**os.environ, "FASTGRPO_KERNELS": backend},
         capture_output=True,
         text=True,
         check=True,
     )
     serving = backend or dispatch.select_backend("sde_step", FLOAT32)
-    assert (
-        f"cpu tensors: {', '.join(dispatch.COMPILED)}: {serving}; all others: reference"
-        in done.stdout
-    )
+    assert f"cpu tensors: {', '.join(dispatch.COMPILED)}: {serving}\n" in done.stdout
+    assert "cpu tensors: all other ops: reference\n" in done.stdout
     for each in dispatch.BACKENDS:
         assert f"  {each}" in done.stdout
 

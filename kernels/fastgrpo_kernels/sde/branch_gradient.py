@@ -1,14 +1,14 @@
 """branch_gradient: the gradient of a trained transition at ratio 1, from its seed only, before any
 forward pass.
 
-On the first update after a rollout rho == 1, so dL/dlogp = -A / B; and e = x' - mean is s eps, whose
-eps the seed gives back. So
+On the first update after a rollout rho == 1, so dL/dlogp = -A / B; and e = x' - mean is s eps,
+whose eps the seed gives back. So
 
     dL/dv = -A b eps / (s P) * scale          times w for v_cond, 1 - w for v_uncond
 
-(`cps`: -A 2 b s eps / P * scale) is known before the forward: run one branch of the guidance forward
-and backward, free it, then the other. scale = 1 / B gives the mean that `grpo_loss` takes. It equals
-the joint backward up to the rounding of the stored x'. docs/method.md, section 1.
+(`cps`: -A 2 b s eps / P * scale) is known before the forward: run one branch of the guidance
+forward and backward, free it, then the other. scale = 1 / B gives the mean that `grpo_loss` takes.
+It equals the joint backward up to the rounding of the stored x'. docs/method.md, section 1.
 
 Shapes: B samples of P elements, [B, ...]; advantages A, b and s [B]; T tiles per sample. One pass,
 which only writes.
@@ -118,16 +118,17 @@ def branch_gradient(
     cfg_grad: str = "both",
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Gradient of the loss in both velocities of the transition that `sde_step` made from these seeds,
-    where the ratio is 1.
+    """Gradient of the loss in both velocities of the transition that `sde_step` made from these
+    seeds, where the ratio is 1.
 
     Args:
-        transition: The step. Of latents and velocities only shape, dtype and device of `velocity` are
-            used; its values may be anything, and `velocity_uncond` may be None.
+        transition: The step. Of latents and velocities only shape, dtype and device of `velocity`
+            are used; its values may be anything, and `velocity_uncond` may be None.
         advantages: A [B], float, clamped to [-adv_clip, adv_clip].
         seeds: As `sde_step` had them.
         step: As `sde_step` had it.
-        scale: 1 / B for the mean that `grpo_loss` takes, times what the loss itself is multiplied by.
+        scale: 1 / B for the mean that `grpo_loss` takes, times what the loss itself is multiplied
+            by.
         adv_clip: Above 0; infinity for no clamp.
         cfg_grad: As `sde_log_prob`.
         backend: "triton", "reference" or None for the default.

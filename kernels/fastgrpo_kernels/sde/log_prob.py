@@ -1,5 +1,5 @@
-"""sde_log_prob: the log-probability of a stored transition, and its gradient in both velocities, each
-in one pass.
+"""sde_log_prob: the log-probability of a stored transition, and its gradient in both velocities,
+each in one pass.
 
     v = v_uncond + w (v_cond - v_uncond)      mean = a x + b v      e = x' - mean
     logp = mean over a sample's elements of [ -e^2 / (2 s^2) - ln s - ln(2 pi) / 2 ]
@@ -7,10 +7,10 @@ in one pass.
 
 For `cps` logp = -mean of e^2 and dlogp/dv = 2 b e / P. docs/method.md, section 1.
 
-Shapes: B samples of P elements, [B, ...] viewed as [B, P]; a, b, s and log-probabilities [B]; T tiles
-per sample. Forward: one program per tile, which leaves the tile's sum of squares, then a small one
-that adds them up. Backward: one program per tile reads the tensors again (e is computed, not stored)
-and writes both gradients.
+Shapes: B samples of P elements, [B, ...] viewed as [B, P]; a, b, s and log-probabilities [B]; T
+tiles per sample. Forward: one program per tile, which leaves the tile's sum of squares, then a
+small one that adds them up. Backward: one program per tile reads the tensors again (e is computed,
+not stored) and writes both gradients.
 """
 
 from __future__ import annotations
@@ -191,8 +191,8 @@ def _sde_log_prob_backward(
     normalized: bool,
     needs_uncond: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients in both velocities of grad_log_probs [B], times grad_loss [] if given. The second is
-    empty, [0], unless needed.
+    """Gradients in both velocities of grad_log_probs [B], times grad_loss [] if given. The second
+    is empty, [0], unless needed.
     """
     grad_velocity = torch.empty_like(velocity)
     grad_uncond = torch.empty_like(velocity) if needs_uncond else velocity.new_empty(0)
@@ -281,8 +281,8 @@ def sde_log_prob(
     """Log-probability of a stored transition x -> x', a mean over the elements of each sample.
 
     Differentiable in both velocities, once (float64: twice). With e = x' - mean and P elements per
-    sample, dlogp/dv = b e / (s^2 P). Latents and coefficients are data: no gradient reaches them. The
-    bits are those that `sde_step` gave for this transition (kernels/README.md).
+    sample, dlogp/dv = b e / (s^2 P). Latents and coefficients are data: no gradient reaches them.
+    The bits are those that `sde_step` gave for this transition (kernels/README.md).
 
     Args:
         transition: The step. With `normalized` False the value is -mean(e^2), of which the gradient

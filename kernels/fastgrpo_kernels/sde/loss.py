@@ -1,14 +1,14 @@
-"""grpo_loss: the objective of one training pass (Eq. 11): `sde_log_prob`, then `clipped_ratio_loss`,
-which is an op of its own too.
+"""grpo_loss: the objective of one training pass (Eq. 11): `sde_log_prob`, then
+`clipped_ratio_loss`, which is an op of its own too.
 
     rho = exp(logp - logp_old)
     L = -mean over samples of min(rho A, clip(rho, 1 - eps, 1 + eps) A)
 
 Shapes: B samples of P elements, [B, ...] viewed as [B, P]; T tiles per sample; log-probabilities,
-advantages A and a, b, s [B]. Forward: the kernel of `sde_log_prob` leaves the sums of squares of the
-tiles, and one program makes of them the log-probabilities, the loss, its statistics and dL/dlogp.
-Backward: the kernel of `sde_log_prob`, which multiplies dL/dlogp by the gradient of the loss. bf16
-velocities and fp32 latents move 28 bytes per element, forward and backward together.
+advantages A and a, b, s [B]. Forward: the kernel of `sde_log_prob` leaves the sums of squares of
+the tiles, and one program makes of them the log-probabilities, the loss, its statistics and
+dL/dlogp. Backward: the kernel of `sde_log_prob`, which multiplies dL/dlogp by the gradient of the
+loss. bf16 velocities and fp32 latents move 28 bytes per element, forward and backward together.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ Loss = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 @jit
 def clipped_terms(log_probs, old_log_probs, advantages, batch, low, high, adv_clip):
-    """Per sample, fp32: logp - logp_old, rho, clipped or not, min(rho A, clip(rho) A), and dL/dlogp,
-    where L is a mean over `batch` samples.
+    """Per sample, fp32: logp - logp_old, rho, clipped or not, min(rho A, clip(rho) A), and
+    dL/dlogp, where L is a mean over `batch` samples.
     """
     log_ratio = log_probs - old_log_probs
     ratio = tl.exp(log_ratio.to(tl.float64)).to(tl.float32)
@@ -75,8 +75,8 @@ def _grpo_loss_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """One program for the whole batch. log_probs are written if FROM_TILES, else read. Sums over the
-    batch are float64.
+    """One program for the whole batch. log_probs are written if FROM_TILES, else read. Sums over
+    the batch are float64.
     """
     objectives = tl.zeros([ROWS], tl.float64)
     clip_count = tl.zeros([ROWS], tl.float64)
@@ -281,8 +281,8 @@ def grpo_loss(
     cfg_grad: str = "both",
     backend: str | None = None,
 ) -> tuple[Tensor, GRPOStats]:
-    """`sde_log_prob`, then `clipped_ratio_loss`: the objective of one training pass (Eq. 11), a mean
-    over the batch.
+    """`sde_log_prob`, then `clipped_ratio_loss`: the objective of one training pass (Eq. 11), a
+    mean over the batch.
 
     Differentiable in both velocities. Arguments, results and errors are those of the two functions;
     the log-probabilities have the bits that `sde_step` and `sde_log_prob` give.

@@ -1,5 +1,5 @@
-"""The ops of a transition in plain PyTorch: the specification that faster kernels must meet, and the
-path of float64.
+"""The ops of a transition in plain PyTorch: the specification that faster kernels must meet, and
+the path of float64.
 
     v    = v_uncond + w (v_cond - v_uncond)          classifier-free guidance
     mean = a x + b v            x' = mean + s eps    eps ~ N(0, I)
@@ -49,12 +49,13 @@ class GRPOStats(NamedTuple):
     ratio: Tensor
     """[B] exp(log_probs - old_log_probs)."""
     clipped: Tensor
-    """[B] bool: the clip removed the gradient (ratio beyond the edge that the advantage pushes to)."""
+    """[B] bool: the clip removed the gradient (ratio beyond the edge that the advantage pushes to).
+    """
     clip_fraction: Tensor
     """[], share of clipped samples."""
     approx_kl: Tensor
-    """[], mean of (log_probs - old_log_probs)^2 / 2. Unlike ratio - 1 - ln ratio it does not cancel in
-    fp32.
+    """[], mean of (log_probs - old_log_probs)^2 / 2. Unlike ratio - 1 - ln ratio it does not cancel
+    in fp32.
     """
 
 
@@ -71,8 +72,8 @@ def guided_velocity(
         velocity: [B, ...], any float dtype.
         velocity_uncond: Shape of velocity, or None.
         guidance_scale: w, a number; any other than 1 needs velocity_uncond.
-        cfg_grad: "both" (w to the conditional branch, 1 - w to the other) or "cond_only" (nothing to
-            the unconditional branch; Flow-GRPO).
+        cfg_grad: "both" (w to the conditional branch, 1 - w to the other) or "cond_only" (nothing
+            to the unconditional branch; Flow-GRPO).
 
     Returns:
         fp32, float64 for float64 velocity.
@@ -117,10 +118,12 @@ def clipped_ratio_loss(
     check_loss(log_probs, old_log_probs, advantages, clip_range, adv_clip)
     dtype, device = compute_dtype(log_probs), log_probs.device
     log_ratio = log_probs.to(dtype) - old_log_probs.detach().to(device, dtype)
-    # exp in float64, then rounded: torch's vectorised and scalar exponentials then give the same bits.
+    # exp in float64, then rounded: torch's vectorised and scalar exponentials then give the same
+    # bits.
     ratio = torch.exp(log_ratio.double()).to(dtype)
     advantages = advantages.detach().to(device, dtype).clamp(-adv_clip, adv_clip)
-    # Where the minimum is the clipped term, written out: minimum() would split the gradient of a tie.
+    # Where the minimum is the clipped term, written out: minimum() would split the gradient of a
+    # tie.
     clipped = ((advantages > 0) & (ratio > 1.0 + clip_range)) | (
         (advantages < 0) & (ratio < 1.0 - clip_range)
     )
@@ -200,8 +203,8 @@ def noise_factor(
 
 
 def gaussian_kl(velocity: Tensor, velocity_ref: Tensor, b: Coefficient, std: Coefficient) -> Tensor:
-    """Exact KL of one transition to the reference policy's: mean over elements of (b (v - v_ref))^2 /
-    (2 s^2).
+    """Exact KL of one transition to the reference policy's: mean over elements of (b (v - v_ref))^2
+    / (2 s^2).
 
     Both transitions start at the same x, so a x cancels. No gradient reaches velocity_ref.
 
@@ -262,13 +265,14 @@ def _log_prob(next_latents: Tensor, mean: Tensor, std_B: Tensor, normalized: boo
 
 
 def _exact_row_sum(rows: Tensor, unit_B: Tensor) -> Tensor:
-    """Sum of each fp32 row, [B, P] -> [B] float64, whose bits do not depend on the order of the terms.
+    """Sum of each fp32 row, [B, P] -> [B] float64, whose bits do not depend on the order of the
+    terms.
 
-    Each term is rounded to a multiple of q = 2^(2k - 24), where 2^k <= unit < 2^(k+1): for a standard
-    deviation as unit, 2^-24 to 2^-26 of the variance. A float64 sum of such multiples is exact below
-    2^53 q, that is while the sum of term / unit^2 stays under 2^29, so no order, split, thread or
-    device can change it. Beyond that, and for float64 rows, which are not rounded, it is an ordinary
-    float64 sum.
+    Each term is rounded to a multiple of q = 2^(2k - 24), where 2^k <= unit < 2^(k+1): for a
+    standard deviation as unit, 2^-24 to 2^-26 of the variance. A float64 sum of such multiples is
+    exact below 2^53 q, that is while the sum of term / unit^2 stays under 2^29, so no order, split,
+    thread or device can change it. Beyond that, and for float64 rows, which are not rounded, it is
+    an ordinary float64 sum.
     """
     if rows.dtype == torch.float64:
         return rows.sum(1)

@@ -7,10 +7,10 @@ log-probability.
 
 Eqs. 1 and 2 of the paper; docs/method.md, section 1.
 
-Shapes: B samples of P elements, [B, ...] viewed as [B, P]; a, b, s [B]; T tiles per sample. The noise
-is made in registers from (seed, step, element), so bf16 velocities and fp32 latents move 12 bytes per
-element. Kernels: one program per tile, which leaves the tile's sum of squares; then a small one that
-adds them up to a log-probability.
+Shapes: B samples of P elements, [B, ...] viewed as [B, P]; a, b, s [B]; T tiles per sample. The
+noise is made in registers from (seed, step, element), so bf16 velocities and fp32 latents move 12
+bytes per element. Kernels: one program per tile, which leaves the tile's sum of squares; then a
+small one that adds them up to a log-probability.
 """
 
 from __future__ import annotations
@@ -142,8 +142,8 @@ def sde_step(
         exist, is NaN.
 
     Raises:
-        ValueError: Shapes, dtypes, devices or values do not fit, or the backend cannot serve. Values
-            of GPU tensors are not checked, for which the host would have to wait.
+        ValueError: Shapes, dtypes, devices or values do not fit, or the backend cannot serve.
+            Values of GPU tensors are not checked, for which the host would have to wait.
     """
     x = transition.latents
     backend = select_backend("sde_step", x, backend)

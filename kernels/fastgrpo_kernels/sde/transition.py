@@ -1,6 +1,7 @@
 """One stochastic step of a sampler, and the checks that the ops of a transition share.
 
-Every sampler of flow matching here is affine (docs/method.md, section 1; Eqs. 1 and 2 of the paper):
+Every sampler of flow matching here is affine (docs/method.md, section 1; Eqs. 1 and 2 of the
+paper):
 
     v    = v_uncond + w (v_cond - v_uncond)          classifier-free guidance
     mean = a x + b v

@@ -5,8 +5,8 @@ Every product and every sum is rounded on its own (launch with enable_fp_fusion=
 of `reference.py`, and the sum over elements is exact (`reference._exact_row_sum`): neither the tile
 size nor the backend shows in the bits.
 
-Shapes: B samples of P elements, T = ceil(P / TILE) tiles each. Program i serves tile i % T of sample
-i // T.
+Shapes: B samples of P elements, T = ceil(P / TILE) tiles each. Program i serves tile i % T of
+sample i // T.
 """
 
 from __future__ import annotations
@@ -128,8 +128,8 @@ def empty_partials(samples: Tensor) -> tuple[int, Tensor]:
 
 
 def finishing_block(num_tiles: int) -> dict[str, int]:
-    """How many rows and columns of the tiles' sums a finishing program adds up at a time: a function
-    of T only, never of the batch.
+    """How many rows and columns of the tiles' sums a finishing program adds up at a time: a
+    function of T only, never of the batch.
     """
     columns = min(triton.next_power_of_2(num_tiles), 2048)
     return {"ROWS": max(128 // columns, 1), "COLUMNS": columns}
