@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import os
+import signal
+import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from fastgrpo import files
-from fastgrpo.files import atomic_write, find_file
+from fastgrpo.files import atomic_write, atomic_write_text, find_file
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_a_file_is_looked_for_here_and_then_beside_the_package(
@@ -36,9 +42,8 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
     file = tmp_path / "a.txt"
     file.write_text("old")
     (tmp_path / ".partial-a.txt").write_text("left by a process that was killed")
-    with pytest.raises(KeyError), atomic_write(file) as partial:
-        partial.write_text("half")
-        raise KeyError
+    with pytest.raises(UnicodeEncodeError), atomic_write(file) as partial:
+        partial.write_text("half \udc80", encoding="utf-8")
     assert (file.read_text(), os.listdir(tmp_path)) == ("old", ["a.txt"])
     with atomic_write(file) as partial:
         partial.write_text("new")
@@ -47,3 +52,61 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
     assert (file.read_text(), os.listdir(tmp_path)) == ("new", ["a.txt"])
     (tmp_path / "b.txt").touch()
     assert file.stat().st_mode == (tmp_path / "b.txt").stat().st_mode
+
+
+def test_the_new_bytes_are_on_the_disk_before_the_name_points_to_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[str, bytes]] = []
+    fsync, replace = os.fsync, os.replace
+
+    def recorded_fsync(descriptor: int) -> None:
+        is_file = stat.S_ISREG(os.fstat(descriptor).st_mode)
+        content = Path(f"/proc/self/fd/{descriptor}").read_bytes() if is_file else b"folder"
+        calls.append(("fsync", content))
+        fsync(descriptor)
+
+    def recorded_replace(source: Path, target: Path) -> None:
+        calls.append(("replace", Path(source).read_bytes()))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", recorded_fsync)
+    monkeypatch.setattr(os, "replace", recorded_replace)
+    atomic_write_text(tmp_path / "a.txt", "new")
+    assert calls == [("fsync", b"new"), ("replace", b"new"), ("fsync", b"folder")]
+
+
+def test_a_kill_at_any_file_operation_leaves_old_or_new(tmp_path: Path) -> None:
+    """A process kills itself just before the n-th time that it opens, renames or removes something
+    in the folder.
+    """
+    script = """
+import os, signal, sys
+from pathlib import Path
+from fastgrpo.files import atomic_write_text
+path, left = Path(sys.argv[1]), int(sys.argv[2])
+def hook(event, arguments):
+    global left
+    changes = event in ("open", "os.rename", "os.remove", "os.truncate")
+    if changes and str(path.parent) in str(arguments[0]):
+        left -= 1
+        if left < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+sys.addaudithook(hook)
+atomic_write_text(path, "new")
+"""
+    path, found = tmp_path / "a.txt", []
+    for operations in range(20):
+        path.write_text("old")
+        command = [sys.executable, "-c", script, str(path), str(operations)]
+        code = subprocess.run(command, cwd=ROOT, timeout=120).returncode
+        found.append(path.read_text())
+        # What a killed process leaves behind does not disturb the next.
+        atomic_write_text(path, "newest")
+        assert (path.read_text(), os.listdir(tmp_path)) == ("newest", ["a.txt"])
+        if code == 0:
+            break
+        assert code == -signal.SIGKILL
+    assert set(found) == {"old", "new"}
+    assert (found[0], found[-1]) == ("old", "new")
+    assert len(found) >= 4  # at least making, writing and renaming were hit

@@ -62,6 +62,13 @@ logging.getLogger("c10d-NullHandler-dcp_logger").setLevel(
 )  # fifteen lines a checkpoint in the report of a failed test
 
 
+def words(argv: Sequence[str]) -> list[str]:
+    """Arguments, where "--key value --other value" may stand for four of them."""
+    return [
+        word for given in argv for word in (given.split() if given.startswith("--") else [given])
+    ]
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What a start of the trainer gave: exit code, run folder and what it printed."""
@@ -93,7 +100,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[str]]:
 
     def arguments(folder: Path, *overrides: str) -> list[str]:
         where = ["--output_dir", str(folder.parent), "--name", folder.name]
-        return ["--config", str(RECIPE), "--config", str(common / "tiny.yaml"), *where, *overrides]
+        recipes = ["--config", str(RECIPE), "--config", str(common / "tiny.yaml")]
+        return [*recipes, *where, *words(overrides)]
 
     return arguments
 
@@ -123,7 +131,7 @@ def start() -> Callable[..., Outcome]:
                 warnings.filterwarnings(
                     "ignore", message="Unable to enable fault handler"
                 )  # it wants a stderr with a file number
-                code = main(list(argv)) or 0
+                code = main(words(argv)) or 0
         except SystemExit as stop:
             code = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
         finally:
@@ -156,7 +164,7 @@ def torchrun() -> Callable[..., subprocess.Popen[str]]:
                 "--nproc-per-node",
                 str(ranks),
                 str(MAIN_SCRIPT),
-                *argv,
+                *words(argv),
             ],
             cwd=cwd,
             env=job_environment(),
@@ -196,7 +204,7 @@ def background() -> Callable[[Sequence[str]], Any]:
     )
 
     def begin(argv: Sequence[str]) -> Any:
-        process = server.Process(target=fastgrpo.cli.train.main, args=(list(argv),))
+        process = server.Process(target=fastgrpo.cli.train.main, args=(words(argv),))
         process.start()
         return process
 

@@ -24,7 +24,6 @@ from PIL import Image
 from fastgrpo import __main__ as command_line
 from fastgrpo.training import checkpoint
 from fastgrpo.training.config_file import parse_config
-from fastgrpo.training.run_folder import resume_command
 
 STAGES = ("visual_quality", "temporal_smoothness", "text_alignment")
 SMOOTHING = 4
@@ -35,43 +34,6 @@ Start = Callable[..., Any]
 def fastgrpo(start: Start, tmp_path: Path) -> Callable[..., Any]:
     """fastgrpo("report", ...): `python -m fastgrpo report ...` in this process."""
     return lambda *argv: start(tmp_path, [str(word) for word in argv], main=command_line.main)
-
-
-# --- what it says of itself
-# -------------------------------------------------------------------------------------------
-
-
-def test_python_m_fastgrpo(environment: dict[str, str], tmp_path: Path) -> None:
-    """Help lists every command with a line on it; an unknown one is refused, and the same list
-    given. torch is not loaded for that.
-    """
-
-    def ask(*argv: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-X", "importtime", "-m", "fastgrpo", *argv]
-        return subprocess.run(
-            command, cwd=tmp_path, env=environment, text=True, capture_output=True, timeout=60
-        )
-
-    helped = ask("--help")
-    assert helped.returncode == 0
-    lines = {
-        line.split()[0]: line.split(maxsplit=1)[1]
-        for line in helped.stdout.splitlines()
-        if line.startswith("  ")
-    }
-    assert {"train", "calibrate", "sample", "report"} <= lines.keys()
-    assert all(len(words) > 20 for words in lines.values())
-    assert " torch" not in helped.stderr
-    unknown = ask("tarin")
-    assert unknown.returncode == 2
-    assert unknown.stdout == ""
-    said = [line for line in unknown.stderr.splitlines() if not line.startswith("import time:")]
-    assert said[0] == "error: there is no command 'tarin'"
-    assert any("calibrate" in line for line in said)
-
-
-def test_no_command_is_a_call_for_help(fastgrpo: Any) -> None:
-    assert fastgrpo().out == fastgrpo("--help").out != ""
 
 
 @pytest.mark.parametrize(
@@ -159,10 +121,6 @@ def test_wrong_arguments(
     assert word in refused.err
     assert "Traceback" not in refused.err
     assert list(tmp_path.iterdir()) == []
-
-
-# --- calibrate
-# --------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -344,10 +302,6 @@ def test_calibrate_on_two_ranks(
             shutil.rmtree(folder)
 
 
-# --- sample and report
-# ------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, train: Start) -> Path:
     """A run whose evaluation videos show what base and trained model make of three captions; a
@@ -481,27 +435,6 @@ def test_report_of_a_run(finished: Path, fastgrpo: Any, tmp_path: Path) -> None:
     assert outcome.out.strip() == str(page)
     assert "3 of 3 iterations" in page.read_text()
     assert (tmp_path / "run" / "report" / "contact_sheet.png").is_file()
-
-
-def test_the_command_that_resumes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Started by torchrun or alone, by path or by name: the same way again, with every file that
-    the shell has to find.
-    """
-    folder = tmp_path / "my run"
-    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
-    monkeypatch.setattr(sys, "argv", ["/somewhere/fastgrpo/__main__.py", "train"])
-    assert (
-        resume_command(folder)
-        == f"{sys.executable} -m fastgrpo train --config '{folder}/config.yaml' --resume auto"
-    )
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
-    monkeypatch.setattr(sys, "argv", ["fastgrpo/train.py"])
-    expected = f"--standalone --nproc-per-node 2 fastgrpo/train.py --config '{folder}/config.yaml' --resume auto"
-    assert resume_command(folder) == f"torchrun {expected}"
-    monkeypatch.setenv("PATH", "/nowhere")
-    assert resume_command(folder) == f"{Path(sys.executable).with_name('torchrun')} {expected}"
 
 
 def test_checkpoint_of_an_average_loads_the_average(

@@ -1,5 +1,5 @@
-"""The loop through `fastgrpo.cli.train.main`: the ratio before the first update, the files of a run,
-and what an update does to the weights.
+"""The loop through `fastgrpo.cli.train.main`: the ratio before the first update, the files of a
+run, and what an update does to the weights.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import yaml
 from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file
 
-import fastgrpo.training.loop
 import fastgrpo.training.step
+import fastgrpo.training.validation
 from fastgrpo.shapes.captions import train_captions
 from fastgrpo.shapes.policy import SHIPPED_CHECKPOINT
 from fastgrpo.training.config_file import parse_config
@@ -39,107 +39,55 @@ def steps_trained(row: dict[str, Any]) -> list[int]:
     return sorted(int(key.rpartition("_")[2]) for key in row if key.startswith("ratio_drift/step_"))
 
 
-# --- the ratio before the first update is exactly 1
-# -------------------------------------------------------------------
-
-SAMPLERS = [
-    ["--rollout.sde", kind, "--rollout.guidance_scale", w]
-    for kind in ("dance", "flow", "linear", "cps")
-    for w in ("1", "3")
-]
-WINDOWS = [
-    [
-        "--rollout.sde_window",
-        window,
-        "--rollout.window_size",
-        "2",
-        "--rollout.window_interval",
-        "1",
-        *more,
-    ]
-    for window, more in (
-        ("sliding", []),
-        (
-            "sliding",
-            [
-                "--rollout.window_order",
-                "random",
-                "--rollout.sde",
-                "cps",
-                "--rollout.guidance_scale",
-                "3",
-            ],
-        ),
-        ("single", []),
-        ("single", ["--rollout.sde", "flow", "--rollout.guidance_scale", "3"]),
-    )
-]
-UPDATES = [
-    [
-        "--update.gradient_accumulation",
-        "1",
-        "--update.num_best",
-        "2",
-        "--update.num_worst",
-        "2",
-    ],  # eight optimizer steps an iteration
-    ["--update.gradient_accumulation", "3"],  # a last one that is not full
-    ["--update.ema_decay", "0.5"],
-    ["--update.kl_coef", "0.5", "--rollout.guidance_scale", "3"],
-    ["--update.cfg_grad", "cond_only", "--rollout.guidance_scale", "3"],
-    ["--update.timestep_fraction", "1.0"],
-    ["--update.num_worst", "0"],
-    ["--update.max_grad_norm", "1e-3", "--update.weight_decay", "0.1"],
-]
-SIZES = [
-    ["--rollout.micro_batch_size", "3"],  # 8 videos in threes, and transitions too
-    ["--rollout.micro_batch_size", "1"],
-    ["--rollout.micro_batch_size", "32", "--rollout.guidance_scale", "3"],  # more than there are
-    [
-        "--rollout.num_prompts",
-        "1",
-        "--rollout.num_generations",
-        "5",
-        "--rollout.micro_batch_size",
-        "2",
-    ],
-    ["--rollout.num_inference_steps", "2"],
-    [
-        "--rollout.same_noise",
-        "false",
-        "--rollout.decode",
-        "final",
-        "--rollout.timestep_rounding",
-        "none",
-        "--rollout.shift",
-        "1",
-    ],
-    ["--runtime.compute_dtype", "bf16", "--rollout.guidance_scale", "3"],
-]
-PACING = [
+GUIDED = " --rollout.guidance_scale 3"
+SLIDING = "--rollout.sde_window sliding --rollout.window_size 2 --rollout.window_interval "
+SETTINGS = [
     *[
-        ["--pacing.mode", mode]
+        f"--rollout.sde {kind} --rollout.guidance_scale {scale}"
+        for kind in ("dance", "flow", "linear", "cps")
+        for scale in (1, 3)
+    ],
+    f"{SLIDING}1",
+    f"{SLIDING}1 --rollout.window_order random --rollout.sde cps{GUIDED}",
+    "--rollout.sde_window single",
+    f"--rollout.sde_window single --rollout.sde flow{GUIDED}",
+    # Eight optimizer steps an iteration, and a last one that is not full.
+    "--update.gradient_accumulation 1 --update.num_best 2 --update.num_worst 2",
+    "--update.gradient_accumulation 3",
+    "--update.ema_decay 0.5",
+    f"--update.kl_coef 0.5{GUIDED}",
+    f"--update.cfg_grad cond_only{GUIDED}",
+    "--update.timestep_fraction 1.0",
+    "--update.num_worst 0",
+    "--update.max_grad_norm 1e-3 --update.weight_decay 0.1",
+    # Eight videos in threes, and transitions too; one by one; more than there are.
+    "--rollout.micro_batch_size 3",
+    "--rollout.micro_batch_size 1",
+    f"--rollout.micro_batch_size 32{GUIDED}",
+    "--rollout.num_prompts 1 --rollout.num_generations 5 --rollout.micro_batch_size 2",
+    "--rollout.num_inference_steps 2",
+    "--rollout.same_noise false --rollout.decode final --rollout.timestep_rounding none "
+    "--rollout.shift 1",
+    f"--runtime.compute_dtype bf16{GUIDED}",
+    *[
+        f"--pacing.mode {mode}"
         for mode in ("self_paced", "one_stage", "two_stage", "joint", "static")
     ],
-    ["--pacing.mode", "static", "--pacing.static_stage", "2"],
-    ["--pacing.gate", "literal", "--pacing.thresholds", "[0.5, 0.3, 0.2]"],
-    ["--pacing.competence", "batch", "--pacing.saturation", "hoyer"],
-    ["--pacing.competence", "group", "--pacing.saturation", "off"],
+    "--pacing.mode static --pacing.static_stage 2",
+    "--pacing.gate literal --pacing.thresholds [0.5,0.3,0.2]",
+    "--pacing.competence batch --pacing.saturation hoyer",
+    "--pacing.competence group --pacing.saturation off",
 ]
 
 
 @pytest.mark.filterwarnings(
     "ignore:Mismatch dtype between input and weight"
 )  # bf16 on the CPU has no fused RMSNorm
-@pytest.mark.parametrize(
-    "overrides",
-    [*SAMPLERS, *WINDOWS, *UPDATES, *SIZES, *PACING],
-    ids=lambda o: " ".join(o).replace("--", ""),
-)
+@pytest.mark.parametrize("overrides", SETTINGS, ids=lambda overrides: overrides.replace("--", ""))
 def test_ratio_is_exactly_one_before_the_first_update(
-    tmp_path: Path, train: Callable[..., Any], overrides: list[str]
+    tmp_path: Path, train: Callable[..., Any], overrides: str
 ) -> None:
-    run = train(tmp_path / "run", "--iterations", "2", *overrides)
+    run = train(tmp_path / "run", "--iterations 2", overrides)
     assert run.code == 0
     rows = run.trained_rows
     assert [row["iteration"] for row in rows] == [1, 2]
@@ -171,7 +119,7 @@ def test_ratio_drift_shows_weights_that_moved_between_rollout_and_update(
         return update(policy, *args, **kwargs)
 
     monkeypatch.setattr(fastgrpo.training.step, "update", late)
-    run = train(tmp_path / "run", "--iterations", "2", "--rollout.guidance_scale", "3")
+    run = train(tmp_path / "run", "--iterations 2 --rollout.guidance_scale 3")
     assert all(0 < row["ratio_drift"] < 1e-3 for row in run.trained_rows)
 
 
@@ -184,12 +132,7 @@ def test_later_optimizer_steps_of_an_iteration_are_off_policy(
     on, off = (
         train(
             tmp_path / name,
-            "--iterations",
-            "1",
-            "--update.gradient_accumulation",
-            samples,
-            "--update.clip_range",
-            "1e-7",
+            f"--iterations 1 --update.clip_range 1e-7 --update.gradient_accumulation {samples}",
         ).trained_rows[0]
         for name, samples in (("on", "4"), ("off", "2"))
     )
@@ -201,22 +144,12 @@ def test_later_optimizer_steps_of_an_iteration_are_off_policy(
 
 def test_which_steps_are_trained(tmp_path: Path, train: Callable[..., Any]) -> None:
     def trained(name: str, *overrides: str) -> list[list[int]]:
-        run = train(
-            tmp_path / name, "--iterations", "4", "--rollout.num_inference_steps", "6", *overrides
-        )
+        run = train(tmp_path / name, "--iterations 4 --rollout.num_inference_steps 6", *overrides)
         return [steps_trained(row) for row in run.trained_rows]
 
-    window = [
-        "--rollout.sde_window",
-        "sliding",
-        "--rollout.window_size",
-        "2",
-        "--rollout.window_interval",
-        "2",
-    ]
-    assert trained("sliding", *window) == [[0, 1], [0, 1], [1, 2], [1, 2]]
-    assert trained("every", "--update.timestep_fraction", "1.0") == [[0, 1, 2, 3, 4]] * 4
-    single = trained("single", "--rollout.sde_window", "single", "--rollout.num_prompts", "1")
+    assert trained("sliding", f"{SLIDING}2") == [[0, 1], [0, 1], [1, 2], [1, 2]]
+    assert trained("every", "--update.timestep_fraction 1.0") == [[0, 1, 2, 3, 4]] * 4
+    single = trained("single", "--rollout.sde_window single --rollout.num_prompts 1")
     assert all(len(steps) == 1 and steps[0] < 3 for steps in single)
     assert len({steps[0] for steps in single}) > 1
 
@@ -228,7 +161,7 @@ def test_the_recipe_as_it_stands(
     window of four steps in the second run.
     """
     monkeypatch.chdir(tmp_path)
-    argv = ["--config", str(PACKAGE / "recipes" / "shapes.yaml"), "--iterations", "2"]
+    argv = ["--config", str(PACKAGE / "recipes" / "shapes.yaml"), "--iterations 2"]
     run = start(tmp_path / "runs" / "shapes", argv)
     assert run.code == 0
     assert [row["ratio_drift"] for row in run.trained_rows] == [0.0, 0.0]
@@ -246,10 +179,6 @@ def test_the_recipe_as_it_stands(
         > run.rows[0][f"eval/rewards/{STAGES[2]}/mean"]
     )
     assert len(list((run.folder / "samples" / "iteration_000000").glob("*.mp4"))) == 8
-
-
-# --- what a run leaves behind
-# -----------------------------------------------------------------------------------------
 
 
 def listing(folder: Path) -> dict[str, tuple[int, str]]:
@@ -280,12 +209,8 @@ def whole_run(
     here = tmp_path_factory.mktemp("cwd")
     argv = tiny(
         Path("runs") / "whole",
-        "--tracking.trackers",
-        "[tensorboard]",
-        "--evaluation.num_videos",
-        "2",
-        "--evaluation.interval",
-        "2",
+        "--tracking.trackers [tensorboard] --evaluation.num_videos 2",
+        "--evaluation.interval 2",
     )
     before = listing(PACKAGE)
     with pytest.MonkeyPatch.context() as patch:
@@ -417,13 +342,11 @@ def test_exported_transformer_loads_with_diffusers_and_is_the_checkpoint(
 def test_exported_transformer_goes_on_as_a_policy(
     whole_run: Any, tmp_path: Path, train: Callable[..., Any]
 ) -> None:
-    """A run that starts from the export evaluates, untrained, to what the exporting run ended with."""
+    """A run that starts from the export evaluates, untrained, to what that run ended with."""
     run, *_ = whole_run
     further = train(
         tmp_path / "further",
-        "--iterations",
-        "0",
-        "--policy.checkpoint",
+        "--iterations 0 --policy.checkpoint",
         str(run.folder / "transformer"),
     )
     assert further.code == 0
@@ -453,12 +376,7 @@ def test_second_start_in_a_used_folder_refuses(
 def test_run_without_validation_captions(tmp_path: Path, train: Callable[..., Any]) -> None:
     run = train(
         tmp_path / "run",
-        "--iterations",
-        "1",
-        "--prompts.validation",
-        "null",
-        "--evaluation.num_videos",
-        "2",
+        "--iterations 1 --prompts.validation null --evaluation.num_videos 2",
     )
     assert run.code == 0
     names = {
@@ -469,23 +387,13 @@ def test_run_without_validation_captions(tmp_path: Path, train: Callable[..., An
     assert all(str(caption).replace(" ", "-") in "".join(names) for caption in train_captions()[:2])
 
 
-# --- what an update does
-# ----------------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def two_updates(tmp_path_factory: pytest.TempPathFactory, train: Callable[..., Any]) -> Any:
     folder = tmp_path_factory.mktemp("updates") / "run"
     return train(
         folder,
-        "--iterations",
-        "2",
-        "--checkpoint.interval",
-        "1",
-        "--update.ema_decay",
-        "0.75",
-        "--update.kl_coef",
-        "0.1",
+        "--iterations 2 --checkpoint.interval 1 --update.ema_decay 0.75",
+        "--update.kl_coef 0.1",
     )
 
 
@@ -533,21 +441,21 @@ def test_kl_to_the_base_weights_starts_at_zero(two_updates: Any) -> None:
 @pytest.mark.parametrize(
     ("schedule", "factors"),
     [
-        (["--update.lr_scheduler", "linear"], [1, 3 / 4, 2 / 4, 1 / 4]),
+        ("--update.lr_scheduler linear", [1, 3 / 4, 2 / 4, 1 / 4]),
         (
-            ["--update.lr_scheduler", "cosine"],
+            "--update.lr_scheduler cosine",
             [0.5 * (1 + math.cos(math.pi * i / 4)) for i in range(4)],
         ),
         (
-            ["--update.lr_scheduler", "constant_with_warmup", "--update.warmup_iterations", "2"],
+            "--update.lr_scheduler constant_with_warmup --update.warmup_iterations 2",
             [1 / 2, 1, 1, 1],
         ),
     ],
 )
 def test_learning_rate_schedules(
-    tmp_path: Path, train: Callable[..., Any], schedule: list[str], factors: list[float]
+    tmp_path: Path, train: Callable[..., Any], schedule: str, factors: list[float]
 ) -> None:
-    run = train(tmp_path / "run", "--iterations", "4", *schedule)
+    run = train(tmp_path / "run", "--iterations 4", schedule)
     assert [row["learning_rate"] for row in run.trained_rows] == pytest.approx(
         [2e-4 * factor for factor in factors], rel=1e-12
     )
@@ -561,12 +469,8 @@ def test_a_learning_rate_moves_the_weights_as_far_as_it_is(
     """
     run = train(
         tmp_path / "run",
-        "--iterations",
-        "1",
-        "--update.lr_scheduler",
-        "constant_with_warmup",
-        "--update.warmup_iterations",
-        "100",
+        "--iterations 1 --update.lr_scheduler constant_with_warmup",
+        "--update.warmup_iterations 100",
     )
     before = load_file(SHIPPED_CHECKPOINT / "transformer" / "diffusion_pytorch_model.safetensors")
     after = of_model(tensors(run.folder / "checkpoints" / "latest"))
@@ -582,13 +486,13 @@ def test_videos_of_one_validation_caption_differ(
     whatever a group does.
     """
     seen = []
-    sample = fastgrpo.training.loop.sample_validation
+    sample = fastgrpo.training.validation.sample_validation
     monkeypatch.setattr(
-        fastgrpo.training.loop,
+        fastgrpo.training.validation,
         "sample_validation",
         lambda *args, **kwargs: seen.append(sample(*args, **kwargs)) or seen[-1],
     )
-    run = train(tmp_path / "run", "--iterations", "1", "--evaluation.num_generations", "3")
+    run = train(tmp_path / "run", "--iterations 1 --evaluation.num_generations 3")
     assert run.code == 0
     for validation in seen:
         for scores in validation.scores_PGK:
@@ -602,24 +506,10 @@ def test_it_climbs_the_reward_it_is_given(tmp_path: Path, train: Callable[..., A
     """
     run = train(
         tmp_path / "run",
-        "--reward.class_path",
-        "tiny_parts.RedJudge",
-        "--iterations",
-        "12",
-        "--rollout.num_generations",
-        "8",
-        "--rollout.micro_batch_size",
-        "16",
-        "--update.num_best",
-        "2",
-        "--update.num_worst",
-        "2",
-        "--update.gradient_accumulation",
-        "8",
-        "--update.learning_rate",
-        "5e-4",
-        "--evaluation.num_generations",
-        "4",
+        "--reward.class_path tiny_parts.RedJudge --iterations 12",
+        "--rollout.num_generations 8 --rollout.micro_batch_size 16 --update.num_best 2",
+        "--update.num_worst 2 --update.gradient_accumulation 8 --update.learning_rate 5e-4",
+        "--evaluation.num_generations 4",
     )
     assert run.code == 0
     key = f"eval/rewards/{STAGES[0]}/mean"
@@ -635,8 +525,8 @@ def test_seeds(
 ) -> None:
     """The same seed gives the same run, digit for digit; another one another."""
     runs = [
-        train(tmp_path / name, "--iterations", "2", "--seed", seed)
-        for name, seed in (("a", "5"), ("b", "5"), ("c", "6"))
+        train(tmp_path / name, f"--iterations 2 --seed {seed}")
+        for name, seed in (("a", 5), ("b", 5), ("c", 6))
     ]
     a, b, c = (rows_without_times(run.folder) for run in runs)
     assert a == b

@@ -4,7 +4,6 @@ weights, optimizer, metrics, bit for bit.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import random
@@ -13,14 +12,13 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from torch.distributed.checkpoint import CheckpointException
 
 import fastgrpo.training.checkpoint
 import fastgrpo.training.signals
@@ -30,25 +28,12 @@ Train = Callable[..., Any]
 
 # Everything at once that has a state: averaged weights, several optimizer steps, a schedule, a
 # window that moves, running competence.
-MANY_STATES = [
-    "--update.ema_decay",
-    "0.5",
-    "--update.gradient_accumulation",
-    "2",
-    "--update.lr_scheduler",
-    "cosine",
-    "--update.warmup_iterations",
-    "1",
-    "--rollout.sde_window",
-    "sliding",
-    "--rollout.window_size",
-    "2",
-    "--rollout.window_interval",
-    "1",
-    "--update.kl_coef",
-    "0.1",
-]
-SETTINGS = {"plain": [], "many states": MANY_STATES}
+MANY_STATES = (
+    "--update.ema_decay 0.5 --update.gradient_accumulation 2 --update.lr_scheduler cosine "
+    "--update.warmup_iterations 1 --rollout.sde_window sliding --rollout.window_size 2 "
+    "--rollout.window_interval 1 --update.kl_coef 0.1"
+)
+SETTINGS = {"plain": "--iterations 4", "many states": MANY_STATES}
 
 
 @pytest.fixture(scope="module")
@@ -60,13 +45,8 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory, train: Train) -> dic
     return {
         name: train(
             folder / name.replace(" ", "_"),
-            "--iterations",
-            "4",
-            "--checkpoint.interval",
-            "1",
-            "--checkpoint.keep",
-            "9",
-            *overrides,
+            "--iterations 4 --checkpoint.interval 1 --checkpoint.keep 9",
+            overrides,
         )
         for name, overrides in SETTINGS.items()
     }
@@ -84,10 +64,10 @@ def test_stopped_by_a_signal_and_resumed_twice(
     """A signal in iteration 2 ends the run after it; the resumed one ends after iteration 3; the
     third start finishes.
     """
-    arguments = ["--iterations", "4", "--checkpoint.interval", "50", *SETTINGS[settings]]
+    arguments = ["--iterations 4 --checkpoint.interval 50", SETTINGS[settings]]
     for stopped_in in (2, 3):
         with interrupt(stopped_in):
-            run = train(tmp_path / "run", *arguments, "--resume", "auto")
+            run = train(tmp_path / "run", *arguments, "--resume auto")
         assert run.code == 0
         assert run.rows[-1]["iteration"] == stopped_in, (
             "the iteration's work is finished, and no other begun"
@@ -101,7 +81,7 @@ def test_stopped_by_a_signal_and_resumed_twice(
         assert yaml.safe_load((run.folder / "config.yaml").read_text())["resume"] == "never", (
             "how it was asked for is no part of the run"
         )
-    run = train(tmp_path / "run", *arguments, "--resume", "auto")
+    run = train(tmp_path / "run", *arguments, "--resume auto")
     assert "resume: going on after iteration 3" in run.out
     assert "changed since" not in run.out
     assert_same_end(run.folder, uninterrupted[settings].folder)
@@ -118,18 +98,18 @@ def test_a_rollout_that_takes_long_is_left_and_done_again(
     """A signal in iteration 1, and again in 3 and 4, each with a rollout too long to be finished:
     the checkpoint is of the one before.
     """
-    arguments = ["--iterations", "4", "--checkpoint.interval", "2", *SETTINGS["many states"]]
+    arguments = ["--iterations 4 --checkpoint.interval 2", SETTINGS["many states"]]
     monkeypatch.setattr(fastgrpo.training.signals, "PATIENCE", 0.0)
     for stopped_in in (1, 3, 4):
         with interrupt(stopped_in):
-            run = train(tmp_path / "run", *arguments, "--resume", "auto")
+            run = train(tmp_path / "run", *arguments, "--resume auto")
         assert run.code == 0
         assert run.rows[-1]["iteration"] == stopped_in - 1
         assert (
             run.folder / "checkpoints" / "latest"
         ).resolve().name == f"iteration_{stopped_in - 1:06d}"
         assert f"stopped by a signal after iteration {stopped_in - 1}, with a checkpoint" in run.out
-    run = train(tmp_path / "run", *arguments, "--resume", "auto")
+    run = train(tmp_path / "run", *arguments, "--resume auto")
     assert "resume: going on after iteration 3" in run.out
     assert_same_end(run.folder, uninterrupted["many states"].folder)
 
@@ -170,7 +150,7 @@ def test_resuming_a_finished_run_changes_nothing(
     tmp_path: Path, train: Train, uninterrupted: dict[str, Any], assert_same_end: Any
 ) -> None:
     shutil.copytree(uninterrupted["plain"].folder, tmp_path / "plain", symlinks=True)
-    again = train(tmp_path / "plain", "--iterations", "4", "--resume", "auto")
+    again = train(tmp_path / "plain", "--iterations 4 --resume auto")
     assert again.code == 0
     assert "done: " in again.out
     assert_same_end(again.folder, uninterrupted["plain"].folder)
@@ -179,10 +159,8 @@ def test_resuming_a_finished_run_changes_nothing(
 def test_an_average_switched_on_at_a_resume_starts_at_the_weights_of_then(
     tmp_path: Path, train: Train, tensors: Any
 ) -> None:
-    train(tmp_path / "run", "--iterations", "2")
-    run = train(
-        tmp_path / "run", "--iterations", "3", "--resume", "auto", "--update.ema_decay", "0.9"
-    )
+    train(tmp_path / "run", "--iterations 2")
+    run = train(tmp_path / "run", "--iterations 3 --resume auto --update.ema_decay 0.9")
     assert run.code == 0
     assert "update.ema_decay: 0.0 -> 0.9" in run.out
     old, new = (tensors(run.folder / "checkpoints" / f"iteration_00000{i}") for i in (2, 3))
@@ -204,8 +182,8 @@ def test_more_iterations_than_first_asked_for(
     """Under a constant learning rate a run of 2 iterations that is given 4 ends as one of 4, with
     one evaluation more, after the second.
     """
-    train(tmp_path / "run", "--iterations", "2")
-    run = train(tmp_path / "run", "--iterations", "4", "--resume", "auto")
+    train(tmp_path / "run", "--iterations 2")
+    run = train(tmp_path / "run", "--iterations 4 --resume auto")
     assert "changed since the run began: iterations: 2 -> 4" in run.out
     assert run.out.count("changed since the run began") == 1
     expected = uninterrupted["plain"]
@@ -230,16 +208,9 @@ def test_a_changed_setting_takes_effect_and_is_said(
     tmp_path: Path, train: Train, tensors: Any
 ) -> None:
     """The configuration's hyperparameters rule, not those in the checkpoint's optimizer state."""
-    train(tmp_path / "run", "--iterations", "1")
-    changes = [
-        "--update.learning_rate",
-        "1e-3",
-        "--update.weight_decay",
-        "0.25",
-        "--update.betas",
-        "[0.5, 0.75]",
-    ]
-    run = train(tmp_path / "run", "--iterations", "2", "--resume", "auto", *changes)
+    train(tmp_path / "run", "--iterations 1")
+    changes = ["--update.learning_rate 1e-3 --update.weight_decay 0.25 --update.betas [0.5,0.75]"]
+    run = train(tmp_path / "run", "--iterations 2 --resume auto", *changes)
     assert run.code == 0
     assert "changed since the run began: update.learning_rate: 0.0002 -> 0.001" in run.out
     assert run.rows[-1]["learning_rate"] == 1e-3
@@ -255,7 +226,7 @@ def test_a_changed_setting_takes_effect_and_is_said(
 
 
 def test_resume_auto_in_a_new_folder_is_a_new_run(tmp_path: Path, train: Train) -> None:
-    run = train(tmp_path / "run", "--iterations", "1", "--resume", "auto")
+    run = train(tmp_path / "run", "--iterations 1 --resume auto")
     assert run.code == 0
     assert [row["iteration"] for row in run.rows] == [0, 1]
     assert "resume:" not in run.out
@@ -270,10 +241,10 @@ def test_killed_before_the_first_checkpoint(
 ) -> None:
     """Rows are there, and no checkpoint: the run starts over, and says so."""
     with each_step(fail_in(3)), pytest.raises(Killed):
-        train(tmp_path / "run", "--iterations", "4")
+        train(tmp_path / "run", "--iterations 4")
     assert (tmp_path / "run" / "metrics.jsonl").read_text().count("\n") == 3
-    assert train(tmp_path / "run", "--iterations", "4").code == 2, "the folder is used"
-    run = train(tmp_path / "run", "--iterations", "4", "--resume", "auto")
+    assert train(tmp_path / "run", "--iterations 4").code == 2, "the folder is used"
+    run = train(tmp_path / "run", "--iterations 4 --resume auto")
     assert "no checkpoint" in run.out
     assert_same_end(run.folder, uninterrupted["plain"].folder)
 
@@ -291,10 +262,10 @@ def test_rows_after_the_checkpoint_and_half_a_line(
     tail: str,
 ) -> None:
     with interrupt(2):
-        train(tmp_path / "run", "--iterations", "4")
+        train(tmp_path / "run", "--iterations 4")
     with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
         file.write(tail)
-    run = train(tmp_path / "run", "--iterations", "4", "--resume", "auto")
+    run = train(tmp_path / "run", "--iterations 4 --resume auto")
     assert_same_end(run.folder, uninterrupted["plain"].folder)
 
 
@@ -308,9 +279,9 @@ def test_a_file_beside_the_checkpoints_was_lost(
     lost: str,
 ) -> None:
     with interrupt(2):
-        train(tmp_path / "run", "--iterations", "4")
+        train(tmp_path / "run", "--iterations 4")
     (tmp_path / "run" / lost).unlink()
-    run = train(tmp_path / "run", "--iterations", "4", "--resume", "auto")
+    run = train(tmp_path / "run", "--iterations 4 --resume auto")
     assert run.code == 0
     one, other = (
         tensors(folder / "checkpoints" / "latest")
@@ -319,10 +290,6 @@ def test_a_file_beside_the_checkpoints_was_lost(
     assert all(
         torch.equal(one[name], other[name]) for name in one if isinstance(one[name], torch.Tensor)
     )
-
-
-# --- killed
-# -----------------------------------------------------------------------------------------------------------
 
 
 class Killed(BaseException):
@@ -339,88 +306,6 @@ def fail_in(number: int) -> Callable[[int], None]:
     return call
 
 
-OPERATIONS = [
-    (fastgrpo.training.checkpoint, "sync"),
-    (fastgrpo.training.checkpoint.dcp, "save"),
-    (os, "replace"),
-    (shutil, "rmtree"),
-    (Path, "mkdir"),
-    (Path, "symlink_to"),
-]
-
-
-@contextlib.contextmanager
-def killed_at_operation(number: int) -> Iterator[list[str]]:
-    """Killed just before the file operation of that number (from 0) below a folder `checkpoints`;
-    gives the names of those before it.
-    """
-    done: list[str] = []
-
-    def counting(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            if any("checkpoints" in str(argument) for argument in (*args, *kwargs.values())):
-                if len(done) == number:
-                    if name == "rmtree" and args[0].exists():  # in the middle of it
-                        next(args[0].glob("*.distcp"), args[0]).unlink()
-                    raise Killed(name)
-                done.append(name)
-            return function(*args, **kwargs)
-
-        return call
-
-    with pytest.MonkeyPatch.context() as patch:
-        for owner, name in OPERATIONS:
-            patch.setattr(owner, name, counting(name, getattr(owner, name)))
-        yield done
-
-
-@pytest.mark.parametrize(
-    "written_before", [[1], [1, 2]], ids=["the next", "one that is there already"]
-)
-def test_killed_at_every_step_of_writing_a_checkpoint(
-    tmp_path: Path, one_rank: torch.device, written_before: list[int]
-) -> None:
-    """Checkpoint 2 is written and 1 removed (keep 1). Killed between any two file operations, what
-    loads is one of the two, whole.
-    """
-
-    def state(iteration: int) -> dict[str, Any]:
-        return {"model": {"weight": torch.full((3,), float(iteration))}}
-
-    places: set[str] = set()
-    for number in range(100):
-        folder = tmp_path / f"killed_{number}" / "checkpoints"
-        for iteration in written_before:
-            fastgrpo.training.checkpoint.save(
-                folder, iteration, state(iteration), {"count": iteration}, keep=2
-            )
-        with (
-            killed_at_operation(number) as done,
-            contextlib.suppress(Killed, CheckpointException),
-        ):  # the latter where torch wraps it
-            fastgrpo.training.checkpoint.save(folder, 2, state(2), {"count": 2}, keep=1)
-        places.update(done)
-        for checkpoint in fastgrpo.training.checkpoint.list_checkpoints(folder):
-            fastgrpo.training.checkpoint.verify(checkpoint)
-        if written_before == [1]:
-            assert (folder / "latest").resolve() in fastgrpo.training.checkpoint.list_checkpoints(
-                folder
-            )
-        loaded = state(0)
-        found = fastgrpo.training.checkpoint.load(folder, loaded)
-        assert found in ((1, {"count": 1}), (2, {"count": 2}))
-        assert loaded["model"]["weight"].tolist() == [float(found[0])] * 3
-        assert (folder / "latest").resolve().name == f"iteration_{found[0]:06d}"
-        fastgrpo.training.checkpoint.save(folder, 2, state(2), {"count": 2}, keep=1)
-        assert sorted(path.name for path in folder.iterdir()) == ["iteration_000002", "latest"], (
-            "nothing is left over"
-        )
-        if len(done) < number:
-            break
-    assert number > 12
-    assert places == {name for _, name in OPERATIONS}
-
-
 def kill_until_done(
     background: Any, argv: list[str], folder: Path, rounds: int, draw: random.Random, longest: float
 ) -> int:
@@ -429,7 +314,7 @@ def kill_until_done(
     """
     hits = 0
     for _ in range(rounds):
-        process = background([*argv, "--resume", "auto"])
+        process = background([*argv, "--resume auto"])
         process.join(timeout=draw.uniform(0.05, longest))
         if process.exitcode is None:
             hits += 1
@@ -437,7 +322,7 @@ def kill_until_done(
         process.join()
         if (folder / "transformer" / "config.json").exists():
             break
-    process = background([*argv, "--resume", "auto"])
+    process = background([*argv, "--resume auto"])
     process.join(timeout=120)
     assert process.exitcode == 0
     return hits
@@ -453,13 +338,8 @@ def test_sigkill_at_random_moments(
     draw = random.Random(20_240)
     argv = tiny(
         tmp_path / "run",
-        "--iterations",
-        "4",
-        "--checkpoint.interval",
-        "1",
-        "--checkpoint.keep",
-        "2",
-        *MANY_STATES,
+        "--iterations 4 --checkpoint.interval 1 --checkpoint.keep 2",
+        MANY_STATES,
     )
     assert kill_until_done(background, argv, tmp_path / "run", 4, draw, longest=1.5) >= 1
     assert_same_end(tmp_path / "run", uninterrupted["many states"].folder)
@@ -482,13 +362,8 @@ def test_sigkill_at_random_moments_many_times(
     until they are done.
     """
     arguments = [
-        "--iterations",
-        "40",
-        "--checkpoint.interval",
-        "1",
-        "--checkpoint.keep",
-        "2",
-        *MANY_STATES,
+        "--iterations 40 --checkpoint.interval 1 --checkpoint.keep 2",
+        MANY_STATES,
     ]
     expected = train(tmp_path / "expected", *arguments)
     draw = random.Random(int.from_bytes(os.urandom(4), "little"))
@@ -513,10 +388,10 @@ def test_sigkill_of_a_whole_job(
     """The same through torchrun: launcher and workers die together, as on a machine that loses
     power.
     """
-    argv = tiny(tmp_path / "run", "--iterations", "12", "--checkpoint.interval", "1")
+    argv = tiny(tmp_path / "run", "--iterations 12 --checkpoint.interval 1")
     draw = random.Random(ranks)
     for _ in range(4):
-        job = torchrun([*argv, "--resume", "auto"], ranks, tmp_path)
+        job = torchrun([*argv, "--resume auto"], ranks, tmp_path)
         wait_for(job, "iteration ")
         time.sleep(draw.uniform(0.0, 2.0))
         # torchrun's workers have sessions of their own: killing the launcher's group would let them
@@ -530,7 +405,7 @@ def test_sigkill_of_a_whole_job(
         for pid in (job.pid, *map(int, workers)):
             os.kill(pid, signal.SIGKILL)
         job.communicate(timeout=60)
-    job = torchrun([*argv, "--resume", "auto"], ranks, tmp_path)
+    job = torchrun([*argv, "--resume auto"], ranks, tmp_path)
     out, _ = job.communicate(timeout=120)
     assert job.returncode == 0, out
     rows = [
@@ -539,20 +414,16 @@ def test_sigkill_of_a_whole_job(
     ]
     assert rows == list(range(13))
     if ranks == 1:
-        train(tmp_path / "expected", "--iterations", "12", "--checkpoint.interval", "1")
+        train(tmp_path / "expected", "--iterations 12 --checkpoint.interval 1")
     else:
         job = torchrun(
-            tiny(tmp_path / "expected", "--iterations", "12", "--checkpoint.interval", "1"),
+            tiny(tmp_path / "expected", "--iterations 12 --checkpoint.interval 1"),
             ranks,
             tmp_path,
         )
         out, _ = job.communicate(timeout=120)
         assert job.returncode == 0, out
     assert_same_end(tmp_path / "run", tmp_path / "expected")
-
-
-# --- signals, through torchrun
-# ----------------------------------------------------------------------------------------
 
 
 def wait_for(job: subprocess.Popen[str], text: str) -> str:
@@ -578,13 +449,9 @@ def test_sigterm_and_sigint_and_the_command_that_is_printed(
     stopped by Ctrl-C; its command finishes.
     """
     (tmp_path / "train.txt").write_text("\n".join(map(str, train_captions())))
-    arguments = ["--iterations", "40", "--prompts.train", "train.txt"]
-    relative = [
-        "--output_dir",
-        "runs",
-        "--name",
-        "my run",
-    ]  # looked for in the working directory, and in need of quotes
+    arguments = ["--iterations 40 --prompts.train train.txt"]
+    # Looked for in the working directory, and in need of quotes.
+    relative = ["--output_dir", "runs", "--name", "my run"]
     job = torchrun([*tiny(tmp_path / "runs" / "my run", *arguments), *relative], 1, tmp_path)
     command = ""
     for number, line in ((signal.SIGTERM, "iteration     2 "), (signal.SIGINT, "iteration    ")):

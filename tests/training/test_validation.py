@@ -1,5 +1,5 @@
-"""Validation captions: the same noise every time, over any number of ranks; what is shown is what was
-scored.
+"""Validation prompts: the same noise every time, over any number of ranks; what is shown is what
+was scored.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 
 from fastgrpo.config import RolloutConfig
 from fastgrpo.rewards.queue import ScoringQueue
-from fastgrpo.training.validation import ValidationSet, sample_validation
+from fastgrpo.training.validation import ValidationSet, evaluate, sample_validation
 
 PROMPTS = ["a cat", "a dog", "an unseen fish", "a cow", "a horse"]
 SETTING = {
@@ -38,7 +38,6 @@ def sample(one_rank: Any, tiny_judge: Any) -> Any:
         *,
         seed: int = 3,
         num_videos: int = 5,
-        weights: Any = None,
         **overrides: Any,
     ) -> ValidationSet:
         judge = ScoringQueue(tiny_judge())
@@ -52,7 +51,6 @@ def sample(one_rank: Any, tiny_judge: Any) -> Any:
                 num_videos=num_videos,
                 device=torch.device("cpu"),
                 compute_dtype=torch.float32,
-                weights=weights,
             )
         finally:
             judge.close()
@@ -144,17 +142,6 @@ def test_the_first_video_of_each_of_the_first_prompts_is_kept(
     assert some.scores_PGK == everything.scores_PGK
 
 
-def test_other_weights_are_used_for_a_while(sample: Any, tiny_policy: Any) -> None:
-    policy, other = tiny_policy(seed=0), tiny_policy(seed=1)
-    before = sample(policy).scores_PGK
-    got = sample(
-        policy,
-        weights={name: p.detach().clone() for name, p in other.transformer.named_parameters()},
-    )
-    assert got.scores_PGK == sample(other).scores_PGK != before
-    assert sample(policy).scores_PGK == before
-
-
 def test_what_is_not_finite_is_invalid_and_shown_black(sample: Any, tiny_policy: Any) -> None:
     policy = tiny_policy()
     with torch.no_grad():
@@ -196,8 +183,12 @@ judge, answers = ScoringQueue(TinyJudge()), []
 for prompts, num_videos in (({PROMPTS!r}, 4), (["a cat"], 1)):
     policy = TinyPolicy()
     cfg = RolloutConfig(**{SETTING!r})
-    h = sample_validation(policy, judge, prompts, cfg, seed=3, num_videos=num_videos, device=device, compute_dtype=torch.float32)
-    answers.append([h.prompts, h.scores_PGK, h.valid_PG, h.videos.tolist(), collectives.gather(len(policy.batch_sizes))])
+    v = sample_validation(
+        policy, judge, prompts, cfg,
+        seed=3, num_videos=num_videos, device=device, compute_dtype=torch.float32,
+    )
+    passes = collectives.gather(len(policy.batch_sizes))
+    answers.append([v.prompts, v.scores_PGK, v.valid_PG, v.videos.tolist(), passes])
 print(json.dumps(answers))
 judge.close()
 collectives.stop()
@@ -209,3 +200,7 @@ collectives.stop()
         expected = [alone.prompts, alone.scores_PGK, alone.valid_PG, alone.videos.tolist()]
         assert answer[:4] == json.loads(json.dumps(expected))
         assert answer[4][0] == answer[4][1]
+
+
+def test_without_prompts_there_is_no_evaluation() -> None:
+    assert evaluate(object(), [], 0) == {}  # type: ignore[arg-type]

@@ -1,0 +1,40 @@
+"""How a run is asked to stop."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+
+from fastgrpo.training import signals
+from fastgrpo.training.signals import stop_on_signals
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_is_a_request_and_a_second_one_changes_nothing(
+    number: signal.Signals,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before = signal.getsignal(number)
+    with stop_on_signals() as stop:
+        assert stop.requested is False
+        for _ in range(2):
+            os.kill(os.getpid(), number)
+            assert stop.requested is True
+        assert not stop.should_stop(), "the rollout is finished first"
+        monkeypatch.setattr(signals, "PATIENCE", -1.0)
+        assert stop.should_stop()
+    assert signal.getsignal(number) is before
+    assert capsys.readouterr().out.count(number.name) == 1
+    with stop_on_signals() as again:
+        assert again.requested is False
+        assert not again.should_stop()
+
+
+def test_signals_are_given_back_after_an_error() -> None:
+    before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises(KeyError), stop_on_signals():
+        raise KeyError
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
