@@ -1,14 +1,15 @@
-"""Packaging lives in pyproject.toml; this file builds csrc/ into fastgrpo_kernels/_C.so, as far as
-this machine can.
+"""Builds csrc/ into fastgrpo_kernels/_C.so, as far as this machine can. Packaging is in
+pyproject.toml.
 
-    CPU + CUDA   where nvcc is (CUDA_HOME, PATH, /usr/local/cuda)        nothing   where no compiler or no torch is
-    CPU alone    where it is not, or where it fails                                (pip's build isolation hides torch)
+    CPU and CUDA    nvcc is found (CUDA_HOME, PATH, /usr/local/cuda)
+    CPU only        it is not, or it fails
+    nothing         no compiler, or no torch (pip's build isolation hides it)
 
-Whatever happens, the installation succeeds: without the library `fastgrpo_kernels` falls back to
-Triton and PyTorch. What was built, and why no more, goes to stderr and, because pip shows that
-under -v alone, into fastgrpo_kernels/_C.txt. FASTGRPO_BUILD=cuda|cpu|none is the most that is
-tried. The library uses no Python and torch's stable ABI alone, so one build serves every Python
-and every torch from 2.11 on.
+The installation succeeds in each case: without the library `fastgrpo_kernels` uses Triton and
+PyTorch. What was built, and why no more, is printed to stderr and, because pip shows that only
+under -v, written to fastgrpo_kernels/_C.txt. FASTGRPO_BUILD=cuda|cpu|none limits what is tried. The
+library uses no Python and only torch's stable ABI, so one build serves every Python and every torch
+from 2.11 on.
 """
 
 from __future__ import annotations
@@ -29,14 +30,9 @@ from setuptools.command.build_ext import build_ext
 CSRC = Path(__file__).resolve().parent / "csrc"
 LEVELS = ("cuda", "cpu", "none")
 CPU_SOURCES = ("bindings.cpp", "ops_cpu.cpp", "cpu_plain.cpp", "cpu_avx2.cpp", "cpu_avx512.cpp")
-CUDA_SOURCES = (
-    "sde_log_prob.cu",
-    "sde_step.cu",
-    "grpo_loss.cu",
-    "device.cu",
-    "ops_cuda.cpp",
-)  # the slowest first
-# No fused multiply-add but by name: the bits are those of reference.py. The other two let g++
+# The slowest first.
+CUDA_SOURCES = ("sde_log_prob.cu", "sde_step.cu", "grpo_loss.cu", "device.cu", "ops_cuda.cpp")
+# No implicit fused multiply-add: the bits are those of reference.py. The last two let g++
 # vectorise, and change no result.
 CXX_FLAGS = (
     "-O3",
@@ -70,13 +66,12 @@ NVCC_FLAGS = (
     "-Xcompiler=-fPIC,-fvisibility=hidden",
     *ARCHITECTURES,
 )
-TORCH_TARGET = (
-    "-DTORCH_TARGET_VERSION=0x020b000000000000"  # 2.11, the oldest that the library must load in
-)
+# 2.11, the oldest torch that the library must load in.
+TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 
 
 class BuildFailed(Exception):
-    """Why a level could not be built."""
+    """A level could not be built; the message says why."""
 
 
 def find_torch() -> Path:
@@ -101,9 +96,8 @@ def find_compiler() -> list[str]:
         or [name for name in ("g++", "c++") if shutil.which(name)][:1]
     )
     if not command or not shutil.which(command[0]):
-        raise BuildFailed(
-            f"no C++ compiler: {command[0] if command else 'neither g++ nor c++'} was not found (set CXX)"
-        )
+        name = command[0] if command else "neither g++ nor c++"
+        raise BuildFailed(f"no C++ compiler: {name} was not found (set CXX)")
     return command
 
 
@@ -121,7 +115,7 @@ def find_nvcc() -> str:
 
 
 def run(command: list[str]) -> None:
-    """Run a compiler; what it said last, if it fails."""
+    """Run a compiler. BuildFailed, with the last lines of its output, if it fails."""
     try:
         done = subprocess.run(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
@@ -129,22 +123,29 @@ def run(command: list[str]) -> None:
     except OSError as error:
         raise BuildFailed(f"{command[0]} cannot be run: {error}") from None
     if done.returncode:
-        last_words = "\n".join(done.stdout.splitlines()[-12:])
-        raise BuildFailed(
-            f"exit status {done.returncode} from\n{shlex.join(command)}\n{last_words}"
-        )
+        output = "\n".join(done.stdout.splitlines()[-12:])
+        raise BuildFailed(f"exit status {done.returncode} from\n{shlex.join(command)}\n{output}")
 
 
 def replace(source: Path, target: Path) -> None:
-    """Put a copy of `source` at `target` in one step: whoever has the old file loaded keeps it."""
+    """Copy `source` to `target` atomically: a process that has loaded the old file keeps it."""
     new = target.with_name(f"{target.name}.new")
     shutil.copy2(source, new)
     os.replace(new, target)
 
 
 def build(nvcc: str, compiler: list[str], torch: Path, target: Path, workspace: Path) -> None:
-    """Compile and link into `target`, replaced in one step. nvcc: empty for the CPU alone.
-    BuildFailed, and `target` as it was.
+    """Compile and link into `target`, which is replaced at the end.
+
+    Args:
+        nvcc: Path of nvcc, or "" for the CPU only.
+        compiler: Command of the C++ compiler.
+        torch: Folder of torch.
+        target: The library.
+        workspace: Folder for object files.
+
+    Raises:
+        BuildFailed: A compiler failed; `target` is as it was.
     """
     workspace.mkdir(parents=True, exist_ok=True)
     intel = platform.machine() in ("x86_64", "AMD64")
@@ -178,8 +179,8 @@ def build(nvcc: str, compiler: list[str], torch: Path, target: Path, workspace: 
     ]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(run, commands))
-    # libtorch by name, needed or not: it is what brings the symbols of a torch with CUDA into the
-    # library's reach.
+    # libtorch is linked even if nothing in it is used: it brings in the symbols of a torch with
+    # CUDA.
     libraries = [f"-L{torch / 'lib'}", "-ltorch", "-ltorch_cpu"]
     link = (
         [nvcc, "-cudart", "static", "-Xlinker", "--no-as-needed"]
@@ -192,12 +193,14 @@ def build(nvcc: str, compiler: list[str], torch: Path, target: Path, workspace: 
 
 
 def build_best(target: Path, workspace: Path) -> str:
-    """Build as much as can be built; what was, and why no more. A library from before does not
-    outlive a failure.
+    """Build as much as can be built. A library of an earlier build does not survive a failure.
+
+    Returns:
+        What was built, and why no more.
     """
-    most, words = os.environ.get("FASTGRPO_BUILD") or "cuda", []
+    most, lines = os.environ.get("FASTGRPO_BUILD") or "cuda", []
     if most not in LEVELS:
-        words.append(
+        lines.append(
             f"FASTGRPO_BUILD: expected one of {', '.join(LEVELS)}, got {most!r}; taken as cuda"
         )
         most = "cuda"
@@ -207,40 +210,38 @@ def build_best(target: Path, workspace: Path) -> str:
     try:
         torch, compiler = find_torch(), find_compiler()
     except BuildFailed as error:
-        return "\n".join([*words, f"nothing was built: {error}"])
+        return "\n".join([*lines, f"nothing was built: {error}"])
     if most == "cuda":
         try:
             nvcc = find_nvcc()
             build(nvcc, compiler, torch, target, workspace / "cuda")
             return "\n".join(
-                [*words, f"built for the CPU by {shlex.join(compiler)} and for CUDA by {nvcc}"]
+                [*lines, f"built for the CPU by {shlex.join(compiler)} and for CUDA by {nvcc}"]
             )
         except (BuildFailed, OSError) as error:
-            words.append(f"not built for CUDA: {error}")
+            lines.append(f"not built for CUDA: {error}")
     try:
         build("", compiler, torch, target, workspace / "cpu")
-        return "\n".join([*words, f"built for the CPU by {shlex.join(compiler)}"])
+        return "\n".join([*lines, f"built for the CPU by {shlex.join(compiler)}"])
     except (BuildFailed, OSError) as error:
-        return "\n".join([*words, f"nothing was built: {error}"])
+        return "\n".join([*lines, f"nothing was built: {error}"])
 
 
 class BuildLibrary(build_ext):
-    """build_ext for a library that is no Python module and may be missing."""
+    """build_ext for a library that is not a Python module and may be missing."""
 
     def get_ext_filename(self, fullname: str) -> str:
         return str(Path(*fullname.split("."))) + ".so"
 
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name))
-        words = build_best(target, Path(self.build_temp))
-        print(f"fastgrpo: csrc/ {words}", file=sys.stderr, flush=True)
+        report = build_best(target, Path(self.build_temp))
+        print(f"fastgrpo: csrc/ {report}", file=sys.stderr, flush=True)
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.with_name("_C.txt").write_text(words + "\n")
+        target.with_name("_C.txt").write_text(report + "\n")
 
     def copy_extensions_to_source(self) -> None:
-        """For an editable installation: beside the sources, where no library may stay from an
-        earlier build.
-        """
+        """For an editable installation: put it beside the sources, in place of an earlier one."""
         sources = Path(self.get_finalized_command("build_py").get_package_dir("fastgrpo_kernels"))
         for name in ("_C.so", "_C.txt"):
             built = Path(self.build_lib, "fastgrpo_kernels", name)
@@ -255,9 +256,7 @@ class BuildLibrary(build_ext):
         return [path for path in (*libraries, *notes) if Path(path).exists()]
 
 
-if (
-    __name__ == "__main__"
-):  # tests/ops/test_csrc.py imports this file for its flags and its functions
+if __name__ == "__main__":  # tests/ops/test_csrc.py imports this file
     library = Extension(
         "fastgrpo_kernels._C",
         [f"csrc/{source}" for source in (*CPU_SOURCES, *CUDA_SOURCES)],

@@ -1,10 +1,10 @@
-"""The operations of GRPO on flow-matching models, and the pointwise work of their transformers;
-needs torch, and triton on a GPU.
+"""The operations of GRPO on flow-matching models, and the pointwise work of their transformers.
 
-`reference.py` is the specification of every operation; `dispatch.py` chooses what serves a call:
-CUDA C++, its CPU path, Triton or the reference; `philox.py` is the noise. How to use them in
-another trainer: kernels/README.md. Method: Self-Paced GRPO (method.md sections 1 and 2),
-DanceGRPO's and Flow-GRPO's transition as one affine step.
+They need torch, and Triton on a GPU. `sde/` has the step of a sampler, its log-probability and the
+loss; `norm/` the pointwise work of a transformer's block; `random/` the noise. The `reference.py`
+of each folder is the specification; `dispatch.py` selects the backend of a call: Triton, CUDA C++,
+C++ on the CPU, or the reference. README.md beside this folder shows how to use them in another
+trainer, and states which results have equal bits. The method: docs/method.md, sections 1 and 2.
 """
 
 from __future__ import annotations

@@ -1,14 +1,16 @@
 """Counter-based Gaussian noise: a pure function of (sample seed, step, element).
 
-Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) followed
-by Box-Muller. Nothing is drawn from a stream, so a trajectory does not depend on how the batch
-was split, on the rank, or on the world size.
+Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) followed by
+Box-Muller. Nothing is drawn from a stream, so a trajectory does not depend on the split of the
+batch, the rank or the world size.
 
-    key = (seed low word, seed high word)     counter = (quad low word, quad high word, step, 0)     quad = element // 4
-    words 0, 1 -> elements 4q, 4q+1 = r cos, r sin      words 2, 3 -> elements 4q+2, 4q+3
+    key = (seed low word, seed high word)
+    counter = (quad low word, quad high word, step, 0)          quad = element // 4
+    words 0, 1 -> elements 4q, 4q + 1 = r cos, r sin
+    words 2, 3 -> elements 4q + 2, 4q + 3
 
-Words are 32-bit unsigned integers held in int64 tensors, because torch has no unsigned
-arithmetic on every device.
+Words are 32-bit unsigned integers held in int64 tensors, because torch has no unsigned arithmetic
+on every device.
 """
 
 from __future__ import annotations
@@ -30,19 +32,13 @@ _ROUNDS = 10
 
 
 def philox_4x32_10(counter: Words, key: tuple[Tensor, Tensor]) -> Words:
-    """The four output words of Philox-4x32-10, broadcast over its inputs.
+    """The four output words of Philox-4x32-10, int64 in [0, 2^32).
 
-    counter, key: int64 tensors that broadcast together, values in [0, 2^32). Returns four int64
-    tensors, values in [0, 2^32). ValueError for another number of words or another dtype; the
-    range is the caller's promise.
+    Args:
+        counter: Four words, int64 tensors with values in [0, 2^32) that broadcast with the key's.
+        key: Two words.
     """
-    if len(counter) != 4 or len(key) != 2:
-        raise ValueError(
-            f"expected 4 counter words and 2 key words, got {len(counter)} and {len(key)}"
-        )
-    for word in (*counter, *key):
-        if word.dtype != torch.int64:
-            raise ValueError(f"counter and key: expected int64 words, got {word.dtype}")
+    assert all(word.dtype == torch.int64 for word in (*counter, *key))
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(_ROUNDS):
@@ -60,10 +56,9 @@ def uniform(words: Tensor) -> Tensor:
     """((word >> 9) + 1/2) * 2^-23: float64 in the open interval (0, 1), symmetric about 1/2 and
     exact in fp32 too.
 
-    words: int64, values in [0, 2^32). ValueError for another dtype.
+    words: int64, values in [0, 2^32).
     """
-    if words.dtype != torch.int64:
-        raise ValueError(f"words: expected int64, got {words.dtype}")
+    assert words.dtype == torch.int64
     return ((words >> 9).double() + 0.5) * 2.0**-23
 
 
@@ -71,19 +66,15 @@ def box_muller(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Two independent standard normals (fp32) from two uniforms: r cos(2 pi v), r sin(2 pi v) with
     r = sqrt(-2 ln u).
 
-    u, v: float64 of one shape, values from `uniform`. ValueError for another dtype or unequal
-    shapes.
+    u, v: float64 of one shape, values of `uniform`.
 
-    The radius, the cosine and the sine are taken in float64 and rounded to fp32. No value that
-    `uniform` can give brings them within 20 float64 ulps of a rounding boundary
-    (tests/ops/test_philox.py tries all 2^23), so every library's functions, vectorised or not,
-    give the same fp32 bits. (torch's own fp32 square root is an ulp off for one CPU value in
-    five.) Their product is correctly rounded by IEEE 754.
+    The radius, the cosine and the sine are computed in float64 and rounded to fp32. No value of
+    `uniform` brings them within 20 float64 ulps of a rounding boundary (tests/ops/test_philox.py
+    tries all 2^23), so the functions of any library, vectorised or not, give the same fp32 bits.
+    (torch's own fp32 square root is an ulp off for one CPU value in five.) Their product is
+    correctly rounded by IEEE 754.
     """
-    if u.dtype != torch.float64 or v.dtype != torch.float64:
-        raise ValueError(f"u, v: expected float64, got {u.dtype} and {v.dtype}")
-    if u.shape != v.shape:
-        raise ValueError(f"u, v: expected one shape, got {tuple(u.shape)} and {tuple(v.shape)}")
+    assert u.dtype == v.dtype == torch.float64
     radius = torch.sqrt(-2.0 * torch.log(u)).float()
     angle = v * (2.0 * math.pi)
     return radius * torch.cos(angle).float(), radius * torch.sin(angle).float()
@@ -95,12 +86,20 @@ def gaussian_noise(
     shape: Sequence[int],
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """Standard normal noise [B, *shape], fp32 on `device` (default: where the seeds are).
+    """Standard normal noise. The bits of a sample depend on its seed and step only.
 
-    seeds: [B] int64, every value allowed (the 64 bits are the key). step: one int for all, or
-    [B] int64; 0 <= step < 2^32 (not checked on a device tensor, which would make the host wait).
-    shape: of one sample, without the batch. The bits of a sample depend on its seed and step
-    alone. ValueError for another dtype, a step outside the range, or lengths that disagree.
+    Args:
+        seeds: [B] int64; all 64 bits are the key.
+        step: An int for all samples, or [B] int64; in [0, 2^32), not checked on a GPU, for which
+            the host would have to wait.
+        shape: Of one sample, without the batch.
+        device: Of the result; None: where the seeds are.
+
+    Returns:
+        [B, *shape], fp32.
+
+    Raises:
+        ValueError: Another dtype, a step outside the range, or lengths that disagree.
     """
     key = checks.seed_vector(seeds, None, device)[:, None]
     sizes = tuple(shape)

@@ -1,17 +1,17 @@
 """`philox.gaussian_noise` inside a Triton kernel: the same integers, and normals within 2^-21 of
 its own, relatively.
 
-Philox-4x32-10 is Triton's. Box-Muller is written out in fp32 without approximate functions and
-without a stack frame, both of which `tl.randn` has. The two steps that lose digits elsewhere
-lose none here: a uniform is an odd multiple of 2^-24, so u = m 2^k and the reduction of an angle
-to an eighth of a turn are exact. Polynomials and order are those of csrc/normals.h, so on a GPU
-Triton and CUDA make the same noise, to the bit. tests/ops/test_philox.py tries all 2^23
-uniforms: radius, cosine and sine are each at most one fp32 number away from those of
-`philox.box_muller`, which with the two roundings of the product makes 6 * 2^-24 for a normal (8
-* 2^-24 in Triton's interpreter, which does not fuse multiply-adds).
+Philox-4x32-10 is Triton's. Box-Muller is written out in fp32, without the approximate functions and
+the stack frame that `tl.randn` has. The two steps that often lose digits lose none here: a uniform
+is an odd multiple of 2^-24, so u = m 2^k and the reduction of an angle to an eighth of a turn are
+exact. Polynomials and their order are those of csrc/normals.h, so that Triton and CUDA make the
+same noise on a GPU, to the bit. tests/ops/test_philox.py tries all 2^23 uniforms: radius, cosine
+and sine are each at most one fp32 number away from those of `philox.box_muller`, which with the two
+roundings of the product makes 6 * 2^-24 for a normal (8 * 2^-24 in Triton's interpreter, which does
+not fuse multiply-adds).
 
-Launch with enable_fp_fusion=False: the multiply-adds to be fused are spelt out. A quad is four
-elements, one call of Philox.
+Launch with enable_fp_fusion=False: the multiply-adds to be fused are written as such. A quad is
+four elements, one call of Philox.
 """
 
 from __future__ import annotations
@@ -24,22 +24,19 @@ def normal_tile(seed, step, first, TILE: tl.constexpr):
     """[TILE] normals, fp32: elements first, first + 1, ... of the sample with this seed (int64) at
     this step (int64).
 
-    first: int64, a multiple of TILE, a power of two from 8. So the counters of a tile differ in
-    their low word alone. A lane makes two neighbouring quads, eight elements, as a thread loads
-    them: joining them then moves nothing between threads.
+    first: int64, a multiple of TILE; TILE: a power of two, at least 8. So the counters of a tile
+    differ in their low word only. A thread makes two neighbouring quads, the eight elements that it
+    loads: joining them moves nothing between threads.
     """
     quad = first // 4
     low = (quad & 0xFFFFFFFF).to(tl.uint32) + 2 * tl.arange(0, TILE // 8).to(tl.uint32)
     high, step = (quad >> 32).to(tl.uint32), step.to(tl.uint32)
     n0, n1, n2, n3 = normal_quad(seed, low, high, step)
     n4, n5, n6, n7 = normal_quad(seed, low + 1, high, step)
-    evens, odds = (
-        tl.join(tl.join(n0, n4), tl.join(n2, n6)),
-        tl.join(tl.join(n1, n5), tl.join(n3, n7)),
-    )
-    return tl.reshape(
-        tl.join(evens, odds), (TILE,)
-    )  # the last axis runs fastest: n0 n1 n2 ... n7 a lane
+    evens = tl.join(tl.join(n0, n4), tl.join(n2, n6))
+    odds = tl.join(tl.join(n1, n5), tl.join(n3, n7))
+    # The last axis runs fastest: n0 n1 n2 ... n7 of one thread, then of the next.
+    return tl.reshape(tl.join(evens, odds), (TILE,))
 
 
 @jit
@@ -93,17 +90,15 @@ def cos_sin_turns(v):
     4 v = quarter + y, |y| < 1/2, exact; cosine and sine of y pi / 2 by polynomials, swapped and
     negated by the quarter.
     """
-    shifted = tl.fma(
-        v, 4.0, 12582912.0
-    )  # 1.5 * 2^23: rounds to a whole number, which the last bits then hold
+    # 1.5 * 2^23 rounds to a whole number, which the last bits then hold.
+    shifted = tl.fma(v, 4.0, 12582912.0)
     quarter = shifted.to(tl.int32, bitcast=True)
     y = tl.fma(v, 4.0, 12582912.0 - shifted)
     z = y * y
     p = tl.fma(z, -0.004604834, 0.07968141)
     p = tl.fma(p, z, -0.6459636)
-    sin = tl.fma(
-        y, 1.57079637050628662109375, tl.fma(y, -4.37113900018624283e-8, (y * z) * p)
-    )  # pi / 2 in two parts
+    # pi / 2 in two parts.
+    sin = tl.fma(y, 1.57079637050628662109375, tl.fma(y, -4.37113900018624283e-8, (y * z) * p))
     p = tl.fma(z, 0.00090376654, -0.020860165)
     p = tl.fma(p, z, 0.25366923)
     p = tl.fma(p, z, -1.2337005)
