@@ -279,7 +279,7 @@ def fused_serves(device: torch.device) -> bool:
 
 
 def video_latent_shape(
-    size: tuple[int, int, int], channels: int, vae: tuple[int, int], patch: tuple[int, int]
+    size: tuple[int, int, int], channels: int, vae: tuple[int, int], patch_size: tuple[int, int]
 ) -> tuple[int, ...]:
     """Shape [C, T, H, W] of a video's latent.
 
@@ -287,24 +287,24 @@ def video_latent_shape(
         size: num_frames, height and width of the video.
         channels: C.
         vae: Compression of the VAE in time and in space.
-        patch: What the transformer further divides T, and H and W, by.
+        patch_size: What the transformer further divides T, and H and W, by.
 
     Raises:
         UserError: The size does not divide.
     """
     num_frames, height, width = size
-    step = vae[1] * patch[1]
+    step = vae[1] * patch_size[1]
     require(height % step == 0, "height", f"a number divisible by {step}", height)
     require(width % step == 0, "width", f"a number divisible by {step}", width)
     frames = (num_frames - 1) // vae[0] + 1
-    fits = (num_frames - 1) % vae[0] == 0 and frames % patch[0] == 0
+    fits = (num_frames - 1) % vae[0] == 0 and frames % patch_size[0] == 0
     require(fits, "num_frames", f"a number {vae[0]} n + 1", num_frames)
     return (channels, frames, height // vae[1], width // vae[1])
 
 
-def num_tokens(latent_shape: Sequence[int], patch: Sequence[int]) -> int:
+def num_tokens(latent_shape: Sequence[int], patch_size: Sequence[int]) -> int:
     """Number of tokens of a latent [C, T, H, W] in patches of [T, H, W]."""
-    return math.prod(size // step for size, step in zip(latent_shape[1:], patch, strict=True))
+    return math.prod(size // step for size, step in zip(latent_shape[1:], patch_size, strict=True))
 
 
 def to_frames(video: Tensor) -> Tensor:

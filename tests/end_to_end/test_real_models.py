@@ -33,17 +33,17 @@ from safetensors.torch import load_file
 
 from fastgrpo import __main__ as command_line
 from fastgrpo.algorithm.seeds import derive_seed
-from fastgrpo.training import sampling
-from fastgrpo.cli.export import model_card
-from fastgrpo.training.sampling import Unscored, pipeline_scheduler, sample_with_scheduler
 from fastgrpo.config import RolloutConfig
 from fastgrpo.policies.hunyuan_video import HunyuanVideoPolicy
 from fastgrpo.policies.wan import WanPolicy
 from fastgrpo.rewards.queue import ScoringQueue
+from fastgrpo.training import sampling
 from fastgrpo.training.config_file import parse_config
+from fastgrpo.training.export import model_card
 from fastgrpo.training.rollout import start_rollout
+from fastgrpo.training.sampling import Unscored, pipeline_scheduler, sample_with_scheduler
 
-CAPTIONS = [
+PROMPTS = [
     "a red square moving right",
     "a dog runs",
     "a cat sleeps in the sun",
@@ -66,8 +66,8 @@ SMALL: dict[str, Any] = {
     "parallel": {"shard": "full"},
     "tracking": {"trackers": []},
 }
-"""Over a recipe; guidance 5, micro-batch 1, bf16 over fp32 weights, full checkpointing and all else
-stay the recipe's.
+"""Laid over a recipe. Guidance 5, micro-batch 1, bf16 over fp32 weights, full checkpointing and
+all else stay the recipe's.
 """
 Arguments = Callable[..., list[str]]
 
@@ -76,7 +76,7 @@ Arguments = Callable[..., list[str]]
 def arguments(tmp_path_factory: pytest.TempPathFactory) -> Arguments:
     """arguments(recipe, model folder, run folder, *more): what train and embed take."""
     common = tmp_path_factory.mktemp("small")
-    (common / "train.txt").write_text("\n".join(CAPTIONS) + "\n")
+    (common / "train.txt").write_text("\n".join(PROMPTS) + "\n")
 
     def words(recipe: str, model: Path, run: Path, *more: str) -> list[str]:
         policy = {"init_args": {"model": str(model), "text_cache": str(common / "text")}}
@@ -157,7 +157,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def make_video(pipe: Any, **options: Any) -> torch.Tensor:
-    """[T, 3, H, W] of the first caption in two steps, from one noise."""
+    """Frames [9, 3, 64, 64] of the first prompt in two steps, always from the same noise."""
     pipe.set_progress_bar_config(disable=True)
     draw = torch.Generator().manual_seed(0)
     size = {
@@ -168,7 +168,7 @@ def make_video(pipe: Any, **options: Any) -> torch.Tensor:
         "max_sequence_length": 64,
     }
     frames: torch.Tensor = pipe(
-        CAPTIONS[0], **size, **options, generator=draw, output_type="pt"
+        PROMPTS[0], **size, **options, generator=draw, output_type="pt"
     ).frames[0]
     assert frames.shape == (9, 3, 64, 64)
     assert torch.isfinite(frames).all()
@@ -188,7 +188,7 @@ def wan_run(
     argv = arguments("wan2.1_t2v_1.3b", wan_folder, run)
     assert "5 prompts ready" in fastgrpo(
         environment, "embed", *argv
-    )  # four captions and the negative prompt
+    )  # four prompts and the negative one
     out = finish(torchrun(argv, 2, run.parent))
     assert re.search(r"5 prompts ready in \S+, 0 of them new", out), (
         "training takes them from the disk"
@@ -197,8 +197,7 @@ def wan_run(
     return run
 
 
-# --- Wan
-# ----------------------------------------------------------------------------------------------------------------
+# Wan
 
 
 def test_from_embed_to_a_video(
@@ -226,13 +225,13 @@ def test_from_embed_to_a_video(
 
 
 def test_export_refuses(wan_run: Path, start: Any, tmp_path: Path) -> None:
-    """One line for an average that was not kept, a folder that is used, and a run or a checkpoint
-    that is not there.
+    """One line each for an average that was not kept, a folder that is used, and a run or a
+    checkpoint that is not there.
     """
     for argv, words in (
-        ([wan_run, "--ema", "true"], "update.ema_decay 0"),
+        ([wan_run, "--ema"], "update.ema_decay 0"),
         ([wan_run, "--output", tmp_path], "new"),
-        ([wan_run, "--checkpoint_name", "iteration_000009"], "iteration_000009"),
+        ([wan_run, "--checkpoint", "iteration_000009"], "iteration_000009"),
         ([tmp_path], "config.yaml"),
     ):
         refused = start(tmp_path, ["export", *map(str, argv)], main=command_line.main)
@@ -244,16 +243,14 @@ def test_export_refuses(wan_run: Path, start: Any, tmp_path: Path) -> None:
 
 
 def test_export_of_the_embedded_world(train: Any, start: Any, tmp_path: Path) -> None:
-    """A policy that names no model: its transformer and how to load it; of an earlier checkpoint
-    that checkpoint's weights and rows.
+    """A policy that names no model: its transformer and how to load it. An earlier checkpoint gives
+    its own weights and rows.
     """
     run = train(tmp_path / "run", "--checkpoint.interval", "1")
     for name in ("latest", "iteration_000001"):
         assert (
             start(
-                tmp_path,
-                ["export", str(run.folder), "--checkpoint_name", name],
-                main=command_line.main,
+                tmp_path, ["export", str(run.folder), "--checkpoint", name], main=command_line.main
             ).code
             == 0
         )
@@ -269,7 +266,7 @@ def test_export_of_the_embedded_world(train: Any, start: Any, tmp_path: Path) ->
 
 
 def test_a_card_says_whose_scores_it_shows() -> None:
-    """The evaluations of a run with an average are the average's."""
+    """The evaluations of a run with an average are those of the average."""
     config, _, _ = parse_config(
         ["--config", "fastgrpo/recipes/shapes.yaml", "--update.ema_decay", "0.5"]
     )
@@ -277,7 +274,7 @@ def test_a_card_says_whose_scores_it_shows() -> None:
     rows = [{"iteration": 0, "eval/rewards/first/mean": 0.5, "rewards/first/mean": 0.25}]
     cards = [model_card(config, rows, 3, ema).text for ema in (False, True)]
     assert all("0.500 (iteration 0)" in card for card in cards)
-    assert ["export --ema true" in card for card in cards] == [True, False]
+    assert ["export --ema`" in card for card in cards] == [True, False]
     assert ["averaged with decay 0.5" in card for card in cards] == [False, True]
 
 
@@ -421,7 +418,7 @@ def test_lora(
     tmp_path: Path,
     tensors: Any,
 ) -> None:
-    """The overlay for one GPU, by two processes: adapters alone are kept and exported, and the
+    """The overlay for one GPU, by two processes: only adapters are kept and exported, and the
     pipeline takes them as they are.
     """
     overlay = [
@@ -480,8 +477,7 @@ def test_lora(
     assert before != after
 
 
-# --- HunyuanVideo
-# -------------------------------------------------------------------------------------------------------
+# HunyuanVideo
 
 
 @pytest.mark.slow
@@ -500,7 +496,7 @@ def test_hunyuan_video(
     fastgrpo(environment, "embed", *argv)
     job(argv)
     assert_exact_and_learning(tmp_path / "run", 2)
-    fastgrpo(environment, "export", tmp_path / "run", "--ema", "true")
+    fastgrpo(environment, "export", tmp_path / "run", "--ema")
     fastgrpo(environment, "export", tmp_path / "run")
     average, last = (tmp_path / "run" / "export" / f"iteration_000002{end}" for end in ("_ema", ""))
     kept = tensors(tmp_path / "run" / "checkpoints" / "latest")
@@ -526,8 +522,7 @@ def test_hunyuan_video(
     assert (tmp_path / "sampled" / "comparison.png").exists()
 
 
-# --- the pipeline's own scheduler
-# ---------------------------------------------------------------------------------------
+# The pipeline's own scheduler
 
 
 @pytest.mark.parametrize("kind", ["wan", "hunyuan_video"])
@@ -546,7 +541,7 @@ def test_the_pipelines_scheduler_makes_the_pipelines_video(
     policy = policy_class(
         str(folder), text_cache=str(tmp_path), text_dtype="fp32", max_sequence_length=64
     )
-    policy.embed(CAPTIONS[:2], one_rank)
+    policy.embed(PROMPTS[:2], one_rank)
     policy.load(one_rank)
     cfg = RolloutConfig(
         height=32,
@@ -556,18 +551,21 @@ def test_the_pipelines_scheduler_makes_the_pipelines_video(
         num_generations=1,
         guidance_scale=5.0 if kind == "wan" else 1.0,
     )
-    rooms: list[int] = []
+    num_latents: list[int] = []
     monkeypatch.setattr(
         sampling,
         "start_rollout",
-        lambda *a, **k: (rollout := start_rollout(*a, **k), rooms.append(len(rollout.latents)))[0],
+        lambda *a, **k: (
+            rollout := start_rollout(*a, **k),
+            num_latents.append(len(rollout.latents)),
+        )[0],
     )
     judge, pipe = ScoringQueue(Unscored()), pipeline_class.from_pretrained(folder)
     scheduler = pipeline_scheduler(policy, "ode")
     made = sample_with_scheduler(
         policy,
         judge,
-        CAPTIONS[:2],
+        PROMPTS[:2],
         cfg,
         scheduler,
         seed=7,
@@ -581,7 +579,7 @@ def test_the_pipelines_scheduler_makes_the_pipelines_video(
         if isinstance(policy, WanPolicy)
         else {"guidance_scale": 6.0}
     )
-    for slot, caption in enumerate(CAPTIONS[:2]):
+    for slot, prompt in enumerate(PROMPTS[:2]):
         seed = derive_seed(derive_seed(7, "validation"), "first", 0, slot, 0)
         noise = gaussian_noise(torch.tensor([seed]), 0, policy.latent_shape(32, 32, 5), one_rank)
         size = {
@@ -591,14 +589,14 @@ def test_the_pipelines_scheduler_makes_the_pipelines_video(
             "num_inference_steps": 3,
             "max_sequence_length": 64,
         }
-        expected = pipe(caption, **size, **guidance, latents=noise, output_type="pt").frames[0]
+        expected = pipe(prompt, **size, **guidance, latents=noise, output_type="pt").frames[0]
         assert (made.videos[slot].float() / 255 - expected).abs().max() < 1.5 / 255
     assert made.scores_PGK == [[[]], [[]]]
-    assert rooms == [1, 1]
+    assert num_latents == [1, 1]
 
 
 def test_the_pipelines_scheduler_refuses(tiny_policy: Any, wan_folder: Path) -> None:
-    with pytest.raises(ValueError, match="TinyPolicy does not name"):
+    with pytest.raises(ValueError, match="which TinyPolicy is not"):
         pipeline_scheduler(tiny_policy(), "ode")
     with pytest.raises(ValueError, match="sde ode"):
         pipeline_scheduler(WanPolicy(str(wan_folder)), "dance")
