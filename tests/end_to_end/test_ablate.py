@@ -211,8 +211,8 @@ def test_more_iterations_go_on_and_another_setting_is_refused(
         assert (refused.code, started) == (2, [])
         (line,) = refused.err.splitlines()
         assert (
-            "one_stage_seed0 was made with another configuration: update.learning_rate: 0.0002 -> 0.0003. "
-            in line
+            "one_stage_seed0 was made with another configuration: "
+            "update.learning_rate: 0.0002 -> 0.0003. " in line
         )
     before = rows_of(tmp_path / "ab" / "one_stage_seed0")
     outcome, started = run_ablate(

@@ -183,23 +183,13 @@ def test_wrong_samples_are_refused_before_anything_is_written(
     assert not (tmp_path / "x").exists()
 
 
-def test_repeated_captions_are_paired_in_order() -> None:
-    before = {
-        "samples": [
-            {"prompt": "a", "n": 0},
-            {"prompt": "b", "n": 1},
-            {"prompt": "a", "n": 2},
-            {"prompt": "a", "n": 3},
-        ]
-    }
-    after = {"samples": [{"prompt": "a", "n": 4}, {"prompt": "a", "n": 5}, {"prompt": "b", "n": 6}]}
-    rows = match_samples([before, after])
-    assert [[entry and entry["n"] for entry in row] for row in rows] == [
-        [0, 4],
-        [1, 6],
-        [2, 5],
-        [3, None],
-    ]
+def test_repeated_prompts_are_matched_in_order() -> None:
+    def summary(prompts: str) -> dict:
+        return {"samples": [{"prompt": p, "n": n} for n, p in enumerate(prompts)]}
+
+    rows = match_samples([summary("abaa"), summary("aab"), summary("b")])
+    found = [[entry and entry["n"] for entry in row] for row in rows]
+    assert found == [[0, 0, None], [1, 2, 0], [2, 1, None], [3, None, None]]
 
 
 def test_scores_read_as_text() -> None:

@@ -232,7 +232,8 @@ def browse() -> Callable[..., Visit]:
             browser.call("Page.navigate", url=path.as_uri())
             browser.wait_for("Page.loadEventFired")
             # Two frames drawn, so that what the page has started is under way.
-            script = f"new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done))).then(async () => {{ {script} }})"
+            frames = "requestAnimationFrame(() => requestAnimationFrame(done))"
+            script = f"new Promise(done => {frames}).then(async () => {{ {script} }})"
             result = browser.call(
                 "Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True
             )

@@ -10,9 +10,13 @@ import torch
 from PIL import Image
 
 from fastgrpo.evaluation.report.contact_sheet import contact_sheet
-from fastgrpo.training.sample_files import match_samples, read_samples, save_samples
+from fastgrpo.training.sample_files import save_samples
 
 STAGES = ("visual_quality", "temporal_coherence", "text_alignment")
+
+
+def folders(parent: Path, *names: str) -> dict[str, Path]:
+    return {name: parent / name for name in names}
 
 
 def test_contact_sheet_holds_both_stills_of_every_shared_prompt(tmp_path: Path) -> None:
@@ -29,9 +33,7 @@ def test_contact_sheet_holds_both_stills_of_every_shared_prompt(tmp_path: Path) 
         )
         scores = [[0.1, 0.2, 0.3]] * len(chosen)
         save_samples(tmp_path / folder, videos, [names[i] for i in chosen], 8, scores, STAGES)
-    contact_sheet(
-        {"before": tmp_path / "before", "after": tmp_path / "after"}, tmp_path / "sheet.png"
-    )
+    contact_sheet(folders(tmp_path, "before", "after"), tmp_path / "sheet.png")
     sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
     for tint in tints[:4].numpy():
         places = [np.argwhere((sheet == tint * level).all(axis=-1)) for level in (100, 200)]
@@ -45,49 +47,31 @@ def test_contact_sheet_holds_both_stills_of_every_shared_prompt(tmp_path: Path) 
 def test_contact_sheet_of_large_videos_is_shrunk_and_without_shared_prompts_refused(
     tmp_path: Path,
 ) -> None:
-    save_samples(tmp_path / "before", torch.zeros(1, 9, 3, 240, 416), ["a long " + "prompt " * 60], 15)
-    save_samples(tmp_path / "after", torch.zeros(1, 9, 3, 240, 416), ["another"], 15)
-    contact_sheet(
-        {"before": tmp_path / "before", "after": tmp_path / "before"}, tmp_path / "sheet.png"
+    save_samples(
+        tmp_path / "before", torch.zeros(1, 9, 3, 240, 416), ["a long " + "prompt " * 60], 15
     )
+    save_samples(tmp_path / "after", torch.zeros(1, 9, 3, 240, 416), ["another"], 15)
+    contact_sheet(dict.fromkeys("ab", tmp_path / "before"), tmp_path / "sheet.png")
     width, height = Image.open(tmp_path / "sheet.png").size
     assert width < 8 * 208 + 200
     assert height < 450
     with pytest.raises(ValueError, match="none shared"):
-        contact_sheet(
-            {"before": tmp_path / "before", "after": tmp_path / "after"}, tmp_path / "no.png"
-        )
-    with pytest.raises(FileNotFoundError):
-        read_samples(tmp_path / "nowhere")
+        contact_sheet(folders(tmp_path, "before", "after"), tmp_path / "no.png")
 
 
 def test_a_sheet_of_several_folders_shows_each_where_it_has_the_prompt(tmp_path: Path) -> None:
-    """Captions b and c; the second folder lacks c, the third b's second copy. Each folder has its
-    own grey, each row its place.
+    """The second folder lacks c, the third b's second copy; d stands alone and is left out. Each
+    folder has its own grey.
     """
-    greys = {"untrained": 60, "a run with a name that is much too long": 120, "other": 180}
-    prompts = {
-        "untrained": ["b", "b", "c", "d"],
-        "a run with a name that is much too long": ["b", "b"],
-        "other": ["c", "b"],
-    }
+    long = "a run with a name that is much too long"
+    greys = {"untrained": 60, long: 120, "other": 180}
+    prompts = {"untrained": ["b", "b", "c", "d"], long: ["b", "b"], "other": ["c", "b"]}
     for name, grey in greys.items():
-        save_samples(
-            tmp_path / name,
-            torch.full((len(prompts[name]), 8, 3, 16, 16), grey, dtype=torch.uint8),
-            prompts[name],
-            8,
-        )
-    rows = match_samples([read_samples(tmp_path / name) for name in greys])
-    found = [[entry and entry["video"][:2] for entry in row] for row in rows]
-    assert found == [["00", "00", "01"], ["01", "01", None], ["02", None, "00"], ["03", None, None]]
-    contact_sheet({name: tmp_path / name for name in greys}, tmp_path / "sheet.png", "title")
+        videos = torch.full((len(prompts[name]), 8, 3, 16, 16), grey, dtype=torch.uint8)
+        save_samples(tmp_path / name, videos, prompts[name], 8)
+    contact_sheet(folders(tmp_path, *greys), tmp_path / "sheet.png", "title")
     sheet = np.asarray(Image.open(tmp_path / "sheet.png").convert("RGB"))
     strip = 8 * 80 * 80  # 8 frames of 16 x 16 at 5 times, less the white lines between them
-    for name, count in (
-        ("untrained", 3),
-        ("a run with a name that is much too long", 2),
-        ("other", 2),
-    ):  # d stands alone, and is left out
+    for name, count in {"untrained": 3, long: 2, "other": 2}.items():
         pixels = int((sheet == greys[name]).all(axis=-1).sum())
         assert 0.95 * count * strip < pixels <= 1.01 * count * strip

@@ -149,35 +149,22 @@ def test_weights_competence_and_hoyer_of_one_run() -> None:
     weights, competence = drawn["weights"].panels
     index_of, saturation = drawn["hoyer"].panels
     for index, stage in enumerate(STAGES):
-        assert lines(weights)[f"weights/{stage}"].points == (
-            ITERATIONS,
-            [(i % (index + 2)) / 5 for i in ITERATIONS],
-        )
-        assert lines(competence)[f"competence/{stage}"].points == (
-            ITERATIONS,
-            [0.01 * i + index for i in ITERATIONS],
-        )
-        assert lines(index_of)[f"hoyer/{stage}"].points == (
-            ITERATIONS,
-            [1 / (i + index) for i in ITERATIONS],
-        )
-        assert lines(saturation)[f"saturation/{stage}"].points == (
-            ITERATIONS,
-            [1 - 1 / (i + index) for i in ITERATIONS],
-        )
+        for panel, key, formula in (
+            (weights, "weights", lambda i, index=index: (i % (index + 2)) / 5),
+            (competence, "competence", lambda i, index=index: 0.01 * i + index),
+            (index_of, "hoyer", lambda i, index=index: 1 / (i + index)),
+            (saturation, "saturation", lambda i, index=index: 1 - 1 / (i + index)),
+        ):
+            expected = (ITERATIONS, [formula(i) for i in ITERATIONS])
+            assert lines(panel)[f"{key}/{stage}"].points == expected
     assert [value for value, _ in competence.levels] == [0.54, 0.35]
-    without = [
-        {
-            key: value
-            for key, value in row.items()
-            if not key.startswith(("competence", "saturation"))
-        }
-        for row in make_rows()
-    ]
-    assert [len(by_id([make_run(rows=without)])[name].panels) for name in ("weights", "hoyer")] == [
-        1,
-        1,
-    ]
+    rows = make_rows()
+    for row in rows:
+        for stage in STAGES:
+            row.pop(f"competence/{stage}", None)
+            row.pop(f"saturation/{stage}", None)
+    drawn = by_id([make_run(rows=rows)])
+    assert [len(drawn[name].panels) for name in ("weights", "hoyer")] == [1, 1]
 
 
 def test_drift_by_step_is_the_largest_of_any_iteration() -> None:

@@ -65,13 +65,34 @@ def test_modes_without_gates_have_no_thresholds() -> None:
     ] == [[0.1, 0.2]] * 2 + [[]] * 3
 
 
-def test_what_is_no_run_or_broken_is_refused(tmp_path: Path, make_run: Callable[..., Path]) -> None:
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        ("metrics.jsonl", '{"iteration": 1}\nnonsense\n{"iteration": 2}\n', r"jsonl, line 2"),
+        ("judge.json", "{", r"judge\.json: "),
+        ("config.yaml", "a: [1", r"config\.yaml: "),
+        ("config.yaml", "- 1", "expected a mapping, got list"),
+        ("config.yaml", "", "expected a mapping, got NoneType"),
+    ],
+)
+def test_a_broken_file_is_named(
+    tmp_path: Path, make_run: Callable[..., Path], file: str, content: str, words: str
+) -> None:
     run = make_run(tmp_path / "run", iterations=2)
-    (run / "metrics.jsonl").write_text('{"iteration": 1}\nnonsense\n{"iteration": 2}\n')
-    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2"):
+    (run / file).write_text(content)
+    with pytest.raises(ValueError, match=words):
         read_runs([run])
-    with pytest.raises(ValueError, match=r"got \[\]"):
-        read_runs([])
+
+
+def test_what_is_no_run_is_refused(tmp_path: Path, make_run: Callable[..., Path]) -> None:
+    run = make_run(tmp_path / "run", iterations=2)
+    for runs, words in (
+        ([], r"at least one run folder, got \[\]"),
+        ([run, run / ".." / "run"], "expected different runs, got .*run 2 times"),
+        ([tmp_path], r"expected a run folder with config\.yaml or metrics\.jsonl, got"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            read_runs(runs)
 
 
 def test_differences_of_configurations() -> None:
