@@ -91,8 +91,8 @@ class BiasOptions:
         require(in_range, "seed", "an integer in [0, 2^32 - num_seeds]", self.seed)
         alone = self.revision is not None and self.text_encoder is None
         require(not alone, "revision", "none without a text_encoder", self.revision)
-        one_source = self.embeddings is None or self.text_encoder is None
-        require(one_source, "embeddings", "those or a text_encoder", "both")
+        if self.embeddings is not None and self.text_encoder is not None:
+            raise UserError("embeddings: expected those or a text_encoder, got both")
         expected = f"one for all or one for each of {len(self.scores)} files of scores"
         require(len(self.score) in (1, len(self.scores)), "score", expected, len(self.score))
 

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from fastgrpo.algorithm.seeds import derive_seed
 from fastgrpo.config import RolloutConfig
 from fastgrpo.distributed import collectives
-from fastgrpo.errors import UserError, require
+from fastgrpo.errors import UserError
 from fastgrpo.evaluation.vbench_prompts import (
     EvaluationPrompt,
     read_evaluation_prompts,
@@ -141,8 +141,9 @@ def sample_evaluation(options: EvaluationOptions) -> str:
 
 def find_recipe(run: str | None, config: str | None) -> tuple[Path | None, Path]:
     """The run folder, if there is one, and the file of the configuration."""
-    one = (run is None) != (config is None)
-    require(one, "evaluate sample", "a run folder or --config", "both" if run else "neither")
+    if (run is None) == (config is None):
+        got = "both" if run else "neither"
+        raise UserError(f"evaluate sample: expected a run folder or --config, got {got}")
     given = Path(run or config or "")
     path = given / "config.yaml"
     if config and not given.is_dir():

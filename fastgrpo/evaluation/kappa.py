@@ -142,7 +142,11 @@ def directions(embeddings: ArrayLike) -> Vectors:
     x = np.asarray(embeddings, dtype=np.float64)
     lengths = np.linalg.norm(x, axis=1, keepdims=True)
     bad = int((~(np.isfinite(lengths) & (lengths > 0))).sum())
-    require(not bad, "embeddings", f"finite numbers, not all zero, in all {len(x)} rows", bad)
+    if bad:
+        raise UserError(
+            f"embeddings: expected finite numbers, not all zero, in each of {len(x)} rows, got "
+            f"{bad} rows without"
+        )
     return (x / lengths).astype(np.float32)
 
 

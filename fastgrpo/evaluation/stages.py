@@ -297,7 +297,7 @@ def stage_figure(stages: Sequence[str], sets: Mapping[str, StageSet]) -> Figure:
         )["bodies"]
         for body in bodies:  # type: ignore[attr-defined]
             body.set(facecolor=color, alpha=0.3, linewidth=0)
-        means = [s.mean for s in one.summaries]
+        means = np.array([s.mean for s in one.summaries])
         ends = np.nan_to_num([(s.mean - s.low, s.high - s.mean) for s in one.summaries]).T
         drawn = axes.errorbar(
             *(positions, means, np.maximum(ends, 0)),

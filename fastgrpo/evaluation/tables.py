@@ -50,6 +50,8 @@ def render_table(
             lines.append(SEPARATING_LINE)
     align = ["left" if column in left else "right" for column in range(len(head))]
     text = tabulate(lines, head, tablefmt=_STYLES[format], colalign=align, disable_numparse=True)
+    if format == "latex":
+        text = text.replace("|", r"\textbar{}")
     # A hyphen before a digit is a minus sign, except in a word such as run-2.
     minus = {"text": "-", "markdown": "−", "latex": "$-$"}[format]
     return re.sub(r"(?<!\w)-(?=\d)", minus, text)

@@ -171,7 +171,8 @@ def _read_file(file: Path, scale: Scale) -> dict[str, float]:
     for key, value in content.items():
         name = re.sub(r"[\s_-]+", "_", key.strip().lower())
         require(name in known, str(file), f"VBench's dimensions, such as {DIMENSIONS[0].name}", key)
-        require(name not in vbench | plain, str(file), f"one score of {name}", "two")
+        if name in vbench | plain:
+            raise UserError(f"{file}: expected one score of {name}, got two")
         whole = isinstance(value, list) and bool(value)
         score = value[0] if whole else value
         is_number = isinstance(score, int | float) and not isinstance(score, bool)

@@ -45,7 +45,7 @@ def compare_vbench(
         json: Give JSON instead of a table: of one run its object, of several {name: object}.
         values: Of the dimensions: normalized, as they enter the totals, or raw, as papers print
             them. The three totals are the same either way.
-        format: Of the table.
+        format: Of the table; latex needs the package booktabs.
         scale: Of plain files {dimension: score}; auto tells it by the scores, and refuses if it
             cannot be told.
         figure: Also draw bars, to this path with .png and .svg.

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fastgrpo.errors import UserError, require
+from fastgrpo.errors import UserError
 from fastgrpo.files import find_file
 from fastgrpo.training.prompts import HUB, read_prompts
 
@@ -103,6 +103,6 @@ def named_prompts(prompts: str) -> dict[str, str] | None:
             where, got = f"prompts: {prompts}, entry {number}", str(value)[:80]
             raise UserError(f"{where}: expected the texts video and prompt, got {got}")
         video, prompt = texts[0], texts[1].strip()
-        same = found.setdefault(video, prompt) == prompt
-        require(same, f"prompts: {prompts}", f"one prompt for {video}", "two")
+        if found.setdefault(video, prompt) != prompt:
+            raise UserError(f"prompts: {prompts}: expected one for {video}, got two")
     return found

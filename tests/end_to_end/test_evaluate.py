@@ -36,7 +36,7 @@ from fastgrpo.evaluation.evaluation_videos import (
     unmade_batches,
     write_lists,
 )
-from fastgrpo.evaluation.vbench_scores import EvaluationPrompt
+from fastgrpo.evaluation.vbench_prompts import EvaluationPrompt
 
 STILL, MOVING, OTHER = (
     "a red square moving up",
@@ -52,7 +52,7 @@ INFO = [
     {"prompt_en": OTHER, "dimension": ["color"], "auxiliary_info": {"color": "green"}},
     {"prompt_en": MOVING, "dimension": ["overall_consistency"]},
 ]
-"""In the form of VBench_full_info.json, with a prompt that is there twice, as two of VBench's are."""
+"""In the form of VBench_full_info.json; one prompt is there twice, as two of VBench's are."""
 NAMES = {
     f"{prompt}-{index}.mp4"
     for prompt, count in ((STILL, 25), (MOVING, 5), (OTHER, 5))
@@ -79,18 +79,8 @@ Command = Callable[..., Any]
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, train: Any) -> Path:
     folder = tmp_path_factory.mktemp("evaluated") / "run"
-    assert (
-        train(
-            folder,
-            "--update.learning_rate",
-            "1e-2",
-            "--iterations",
-            "2",
-            "--checkpoint.interval",
-            "1",
-        ).code
-        == 0
-    )
+    options = "--update.learning_rate=1e-2", "--iterations=2", "--checkpoint.interval=1"
+    assert train(folder, *options).code == 0
     return folder
 
 
@@ -122,6 +112,24 @@ def sampled(
     return out
 
 
+def on_two_ranks(
+    folder: Path, environment: dict[str, str], *argv: object
+) -> subprocess.CompletedProcess[str]:
+    """`evaluate sample` under torchrun, in a folder."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command = ["--nproc-per-node", "2", "-m", "fastgrpo", "evaluate", "sample"]
+    job = subprocess.run(
+        [*torchrun, *command, *map(str, argv)],
+        cwd=folder,
+        env=environment,
+        text=True,
+        capture_output=True,
+        timeout=300,
+    )
+    assert job.returncode == 0, job.stderr
+    return job
+
+
 def contents(out: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in (out / "videos").iterdir()}
 
@@ -130,10 +138,6 @@ def seeds(out: Path) -> dict[str, dict[str, Any]]:
     return {
         row["video"]: row for row in map(json.loads, (out / "seeds.jsonl").read_text().splitlines())
     }
-
-
-# --- the folder
-# ----------------------------------------------------------------------------------------------------------
 
 
 def test_the_folder_is_what_vbench_wants(sampled: Path) -> None:
@@ -215,10 +219,6 @@ def test_lists(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "prompts.json").read_text())[videos[2].name] == "b/c"
 
 
-# --- going on
-# ------------------------------------------------------------------------------------------------------------
-
-
 def test_what_is_there_is_kept(
     sampled: Path, run: Path, info: Path, evaluate: Command, tmp_path: Path
 ) -> None:
@@ -250,7 +250,10 @@ def test_killed_while_it_writes(
     """SIGKILL with the seventh video half written: six whole ones; the next call ends as if nothing
     had happened.
     """
-    out, argv = tmp_path / "out", ["evaluate", "sample", str(run), "--prompts", str(info), "--output"]
+    out, argv = (
+        tmp_path / "out",
+        ["evaluate", "sample", str(run), "--prompts", str(info), "--output"],
+    )
     killed = subprocess.run(
         [sys.executable, "-c", HALF_WRITTEN, *argv, str(out)],
         env=environment,
@@ -270,23 +273,8 @@ def test_killed_while_it_writes(
 def test_two_ranks_make_the_same(
     sampled: Path, run: Path, info: Path, environment: dict[str, str], tmp_path: Path
 ) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "-m",
-        "fastgrpo",
-        "evaluate",
-        "sample",
-    ]
-    command += [str(run), "--prompts", str(info), "--output", str(tmp_path / "out")]
-    job = subprocess.run(
-        command, cwd=tmp_path, env=environment, text=True, capture_output=True, timeout=180
-    )
-    assert job.returncode == 0, job.stderr
+    options = [run, "--prompts", info, "--output", tmp_path / "out"]
+    job = on_two_ranks(tmp_path, environment, *options)
     assert job.stdout.strip() == f"35 videos, 35 of them new: {tmp_path / 'out' / 'videos'}"
     assert contents(tmp_path / "out") == contents(sampled)
     assert (tmp_path / "out" / "seeds.jsonl").read_text() == (sampled / "seeds.jsonl").read_text()
@@ -336,10 +324,6 @@ def test_a_video_is_not_begun_in_its_place(
     with pytest.raises(OSError, match="no space"):
         save_video(torch.zeros(2, 3, 4, 4), tmp_path, "a-0.mp4", 4)
     assert contents(tmp_path) == {}
-
-
-# --- other weights, other prompts
-# ----------------------------------------------------------------------------------------
 
 
 def test_base_and_checkpoints(
@@ -417,40 +401,10 @@ def test_a_model_sharded_over_ranks(
             {"init_args": init_args} if init_args else {}
         )
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "-m",
-        "fastgrpo",
-        "evaluate",
-        "sample",
-    ]
-    command += [
-        "--config",
-        "recipe.yaml",
-        "--checkpoint",
-        "base",
-        "--prompts",
-        "mine.txt",
-        "--output",
-        "out",
-        "--num_videos",
-    ]
+    options = ["--config=recipe.yaml", "--checkpoint=base", "--prompts=mine.txt", "--output=out"]
     made = []
     for count in (1, 2):
-        job = subprocess.run(
-            [*command, str(count)],
-            cwd=tmp_path,
-            env=environment,
-            text=True,
-            capture_output=True,
-            timeout=300,
-        )
-        assert job.returncode == 0, job.stderr
+        job = on_two_ranks(tmp_path, environment, *options, f"--num_videos={count}")
         assert f"{3 * count} videos, 3 of them new" in job.stdout
         made.append(contents(tmp_path / "out"))
     assert made[0].items() <= made[1].items()
@@ -458,10 +412,6 @@ def test_a_model_sharded_over_ranks(
     owl = next(row for row in seeds(tmp_path / "out").values() if row["prompt"] == "an owl, 1/2")
     assert owl["video"].startswith("an owl, 1_2_")
     assert owl["video"] in made[1]
-
-
-# --- refusals
-# ------------------------------------------------------------------------------------------------------------
 
 
 def test_refusals(

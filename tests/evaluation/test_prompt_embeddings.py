@@ -1,4 +1,4 @@
-"""Captions' vectors: a mean over tokens against one by hand, padding and batches, the file that
+"""Prompts' vectors: a mean over tokens against one by hand, padding and batches, the file that
 keeps them, and refusals.
 """
 
@@ -18,101 +18,99 @@ from transformers import UMT5EncoderModel
 from fastgrpo.evaluation import prompt_embeddings
 from fastgrpo.evaluation.prompt_embeddings import (
     Embeddings,
-    embed_captions,
+    Encoder,
+    embed_prompts,
     embeddings_in_order,
-    encoder_folders,
-    load_encoder,
     mean_embeddings,
     read_embeddings,
     write_embeddings,
 )
 
 CPU = torch.device("cpu")
-CAPTIONS = ["a cat", "a very long caption about a dog in the rain", "b", "two horses", "snow"]
+PROMPTS = ["a cat", "a very long prompt about a dog in the rain", "b", "two horses", "snow"]
 
 
 @pytest.fixture(scope="module")
 def encoder(wan_folder: Path) -> tuple[Any, Any]:
-    return load_encoder(str(wan_folder), None, CPU, torch.float32)
+    return encoder_in(wan_folder).load()
+
+
+def encoder_in(folder: Path) -> Encoder:
+    return Encoder(str(folder), None, CPU)
 
 
 def test_the_mean_is_over_tokens_that_are_not_padding(
     encoder: tuple[Any, Any], wan_folder: Path
 ) -> None:
-    """Each caption alone, without padding or mask, through a model loaded otherwise; the tokens are
+    """Each prompt alone, without padding or mask, through a model loaded otherwise; the tokens are
     bytes, so counted by hand.
     """
-    found = mean_embeddings(*encoder, CAPTIONS, batch_size=5)
+    found = mean_embeddings(*encoder, PROMPTS, batch_size=5)
     other = UMT5EncoderModel.from_pretrained(wan_folder, subfolder="text_encoder").eval()
-    for caption, vector in zip(CAPTIONS, found, strict=True):
-        ids = encoder[1](caption).input_ids
-        assert len(ids) == len(caption)
+    for prompt, vector in zip(PROMPTS, found, strict=True):
+        ids = encoder[1](prompt).input_ids
+        assert len(ids) == len(prompt)
         with torch.no_grad():
             tokens = other(input_ids=torch.tensor([ids])).last_hidden_state[0].double()
-        np.testing.assert_allclose(
-            vector, (tokens.sum(0) / len(caption)).numpy(), rtol=0, atol=2e-6
-        )
+        np.testing.assert_allclose(vector, (tokens.sum(0) / len(prompt)).numpy(), rtol=0, atol=2e-6)
     assert found.dtype == np.float32
-    assert np.ptp(found, axis=0).max() > 0.1  # captions differ
+    assert np.ptp(found, axis=0).max() > 0.1  # prompts differ
 
 
 def test_batches_and_order_do_not_matter(encoder: tuple[Any, Any]) -> None:
-    together = mean_embeddings(*encoder, CAPTIONS, batch_size=5)
+    together = mean_embeddings(*encoder, PROMPTS, batch_size=5)
     for size in (1, 2, 100):
         np.testing.assert_allclose(
-            mean_embeddings(*encoder, CAPTIONS[::-1], batch_size=size)[::-1],
+            mean_embeddings(*encoder, PROMPTS[::-1], batch_size=size)[::-1],
             together,
             rtol=0,
             atol=2e-6,
         )
 
 
-def test_long_captions_are_cut_with_a_warning(
+def test_long_prompts_are_cut_with_a_warning(
     encoder: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(prompt_embeddings, "MAX_TOKENS", 6)
     with pytest.warns(
-        UserWarning, match="2 of 5 captions have 6 tokens or more; the rest of them is cut off"
+        UserWarning, match="2 of 5 prompts have 6 tokens or more; the rest of them is cut off"
     ):
-        found = mean_embeddings(*encoder, CAPTIONS, batch_size=2)
+        found = mean_embeddings(*encoder, PROMPTS, batch_size=2)
     with pytest.warns(UserWarning, match="1 of 1"):
         np.testing.assert_allclose(
-            found[1], mean_embeddings(*encoder, [CAPTIONS[1][:6]], 1)[0], rtol=0, atol=2e-6
+            found[1], mean_embeddings(*encoder, [PROMPTS[1][:6]], 1)[0], rtol=0, atol=2e-6
         )
 
 
 def test_made_once_and_added_to(
     wan_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path, model = tmp_path / "kept" / "e.safetensors", str(wan_folder)
-    first = embed_captions(CAPTIONS[:3], path, model, None, CPU, 2)
+    path, encoder = tmp_path / "kept" / "e.safetensors", encoder_in(wan_folder)
+    first = embed_prompts(PROMPTS[:3], path, encoder, 2)
     made: list[str] = []
     real = mean_embeddings
 
-    def count(encoder: Any, tokenizer: Any, captions: list[str], size: int) -> Any:
-        made.extend(captions)
-        return real(encoder, tokenizer, captions, size)
+    def count(encoder: Any, tokenizer: Any, prompts: list[str], size: int) -> Any:
+        made.extend(prompts)
+        return real(encoder, tokenizer, prompts, size)
 
     monkeypatch.setattr(prompt_embeddings, "mean_embeddings", count)
-    both = embed_captions([*CAPTIONS, "b"], path, model, None, CPU, 2)
-    assert made == CAPTIONS[3:]
-    for caption in CAPTIONS[:3]:
-        np.testing.assert_array_equal(both[caption], first[caption])
+    both = embed_prompts([*PROMPTS, "b"], path, encoder, 2)
+    assert made == PROMPTS[3:]
+    np.testing.assert_array_equal(both[:3], first)
+    np.testing.assert_array_equal(both[5], both[2])
     found = read_embeddings(path)
-    assert found.captions == CAPTIONS
-    np.testing.assert_array_equal(found.vectors[4], both["snow"])
+    assert found.prompts == PROMPTS
+    np.testing.assert_array_equal(found.vectors[4], both[4])
     other = tmp_path / "other"
     shutil.copytree(wan_folder, other)
     config = other / "text_encoder" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"dropout_rate": 0.2}))
     made.clear()
-    embed_captions(
-        CAPTIONS[:2], path, str(other), None, CPU, 2
-    )  # another encoder: nothing of the old one's is taken or kept
-    assert made == CAPTIONS[:2]
-    assert read_embeddings(path).captions == CAPTIONS[:2]
-    with pytest.raises(ValueError, match="captions: expected words in each, got an empty one"):
-        embed_captions(["a", " "], path, model, None, CPU, 2)
+    # Nothing of another encoder's is taken or kept.
+    embed_prompts(PROMPTS[:2], path, encoder_in(other), 2)
+    assert made == PROMPTS[:2]
+    assert read_embeddings(path).prompts == PROMPTS[:2]
 
 
 def test_files_of_embeddings(tmp_path: Path) -> None:
@@ -127,17 +125,17 @@ def test_files_of_embeddings(tmp_path: Path) -> None:
         found = read_embeddings(tmp_path / name)
         np.testing.assert_array_equal(found.vectors, x)
         assert found.vectors.dtype == np.float32
-    assert (found.captions, found.encoder) == (["a", "b", "c"], {"text_encoder": "t"})
+    assert (found.prompts, found.encoder) == (["a", "b", "c"], {"text_encoder": "t"})
     np.testing.assert_array_equal(embeddings_in_order(found, [9, 9], ["c", "a"], 5), x[[2, 0]])
     with pytest.raises(
-        ValueError, match="embeddings: expected one for each of 3 captions, got none for 2: 'd'"
+        ValueError, match="embeddings: expected one for each of 3 prompts, got none for 2: 'd'"
     ):
         embeddings_in_order(found, [0, 1, 2], ["d", "a", "e"], 3)
     plain = read_embeddings(tmp_path / "x.npy")
     np.testing.assert_array_equal(embeddings_in_order(plain, [2, 0], ["", ""], 3), x[[2, 0]])
     with pytest.raises(
         ValueError,
-        match="embeddings: expected a row for each of the 4 rows of the first file of scores, got 3",
+        match=r"embeddings: expected a row for each of the 4 rows of .*, got 3",
     ):
         embeddings_in_order(plain, [2, 0], ["", ""], 4)
 
@@ -168,7 +166,7 @@ def test_both_kinds_of_folders(wan_folder: Path, encoder: tuple[Any, Any], tmp_p
     """A pipeline of diffusers, and a whole UMT5 (with a decoder) of transformers with its tokenizer
     beside it.
     """
-    assert encoder_folders(str(wan_folder), None) == (
+    assert encoder_in(wan_folder).folders() == (
         wan_folder / "text_encoder",
         wan_folder / "tokenizer",
     )
@@ -178,9 +176,9 @@ def test_both_kinds_of_folders(wan_folder: Path, encoder: tuple[Any, Any], tmp_p
     whole.encoder.load_state_dict(encoder[0].encoder.state_dict())
     whole.save_pretrained(tmp_path)
     encoder[1].save_pretrained(tmp_path)
-    assert encoder_folders(str(tmp_path), None) == (tmp_path, tmp_path)
-    found = mean_embeddings(*load_encoder(str(tmp_path), None, CPU, torch.float32), CAPTIONS, 5)
-    np.testing.assert_allclose(found, mean_embeddings(*encoder, CAPTIONS, 5), rtol=0, atol=2e-6)
+    assert encoder_in(tmp_path).folders() == (tmp_path, tmp_path)
+    found = mean_embeddings(*encoder_in(tmp_path).load(), PROMPTS, 5)
+    np.testing.assert_allclose(found, mean_embeddings(*encoder, PROMPTS, 5), rtol=0, atol=2e-6)
 
 
 def test_a_hub_id_fetches_no_more_than_the_encoder(
@@ -193,7 +191,7 @@ def test_a_hub_id_fetches_no_more_than_the_encoder(
         return str(wan_folder)
 
     monkeypatch.setattr("fastgrpo.hub.snapshot_download", download)
-    assert encoder_folders("Wan-AI/Wan", "abc")[0] == wan_folder / "text_encoder"
+    assert Encoder("Wan-AI/Wan", "abc", CPU).folders()[0] == wan_folder / "text_encoder"
     assert asked == [
         ("Wan-AI/Wan", "abc", "config.json", "model_index.json"),
         ("Wan-AI/Wan", "abc", "text_encoder/*", "tokenizer/*"),
@@ -202,7 +200,7 @@ def test_a_hub_id_fetches_no_more_than_the_encoder(
 
 def test_folders_without_an_encoder(wan_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"text_encoder.model: expected safetensors in"):
-        load_encoder(str(tmp_path), None, CPU, torch.float32)
+        encoder_in(tmp_path).load()
     shutil.copytree(wan_folder, tmp_path / "wan")
     text = tmp_path / "wan" / "text_encoder"
     config = json.loads((text / "config.json").read_text())
@@ -216,7 +214,7 @@ def test_folders_without_an_encoder(wan_folder: Path, tmp_path: Path) -> None:
     ):
         (text / "config.json").write_text(json.dumps(config | change))
         with pytest.raises(ValueError, match=refused + message):
-            load_encoder(str(tmp_path / "wan"), None, CPU, torch.float32)
+            encoder_in(tmp_path / "wan").load()
     (text / "config.json").write_text("[]")
     with pytest.raises(ValueError, match=refused):
-        load_encoder(str(tmp_path / "wan"), None, CPU, torch.float32)
+        encoder_in(tmp_path / "wan").load()

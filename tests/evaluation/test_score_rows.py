@@ -1,4 +1,4 @@
-"""Files of scores: every form of row, matching by video or prompt, and one line for what is wrong."""
+"""Files of scores: every form of row, matching by video or prompt, refusals; and tables."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-from fastgrpo.evaluation.tables import number, render_table, write_csv, write_json
 from fastgrpo.evaluation.score_rows import (
     ScoredRow,
     ScoreFile,
@@ -20,7 +19,10 @@ from fastgrpo.evaluation.score_rows import (
     pick,
     read_scores,
 )
+from fastgrpo.evaluation.tables import Format, number, render_table, write_csv, write_json
 from fastgrpo.training.sample_files import save_samples
+
+FORMATS: tuple[Format, ...] = ("text", "markdown", "latex")
 
 
 def write(path: Path, *rows: Any) -> Path:
@@ -158,7 +160,7 @@ def score_file(*rows: tuple[str | None, str | None]) -> ScoreFile:
 
 def test_videos_are_matched_by_the_first_name_that_tells_them_apart() -> None:
     def places(*files: ScoreFile) -> list[list[int]]:
-        return [[row.place for row in rows] for rows in match_rows(files)]
+        return [[row.row_index for row in rows] for rows in match_rows(files)]
 
     names = score_file(("/x/b.mp4", "p"), ("/x/a.mp4", "p"), ("/x/c.mp4", "p"))
     assert places(names, score_file(("/y/a.mp4", None), ("b.mp4", "q"))) == [[1, 0], [0, 1]]
@@ -182,12 +184,12 @@ def test_what_cannot_be_matched() -> None:
         match_rows([score_file((None, "p"), (None, "p"))])
     with pytest.raises(
         ValueError,
-        match=r"expected a video that all files have, got none: a.mp4 in s.jsonl and b.mp4 in s.jsonl",
+        match=r"a video that all files have, got none: a.mp4 in s.jsonl and b.mp4 in s.jsonl",
     ):
         match_rows([score_file(("a.mp4", None)), score_file(("b.mp4", None))])
     with pytest.raises(
         ValueError,
-        match=r"expected a video or a prompt in every row of all files, got a row without in s.jsonl",
+        match=r"a video or a prompt in every row of all files, got a row without in s.jsonl",
     ):
         match_rows([score_file((None, "p")), score_file(("a.mp4", None))])
 
@@ -200,18 +202,33 @@ def test_names_of_files() -> None:
         "/z/x/s.jsonl",
     ]
     assert name_files([Path("x/s.jsonl"), Path("y/s.jsonl")], ["one", "two"]) == ["one", "two"]
-    with pytest.raises(ValueError, match="scores: expected different files, got x, x"):
-        name_files([Path("x"), Path("x")], None)
+    assert name_files([Path("r_eval_results.json"), Path("wan2.1")], None) == ["r", "wan2.1"]
+    with pytest.raises(ValueError, match=r"results: expected 2 names, all different, got /.*/x, /"):
+        name_files([Path("x"), Path("x")], None, key="results")
     for names in (["one"], ["one", "one"]):
-        with pytest.raises(
-            ValueError, match="names: expected one for each of 2 files of scores, all different"
-        ):
+        with pytest.raises(ValueError, match="names: expected 2 names, all different, got one"):
             name_files([Path("x"), Path("y")], names)
+
+
+def test_tables_to_read() -> None:
+    """Names that the format would misread are escaped; a minus sign is one, a hyphen stays."""
+    rows = [["a", "x_1|y"], ["b", "-0.1 (-2)"], ["run-2", ""]]
+    tables = {format: render_table(rows, format, totals=[1]) for format in FORMATS}
+    lines = tables["text"].splitlines()
+    assert [line.split() for line in lines if "--" not in line] == [
+        *(["a", "x_1|y"], ["b", "-0.1", "(-2)"], ["run-2"]),
+    ]
+    assert lines[1] == lines[3] == "-----  ---------"
+    assert "x_1\\|y" in tables["markdown"]
+    assert "| **b** | **−0.1 (−2)** |" in tables["markdown"]
+    assert tables["latex"].count(r"\midrule") == 2
+    assert r"x\_1\textbar{}y" in tables["latex"]
+    assert "$-$0.1 ($-$2)" in tables["latex"]
+    assert all("run-2" in table for table in tables.values())
 
 
 def test_tables_as_files(tmp_path: Path) -> None:
     assert [number(0.5), number(math.nan), number(math.inf)] == [0.5, None, None]
-    assert render_table([["a", "bb", ""], ["ccc", "d", "e"]]) == "a      bb\n---  ----  --\nccc     d   e"
     write_csv(tmp_path / "t.csv", [{"a": 1, "b": None}, {"a": 'x, "y"', "b": 0.5}])
     assert (tmp_path / "t.csv").read_bytes() == b'a,b\r\n1,\r\n"x, ""y""",0.5\r\n'
     write_json(tmp_path / "t.json", {"κ": None})

@@ -7,6 +7,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +15,45 @@ import numpy as np
 import pytest
 
 from fastgrpo import __main__ as command_line
-from fastgrpo.cli.stages import bootstrap_interval, stage_figure, summarize
+from fastgrpo.evaluation.stages import StageSet, bootstrap_interval, stage_figure, summarize
 
 STAGES = ("visual_quality", "temporal_smoothness", "text_alignment")
 
 
-def write(path: Path, scores: np.ndarray, folder: str = "", prompts: bool = True) -> Path:
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    rows: list[dict[str, Any]] = [
-        {"video": f"{folder}{i:03d}.mp4", "rewards": dict(zip(STAGES, row, strict=True))}
-        | ({"prompt": f"p {i}"} if prompts else {})
-        for i, row in enumerate(scores.tolist())
-    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
+def write(path: Path, scores: np.ndarray, folder: str = "", prompts: bool = True) -> Path:
+    return write_rows(
+        path,
+        [
+            {"video": f"{folder}{i:03d}.mp4", "rewards": dict(zip(STAGES, row, strict=True))}
+            | ({"prompt": f"p {i}"} if prompts else {})
+            for i, row in enumerate(scores.tolist())
+        ],
+    )
+
+
 def call(*words: object) -> int:
     return command_line.main(["stages", *map(str, words)])
+
+
+def results(folder: Path) -> dict[str, Any]:
+    read: dict[str, Any] = json.loads((folder / "stages.json").read_text())
+    return read
+
+
+def refused(capsys: pytest.CaptureFixture[str], *words: object) -> str:
+    """The one line of an exit with code 2."""
+    with pytest.raises(SystemExit) as stop:
+        call(*words)
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    return line
 
 
 def test_the_interval_is_the_normal_one_where_videos_are_many() -> None:
@@ -85,7 +107,7 @@ def test_the_figure_shows_the_means() -> None:
         [[0.7, 0.5], [0.72, 0.5], [0.9, 0.5]]
     )  # one stage without spread, whose density is a line
     summaries = summarize(values, list("abc"), seed=0)
-    (axes,) = stage_figure({"base": values}, {"base": summaries}, ["a_b", "c"]).axes
+    (axes,) = stage_figure(["a_b", "c"], {"base": StageSet(values, summaries, [])}).axes
     lines = {line.get_gid(): line for line in axes.lines}
     np.testing.assert_allclose(lines["means/base"].get_ydata(), values.mean(0))
     assert [label.get_text() for label in axes.get_xticklabels()] == ["a b", "c"]
@@ -110,7 +132,7 @@ def test_two_sets_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "minus base" in text
     assert "[+0.2000, +0.2000]" in text
     assert "note: base: left out 1 with an error of 41 rows" in text
-    found = json.loads((first.parent / "stages" / "stages.json").read_text())
+    found = results(first.parent / "stages")
     assert found["stages"] == list(STAGES)
     assert found["sets"]["base"]["difference"] is None
     for j, stage in enumerate(STAGES):
@@ -140,94 +162,65 @@ def test_differences_too_are_resampled_by_prompt(tmp_path: Path) -> None:
     """
     base = [{"video": f"{i}.mp4", "prompt": prompt, "score": 1.0} for i, prompt in enumerate("aab")]
     trained = [{"video": f"{i}.mp4", "score": score} for i, score in enumerate((2.0, 3.0, 7.0))]
-    for name, rows in (("base", base), ("trained", trained)):
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert call(tmp_path / "base.jsonl", tmp_path / "trained.jsonl") == 0
-    found = json.loads((tmp_path / "stages" / "stages.json").read_text())["sets"]["trained"][
-        "difference"
-    ]["score"]
+    files = [write_rows(tmp_path / f"{i}.jsonl", rows) for i, rows in enumerate((base, trained))]
+    assert call(*files) == 0
+    found = results(tmp_path / "stages")["sets"]["1"]["difference"]["score"]
     assert (found["mean"], found["low"], found["high"]) == (3.0, 1.5, 6.0)
 
 
 def test_sets_without_a_common_video(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     scores = np.random.default_rng(0).uniform(size=(3, 3))
-    first, second = (
-        write(tmp_path / "a.jsonl", scores),
-        write(tmp_path / "b.jsonl", scores, "other"),
-    )
-    assert call(first, second, "--names", "one", "two", "--output", tmp_path / "out") == 0
-    assert (
-        "note: two: no difference to one: expected a video that all files have, got none"
-        in capsys.readouterr().out
-    )
-    found = json.loads((tmp_path / "out" / "stages.json").read_text())
-    assert found["sets"]["two"]["difference"] is None
+    files = write(tmp_path / "a.jsonl", scores), write(tmp_path / "b.jsonl", scores, "other")
+    assert call(*files, "--names", "one", "two", "--output", tmp_path / "out") == 0
+    note = "note: two: no difference to one: expected a video that all files have, got none"
+    assert note in capsys.readouterr().out
+    assert results(tmp_path / "out")["sets"]["two"]["difference"] is None
 
 
 def test_one_video_has_no_interval(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "s.jsonl"
-    path.write_text('{"video": "a.mp4", "score": 0.25}\n')
-    assert call(path) == 0
-    assert capsys.readouterr().out.splitlines()[1].split() == [
-        "score",
-        "s",
-        "1",
-        "0.2500",
-        "–",
-        "–",
-    ]
-    found = json.loads((tmp_path / "stages" / "stages.json").read_text())
-    assert found["sets"]["s"]["stages"]["score"]["low"] is None
+    assert call(write_rows(tmp_path / "s.jsonl", [{"video": "a.mp4", "score": 0.25}])) == 0
+    line = capsys.readouterr().out.splitlines()[2]
+    assert re.fullmatch(r"score +s +1 +0.2500 +– +– *", line)
+    assert results(tmp_path / "stages")["sets"]["s"]["stages"]["score"]["low"] is None
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["none.jsonl"], "scores: expected a file, found none"),
-        (["empty.jsonl"], "scores: expected a row with scores in"),
+        ("none.jsonl", "scores: expected a file, found none"),
+        ("empty.jsonl", "scores: expected a row with scores in"),
         (
-            ["s.jsonl", "plain.jsonl"],
-            "scores: expected the stages visual_quality, temporal_smoothness, text_alignment in all rows, got score",
+            "s.jsonl plain.jsonl",
+            "scores: expected the stages visual_quality, temporal_smoothness, text_alignment in all"
+            " rows, got score",
         ),
-        (["s.jsonl", "--names", "a", "b"], "names: expected one for each of 1 files of scores"),
-        (["s.jsonl", "--seed", "-1"], "seed: expected at least 0, got -1"),
-        ([], "the following arguments are required: scores"),
+        ("s.jsonl --names a b", "names: expected 1 names, all different, got a, b"),
+        ("s.jsonl --seed -1", "seed: expected at least 0, got -1"),
+        ("s.jsonl --components", "scores: expected rows with components"),
+        ("", "the following arguments are required: scores"),
     ],
 )
 def test_one_line_for_what_is_wrong(
     tmp_path: Path,
-    words: list[str],
+    words: str,
     message: str,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "s.jsonl", np.full((2, 3), 0.5))
-    (tmp_path / "empty.jsonl").touch()
-    (tmp_path / "plain.jsonl").write_text('{"video": "a", "score": 1}\n')
-    with pytest.raises(SystemExit) as stop:
-        call(*words)
-    assert stop.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: ")
-    assert message in line
+    write_rows(tmp_path / "empty.jsonl", [])
+    write_rows(tmp_path / "plain.jsonl", [{"video": "a", "score": 1}])
+    assert message in refused(capsys, *words.split())
 
 
-def test_a_published_models_own_scores(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Raw VQ and MQ, which the rewards are a map of; a file without them is one line."""
-    path = tmp_path / "a.jsonl"
+def test_a_published_models_own_scores(tmp_path: Path) -> None:
+    """Raw VQ and MQ, which the rewards are a map of."""
     rows = [
         {"video": f"{i}.mp4", "rewards": {"reward": 0.5}, "components": {"VQ": 3.0 + i, "MQ": -1.0}}
         for i in range(3)
     ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert call(path, "--components", "--output", tmp_path / "out") == 0
-    found = json.loads((tmp_path / "out" / "stages.json").read_text())
+    assert call(write_rows(tmp_path / "a.jsonl", rows), "--components") == 0
+    found = results(tmp_path / "stages")
     assert found["stages"] == ["VQ", "MQ"]
     assert [found["sets"]["a"]["stages"][name]["mean"] for name in ("VQ", "MQ")] == [4.0, -1.0]
-    without = write(tmp_path / "b.jsonl", np.ones((2, 3)))
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        call(without, "--components")
-    assert stop.value.code == 2
-    assert "expected rows with components" in capsys.readouterr().err

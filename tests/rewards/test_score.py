@@ -22,8 +22,11 @@ import numpy as np
 import pytest
 import torch
 
-from fastgrpo.cli import score as command
+from fastgrpo.cli.score import main
+from fastgrpo.evaluation.score import GIVE_UP, ScoreOptions, plain_row, read_ahead, score
 from fastgrpo.evaluation.score_file import describe_beside, judge_hash, open_scores
+from fastgrpo.evaluation.video_prompts import match_prompts
+from fastgrpo.interfaces import RewardModel
 from fastgrpo.rewards.media.frames import FrameSettings, make_clip
 from fastgrpo.rewards.media.video_files import read_video
 from fastgrpo.rewards.vlm.engine import Clip
@@ -68,33 +71,19 @@ def videos(tmp_path: Path) -> Path:
     return folder
 
 
+JUDGE = ("--reward", "fastgrpo.rewards.vlm.judge.StageJudge", "--reward.init_args.engine")
+GREY = (*JUDGE, "grey_judges.GreyEngine")
+
+
 def run(
-    videos: Path | str, prompts: Path | str, out: Path, *options: str, reward: bool = True
+    videos: Path | str,
+    prompts: Path | str,
+    out: Path,
+    *options: str,
+    reward: Sequence[str] = GREY,
 ) -> int:
-    judge = (
-        [
-            "--reward",
-            "fastgrpo.rewards.vlm.judge.StageJudge",
-            "--reward.init_args.engine",
-            "grey_judges.GreyEngine",
-        ]
-        if reward
-        else []
-    )
-    return command.main(
-        [
-            "--videos",
-            str(videos),
-            "--prompts",
-            str(prompts),
-            "--output",
-            str(out),
-            "--device",
-            "cpu",
-            *judge,
-            *options,
-        ]
-    )
+    files = ["--videos", str(videos), "--prompts", str(prompts), "--output", str(out)]
+    return main([*files, "--device", "cpu", *reward, *options])
 
 
 def rows_of(out: Path) -> list[dict[str, Any]]:
@@ -108,10 +97,6 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: Any, **options: Any)
     assert caught.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     return line
-
-
-# --- rows
-# -------------------------------------------------------------------------------------------------------------
 
 
 def test_a_folder_of_videos(
@@ -145,16 +130,9 @@ def test_the_judge_sees_the_frames_that_it_would_see_of_a_tensor(tmp_path: Path)
     path = clip(tmp_path / "a.mp4", range(20, 240, 10))
     engine = GreyEngine()
     (tmp_path / "p.txt").write_text("a\n")
-    assert (
-        command.score(
-            str(path),
-            str(tmp_path / "p.txt"),
-            str(tmp_path / "s.jsonl"),
-            StageJudge(engine),
-            device="cpu",
-        )
-        == 0
-    )
+    files = (str(path), str(tmp_path / "p.txt"), str(tmp_path / "s.jsonl"))
+    _, failed = score(ScoreOptions(*files, StageJudge(engine), device="cpu"))
+    assert failed == 0
     whole = read_video(path, lambda count, fps: list(range(count)))
     expected = make_clip(whole.frames, 8.0, FrameSettings())
     (seen,) = engine.seen
@@ -165,8 +143,8 @@ def test_the_judge_sees_the_frames_that_it_would_see_of_a_tensor(tmp_path: Path)
 
 def test_another_judge_sees_all_frames(tmp_path: Path, videos: Path) -> None:
     out = tmp_path / "s.jsonl"
-    options = ["--reward", "grey_judges.PlainJudge", "--reward.init_args.scale", "1"]
-    assert run(videos, tmp_path / "prompts.txt", out, *options, reward=False) == 1
+    reward = ["--reward", "grey_judges.PlainJudge", "--reward.init_args.scale", "1"]
+    assert run(videos, tmp_path / "prompts.txt", out, reward=reward) == 1
     rows = rows_of(out)
     assert [row.get("error") for row in rows] == [None, None, None, "the judge gave no score"]
     for row, grey in zip(rows[:3], (140, 90, 190), strict=True):
@@ -179,10 +157,8 @@ def test_another_judge_sees_all_frames(tmp_path: Path, videos: Path) -> None:
 def test_a_published_model_keeps_its_own_scale_beside_the_rewards(
     videos: Path, tmp_path: Path
 ) -> None:
-    options = ["--reward", "grey_judges.PublishedJudge"]
-    assert (
-        run(videos, tmp_path / "prompts.txt", tmp_path / "out.jsonl", *options, reward=False) == 1
-    )
+    reward = ["--reward", "grey_judges.PublishedJudge"]
+    assert run(videos, tmp_path / "prompts.txt", tmp_path / "out.jsonl", reward=reward) == 1
     rows = rows_of(tmp_path / "out.jsonl")
     greys = dict(zip("dbac", (40, 90, 140, 190), strict=True))
     assert rows[3]["error"] == "the judge gave no score"  # d.mp4, at -0.69
@@ -197,34 +173,28 @@ def test_a_recipe_gives_its_judge(
     tmp_path: Path, videos: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = tmp_path / "recipe.yaml"
-    engine = "engine:\n      class_path: grey_judges.GreyEngine\n"
-    reward = f"reward:\n  class_path: fastgrpo.rewards.vlm.judge.StageJudge\n  init_args:\n    seed: 5\n    {engine}"
-    recipe.write_text(
-        f"name: x\nprompts:\n  train: nowhere.txt\npolicy:\n  class_path: no.such.Policy\n{reward}"
-    )
+    judge = {"seed": 5, "engine": {"class_path": "grey_judges.GreyEngine"}}
+    reward = {"class_path": "fastgrpo.rewards.vlm.judge.StageJudge", "init_args": judge}
+    others = {"prompts": {"train": "nowhere.txt"}, "policy": {"class_path": "no.such.Policy"}}
+    recipe.write_text(json.dumps({"name": "x", **others, "reward": reward}))
     out = tmp_path / "s.jsonl"
     options = [
         f"--config={recipe}",
-        "--reward.init_args.max_tokens",
-        "12",
-        "--reward.init_args.engine.init_args.mode",
-        "eager",
+        "--reward.init_args.max_tokens=12",
+        "--reward.init_args.engine.init_args.mode=eager",
     ]
-    assert run(videos, tmp_path / "prompts.txt", out, *options, reward=False) == 0
+    assert run(videos, tmp_path / "prompts.txt", out, *options, reward=()) == 0
     described = json.loads(describe_beside(out).read_text())
     assert (described["seed"], described["max_tokens"]) == (5, 12)
     capsys.readouterr()
-    recipe.write_text("name: [x\n")
-    assert "expected ',' or ']'" in refused(
-        capsys, videos, tmp_path / "prompts.txt", out, f"--config={recipe}", reward=False
-    )
-    recipe.write_text("name: x\n")
-    assert "section reward" in refused(
-        capsys, videos, tmp_path / "prompts.txt", out, f"--config={recipe}", reward=False
-    )
-    assert "no_such.yaml" in refused(
-        capsys, videos, tmp_path / "prompts.txt", out, "--config", "no_such.yaml", reward=False
-    )
+    for text, message in (
+        ("name: [x\n", "expected ',' or ']'"),
+        ("name: x\n", "section reward"),
+        (None, "recipe.yaml"),
+    ):
+        recipe.unlink() if text is None else recipe.write_text(text)
+        config = ("--config", str(recipe))
+        assert message in refused(capsys, videos, tmp_path / "prompts.txt", out, reward=config)
 
 
 def test_bad_files_and_bad_answers_have_their_rows_and_the_rest_goes_on(
@@ -286,7 +256,7 @@ def test_limits_reach_the_reader(tmp_path: Path, videos: Path) -> None:
 def test_a_judge_that_is_lost_stops_the_command(
     tmp_path: Path, videos: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    names = [str(clip(videos / f"{i}.mp4", [90] * 4)) for i in range(command.GIVE_UP + 4)]
+    names = [str(clip(videos / f"{i}.mp4", [90] * 4)) for i in range(GIVE_UP + 4)]
     names.insert(2, str(tmp_path / "missing.mp4"))  # says nothing about the judge
     (tmp_path / "list.txt").write_text("\n".join(names))
     (tmp_path / "p.txt").write_text("a\n" * len(names))
@@ -297,11 +267,7 @@ def test_a_judge_that_is_lost_stops_the_command(
         "16 videos in a row got no reply, the last one: no reply: timed out"
         in capsys.readouterr().err
     )
-    assert len(rows_of(out)) == command.GIVE_UP + 1
-
-
-# --- resumed
-# ----------------------------------------------------------------------------------------------------------
+    assert len(rows_of(out)) == GIVE_UP + 1
 
 
 def test_rows_that_are_there_are_kept(
@@ -393,8 +359,11 @@ def test_a_name_that_is_not_utf_8_has_its_row_and_is_resumed(tmp_path: Path) -> 
 
 
 def test_a_score_that_is_not_a_number_is_none(videos: Path) -> None:
-    class Nan:
+    class Nan(RewardModel):
         stages = ("one",)
+
+        def load(self, device: torch.device) -> None:
+            pass
 
         def score(
             self, frames: torch.Tensor, prompts: Sequence[str], fps: float
@@ -403,7 +372,7 @@ def test_a_score_that_is_not_a_number_is_none(videos: Path) -> None:
                 1, dtype=torch.bool
             )
 
-    row = command.plain_row(Nan(), Clip(torch.zeros(2, 3, 28, 28, dtype=torch.uint8), 2.0), "a cat")  # type: ignore[arg-type]
+    row = plain_row(Nan(), Clip(torch.zeros(2, 3, 28, 28, dtype=torch.uint8), 2.0), "a cat")
     assert row == {"error": "the judge gave no score"}
 
 
@@ -426,7 +395,7 @@ def test_a_row_twice_is_refused(tmp_path: Path) -> None:
         add({"video": "v", "prompt": "another"})
         add({"video": "v", "prompt": "p"})
     with (
-        pytest.raises(ValueError, match="line 3: expected one row a video and prompt"),
+        pytest.raises(ValueError, match="line 3: expected one row per video and prompt"),
         open_scores(path, {"a": 1}),
     ):
         pass
@@ -446,21 +415,8 @@ def test_killed_anywhere_and_started_again_gives_the_same_file(
         == 1
     )
     out = tmp_path / "s.jsonl"
-    arguments = [
-        "--videos",
-        str(tmp_path / "list.txt"),
-        "--prompts",
-        str(tmp_path / "p.txt"),
-        "--output",
-        str(out),
-        "--device",
-        "cpu",
-        "--batch_size",
-        "2",
-        "--reward",
-        "fastgrpo.rewards.vlm.judge.StageJudge",
-        "--reward.init_args.engine",
-    ]
+    files = ["--videos", tmp_path / "list.txt", "--prompts", tmp_path / "p.txt", "--output", out]
+    arguments = [*map(str, files), "--device", "cpu", "--batch_size", "2", *JUDGE]
     path = os.pathsep.join([str(MODULES), str(ROOT), str(ROOT / "kernels")])
     process = subprocess.Popen(
         [sys.executable, "-m", "fastgrpo", "score", *arguments, "grey_judges.SlowGreyEngine"],
@@ -480,12 +436,8 @@ def test_killed_anywhere_and_started_again_gives_the_same_file(
     assert 5 <= rows < 30
     with out.open("ab") as file:
         file.write(b'{"video": "ha')
-    assert command.main([*arguments, "grey_judges.GreyEngine"]) == 1
+    assert main([*arguments, "grey_judges.GreyEngine"]) == 1
     assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
-
-
-# --- captions
-# ---------------------------------------------------------------------------------------------------------
 
 
 def test_captions_by_name(tmp_path: Path, videos: Path) -> None:
@@ -508,9 +460,7 @@ def test_captions_by_name(tmp_path: Path, videos: Path) -> None:
     }
     for name, content in contents.items():
         (tmp_path / name).write_text(content)
-        assert command.match_prompts(names, str(tmp_path / name)) == ["caption b", "caption a"], (
-            name
-        )
+        assert match_prompts(names, str(tmp_path / name)) == ["caption b", "caption a"], name
 
 
 @pytest.mark.parametrize(
@@ -545,10 +495,6 @@ def test_captions_that_do_not_fit(
     (tmp_path / name).write_text(content)
     assert re.search(message, refused(capsys, videos, tmp_path / name, tmp_path / "s.jsonl"))
     assert not (tmp_path / "s.jsonl").exists()
-
-
-# --- nothing could start
-# ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -603,10 +549,6 @@ def test_no_gpu_and_no_videos(
     assert [row["prompt"] for row in rows_of(out)] == ["one", "two"]
 
 
-# --- reading ahead
-# ----------------------------------------------------------------------------------------------------
-
-
 def test_reading_ahead_keeps_the_order_and_its_bound() -> None:
     started, lock = [], threading.Lock()
 
@@ -617,7 +559,7 @@ def test_reading_ahead_keeps_the_order_and_its_bound() -> None:
         return item * item
 
     for taken, (item, square) in enumerate(
-        command.read_ahead(range(40), read, threads=3, ahead=4), start=1
+        read_ahead(range(40), read, threads=3, ahead=4), start=1
     ):
         assert square == item * item == (taken - 1) ** 2
         assert len(started) <= taken + 4
@@ -626,7 +568,7 @@ def test_reading_ahead_keeps_the_order_and_its_bound() -> None:
 
 def test_a_reader_that_is_left_starts_nothing_more() -> None:
     started: list[int] = []
-    ahead = command.read_ahead(
+    ahead = read_ahead(
         range(100), lambda item: (time.sleep(0.01), started.append(item)), threads=1, ahead=8
     )
     next(ahead)
