@@ -8,7 +8,6 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from fastgrpo.distributed.collectives import rank
 from fastgrpo.distributed.console import log_to_console
-from fastgrpo.evaluation.report.page import write_report
 from fastgrpo.training.config_file import parse_config
 from fastgrpo.training.loop import run
 
@@ -27,5 +26,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     code = run(config, config_yaml)
     if rank() == 0:
+        # matplotlib and the rest of the report are loaded only when it is drawn.
+        from fastgrpo.evaluation.report.page import write_report
+
         print(f"report: {write_report(config.run_folder)}")
     return code
