@@ -5,12 +5,13 @@ diffusers' blocks, and the same bits in rollout and update, whatever wraps the b
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import fastgrpo_kernels.patch as fused
 import pytest
 import torch
 from diffusers import HunyuanVideoTransformer3DModel, WanTransformer3DModel
@@ -19,8 +20,8 @@ from diffusers.models.transformers.transformer_hunyuan_video import (
     HunyuanVideoTransformerBlock,
 )
 from diffusers.models.transformers.transformer_wan import WanTransformerBlock
-from fastgrpo_kernels import dispatch
-from fastgrpo_kernels.patch import FusedHunyuanProcessor, FusedWanProcessor, RotaryTables, fuse
+from fastgrpo_kernels import dispatch, patch, patching
+from fastgrpo_kernels.patching import FusedHunyuanProcessor, FusedWanProcessor, RotaryTables
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.overrides import TorchFunctionMode
@@ -258,7 +259,7 @@ def test_objects_change_and_classes_do_not(make: Callable[..., RealPolicy]) -> N
     latents, timesteps, text = inputs(policy)
     with torch.no_grad():
         made = policy.velocity(latents, timesteps, text)
-        fuse(policy.transformer)
+        patch(policy.transformer)
         assert torch.equal(policy.velocity(latents, timesteps, text), made)
         policy.transformer = copy.deepcopy(policy.transformer)
         torch.testing.assert_close(
@@ -281,9 +282,9 @@ def test_every_block_runs_the_operations_and_the_tables_are_made_once(
     )
     operations = ("ln_modulate", "gate_residual", "gate_residual_ln_modulate", "qk_norm_rope")
     for name in operations:
-        real = getattr(fused, name)
+        real = getattr(patching, name)
         monkeypatch.setattr(
-            fused,
+            patching,
             name,
             lambda *a, _name=name, _real=real, **k: (calls.append(_name), _real(*a, **k))[1],
         )
@@ -305,12 +306,12 @@ def test_every_block_runs_the_operations_and_the_tables_are_made_once(
 def test_the_attention_backend_stays(make: Callable[..., RealPolicy]) -> None:
     policy = make(fused=True, attention="_native_math")
     shape = policy.latent_shape(32, 48, 9)
-    assert policy.describe_attention(shape, torch.float32) == "_native_math (no fused kernel)"
-    fuse(policy.transformer)
-    assert policy.describe_attention(shape, torch.float32) == "_native_math (no fused kernel)"
+    assert policy.describe_attention(shape, torch.float32, 1) == "_native_math (no fused kernel)"
+    patch(policy.transformer)
+    assert policy.describe_attention(shape, torch.float32, 1) == "_native_math (no fused kernel)"
     policy.transformer.set_attention_backend("native")
     assert (
-        policy.describe_attention(shape, torch.float32)
+        policy.describe_attention(shape, torch.float32, 1)
         == "native (_scaled_dot_product_flash_attention_for_cpu)"
     )
 
@@ -373,9 +374,9 @@ def test_fsdp_does_not_round_the_angles(
     make: Callable[..., RealPolicy], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     policy = sharded(make(fused=True), cast_forward_inputs=True)
-    seen, real = [], fused.qk_norm_rope
+    seen, real = [], patching.qk_norm_rope
     monkeypatch.setattr(
-        fused,
+        patching,
         "qk_norm_rope",
         lambda q, k, qw, kw, cos, sin, **rest: (
             seen.append(cos),
@@ -414,19 +415,37 @@ def test_transformers_that_it_does_not_know() -> None:
     fused_projections = WanTransformer3DModel(**wan)
     fused_projections.blocks[0].attn1.fuse_projections()
     for transformer, problem in (
-        (nn.Linear(2, 2), "expected a Wan or HunyuanVideo transformer, got Linear"),
-        (WanTransformer3DModel(**wan, cross_attn_norm=False), "no norm before its cross-attention"),
-        (WanTransformer3DModel(**wan, image_dim=8, added_kv_proj_dim=24), "attends to an image"),
-        (fused_projections, "fused projections"),
+        (nn.Linear(2, 2), "a Wan or HunyuanVideo transformer of diffusers, got Linear"),
+        (
+            WanTransformer3DModel(**wan, cross_attn_norm=False),
+            "a norm before its cross-attention, got Identity",
+        ),
+        (
+            WanTransformer3DModel(**wan, image_dim=8, added_kv_proj_dim=24),
+            "attention to text, got attention to an image",
+        ),
+        (fused_projections, "separate projections, got fused projections"),
         (
             HunyuanVideoTransformer3DModel(**hunyuan, image_condition_type="token_replace"),
-            "expected a Wan or HunyuanVideo transformer",
+            "a Wan or HunyuanVideo transformer of diffusers, got HunyuanVideoTransformer3DModel",
         ),
         (
             HunyuanVideoTransformer3DModel(**hunyuan, qk_norm="layer_norm"),
-            "normalises q and k with LayerNorm",
+            "q and k normalised with RMSNorm, got LayerNorm",
         ),
     ):
-        with pytest.raises(ValueError, match=f"policy.fused: .*{problem}.*set it to false"):
-            fuse(transformer)
+        with pytest.raises(ValueError, match=f"expected {problem}"):
+            patch(transformer)
         assert not any("forward" in vars(module) for module in transformer.modules())
+
+
+def test_a_policy_names_its_key(wan_folder: Path) -> None:
+    policy = WanPolicy(str(wan_folder), fused=True)
+    with pytest.raises(ValueError, match=r"policy.fused: .* got Linear; set it to false"):
+        policy.use(nn.Linear(2, 2), nn.Linear(2, 2), CPU)
+
+
+def test_diffusers_is_not_imported() -> None:
+    """Importing the package must not pull in what another trainer may not have."""
+    check = "import sys, fastgrpo_kernels; sys.exit('diffusers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0

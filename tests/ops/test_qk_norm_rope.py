@@ -22,6 +22,7 @@ from torch.nn import functional as F
 MODULE = importlib.import_module("fastgrpo_kernels.norm.qk_norm_rope")
 NAMES = ("q", "k", "dq", "dk", "dq_weight", "dk_weight")
 EPS = 1e-6
+FP32, FP16 = torch.float32, torch.float16
 Check = Callable[[str, Tensor, Tensor, Tensor], None]
 
 needs_triton = pytest.mark.skipif(
@@ -184,10 +185,12 @@ def assert_same_bits(
 # -------- values
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, *(pytest.param(d, marks=pytest.mark.slow) for d in (FP32, FP16))]
+)
 @pytest.mark.parametrize(
     ("q_length", "k_length", "turned"),
-    [(9, 9, 9), (9, 9, 5), (7, 4, None), (2, 6, None), (5, 8, 3), (3, 3, 0)],
+    [(5, 5, 5), (6, 6, 4), (5, 3, None), (2, 4, None), (3, 6, 2), (2, 2, 0)],
     ids=[
         "all turned",
         "text last",
@@ -219,7 +222,7 @@ def test_as_exact_as_diffusers(
     [(12, True), (40, True), (24, False)],
     ids=["Wan-1.3B", "Wan-14B", "HunyuanVideo"],
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [FP32, torch.bfloat16])
 def test_true_widths(
     heads: int,
     across: bool,
@@ -228,7 +231,7 @@ def test_true_widths(
     device: str,
     as_exact_as_eager: Check,
 ) -> None:
-    x = inputs(1, 6, 6, heads, 128, across, 5, dtype, device)
+    x = inputs(1, 3, 3, heads, 128, across, 2, dtype, device)
     results = run(ours, x), run(wan if across else hunyuan, x), run(textbook, x, torch.float64)
     for name, *values in zip(NAMES, *results, strict=True):
         as_exact_as_eager(name, *values)
@@ -248,7 +251,7 @@ def test_weights_of_another_dtype(
         as_exact_as_eager(name, a, e.to(a.dtype), d)
 
 
-@pytest.mark.parametrize("length", [9, 23])
+@pytest.mark.parametrize("length", [9, 13])
 def test_parts_of_the_sequence_add_up(
     length: int,
     triton_or_reference: str,
@@ -370,7 +373,7 @@ def test_no_gradient_to_the_tables(triton_or_reference: str, device: str) -> Non
 def test_frozen_weights(
     across: bool, trained: tuple[str, ...], triton_or_reference: str, device: str
 ) -> None:
-    """Under LoRA the norms' weights want no gradient: none is made, and the others are as before."""
+    """Under LoRA the norms' weights want no gradient: none is made, the others are as before."""
     x = inputs(2, 5, 5, 2, 8, across, 5, torch.float32, device)
     wanted = dict(zip(("q", "k", "q_weight", "k_weight"), run(ours, x)[2:], strict=True))
     arguments = {
@@ -441,8 +444,8 @@ def test_opcheck(across: bool, turned: int | None, device: str) -> None:
     rstd = [value.detach() for value in torch.ops.fastgrpo_kernels.qk_norm_rope(*forward, EPS)[2:]]
     detached = [None if value is None else value.detach() for value in forward]
     for needs_weights in (True, False):
-        arguments = (x["dq_out"], x["dk_out"], *detached, *rstd, needs_weights)
-        torch.library.opcheck(torch.ops.fastgrpo_kernels.qk_norm_rope_backward.default, arguments)
+        arguments = ([x["dq_out"], x["dk_out"]], [*detached, *rstd], needs_weights)
+        torch.library.opcheck(MODULE._backward, arguments)
 
 
 @pytest.mark.parametrize(("across", "turned"), [(True, 3), (False, None)])
@@ -462,7 +465,7 @@ def test_compile_without_graph_breaks(
 
 
 @settings(
-    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(data=st.data())
 def test_any_shape(
@@ -542,12 +545,10 @@ def test_bad_input_is_named(message: str, triton_or_reference: str, device: str)
     assert "got" in str(error.value)
 
 
-def test_families(device: str) -> None:
+def test_backends(device: str) -> None:
     x = inputs(1, 2, 2, 2, 4, True, None, torch.float64, device)
     arguments = [x[name] for name in ("q", "k", "q_weight", "k_weight")]
-    assert (
-        qk_norm_rope(*arguments)[0].dtype == torch.float64
-    )  # of its own accord, float64 goes to the reference
+    assert qk_norm_rope(*arguments)[0].dtype == torch.float64  # by default, the reference
     with pytest.raises(ValueError, match=r"'triton' cannot serve this call: .*float64"):
         qk_norm_rope(*arguments, backend="triton")
     with pytest.raises(ValueError, match="csrc/ has"):

@@ -372,10 +372,12 @@ def _autograd(
     if dresidual is None and dmodulated is None:
         return (None,) * 6
     saved, (_, _, needs_gate, *needs) = ctx.saved_tensors, ctx.needs_input_grad
+    y, gate, scale = saved[2:]
+    dresidual = None if y is None else dresidual  # what arrives at an empty output
+    dmodulated = None if scale is None else dmodulated
     needed = [needs_gate, dmodulated is not None and any(needs)]
     dx, dy, dgate, dscale, dshift = _backward(dresidual, dmodulated, *saved, needed)
     dx = dx if dresidual is None or dmodulated is not None else dresidual
-    y, gate = saved[2:4]
     if y is None or not _writes_dy(y, gate, dx):
         dy = None if y is None else dx
     params = (dscale, dshift) if needed[1] else (None, None)
