@@ -224,7 +224,7 @@ class FakeEndpoint:
                 for token, places in answer
             ]
             logprobs = {"content": entries} if request.body.get("logprobs") else None
-            answer = "".join(token for token, _ in answer)
+            answer = "".join(token for token, _ in answer).removesuffix("<|im_end|>")
         choice = {
             "index": 0,
             "finish_reason": "stop",

@@ -38,6 +38,7 @@ class FakeVLM:
         tokens = list(words)
         if regex and "grouped digits" in self.faults:
             tokens = [words[:2], words[2:]]
+        tokens += ["<|im_end|>"] if regex and request.body["max_tokens"] > len(words) else []
         answer: Any = words
         if request.body.get("logprobs") and "no logprobs" not in self.faults:
             answer = [(token, self._place(f"{seen}{i}", token)) for i, token in enumerate(tokens)]

@@ -92,6 +92,17 @@ def textbook_log_prob(transition: Transition, x_next: Tensor, dtype: torch.dtype
     return density.flatten(1).mean(1)
 
 
+def textbook_loss(
+    new: Tensor, old: Tensor, advantages: Tensor, clip_range: float, adv_clip: float
+) -> Tensor:
+    """Eq. 11 with min and clip, in the dtype of its arguments."""
+    ratio = (new - old).exp()
+    advantages = torch.clamp(advantages, -adv_clip, adv_clip)
+    return -torch.min(
+        ratio * advantages, ratio.clamp(1 - clip_range, 1 + clip_range) * advantages
+    ).mean()
+
+
 def differentiate(
     function: Callable[[Transition], Tensor],
     transition: Transition,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -97,12 +98,11 @@ def test_a_faster_second_question_is_evidence_of_a_cache(
     fake_endpoint: Any, server_engine: Engines
 ) -> None:
     model = FakeVLM("no counts of cached tokens")
-    import time
 
     def slow_at_first(request: Any) -> Any:
         known = len(model.seen)
         answer = model(request)
-        time.sleep(0.2 * (len(model.seen) - known))
+        time.sleep(0.8 * (len(model.seen) - known))
         return answer
 
     ((finding,),) = (

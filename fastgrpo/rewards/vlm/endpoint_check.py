@@ -31,7 +31,7 @@ PROSE = f"{QUESTION} Write a sentence, no number."
 SPECIAL = ("<|im_end|>", "<|video_pad|>")
 """Names of special tokens of Qwen's chat. As text, each is at least three tokens."""
 LISTED = 0.999
-"""Probability that the listed tokens of a place must have together if a digit is missing."""
+"""Probability that the listed tokens of a place need together if a digit is not listed."""
 SHORT = Decoding(max_tokens=1)
 FREE = Decoding(max_tokens=5, probabilities=True)
 CONSTRAINED = Decoding(max_tokens=5, constrained=True)
@@ -122,18 +122,19 @@ async def _probabilities(send: Send) -> tuple[str, str]:
     whole = await send(synthetic_clip(4), QUESTION, decoding, NUMBER)
     two = Decoding(max_tokens=2, constrained=True, probabilities=True)
     forced = await send(synthetic_clip(4), QUESTION, two, FROM_ONE)
-    for completion, expected in ((whole, NUMBER), (forced, r"1\.|10")):
-        tokens, places = read_places(completion)
-        text = "".join(tokens)
-        if not re.fullmatch(expected, text) or text != read_text(completion):
-            return FAILED, f"expected the tokens of a number {expected}, got {list(tokens)}"
-        for token, place in zip(tokens, places, strict=True):
-            digits = set("123456789" if place is places[0] else "0123456789")
-            missing = digits - place.keys()
-            if len(token) != 1 or (
-                token != "." and text != "10" and missing and math.fsum(place.values()) < LISTED
-            ):
-                return FAILED, f"{token!r} of {text!r}: digits {sorted(missing)} are not listed"
+    digits = "0123456789"
+    for completion, expected, needed in (
+        (whole, NUMBER, {0: digits[1:], 2: digits, 3: digits}),
+        (forced, r"1\.|10", {1: "0"}),
+    ):
+        text, (tokens, places) = read_text(completion), read_places(completion)
+        # Each character is a token; a token that ends the answer may follow.
+        if not re.fullmatch(expected, text) or tokens[: len(text)] != tuple(text):
+            return FAILED, f"expected one token per character of {expected}, got {list(tokens)}"
+        for index, wanted in needed.items():
+            missing = set(wanted) - places[index].keys()
+            if missing and math.fsum(places[index].values()) < LISTED:
+                return FAILED, f"token {index} of {text!r}: {sorted(missing)} are not listed"
     return PASSED, f"of {read_text(whole)!r} and after a first 1"
 
 
