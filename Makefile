@@ -11,7 +11,7 @@ export OMP_WAIT_POLICY := PASSIVE
 # Seconds that torchrun gives a worker after a signal to finish its iteration and write a checkpoint; its default is 30.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT := 600
 
-.PHONY: train test test-full test-dali lint docs bench clean
+.PHONY: train test test-full test-dali test-vllm lint docs bench clean
 
 train: .venv/ready
 	$(BIN)/torchrun --standalone --nproc-per-node $(NPROC) fastgrpo/train.py --config $(RECIPE) $(ARGS)
@@ -29,6 +29,14 @@ test-dali: .venv/dali/ready
 
 .venv/dali/ready: .venv/ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --target .venv/dali --upgrade $(DALI)
+	touch $@
+
+# vLLM in its own environment (3 GB), with what makes its CPU build start: tests/vllm/prepare.py.
+test-vllm: .venv/vllm/ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/vllm $(ARGS)
+
+.venv/vllm/ready: .venv/ready tests/vllm/prepare.py
+	$(BIN)/python tests/vllm/prepare.py .venv/vllm
 	touch $@
 
 lint: .venv/ready
