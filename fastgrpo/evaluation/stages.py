@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,51 +27,8 @@ from fastgrpo.evaluation.tables import number, render_table, write_csv, write_js
 RESAMPLES = 10_000
 CHUNK = 500
 Floats = NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Summary:
-    """One stage over one set of videos.
-
-    Attributes:
-        mean: Mean score.
-        low: Lower end of the mean's 95 % interval; NaN with fewer than two prompts.
-        high: Its upper end.
-        std: Sample standard deviation; NaN with one video.
-        quartiles: At 25, 50 and 75 %.
-    """
-
-    mean: float
-    low: float
-    high: float
-    std: float
-    quartiles: tuple[float, float, float]
-
-
-@dataclass(frozen=True)
-class Difference:
-    """A set's mean of one stage minus the first set's, over the videos that both have."""
-
-    videos: int
-    mean: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True)
-class StageSet:
-    """One set of videos.
-
-    Attributes:
-        scores: [n, K].
-        summaries: One per stage.
-        differences: To the first set, one per stage; empty for the first set and for a set that
-            shares no video with it.
-    """
-
-    scores: Floats
-    summaries: list[Summary]
-    differences: list[Difference]
+Numbers = dict[str, Any]
+"""Statistics of one stage by name, as JSON."""
 
 
 def compare_stages(
@@ -105,26 +62,31 @@ def compare_stages(
     if components:
         files = [with_components(file) for file in files]
     stages = common_stages(files)
-    sets: dict[str, StageSet] = {}
     notes = left_out_lines(names, files, matched=max(len(file.rows) for file in files))
+    sets, content = {}, {}
     for name, file in zip(names, files, strict=True):
-        values, differences = score_matrix(file.rows, stages), []
+        sets[name] = score_matrix(file.rows, stages)
+        summaries = summarize(sets[name], prompts_of(file.rows), seed)
+        differences: list[Numbers] = []
         try:
-            if sets:
+            if file is not files[0]:
                 differences = compare(files[0], file, stages, seed)
         except UserError as error:
             why = str(error).removeprefix("scores: ")
             notes.append(f"{name}: no difference to {names[0]}: {why}")
-        sets[name] = StageSet(values, summarize(values, prompts_of(file.rows), seed), differences)
+        content[name] = {
+            "videos": len(file.rows),
+            "stages": dict(zip(stages, summaries, strict=True)),
+            "difference": dict(zip(stages, differences, strict=True)) if differences else None,
+        }
     folder = output or scores[0].parent / "stages"
     folder.mkdir(parents=True, exist_ok=True)
-    content = stages_json(stages, sets)
     settings = {"stages": stages, "seed": seed, "resamples": RESAMPLES, "first": names[0]}
     write_json(folder / "stages.json", settings | {"notes": notes, "sets": content})
     write_csv(folder / "stages.csv", stage_rows(content))
-    figures.save_figure(stage_figure(stages, sets), folder / "stages")
+    figures.save_figure(stage_figure(sets, content), folder / "stages")
     lines = [
-        stage_table(stages, sets),
+        stage_table(content),
         "",
         f"95 % intervals: bootstrap over prompts, {RESAMPLES} resamples",
         *(f"note: {note}" for note in notes),
@@ -166,29 +128,40 @@ def prompts_of(rows: Sequence[ScoredRow]) -> list[str]:
     return [f"prompt {row.prompt}" if row.prompt else f"video {row.video}" for row in rows]
 
 
-def summarize(values: Floats, groups: Sequence[str], seed: int) -> list[Summary]:
-    """A summary of each stage of values [n, K]."""
+def summarize(values: Floats, groups: Sequence[str], seed: int) -> list[Numbers]:
+    """Summarize each stage.
+
+    Args:
+        values: [n, K] scores.
+        groups: The group of each row, for `bootstrap_interval`.
+        seed: Seed of the bootstrap.
+
+    Returns:
+        Of each stage the mean; low and high, the ends of its 95 % interval, None with fewer than
+        two prompts; std, the sample standard deviation, None with one video; and the quartiles.
+    """
     low, high = bootstrap_interval(values, groups, seed)
-    std = values.std(0, ddof=1) if len(values) > 1 else np.full(values.shape[1], np.nan)
-    quartiles = np.percentile(values, (25, 50, 75), axis=0)
-    found = np.stack([values.mean(0), low, high, std], axis=1).tolist()
+    std = values.std(0, ddof=1) if len(values) > 1 else np.full_like(low, np.nan)
+    numbers = np.stack([values.mean(0), low, high, std], axis=1)
+    quartiles = np.percentile(values, (25, 50, 75), axis=0).T.tolist()
     return [
-        Summary(*ends, tuple(column))
-        for ends, column in zip(found, quartiles.T.tolist(), strict=True)
+        dict(zip(("mean", "low", "high", "std"), map(number, row), strict=True)) | {"quartiles": q}
+        for row, q in zip(numbers, quartiles, strict=True)
     ]
 
 
-def compare(
-    first: ScoreFile, other: ScoreFile, stages: Sequence[str], seed: int
-) -> list[Difference]:
-    """The paired difference other - first of each stage, over the videos of both."""
+def compare(first: ScoreFile, other: ScoreFile, stages: Sequence[str], seed: int) -> list[Numbers]:
+    """The paired difference other - first of each stage, over the videos of both.
+
+    Returns:
+        Of each stage the number of videos, and mean, low and high as `summarize` has them.
+    """
     pairs = match_rows([first, other])
-    values = score_matrix([b for _, b in pairs], stages) - score_matrix(
-        [a for a, _ in pairs], stages
-    )
-    low, high = bootstrap_interval(values, prompts_of([a for a, _ in pairs]), seed)
-    found = np.stack([values.mean(0), low, high], axis=1).tolist()
-    return [Difference(len(pairs), *ends) for ends in found]
+    before, after = (score_matrix(rows, stages) for rows in zip(*pairs, strict=True))
+    found = summarize(after - before, prompts_of([row for row, _ in pairs]), seed)
+    return [
+        {"videos": len(pairs)} | {key: one[key] for key in ("mean", "low", "high")} for one in found
+    ]
 
 
 def bootstrap_interval(values: Floats, groups: Sequence[str], seed: int) -> tuple[Floats, Floats]:
@@ -222,85 +195,66 @@ def bootstrap_interval(values: Floats, groups: Sequence[str], seed: int) -> tupl
     return low, high
 
 
-def stage_table(stages: Sequence[str], sets: Mapping[str, StageSet]) -> str:
-    """One line per stage and set."""
-    several = len(sets) > 1
+def stage_table(content: Mapping[str, Any]) -> str:
+    """One line per stage and set of stages.json."""
+    first, several = next(iter(content)), len(content) > 1
     head = ["stage", "set", "videos", "mean", "95 % interval", "std"]
-    rows = [head + [f"minus {next(iter(sets))}", "95 % interval", "in both"] * several]
-    for j, stage in enumerate(stages):
-        for name, one in sets.items():
-            s = one.summaries[j]
-            std = f"{s.std:.4f}" if np.isfinite(s.std) else "–"
-            row = [stage, name, str(len(one.scores)), f"{s.mean:.4f}", _interval(s), std]
-            if one.differences:
-                d = one.differences[j]
-                row += [f"{d.mean:+.4f}", _interval(d, "+"), str(d.videos)]
+    rows = [head + [f"minus {first}", "95 % interval", "in both"] * several]
+    for stage in content[first]["stages"]:
+        for name, entry in content.items():
+            s = entry["stages"][stage]
+            std = "–" if s["std"] is None else f"{s['std']:.4f}"
+            row = [stage, name, str(entry["videos"]), f"{s['mean']:.4f}", _interval(s), std]
+            if entry["difference"]:
+                d = entry["difference"][stage]
+                row += [f"{d['mean']:+.4f}", _interval(d, "+"), str(d["videos"])]
             elif several:
                 row += ["", "", ""]
             rows.append(row)
     return render_table(rows, left=(0, 1))
 
 
-def _interval(of: Summary | Difference, sign: str = "") -> str:
-    return f"[{of.low:{sign}.4f}, {of.high:{sign}.4f}]" if np.isfinite(of.low) else "–"
-
-
-def stages_json(stages: Sequence[str], sets: Mapping[str, StageSet]) -> dict[str, Any]:
-    """{set: {"videos", "stages": {stage: summary}, "difference": {stage: ...} or null}}; null for
-    a number that is not finite.
-    """
-    return {
-        name: {
-            "videos": len(one.scores),
-            "stages": {stage: _finite(s) for stage, s in zip(stages, one.summaries, strict=True)},
-            "difference": {
-                stage: _finite(d) for stage, d in zip(stages, one.differences, strict=False)
-            }
-            or None,
-        }
-        for name, one in sets.items()
-    }
+def _interval(of: Numbers, sign: str = "") -> str:
+    return "–" if of["low"] is None else f"[{of['low']:{sign}.4f}, {of['high']:{sign}.4f}]"
 
 
 def stage_rows(content: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """`stages_json` as rows of a CSV file, one per set and stage."""
+    """stages.json as rows of a CSV file, one per set and stage."""
     absent = dict.fromkeys(("videos", "mean", "low", "high"))
     rows = []
     for name, entry in content.items():
         for stage, summary in entry["stages"].items():
-            quartiles = dict(zip(("q25", "median", "q75"), summary["quartiles"], strict=True))
-            row = {"set": name, "stage": stage, "videos": entry["videos"], **summary} | quartiles
-            del row["quartiles"]
+            numbers = {key: value for key, value in summary.items() if key != "quartiles"}
+            numbers |= zip(("q25", "median", "q75"), summary["quartiles"], strict=True)
             difference = (entry["difference"] or {}).get(stage, absent)
+            row = {"set": name, "stage": stage, "videos": entry["videos"], **numbers}
             rows.append(row | {f"difference_{key}": value for key, value in difference.items()})
     return rows
 
 
-def _finite(of: Summary | Difference) -> dict[str, Any]:
-    return {
-        key: number(value) if isinstance(value, float) else value
-        for key, value in asdict(of).items()
-    }
-
-
-def stage_figure(stages: Sequence[str], sets: Mapping[str, StageSet]) -> Figure:
-    """A violin for each stage and set: the density of the scores, the mean as a marker, its 95 %
-    interval as a bar.
+def stage_figure(sets: Mapping[str, Floats], content: Mapping[str, Any]) -> Figure:
+    """A violin for each stage and set: the density of the scores [n, K], the mean as a marker, its
+    95 % interval as a bar.
     """
+    stages = list(next(iter(content.values()))["stages"])
     width = 0.8 / len(sets)
     figure, (axes,) = figures.new_figure(1, max(5.0, 1.5 + 0.9 * len(stages) * len(sets)), 4.2)
-    for index, (name, one) in enumerate(sets.items()):
+    for index, (name, values) in enumerate(sets.items()):
         color = COLORS[index % len(COLORS)]
         positions = np.arange(len(stages)) + (index - (len(sets) - 1) / 2) * width
         bodies = axes.violinplot(
-            list(one.scores.T), positions=positions, widths=0.9 * width, showextrema=False
+            list(values.T), positions=positions, widths=0.9 * width, showextrema=False
         )["bodies"]
         for body in bodies:  # type: ignore[attr-defined]
             body.set(facecolor=color, alpha=0.3, linewidth=0)
-        means = np.array([s.mean for s in one.summaries])
-        ends = np.nan_to_num([(s.mean - s.low, s.high - s.mean) for s in one.summaries]).T
+        summaries = content[name]["stages"].values()
+        means, low, high = (
+            np.array([s[key] for s in summaries], dtype=np.float64)  # None is NaN
+            for key in ("mean", "low", "high")
+        )
+        ends = np.maximum(np.nan_to_num([means - low, high - means]), 0)
         drawn = axes.errorbar(
-            *(positions, means, np.maximum(ends, 0)),
+            *(positions, means, ends),
             fmt=MARKERS[index % len(MARKERS)],
             color=color,
             label=name,
@@ -310,14 +264,11 @@ def stage_figure(stages: Sequence[str], sets: Mapping[str, StageSet]) -> Figure:
             zorder=4,
         )
         drawn.lines[0].set_gid(f"means/{name}")
+        look: dict[str, Any] = {"textcoords": "offset points", "fontsize": 8, "color": INK}
         for x, mean in zip(positions, means, strict=True):
-            axes.annotate(
-                *(f"{mean:.3f}", (x, mean), (7, 4)),
-                textcoords="offset points",
-                fontsize=8,
-                color=INK,
-            )
+            axes.annotate(f"{mean:.3f}", (x, mean), (7, 4), **look)
     figures.finish(axes, "Stage scores", "score", "")
-    axes.set_xticks(range(len(stages)), [stage.replace("_", " ") for stage in stages], color=FAINT)
+    labels = [stage.replace("_", " ") for stage in stages]
+    axes.set_xticks(range(len(stages)), labels, color=FAINT)
     axes.set_xlim(-0.6, len(stages) - 0.4)
     return figure

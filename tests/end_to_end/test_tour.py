@@ -38,7 +38,8 @@ def test_from_training_to_report(
     scored = [tmp_path / "base.jsonl", tmp_path / "trained.jsonl"]
     for path in scored:
         saved = samples / path.stem
-        call("score", "--videos", saved, "--prompts", saved / "samples.json", "--output", path, *JUDGE)
+        files = ["--videos", saved, "--prompts", saved / "samples.json", "--output", path]
+        call("score", *files, *JUDGE)
         entries = json.loads((saved / "samples.json").read_text())["samples"]
         assert [(Path(row["video"]).name, row["prompt"]) for row in rows_of(path)] == [
             (e["video"], e["prompt"]) for e in entries
