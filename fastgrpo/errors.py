@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import NoReturn
+from typing import Any, NoReturn
 
 
 class UserError(ValueError):
@@ -33,10 +33,10 @@ def fail(error: object) -> NoReturn:
     Before the ranks have joined, all of them find the same error, and one rank per node prints it.
     Afterwards an error may concern one rank only, so every rank prints its own.
     """
-    from torch import distributed
-
     rank = os.environ.get("RANK", "0")
-    if os.environ.get("LOCAL_RANK", rank) == "0" or distributed.is_initialized():
+    distributed: Any = sys.modules.get("torch.distributed")  # only loaded ranks can have joined
+    has_joined = distributed is not None and distributed.is_initialized()
+    if os.environ.get("LOCAL_RANK", rank) == "0" or has_joined:
         prefix = "error:" if rank == "0" else f"error on rank {rank}:"
         print(prefix, " ".join(str(error).split()), file=sys.stderr)
     raise SystemExit(2)
