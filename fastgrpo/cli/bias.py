@@ -49,8 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="a stage, a component (VideoAlign's raw VQ), or mean of all stages; one for all "
         "judges, or one for each",
     )
-    skip = {"scores", "names", "score"}
-    parser.add_class_arguments(BiasOptions, as_group=False, skip=skip)
+    parser.add_class_arguments(BiasOptions, as_group=False, skip={"scores", "names", "score"})
     try:
         print(measure_bias(BiasOptions(**parser.parse_args(argv).as_dict())))
     except (jsonargparse.ArgumentError, ValueError, OSError) as error:

@@ -98,6 +98,5 @@ def vbench_parser() -> jsonargparse.ArgumentParser:
         metavar="NAME",
         help="of the runs, in the same order; those of the files by default",
     )
-    skip = {"results", "names", "json"}
-    parser.add_function_arguments(compare_vbench, as_group=False, skip=skip)
+    parser.add_function_arguments(compare_vbench, as_group=False, skip={"results", "names", "json"})
     return parser

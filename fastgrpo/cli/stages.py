@@ -43,8 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="a published model's raw scores, such as VideoAlign's VQ, MQ and TA, in place of the "
         "rewards",
     )
-    skip = {"scores", "names", "components"}
-    parser.add_function_arguments(compare_stages, as_group=False, skip=skip)
+    parser.add_function_arguments(
+        compare_stages, as_group=False, skip={"scores", "names", "components"}
+    )
     try:
         print(compare_stages(**parser.parse_args(argv).as_dict()))
     except (jsonargparse.ArgumentError, ValueError, OSError) as error:

@@ -73,10 +73,10 @@ def compare_weights(options: ComparisonOptions) -> Path:
     policy, files = config.policy, config.prompts
     source = options.prompts or files.validation or files.train
     prompts = checked_prompts(policy, source, "prompts")[: options.num_videos]
-    cfg, sampler = options.rollout(config), options.sde
-    scheduler = None
-    if options.scheduler == "pipeline":
-        scheduler, sampler = pipeline_scheduler(policy, options.sde), "pipeline"
+    cfg = options.rollout(config)
+    pipeline = options.scheduler == "pipeline"
+    scheduler = pipeline_scheduler(policy, options.sde) if pipeline else None
+    sampler = "pipeline" if pipeline else options.sde
     output = Path(options.output or f"{options.run}/samples/{path.name}_{sampler}")
     with joined(config.runtime) as device:
         load_base(config, prompts, device)

@@ -105,10 +105,10 @@ def vbench_scores(fractions: Mapping[str, float]) -> Scores:
         d.name: 100 * (fractions[d.name] - d.minimum) / (d.maximum - d.minimum) for d in known
     }
     quality, semantic = (_group_score(group, normalized) for group in ("quality", "semantic"))
-    whole = quality is not None and semantic is not None
-    return Scores(
-        raw, normalized, quality, semantic, (4 * quality + semantic) / 5 if whole else None
-    )
+    total = None
+    if quality is not None and semantic is not None:
+        total = (4 * quality + semantic) / 5
+    return Scores(raw, normalized, quality, semantic, total)
 
 
 def _group_score(group: str, normalized: Mapping[str, float]) -> float | None:

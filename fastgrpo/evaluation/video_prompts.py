@@ -98,11 +98,11 @@ def named_prompts(prompts: str) -> dict[str, str] | None:
         values = values.get("samples", pairs)
     found: dict[str, str] = {}
     for number, value in enumerate(values if isinstance(values, list) else [values], start=1):
-        texts = [value.get(key) for key in ("video", "prompt")] if isinstance(value, dict) else []
-        if not texts or not all(isinstance(text, str) for text in texts):
+        keys = ("video", "prompt")
+        video, prompt = map(value.get, keys) if isinstance(value, dict) else (None, None)
+        if not (isinstance(video, str) and isinstance(prompt, str)):
             where, got = f"prompts: {prompts}, entry {number}", str(value)[:80]
             raise UserError(f"{where}: expected the texts video and prompt, got {got}")
-        video, prompt = texts[0], texts[1].strip()
-        if found.setdefault(video, prompt) != prompt:
+        if found.setdefault(video, prompt.strip()) != prompt.strip():
             raise UserError(f"prompts: {prompts}: expected one for {video}, got two")
     return found

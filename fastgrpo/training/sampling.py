@@ -131,7 +131,8 @@ def load_judge(path: Path, device: torch.device) -> RewardModel:
     """The judge of a configuration, loaded. If that fails on any rank, all log a note and get an
     Unscored.
     """
-    problem, reward, errors = None, Unscored(), io.StringIO()
+    reward: RewardModel = Unscored()
+    problem, errors = None, io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
             reward = parse_config(["--config", str(path)])[0].reward
