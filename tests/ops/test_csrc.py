@@ -325,11 +325,11 @@ def test_refusals(ops: torch._ops._OpNamespace) -> None:
     for name, bad, words in (
         ("latents", x.double(), "latents: expected float32, bfloat16 or float16"),
         ("velocity", v[:1], "velocity: expected 16 elements, got 8"),
-        ("velocity_uncond", u.half(), "velocity_uncond: expected dtype Float, got Half"),
+        ("velocity_uncond", u.half(), "velocity_uncond: expected Float, got Half"),
         ("velocity", v.t().contiguous().t(), "velocity: expected a contiguous tensor"),
         ("a", a[:1], "a: expected 2 elements, got 1"),
-        ("std", std.double(), "std: expected dtype Float, got Double"),
-        ("seeds", seeds.int(), "seeds: expected dtype Long, got Int"),
+        ("std", std.double(), "std: expected Float, got Double"),
+        ("seeds", seeds.int(), "seeds: expected Long, got Int"),
         ("latents", x[:, :0], "latents: expected at least one element per sample"),
     ):
         with pytest.raises(RuntimeError, match=words):

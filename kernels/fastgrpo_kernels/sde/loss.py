@@ -190,8 +190,8 @@ def _clipped_fake(log_probs: Tensor, *args: object) -> Loss:
 
 def _grpo_loss_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     std = args[8]
-    loss, *rest = _clipped_fake(std)
-    return loss, torch.empty_like(std), *rest
+    results = _clipped_fake(std)
+    return results[0], torch.empty_like(std), *results[1:]
 
 
 def _save_clipped(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
