@@ -17,20 +17,17 @@ benchmarks/data/<GPU or cpu>_judge.csv. Not yet run on a GPU.
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
 import functools
 import re
-import statistics
 import sys
-import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import transformers
@@ -39,12 +36,13 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `python benchmarks/judge.py`
 
-from benchmarks.rows import DATA, csv_name, provenance
+from benchmarks.common import rows, timing
+from benchmarks.common.rows import number
 from fastgrpo.rewards.media.frames import FrameSettings, make_clip, patches, seconds_per_grid
 from fastgrpo.rewards.vlm.engine import Clip, Decoding
-from fastgrpo.rewards.vlm.in_process import DTYPES, TransformersEngine
+from fastgrpo.rewards.vlm.qwen import DTYPES, TransformersEngine
 from fastgrpo.rewards.vlm.questions import ask_about, read_questions
-from fastgrpo.rewards.vlm.tokens import ChatTokens
+from fastgrpo.rewards.vlm.qwen_chat import ChatTokens
 
 TOKENS = 5
 """Of an answer: those of 10.00, or 8.50 and the end."""
@@ -137,16 +135,18 @@ SCALES = {
 }
 
 
-@dataclass(frozen=True)
-class Row:
+@dataclass(frozen=True, kw_only=True)
+class JudgeMeasurement(rows.Measurement):
     """One way of asking. A ratio is that peer's time over this one: above 1 is faster than the
     peer.
     """
 
+    KEY: ClassVar = ("device", "model", "work", "implementation", "dtype")
+
     model: str
     work: str
     """Such as "16 videos x 3 questions, 480x832x53"."""
-    by: str
+    implementation: str
     dtype: str
     seconds: float
     """Median from the videos to the texts."""
@@ -154,19 +154,17 @@ class Row:
     """Most memory at a time, weights included; None on a CPU."""
     against_single: float
     against_batched: float
-    goals: str
-    """G5, each part met or not met; empty on another device than its own, and for the peers."""
-    device: str
-    torch: str
     transformers: str
-    driver: str
-    commit: str
-    date: str
 
-    @property
-    def key(self) -> tuple[str, ...]:
-        """What a newer row takes the place of."""
-        return self.device, self.model, self.work, self.by, self.dtype
+
+COLUMNS: list[rows.Column] = [
+    ("", "<26", lambda row: row.implementation),
+    ("s", ">9", lambda row: number(row.seconds, 3)),
+    ("GB", ">8", lambda row: number(row.peak_gb, 1)),
+    ("×single", ">9", lambda row: number(row.against_single, 2)),
+    ("×batched", ">10", lambda row: number(row.against_batched, 2)),
+    ("goals", "", lambda row: row.goals),
+]
 
 
 # -------- the model
@@ -256,14 +254,14 @@ def generate(
     """
     device = requests[0][0].frames.device
     seen = [patches(clip) for clip, _ in requests]
-    rows = [
+    prompts = [
         [*chat.before, *[chat.video] * (t * h * w // 4), *chat.after, *question]
         for (_, (t, h, w)), (_, question) in zip(seen, requests, strict=True)
     ]
-    longest = max(map(len, rows))
-    ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows], device=device)
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[0] * (longest - len(row)) + row for row in prompts], device=device)
     mask = torch.tensor(
-        [[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device
+        [[0] * (longest - len(row)) + [1] * len(row) for row in prompts], device=device
     )
     with _as_it_comes(module):
         out = module.generate(
@@ -325,69 +323,19 @@ def differences(
 # -------- measuring
 
 
-def median_seconds(
-    work: Callable[[], object], device: torch.device, rounds: int
-) -> tuple[float, float | None]:
-    """The median of some rounds after one that is not counted, and the peak of memory in GB (1e9)
-    on a GPU.
-    """
-    cuda = device.type == "cuda"
-    times = []
-    for index in range(rounds + 1):
-        if cuda:
-            torch.cuda.reset_peak_memory_stats(device)
-            torch.cuda.synchronize(device)
-        start = time.perf_counter()
-        work()
-        if cuda:
-            torch.cuda.synchronize(device)
-        if index:
-            times.append(time.perf_counter() - start)
-    return statistics.median(times), torch.cuda.max_memory_allocated(device) / 1e9 if cuda else None
-
-
 def goals(
     seconds: float, single: float, batched: float, device: str, model: str, scale: Scale
 ) -> str:
     """G5 of the performance goals, which is set for an H100 and the 7B model at its full scale."""
-    if (
-        not re.search(r"H100|H200", device)
-        or "7b" not in model.lower()
-        or scale is not SCALES["full"]
-    ):
+    if not rows.has_goals(device) or "7b" not in model.lower() or scale is not SCALES["full"]:
         return ""
-    asked = (
-        ("2.0 s", seconds <= 2.0),
-        ("batched 1.9x", batched >= 1.9),
-        ("single 6x", single >= 6.0),
+    return rows.met(
+        [
+            ("G5 2.0 s", seconds <= 2.0),
+            ("G5 batched 1.9x", batched >= 1.9),
+            ("G5 single 6x", single >= 6.0),
+        ]
     )
-    return "; ".join(f"G5 {name}: {'met' if met else 'not met'}" for name, met in asked)
-
-
-def write_rows(path: Path, rows: Sequence[Row]) -> None:
-    """Write the rows, and keep those of an earlier file that they do not replace."""
-    names = [field.name for field in dataclasses.fields(Row)]
-    replaced, kept = {row.key for row in rows}, []
-    if path.exists():
-        with open(path, newline="", encoding="utf-8") as file:
-            kept = [
-                entry
-                for entry in csv.DictReader(file)
-                if tuple(entry[n] for n in ("device", "model", "work", "by", "dtype"))
-                not in replaced
-            ]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, names)
-        writer.writeheader()
-        writer.writerows(kept)
-        for row in rows:
-            writer.writerow(
-                {
-                    name: f"{v:.5g}" if isinstance(v, float) else v
-                    for name, v in dataclasses.asdict(row).items()
-                }
-            )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -423,7 +371,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         answers = [
             generate(module, chat, [(clip, question)]) for clip in clips() for question in ids
         ]
-        return [rows[0] for rows, _ in answers], torch.cat([logits for _, logits in answers])
+        return [texts[0] for texts, _ in answers], torch.cat([logits for _, logits in answers])
 
     def batched() -> tuple[list[list[int]], Tensor]:
         seen = clips()
@@ -432,11 +380,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             [generate(module, chat, [(clip, question) for clip in batch]) for batch in batches]
             for question in ids
         ]
-        rows = [[row for answer in answers for row in answer[0]] for answers in by_question]
+        texts = [[row for answer in answers for row in answer[0]] for answers in by_question]
         logits = torch.stack(
             [torch.cat([answer[1] for answer in answers]) for answers in by_question], 1
         )
-        return [row[b] for b in range(scale.videos) for row in rows], logits.flatten(0, 1)
+        return [row[b] for b in range(scale.videos) for row in texts], logits.flatten(0, 1)
 
     greedy = Decoding(max_tokens=TOKENS)
     ours = [[int(token) for token in text.split()] for text in shared(greedy)]
@@ -453,44 +401,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "generate, batched": batched,
         "generate, single": single,
     }
-    timed = {name: median_seconds(way, device, chosen.rounds) for name, way in ways.items()}
-    about = provenance(device) | {"transformers": transformers.__version__}
-    del about["triton"]
-    rows = []
-    for name, (seconds, peak) in timed.items():
-        alone, together = (
-            timed[peer][0] / seconds for peer in ("generate, single", "generate, batched")
-        )
-        met = (
-            ""
-            if name.startswith("generate")
-            else goals(seconds, alone, together, about["device"], chosen.model, scale)
-        )
-        rows.append(
-            Row(
-                Path(chosen.model).name,
-                work,
-                name,
-                chosen.dtype,
-                seconds,
-                peak,
-                alone,
-                together,
-                met,
+    timed = {name: timing.median(way, device, chosen.rounds) for name, way in ways.items()}
+    about = rows.provenance(device) | {"transformers": transformers.__version__}
+    found = []
+    for name, usage in timed.items():
+        peers = ("generate, single", "generate, batched")
+        single_x, batched_x = (timed[peer].seconds / usage.seconds for peer in peers)
+        figures = (usage.seconds, single_x, batched_x)
+        found.append(
+            JudgeMeasurement(
+                model=Path(chosen.model).name,
+                work=work,
+                implementation=name,
+                dtype=chosen.dtype,
+                seconds=usage.seconds,
+                peak_gb=usage.peak / 1e9 if usage.peak else None,
+                against_single=single_x,
+                against_batched=batched_x,
+                goals="" if name in peers else goals(*figures, about["device"], chosen.model, scale),
                 **about,
             )
         )
     print("  ".join(f"{name} {value}" for name, value in about.items()))
-    print(
-        f"{chosen.model}, {chosen.dtype}, {work}: same tokens, ties aside\n{'':<26}{'s':>9}{'GB':>8}{'×single':>9}{'×batched':>10}"
-    )
-    for row in rows:
-        memory = "–" if row.peak_gb is None else f"{row.peak_gb:.1f}"
-        print(
-            f"{row.by:<26}{row.seconds:>9.3f}{memory:>8}{row.against_single:>9.2f}{row.against_batched:>10.2f}  {row.goals}".rstrip()
-        )
-    path = (chosen.csv or DATA) / csv_name(device).replace("_ops", "_judge")
-    write_rows(path, rows)
+    print(f"{chosen.model}, {chosen.dtype}, {work}: same tokens, ties aside")
+    print(rows.table(found, COLUMNS))
+    path = rows.csv_path(chosen.csv, device, "judge")
+    rows.write_csv(path, found)
     print(f"\n{path}")
     return 0
 

@@ -15,7 +15,7 @@ from fastgrpo.algorithm.self_paced import check_pacing
 from fastgrpo.config import TrainConfig
 from fastgrpo.policies.hunyuan_video import HunyuanVideoPolicy
 from fastgrpo.policies.wan import WanPolicy
-from fastgrpo.rewards.vlm.in_process import TransformersEngine
+from fastgrpo.rewards.vlm.qwen import TransformersEngine
 from fastgrpo.rewards.vlm.judge import StageJudge
 from fastgrpo.rewards.vlm.served import ServerEngine
 from fastgrpo.training.config_file import parse_config

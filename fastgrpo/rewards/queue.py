@@ -10,30 +10,32 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
+from fastgrpo.errors import UserError
 from fastgrpo.interfaces import RewardModel
 
 Scores = list[list[float]]
 
 
 class ScoringQueue:
-    """Hands videos to a judge on threads of its own (as many as its `concurrency`, or one), so that
-    the next ones are sampled meanwhile.
+    """Hands videos to a judge on threads of its own (as many as its `concurrency`), so that the
+    next videos are sampled meanwhile. Results do not depend on timing.
 
-    max_pending: batches that may be unscored, or as many as the judge takes at a time where that
-    is more; `submit` blocks beyond it, which bounds memory. Results do not depend on timing.
+    Args:
+        reward: The judge.
+        max_pending: Batches that may be unscored, at least the judge's `concurrency`; `submit`
+            blocks beyond it, which bounds memory.
     """
 
     def __init__(self, reward: RewardModel, max_pending: int = 4) -> None:
         self.reward = reward
-        workers = int(getattr(reward, "concurrency", 1))
-        self.max_pending = max(max_pending, workers)
-        self._workers = ThreadPoolExecutor(workers, thread_name_prefix="judge")
+        self.max_pending = max(max_pending, reward.concurrency)
+        self._workers = ThreadPoolExecutor(reward.concurrency, thread_name_prefix="judge")
         self._batches: list[Future[tuple[Tensor, Tensor]]] = []
         self._stream: torch.cuda.Stream | None = None
         self._blocked = 0.0
 
     def submit(self, videos: Tensor, prompts: Sequence[str], fps: float) -> None:
-        """Queue videos [n, T, 3, H, W] of `fps` with their n captions."""
+        """Queue videos [n, T, 3, H, W] of `fps` with their n prompts."""
         waiting = [f for f in self._batches if not f.done()]
         if len(waiting) >= self.max_pending:
             began = time.perf_counter()
@@ -41,55 +43,47 @@ class ScoringQueue:
                 scored.result()
             self._blocked += time.perf_counter() - began
         made = None
-        # a judge on the trainer's stream would stand in line with the sampling it is to overlap
-        # with
         if videos.is_cuda:
+            # On the trainer's stream, the judge would wait for the sampling it is to overlap with.
             self._stream = self._stream or torch.cuda.Stream(videos.device)
             made = torch.cuda.Event()
             made.record()
         self._batches.append(self._workers.submit(self._score, videos, list(prompts), fps, made))
 
     def collect(self, num_generations: int) -> tuple[list[Scores], list[list[bool]]]:
-        """Scores [P][G][K] and validity [P][G] of all that was submitted since the last call, in
-        that order, G = num_generations at a time.
+        """Wait for all that was submitted since the last call.
+
+        Returns:
+            Scores [P][G][K] and validity [P][G], in the order of submission, G = num_generations.
 
         Raises:
-            Exception: whatever the judge raised; a score outside [0, 1] or of the wrong shape is
-                its error too.
+            Exception: Whatever the judge raised; ValueError for a score outside [0, 1] or of the
+                wrong shape.
         """
         batches, self._batches = self._batches, []
         results = [batch.result() for batch in batches]
         scores = [row for scores, _ in results for row in scores.tolist()]
         valid = [ok for _, flags in results for ok in flags.tolist()]
         groups = range(0, len(scores), num_generations)
-        return [scores[i : i + num_generations] for i in groups], [
-            valid[i : i + num_generations] for i in groups
-        ]
+        return (
+            [scores[i : i + num_generations] for i in groups],
+            [valid[i : i + num_generations] for i in groups],
+        )
 
     def close(self) -> None:
-        """End the threads when their present batches are done, without waiting for them; and the
-        judge, where it has a `close`.
+        """Close the judge, and end the threads when their present batches are done, without waiting
+        for them.
 
-        Python waits for such threads when it exits: a judge that waits for its server has to be
+        Python waits for such threads when it exits, so a judge that waits for its server has to be
         told that nobody waits for it.
         """
         self._workers.shutdown(wait=False, cancel_futures=True)
-        getattr(self.reward, "close", lambda: None)()
+        self.reward.close()
 
     def blocked_seconds(self) -> float:
-        """Time that `submit` has waited for the judge since the last call, in seconds."""
+        """Seconds that `submit` has waited for the judge since the last call."""
         seconds, self._blocked = self._blocked, 0.0
         return seconds
-
-    def counters(self) -> dict[str, int]:
-        """The judge's counts since the last call, where it counts."""
-        counts: dict[str, int] = getattr(self.reward, "counters", dict)()
-        return counts
-
-    def last_errors(self) -> dict[str, str]:
-        """The last error of each of the judge's endpoints, where it has any."""
-        errors: dict[str, str] = getattr(self.reward, "last_errors", dict)()
-        return errors
 
     @torch.no_grad()
     def _score(
@@ -101,16 +95,16 @@ class ScoringQueue:
                 videos.record_stream(self._stream)
             scores, valid = self.reward.score(videos, prompts, fps)
             scores, valid = scores.double().cpu(), valid.cpu()
-        expected = (len(prompts), len(self.reward.stages))
-        if tuple(scores.shape) != expected or tuple(valid.shape) != expected[:1]:
-            raise ValueError(
-                f"reward: expected scores {expected} and validity {expected[:1]} from {type(self.reward).__name__}, "
-                f"got {tuple(scores.shape)} and {tuple(valid.shape)}"
+        name, count = type(self.reward).__name__, len(prompts)
+        shapes, got = ((count, len(self.reward.stages)), (count,)), (scores.shape, valid.shape)
+        if got != shapes:
+            raise UserError(
+                f"reward: expected scores {shapes[0]} and validity {shapes[1]} from {name}, "
+                f"got {tuple(got[0])} and {tuple(got[1])}"
             )
         valid = valid.bool() & torch.isfinite(scores).all(dim=1)
         outside = valid & ((scores < 0) | (scores > 1)).any(dim=1)
         if outside.any():
-            raise ValueError(
-                f"reward: expected scores in [0, 1] from {type(self.reward).__name__}, got {scores[outside][0].tolist()}"
-            )
+            bad = scores[outside][0].tolist()
+            raise UserError(f"reward: expected scores in [0, 1] from {name}, got {bad}")
         return scores, valid

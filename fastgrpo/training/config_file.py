@@ -19,7 +19,7 @@ from fastgrpo.files import PACKAGED
 RENAMED = {
     r"fastgrpo\.policies\.shapes\b": "fastgrpo.shapes.policy",
     r"fastgrpo\.rewards\.judge\b": "fastgrpo.rewards.vlm.judge",
-    r"fastgrpo\.rewards\.in_process\b": "fastgrpo.rewards.vlm.in_process",
+    r"fastgrpo\.rewards\.in_process\b": "fastgrpo.rewards.vlm.qwen",
     r"fastgrpo\.rewards\.served\b": "fastgrpo.rewards.vlm.served",
     r"fastgrpo\.rewards\.aesthetic\b": "fastgrpo.rewards.models.aesthetic",
     r"fastgrpo\.rewards\.video_align\b": "fastgrpo.rewards.models.video_align",

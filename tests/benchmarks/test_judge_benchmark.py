@@ -68,11 +68,11 @@ def test_no_number_where_a_token_is_wrong(
     """With a shared prefix whose positions are off by one step of time the answers are others,
     which is noticed.
     """
-    from fastgrpo.rewards.vlm import shared_prefix
+    from fastgrpo.rewards.vlm import qwen_prefix
 
-    right = shared_prefix.prefix_positions
+    right = qwen_prefix.prefix_positions
     monkeypatch.setattr(
-        shared_prefix,
+        qwen_prefix,
         "prefix_positions",
         lambda before, grid, step, after: right(before, grid, step + 9, after),
     )

@@ -24,7 +24,7 @@ import torch
 from fastgrpo.rewards.vlm.answers import expected_answer, parse_answer
 from fastgrpo.rewards.vlm.endpoint_check import CHECKS, synthetic_clip
 from fastgrpo.rewards.vlm.engine import Decoding
-from fastgrpo.rewards.vlm.in_process import TransformersEngine
+from fastgrpo.rewards.vlm.qwen import TransformersEngine
 from fastgrpo.rewards.vlm.served import ServerEngine
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import json
 import os
 import shlex
@@ -13,6 +12,7 @@ from typing import Any, Literal
 import torch
 
 from fastgrpo.errors import UserError, require
+from fastgrpo.rewards.vlm.endpoints import is_loopback, read_key
 
 
 @dataclass(frozen=True)
@@ -50,15 +50,9 @@ class JudgeServer:
         Raises:
             UserError: None, and `host` is no loopback address; or one that no header can hold.
         """
-        token = os.environ.get(self.token_env, "").strip()
-        if not all("!" <= character <= "~" for character in token):  # the value is not repeated
-            raise UserError(f"{self.token_env}: expected printable ASCII characters without spaces")
-        try:
-            loopback = self.host == "localhost" or ipaddress.ip_address(self.host).is_loopback
-        except ValueError:
-            loopback = False
+        token = read_key(self.token_env)
         expected = f"a token for clients of --host {self.host}, which is no loopback address"
-        require(token or loopback, self.token_env, expected, "none")
+        require(token or is_loopback(self.host), self.token_env, expected, "none")
         return token
 
     def vllm_command(self) -> list[str]:
@@ -103,7 +97,7 @@ class JudgeServer:
         self._serve(token)
 
     def shown_command(self) -> str:
-        """The command line of `vllm serve` for a shell, with the token's variable, not its value."""
+        """The command line of `vllm serve` for a shell; of the token only the variable's name."""
         require(self.engine == "vllm", "print", "engine vllm", self.engine)
         key = f'VLLM_API_KEY="${self.token_env}" ' if self.token else ""
         return f"{key}{shlex.join(self.vllm_command())}"
@@ -117,7 +111,7 @@ class JudgeServer:
         options = self.options | {"model": self.model, "revision": self.revision}
         engine: Any
         if self.engine == "transformers":
-            from fastgrpo.rewards.vlm.in_process import TransformersEngine as engine
+            from fastgrpo.rewards.vlm.qwen import TransformersEngine as engine
 
             options.setdefault("prefix_cache", 32)
         else:

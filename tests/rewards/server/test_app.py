@@ -32,7 +32,7 @@ from fastgrpo.rewards.server.app import (
 from fastgrpo.rewards.vlm.answers import NUMBER, expected_answer, parse_answer
 from fastgrpo.rewards.vlm.endpoint_check import CHECKS, FAILED, UNKNOWN
 from fastgrpo.rewards.vlm.engine import Clip, Decoding, Reply
-from fastgrpo.rewards.vlm.in_process import TransformersEngine
+from fastgrpo.rewards.vlm.qwen import TransformersEngine
 from fastgrpo.rewards.vlm.served import ServerEngine
 from fastgrpo.rewards.vlm.transport import FROM_ONE, VIDEO_TYPE, chat_request, encode_clip
 

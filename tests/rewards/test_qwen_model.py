@@ -20,8 +20,8 @@ from transformers import AutoTokenizer
 
 from fastgrpo import hub
 from fastgrpo.rewards.vlm.engine import Clip, Decoding
-from fastgrpo.rewards.vlm.in_process import TransformersEngine
-from fastgrpo.rewards.vlm.tokens import CHARACTERS, ChatTokens, read_chat
+from fastgrpo.rewards.vlm.qwen import TransformersEngine
+from fastgrpo.rewards.vlm.qwen_chat import CHARACTERS, ChatTokens, read_chat
 
 CPU = torch.device("cpu")
 QUESTION = "Rate this video."

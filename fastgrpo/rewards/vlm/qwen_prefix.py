@@ -16,7 +16,7 @@ from transformers import DynamicCache
 
 from fastgrpo.rewards.media.frames import patches, seconds_per_grid
 from fastgrpo.rewards.vlm.engine import Clip, Decoding, Reply
-from fastgrpo.rewards.vlm.tokens import CHARACTERS, ChatTokens, next_characters
+from fastgrpo.rewards.vlm.qwen_chat import CHARACTERS, ChatTokens, next_characters
 
 
 @dataclass(frozen=True)

@@ -18,12 +18,12 @@ from torch._subclasses.fake_tensor import FakeTensor
 from transformers import AttentionInterface, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
 from fastgrpo.rewards.media.frames import patches, seconds_per_grid
-from fastgrpo.rewards.vlm import windows
+from fastgrpo.rewards.vlm import qwen_windows
 from fastgrpo.rewards.vlm.answers import NUMBER, expected_answer
 from fastgrpo.rewards.vlm.engine import Clip, Decoding, Reply
-from fastgrpo.rewards.vlm.in_process import DTYPES, TransformersEngine
-from fastgrpo.rewards.vlm.shared_prefix import Prefix, choose, prefix_positions
-from fastgrpo.rewards.vlm.tokens import CHARACTERS, NUMBERS, next_characters, read_chat
+from fastgrpo.rewards.vlm.qwen import DTYPES, TransformersEngine
+from fastgrpo.rewards.vlm.qwen_prefix import Prefix, choose, prefix_positions
+from fastgrpo.rewards.vlm.qwen_chat import CHARACTERS, NUMBERS, next_characters, read_chat
 
 CPU = torch.device("cpu")
 QUESTIONS = [
@@ -248,11 +248,11 @@ def test_windows_of_one_length_at_once() -> None:
         torch.softmax(q[:, :, p] @ k[:, :, p].transpose(-1, -2) * 0.3, -1) @ v[:, :, p]
         for p in parts
     ]
-    out, _ = windows.attend_by_length(
+    out, _ = qwen_windows.attend_by_length(
         None, q, k, v, cu_seq_lens_q=bounds, scaling=0.3, max_length_q=6
     )
     torch.testing.assert_close(out, torch.cat(by_window, 2).transpose(1, 2), rtol=1e-5, atol=1e-6)
-    assert AttentionInterface().get_interface(windows.NAME, None) is windows.attend_by_length
+    assert AttentionInterface().get_interface(qwen_windows.NAME, None) is qwen_windows.attend_by_length
 
 
 def test_eager_attention_says_the_same(qwen_folder: Path, engine: TransformersEngine) -> None:

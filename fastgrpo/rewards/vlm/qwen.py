@@ -28,10 +28,10 @@ from torch import Tensor
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from fastgrpo.hub import fetch_files, require_weights
-from fastgrpo.rewards.vlm import windows
+from fastgrpo.rewards.vlm import qwen_windows
 from fastgrpo.rewards.vlm.engine import Clip, Decoding, Reply
-from fastgrpo.rewards.vlm.shared_prefix import Prefix, answer, see
-from fastgrpo.rewards.vlm.tokens import NUMBERS, ChatTokens, read_chat
+from fastgrpo.rewards.vlm.qwen_prefix import Prefix, answer, see
+from fastgrpo.rewards.vlm.qwen_chat import NUMBERS, ChatTokens, read_chat
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _CONFIG_FILES = ("*.json", "*.txt", "*.jinja")
@@ -148,7 +148,7 @@ class TransformersEngine:
         takes the one of the files.
         """
         if self.attention == "sdpa":
-            module.model.visual.config._attn_implementation = windows.NAME
+            module.model.visual.config._attn_implementation = qwen_windows.NAME
         self.loaded = (module.to(device).eval().requires_grad_(False), chat, device)
         self._kept.clear()
 
