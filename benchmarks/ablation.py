@@ -191,7 +191,7 @@ def measure(transformer: Path | None, row: str, seed: int, config: TrainConfig) 
     components, kinds = [], []
     for sample in sample_groups(policy, rollout):
         videos = decode(policy, sample.latents)
-        components.append(judge.components(videos, sample.prompts))
+        components.append(judge.qualities(videos, sample.prompts))
         kinds.append(torch.stack(judge.classify(videos), dim=1))
     vq, mq, ta = torch.cat(components).double().mean(dim=0).tolist()
     drawn = torch.cat(kinds)

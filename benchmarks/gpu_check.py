@@ -2,8 +2,8 @@
 speed of kernels, generators and judge.
 
     python benchmarks/gpu_check.py --only kernels     # on the GPU machine, in the root of the repository
-    # throughput.py: G0, forward, train unit, decode, a scaled iteration
-    python benchmarks/gpu_check.py --only throughput
+    # iteration.py: G0, forward, train unit, decode, a scaled iteration
+    python benchmarks/gpu_check.py --only iteration
     python benchmarks/gpu_check.py --only judge       # judge.py: Qwen2.5-VL-7B, shared prefix against generate
     python benchmarks/gpu_check.py --dry-run          # anywhere: what it would run
 
@@ -53,7 +53,7 @@ sys.path.insert(
     0, str(Path(__file__).resolve().parent.parent)
 )  # for `python benchmarks/gpu_check.py`
 
-from benchmarks.verify import ROOT, environment
+from benchmarks.common.verdicts import ROOT, environment
 
 BUDGET = 570.0
 """Seconds in all: half a minute below the ten minutes after which the machine ends the command."""
@@ -73,7 +73,7 @@ TRAINER_NEEDS = (
     "transformers",
     "yaml",
 )
-"""Packages without which throughput.py does not start."""
+"""Packages without which iteration.py does not start."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class Outcome:
     state: str
     """"right", "FAILED" or "left out"."""
     seconds: float
-    words: str
+    note: str
 
 
 def plan(out: Path, only: str = "") -> list[Part]:
@@ -137,7 +137,14 @@ def kernel_parts(out: Path) -> list[Part]:
         Part("every op once", touch, 120),
         Part(
             "tests",
-            (PYTHON, str(ROOT / "benchmarks" / "verify.py"), "--jobs", "6", "--timeout", "200"),
+            (
+                PYTHON,
+                str(ROOT / "benchmarks" / "common" / "verdicts.py"),
+                "--jobs",
+                "6",
+                "--timeout",
+                "200",
+            ),
             210,
             no_tests,
         ),
@@ -153,7 +160,7 @@ def kernel_parts(out: Path) -> list[Part]:
     ]
 
 
-def throughput_parts(out: Path) -> list[Part]:
+def iteration_parts(out: Path) -> list[Part]:
     """Speed and memory of the real generators with random weights. Each process checks G0 of what
     it measures; --budget lets it end by itself, with its table, before its limit.
     """
@@ -161,7 +168,7 @@ def throughput_parts(out: Path) -> list[Part]:
     missing = f"{' and '.join(absent)} missing: {CARRY}" if absent else ""
 
     def part(name: str, model: str, seconds: float, *options: str) -> Part:
-        script = str(ROOT / "benchmarks" / "throughput.py")
+        script = str(ROOT / "benchmarks" / "iteration.py")
         command = (
             PYTHON,
             script,
@@ -179,7 +186,7 @@ def throughput_parts(out: Path) -> list[Part]:
     short = (
         "--layers",
         "20",
-        "--backends",
+        "--implementations",
         "eager",
         "fused",
         "--parts",
@@ -193,7 +200,7 @@ def throughput_parts(out: Path) -> list[Part]:
             "1.3B, units",
             "wan2.1_t2v_1.3b",
             150,
-            "--backends",
+            "--implementations",
             "fused",
             "--parts",
             "g0",
@@ -204,7 +211,7 @@ def throughput_parts(out: Path) -> list[Part]:
             "1.3B, iteration",
             "wan2.1_t2v_1.3b",
             220,
-            "--backends",
+            "--implementations",
             "fused",
             "--parts",
             "g0",
@@ -233,7 +240,7 @@ def judge_part(out: Path) -> list[Part]:
 
 CHOICES: dict[str, Callable[[Path], list[Part]]] = {
     "kernels": kernel_parts,
-    "throughput": throughput_parts,
+    "iteration": iteration_parts,
     "judge": judge_part,
 }
 """What `--only` takes; the first two fill ten minutes each."""
@@ -274,8 +281,8 @@ def touch(device: str) -> int:
     sys.path.insert(0, str(ROOT / "kernels"))
     from fastgrpo_kernels import dispatch
 
+    from benchmarks.common.cases import cases
     from benchmarks.ops import draw_on
-    from benchmarks.registry import cases
 
     failures, calls = 0, 0
     for case in [case for size in TOUCH_SIZES for case in cases(size)]:
@@ -342,14 +349,14 @@ def _run(part: Part, out: Path, seconds: float) -> Outcome:
         out / LOG, "a", encoding="utf-8"
     ) as log:  # one file for all parts: what comes back from a lent machine is few files
         log.write(f"=== {part.name}: {' '.join(part.command)}\n{text}\n")
-    words = (
+    note = (
         f"not done after {seconds:.0f} s"
         if code is None
         else ""
         if code == 0
         else f"exit code {code}, see {LOG}"
     )
-    return Outcome(part.name, "right" if code == 0 else "FAILED", time.monotonic() - start, words)
+    return Outcome(part.name, "right" if code == 0 else "FAILED", time.monotonic() - start, note)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -396,7 +403,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     for outcome in outcomes:
         print(
-            f"{outcome.name:<16}{outcome.state:<10}{outcome.seconds:>6.0f} s  {outcome.words}".rstrip()
+            f"{outcome.name:<16}{outcome.state:<10}{outcome.seconds:>6.0f} s  {outcome.note}".rstrip()
         )
     return exit_code(outcomes)
 

@@ -1,9 +1,9 @@
 """How long the judge takes in process: 16 videos and three questions about each, against
 transformers' own `generate` (goal G5).
 
-    python benchmarks/judge.py                                  # Qwen2.5-VL-7B's size with random weights, on this machine's GPU
-    python benchmarks/judge.py --scale tiny --device cpu        # seconds, on a CPU: whether it runs, not how fast
-    python benchmarks/judge.py --model FOLDER_OR_HUB_ID         # a model's own weights and tokenizer; not yet run
+    python benchmarks/judge.py                            # Qwen2.5-VL-7B's size, random weights
+    python benchmarks/judge.py --scale tiny --device cpu  # seconds: whether it runs, not how fast
+    python benchmarks/judge.py --model FOLDER_OR_HUB_ID   # own weights and tokenizer; not yet run
 
 Videos lie on the device as a rollout leaves them (float in [0, 1]); everything from them to the
 texts is timed. Peers: `generate` once for each video and question, and `generate` on the batch
@@ -40,15 +40,16 @@ from benchmarks.common import rows, timing
 from benchmarks.common.rows import number
 from fastgrpo.rewards.media.frames import FrameSettings, make_clip, patches, seconds_per_grid
 from fastgrpo.rewards.vlm.engine import Clip, Decoding
-from fastgrpo.rewards.vlm.qwen import DTYPES, TransformersEngine
 from fastgrpo.rewards.vlm.questions import ask_about, read_questions
+from fastgrpo.rewards.vlm.qwen import DTYPES, TransformersEngine
 from fastgrpo.rewards.vlm.qwen_chat import ChatTokens
 
 TOKENS = 5
 """Of an answer: those of 10.00, or 8.50 and the end."""
 CAPTION = (
-    "A lone cyclist in a yellow raincoat rides along a wet cobbled street at dusk, past lit shop windows and parked cars, while the camera "
-    "follows smoothly at shoulder height; reflections of neon signs shimmer in the puddles, and a tram crosses in the background."
+    "A lone cyclist in a yellow raincoat rides along a wet cobbled street at dusk, past lit shop "
+    "windows and parked cars, while the camera follows smoothly at shoulder height; reflections of "
+    "neon signs shimmer in the puddles, and a tram crosses in the background."
 )
 _IDS = {
     "vision_start_token_id": 151652,
@@ -389,7 +390,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     greedy = Decoding(max_tokens=TOKENS)
     ours = [[int(token) for token in text.split()] for text in shared(greedy)]
     found = differences(ours, single(), batched())
-    work = f"{scale.videos} videos x {len(questions)} questions, {scale.height}x{scale.width}x{scale.num_frames}"
+    size = f"{scale.height}x{scale.width}x{scale.num_frames}"
+    work = f"{scale.videos} videos x {len(questions)} questions, {size}"
     if found:
         print(f"{work}: the tokens are not those of generate: no number\n{found}")
         return 1
@@ -418,7 +420,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 peak_gb=usage.peak / 1e9 if usage.peak else None,
                 against_single=single_x,
                 against_batched=batched_x,
-                goals="" if name in peers else goals(*figures, about["device"], chosen.model, scale),
+                goals=""
+                if name in peers
+                else goals(*figures, about["device"], chosen.model, scale),
                 **about,
             )
         )

@@ -6,10 +6,10 @@ backward.
     python benchmarks/ops.py --ops ln_modulate --sizes wan_1.3b_480p
 
 Prints microseconds, GB/s (the fewest bytes that must move, over the time), that as a share of
-the copy bandwidth measured in the same run, and the ratio to the eager peer (peers.py) and to
+the copy bandwidth measured in the same run, and the ratio to the eager peer (common/peers.py) and to
 torch.compile of it, with goals G7 and G8 beside them on an H100 or an H200. An operation whose
-tests are red gets no number (verify.py). Rows go to benchmarks/data/<GPU or cpu>_ops.csv with
-device, versions and commit; plot.py draws them.
+tests are red gets no number (common/verdicts.py). Rows go to benchmarks/data/<GPU or cpu>_ops.csv with
+device, versions and commit.
 """
 
 from __future__ import annotations
@@ -21,22 +21,24 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `python benchmarks/ops.py`
 
-from benchmarks.verify import ROOT, Verdict, verdict
+from benchmarks.common.verdicts import ROOT, Verdict, verdict
 
 sys.path.insert(0, str(ROOT / "kernels"))  # where the package is not installed
 
 from fastgrpo_kernels import dispatch
 
-from benchmarks import stopwatch
-from benchmarks.peers import Inputs
-from benchmarks.registry import SIZES, Case, Draw, Outputs, cases
-from benchmarks.rows import DATA, PEERS, Row, csv_name, judge, provenance, table, write_csv
+from benchmarks.common import rows, timing
+from benchmarks.common.cases import SIZES, Case, Draw, Outputs, cases
+from benchmarks.common.peers import Inputs
+from benchmarks.common.rows import Measurement, number
 
 Compute = Callable[[Inputs], Outputs]
 DEFAULT_SIZES = {
@@ -44,14 +46,83 @@ DEFAULT_SIZES = {
     "cpu": ("shapes_16", "shapes_64"),
 }
 BACKENDS = {"cuda": ("triton", "cuda"), "cpu": ("cpp", "reference")}
+SDE_OPS = ("sde_step", "sde_log_prob", "clipped_ratio_loss", "grpo_loss", "branch_gradient")
+"""Held against G8; the others, the transformer's pointwise work, against G7."""
+PEERS = ("eager", "compile")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpMeasurement(Measurement):
+    """One implementation of one operation at one size, in one direction."""
+
+    KEY: ClassVar = ("device", "op", "size", "direction", "implementation", "dtype")
+
+    op: str
+    size: str
+    direction: str
+    """"forward", "backward" or "forward+backward"."""
+    implementation: str
+    """A backend of fastgrpo_kernels, or a peer: "eager", "compile" (Inductor)."""
+    dtype: str
+    us: float
+    host_us: float
+    method: str
+    bytes: int
+    flops: int
+    gb_per_s: float
+    copy_percent: float
+    """Share of the copy bandwidth measured in the same run."""
+    speedup_eager: float | None
+    """Time of the peer over this time: above 1 is faster than the peer."""
+    speedup_compile: float | None
+    log_prob_error: float | None
+    """Largest distance from the float64 reference, for operations that return log-probabilities."""
+
+
+COLUMNS: list[rows.Column] = [
+    ("operation", "<26", lambda row: row.op),
+    ("size", "<15", lambda row: row.size),
+    ("direction", "<18", lambda row: row.direction),
+    ("by", "<11", lambda row: row.implementation),
+    ("us", ">9", lambda row: number(row.us, 1)),
+    ("host us", ">9", lambda row: number(row.host_us, 1)),
+    ("GB/s", ">8", lambda row: number(row.gb_per_s, 1)),
+    ("% copy", ">8", lambda row: number(row.copy_percent, 1)),
+    ("×eager", ">8", lambda row: number(row.speedup_eager, 2)),
+    ("×compile", ">9", lambda row: number(row.speedup_compile, 2)),
+    ("goals", "", lambda row: row.goals),
+]
+
+
+def goals(row: OpMeasurement) -> str:
+    """Goals G7 and G8 of docs/performance.md that this row is held against."""
+    if row.implementation in (*PEERS, "reference") or not rows.has_goals(row.device):
+        return ""
+    asked: list[tuple[str, bool]] = []
+    if row.op not in SDE_OPS:
+        asked.append(("G7 copy 85 %", row.copy_percent >= 85.0))
+        if row.speedup_eager is not None:
+            asked.append(("G7 eager 5x", row.speedup_eager >= 5.0))
+        least = 0.97 if row.direction == "forward" else 1.1
+        if row.speedup_compile is not None:
+            asked.append((f"G7 compile {least}x", row.speedup_compile >= least))
+    limits = {("sde_step", "forward"): 9.0, ("grpo_loss", "forward+backward"): 20.0}
+    limit = limits.get((row.op, row.direction))
+    if limit is not None and "480p" in row.size:
+        asked.append((f"G8 {limit:g} us", row.us <= limit))
+        if row.speedup_eager is not None:
+            asked.append(("G8 eager 12x", row.speedup_eager >= 12.0))
+    if row.log_prob_error is not None:
+        asked.append(("G8 error 1e-6", row.log_prob_error < 1e-6))
+    return rows.met(asked)
 
 
 def main(arguments: Sequence[str] | None = None, tests: Path = ROOT / "tests" / "ops") -> int:
     """Check, measure, print, write. 1 if an operation had red tests or failed."""
     chosen = _parse(arguments)
     device = torch.device(chosen.device)
-    started, bandwidth = time.monotonic(), stopwatch.copy_bandwidth(device)
-    about = provenance(device)
+    started, bandwidth = time.monotonic(), timing.copy_bandwidth(device)
+    about = rows.provenance(device)
     chosen_cases = [
         case
         for size in chosen.sizes
@@ -65,59 +136,51 @@ def main(arguments: Sequence[str] | None = None, tests: Path = ROOT / "tests" / 
         )
     print("  ".join(f"{name} {value}" for name, value in about.items()))
     print(f"copy {bandwidth:.1f} GB/s, bytes read and written\n")
-    rows: list[Row] = []
+    found: list[OpMeasurement] = []
     trouble = _report_red(chosen_cases, verdicts)
     for case in chosen_cases:
+        label = f"{case.op} {case.size}"
         if not verdicts[case.tests].green:
             continue
         if time.monotonic() - started > chosen.budget:
-            print(f"{case.op} {case.size}: left out, the budget of {chosen.budget:.0f} s is spent")
+            print(f"{label}: left out, the budget of {chosen.budget:.0f} s is spent")
             continue
         try:
-            found = measure_case(
-                case,
-                device,
-                verdicts[case.tests].backends,
-                bandwidth,
-                about,
-                chosen.compile,
-                chosen.seconds,
+            of_case = measure_case(
+                case, device, verdicts[case.tests].backends, chosen.compile, chosen.seconds
             )
         # one operation that fails must not cost the figures of the others; the exit code tells
         except Exception as error:
-            print(
-                f"{case.op} {case.size}: FAILED, no number: {type(error).__name__}: {error}",
-                flush=True,
-            )
+            print(f"{label}: FAILED, no number: {type(error).__name__}: {error}", flush=True)
             trouble = True
             continue
-        print(table(found, head=not rows), flush=True)
-        rows += found
-    if rows:
-        path = (chosen.csv or DATA) / csv_name(device)
-        write_csv(path, rows)
+        measured = [_row(case, *one, bandwidth, about) for one in of_case]
+        print(rows.table(measured, COLUMNS, head=not found), flush=True)
+        found += measured
+    if found:
+        path = rows.csv_path(chosen.csv, device, "ops")
+        rows.write_csv(path, found)
         print(f"\n{path}")
     return 1 if trouble else 0
 
 
 def measure_case(
-    case: Case,
-    device: torch.device,
-    shown: Sequence[str],
-    bandwidth: float,
-    about: dict[str, str],
-    compile_peer: bool,
-    seconds: float,
-) -> list[Row]:
-    """Rows of one operation at one size: each backend that can serve it and that its tests have
-    shown, and the peers.
+    case: Case, device: torch.device, shown: Sequence[str], compile_peer: bool, seconds: float
+) -> list[tuple[str, str, dict[str, timing.Timing], float | None]]:
+    """Time one operation at one size: each backend that can serve it, and the peers.
+
+    Args:
+        shown: backends that the operation's tests have shown; another gets no number.
+
+    Returns:
+        Direction, implementation, the timings of all implementations in that direction, and the
+        error of the log-probability (forward of a backend that has one).
     """
     inputs = [case.make(draw_on(device, seed)) for seed in range(_sets(case, device))]
     computes: dict[str, Compute] = {}
+    probe = inputs[0]["latents" if "latents" in inputs[0] else "x"]
     for backend in BACKENDS[device.type]:
-        if dispatch.unsupported_reason(
-            backend, case.op, inputs[0]["latents" if "latents" in inputs[0] else "x"]
-        ):
+        if dispatch.unsupported_reason(backend, case.op, probe):
             continue
         if backend != "reference" and backend not in shown:
             print(f"{case.op} {case.size}: no test of the backend {backend} ran: no number")
@@ -127,46 +190,53 @@ def measure_case(
     if compile_peer:
         torch._dynamo.reset()
         computes["compile"] = torch.compile(case.eager, fullgraph=True, dynamic=False)
-    rows = []
+    found = []
     for direction in case.bytes:
         timings = {
             name: time_direction(case, compute, inputs, direction, device, seconds)
             for name, compute in computes.items()
         }
-        for name, timing in timings.items():
-            rate = case.bytes[direction] / timing.us / 1e3
-            against = {
-                peer: timings[peer].us / timing.us if peer in timings and peer != name else None
-                for peer in PEERS
-            }
-            error = (
-                _log_prob_error(case, computes[name], inputs[0])
-                if direction == "forward" and name not in PEERS
-                else None
-            )
-            row = Row(
-                case.op,
-                case.size,
-                direction,
-                name,
-                str(SIZES[case.size].dtype).removeprefix("torch."),
-                timing.us,
-                timing.host_us,
-                timing.method,
-                case.bytes[direction],
-                case.flops[direction],
-                rate,
-                bandwidth,
-                against["eager"],
-                against["compile"],
-                error,
-                "",
-                **about,
-            )
-            rows.append(row.judged(judge(row)))
+        for name in timings:
+            has_error = direction == "forward" and name not in PEERS
+            error = _log_prob_error(case, computes[name], inputs[0]) if has_error else None
+            found.append((direction, name, timings, error))
     del inputs, computes
     gc.collect()
-    return rows
+    return found
+
+
+def _row(
+    case: Case,
+    direction: str,
+    name: str,
+    timings: dict[str, timing.Timing],
+    error: float | None,
+    bandwidth: float,
+    about: dict[str, str],
+) -> OpMeasurement:
+    taken, rate = timings[name], case.bytes[direction] / timings[name].us / 1e3
+    eager, compiled = (
+        timings[peer].us / taken.us if peer in timings and peer != name else None for peer in PEERS
+    )
+    row = OpMeasurement(
+        op=case.op,
+        size=case.size,
+        direction=direction,
+        implementation=name,
+        dtype=str(SIZES[case.size].dtype).removeprefix("torch."),
+        us=taken.us,
+        host_us=taken.host_us,
+        method=taken.method,
+        bytes=case.bytes[direction],
+        flops=case.flops[direction],
+        gb_per_s=rate,
+        copy_percent=100.0 * rate / bandwidth,
+        speedup_eager=eager,
+        speedup_compile=compiled,
+        log_prob_error=error,
+        **about,
+    )
+    return replace(row, goals=goals(row))
 
 
 def time_direction(
@@ -176,17 +246,17 @@ def time_direction(
     direction: str,
     device: torch.device,
     seconds: float,
-) -> stopwatch.Timing:
+) -> timing.Timing:
     """One direction of one backend, over all sets of inputs in turn."""
 
-    def prepare() -> list[stopwatch.Call]:
+    def prepare() -> list[timing.Call]:
         calls = [_call(case, compute, one, direction) for one in inputs]
         return calls * math.ceil(_calls(case) / len(calls)) if device.type == "cuda" else calls
 
-    return stopwatch.measure(prepare, device, seconds)
+    return timing.measure(prepare, device, seconds)
 
 
-def _call(case: Case, compute: Compute, inputs: Inputs, direction: str) -> stopwatch.Call:
+def _call(case: Case, compute: Compute, inputs: Inputs, direction: str) -> timing.Call:
     if direction == "forward":
         return torch.no_grad()(lambda: compute(inputs))
     leaves = {name: inputs[name].detach().requires_grad_() for name in case.wrt}
@@ -247,7 +317,7 @@ def _report_red(chosen: Sequence[Case], verdicts: dict[str, Verdict]) -> bool:
     for name in sorted({case.tests for case in red}):
         print(verdicts[name].output[-3000:])
     for case in red:
-        print(f"{case.op}: tests red: no number ({case.tests}: {verdicts[case.tests].words})")
+        print(f"{case.op}: tests red: no number ({case.tests}: {verdicts[case.tests].note})")
     return bool(red)
 
 

@@ -2,7 +2,7 @@
 the sizes of the real models.
 
 The compiler runs in its own process: in this one the kernels are interpreted (tests/conftest.py).
-`python benchmarks/ahead_of_time.py` prints the same for all sizes and variants; the slow test
+`python benchmarks/common/ahead_of_time.py` prints the same for all sizes and variants; the slow test
 asserts it.
 """
 
@@ -21,7 +21,7 @@ import pytest
 from fastgrpo_kernels import dispatch
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMAND = [sys.executable, str(ROOT / "benchmarks" / "ahead_of_time.py"), "--json"]
+COMMAND = [sys.executable, str(ROOT / "benchmarks" / "common" / "ahead_of_time.py"), "--json"]
 SIZES = ("wan_1.3b_480p", "wan_14b_240p", "hunyuan_240p")
 SDE_OPS = ("sde_step", "sde_log_prob", "clipped_ratio_loss", "grpo_loss", "branch_gradient")
 # Their tensors, the float64 sums of the tiles, begin at any multiple of 8 bytes, and are 11 KB.
@@ -129,7 +129,7 @@ def test_the_sizes_are_the_true_ones(report: dict[str, Any]) -> None:
 
 FAULTY = """
 import json, sys, torch, triton, triton.language as tl
-from benchmarks import ahead_of_time as subject
+from benchmarks.common import ahead_of_time as subject
 
 @triton.jit
 def _stack_kernel(out, BLOCK: tl.constexpr):
@@ -187,7 +187,7 @@ def test_a_kernel_that_no_case_launches_is_named(tmp_path: Path) -> None:
     script = tmp_path / "incomplete.py"
     script.write_text(f"""
 import sys; sys.path[:0] = {[str(ROOT), str(ROOT / "kernels")]!r}
-from benchmarks import ahead_of_time as subject
+from benchmarks.common import ahead_of_time as subject
 complete = subject.cases
 def only_one(name, dtype=None):
     return [case for case in complete(name, dtype) if case.op == "branch_gradient"]

@@ -527,7 +527,7 @@ BAD = {
     ),
     "k_weight: expected the shape of q_weight, [8]": swap("k_weight", lambda w: w[:4]),
     "cos, sin: expected both or neither": swap("sin", lambda sin: None),
-    "cos: expected a float tensor [R, 2], one angle a pair of channels": swap(
+    "cos: expected a float tensor [R, 2], one angle per pair of channels": swap(
         "cos", lambda cos: cos.repeat_interleave(2, dim=1)
     ),
     "sin: expected a float tensor [R, 2]": swap("sin", lambda sin: sin.long()),

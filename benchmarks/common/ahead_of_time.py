@@ -1,8 +1,8 @@
 """What the compiler makes of every Triton kernel on an H100 (sm_90), without a GPU: registers,
 stack, spills, width of memory accesses.
 
-    python benchmarks/ahead_of_time.py                     # every operation at the true sizes, and its variants
-    python benchmarks/ahead_of_time.py --sizes wan_1.3b_480p --ops sde_step --json
+    python benchmarks/common/ahead_of_time.py                     # every operation at the true sizes, and its variants
+    python benchmarks/common/ahead_of_time.py --sizes wan_1.3b_480p --ops sde_step --json
 
 The launchers themselves run, forward and backward, on tensors of the true sizes that are never
 read; each launch is compiled instead. So the types, alignments, constants and options are those
@@ -37,18 +37,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parent.parent)
-)  # for `python benchmarks/ahead_of_time.py`
-
-from benchmarks.verify import ROOT
-
-sys.path.insert(0, str(ROOT / "kernels"))  # where the package is not installed
+# Where the packages are not installed.
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "kernels"))
 
 import fastgrpo_kernels as kernels
 from fastgrpo_kernels import dispatch
 
-from benchmarks.registry import SIZES, Case, Draw, Inputs, cases
+from benchmarks.common.cases import SIZES, Case, Draw, Inputs, cases
 
 TRUE_SIZES = ("wan_1.3b_480p", "wan_14b_240p", "hunyuan_240p")
 THREADS_PER_WARP, WIDE = 32, 16  # WIDE: bytes of the widest access of a thread
@@ -125,7 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for kernel, words in faults.items():
             print(f"{kernel}: {words}")
         for kernel in missing:
-            print(f"{kernel}: never launched; benchmarks/registry.py has no case for it")
+            print(f"{kernel}: never launched; benchmarks/common/cases.py has no case for it")
     return 1 if faults or missing else 0
 
 
@@ -155,16 +151,15 @@ def package_kernels() -> set[str]:
     """Names of the package's Triton kernels, `_<op>_..._kernel` by the house's rule; helpers that
     kernels call are not among them.
     """
-    names: set[str] = set()
-    for module in pkgutil.iter_modules(kernels.__path__):
-        if module.name.startswith("_"):
-            continue
-        members = vars(importlib.import_module(f"{kernels.__name__}.{module.name}"))
-        names |= {
-            name
-            for name, value in members.items()
-            if name.endswith("_kernel") and type(value).__name__ == "JITFunction"
-        }
+    prefix, names = f"{kernels.__name__}.", set[str]()
+    for module in pkgutil.walk_packages(kernels.__path__, prefix):
+        if not module.name.removeprefix(prefix).startswith("_"):
+            members = vars(importlib.import_module(module.name)).items()
+            names |= {
+                name
+                for name, value in members
+                if name.endswith("_kernel") and type(value).__name__ == "JITFunction"
+            }
     return names
 
 

@@ -1,8 +1,8 @@
 """No number for an operation whose tests are red: the verdict of its tests, in a process of its own
 with the device's settings.
 
-    python benchmarks/verify.py                        # every file under tests/ops
-    python benchmarks/verify.py tests/ops/test_sde_step.py
+    python benchmarks/common/verdicts.py                        # every file under tests/ops
+    python benchmarks/common/verdicts.py tests/ops/test_sde_step.py
 
 A green verdict is remembered in build/verified.json under a fingerprint of all that it rests on:
 the sources, the tests, the built library, device and versions. A red one is not.
@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 STAMPS = ROOT / "build" / "verified.json"
 BACKENDS = ("cuda", "cpp", "triton", "reference")
 
@@ -39,7 +39,7 @@ class Verdict:
     """What the tests of one file said."""
 
     green: bool
-    words: str
+    note: str
     """Such as "41 passed, 12 skipped", or why there is no green."""
     backends: tuple[str, ...]
     """Those that are a parameter of more tests that passed than were skipped; another has no
@@ -47,7 +47,7 @@ class Verdict:
     """
     seconds: float
     output: str = ""
-    """The tests' own words, if they are red."""
+    """The tests' own note, if they are red."""
     idle: bool = False
     """Not green, for every test was skipped."""
 
@@ -66,7 +66,7 @@ def _verdict(tests: Path, timeout: float) -> Verdict:
     remembered = tests.is_relative_to(ROOT)
     key = f"{tests.name} {fingerprint()}"
     if remembered and (stamp := _stamps().get(key)):
-        return Verdict(True, stamp["words"], tuple(stamp["backends"]), stamp["seconds"])
+        return Verdict(True, stamp["note"], tuple(stamp["backends"]), stamp["seconds"])
     found = _run(tests, timeout)
     if remembered and found.green:
         _remember(key, found)
@@ -121,7 +121,7 @@ def _run(tests: Path, timeout: float) -> Verdict:
     ]
     passed = [case for case in cases if case not in bad and case.find("skipped") is None]
     skipped = [case for case in cases if case.find("skipped") is not None]
-    words = ", ".join(
+    note = ", ".join(
         f"{count} {what}"
         for count, what in (
             (len(passed), "passed"),
@@ -139,7 +139,7 @@ def _run(tests: Path, timeout: float) -> Verdict:
     )
     return Verdict(
         green,
-        words or "no test",
+        note or "no test",
         backends,
         time.monotonic() - start,
         "" if green or idle else done.stdout,
@@ -211,7 +211,7 @@ def _remember(key: str, found: Verdict) -> None:
         json.dumps(
             {
                 **kept,
-                key: {"words": found.words, "backends": found.backends, "seconds": found.seconds},
+                key: {"note": found.note, "backends": found.backends, "seconds": found.seconds},
             },
             indent=1,
         )
@@ -245,7 +245,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for path, found in zip(files, verdicts, strict=True):
         of = f" ({', '.join(found.backends)})" if found.backends else ""
         state = "green" if found.green else "idle" if found.idle else "RED"
-        print(f"{path.name:<28} {state:<6} {found.words}{of}, {found.seconds:.1f} s")
+        print(f"{path.name:<28} {state:<6} {found.note}{of}, {found.seconds:.1f} s")
     return 0 if all(found.green or found.idle for found in verdicts) else 1
 
 

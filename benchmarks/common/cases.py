@@ -18,15 +18,15 @@ import torch
 from fastgrpo_kernels.sde import reference
 from torch import Tensor
 
-from benchmarks import peers
-from benchmarks.peers import GUIDANCE, Inputs
+from benchmarks.common import peers
+from benchmarks.common.peers import GUIDANCE, Inputs
 
 # -------- sizes
 
 
 @dataclass(frozen=True)
 class Size:
-    """What one step of one model works on (shared/performance.md)."""
+    """What one step of one model works on (docs/performance.md)."""
 
     batch: int
     latent: tuple[int, ...]
@@ -67,7 +67,7 @@ SIZES = {
     "tiny": Size(2, (4, 3, 5), torch.bfloat16, True, 12, 12, 2, head_dim=16),
     "tiny_per_head": Size(3, (4, 2, 7), torch.float32, False, 9, 7, 3, per_head=True, head_dim=8),
 }
-A, B, STD = 0.99432, -0.03883, 0.09731  # step 8 of 16, method.md's table
+A, B, STD = 0.99432, -0.03883, 0.09731  # step 8 of 16, docs/method.md's table
 
 # -------- registry
 
@@ -177,7 +177,7 @@ def _token_cases(name: str, size: Size) -> list[Case]:
     return [
         case(
             "ln_modulate",
-            tests="test_ln_modulate.py",
+            tests="test_gate_residual_ln_modulate.py",
             fused=_ln_modulate,
             eager=getattr(peers, f"ln_modulate_{backend}"),
             wrt=("x", "scale", "shift"),
@@ -187,7 +187,7 @@ def _token_cases(name: str, size: Size) -> list[Case]:
         # The gradient of x is that of the result: nothing is read or written for it.
         case(
             "gate_residual",
-            tests="test_gate_residual.py",
+            tests="test_gate_residual_ln_modulate.py",
             fused=_gate_residual,
             eager=getattr(peers, f"gate_residual_{backend}"),
             wrt=("x", "y", "gate"),
@@ -196,7 +196,7 @@ def _token_cases(name: str, size: Size) -> list[Case]:
         ),
         case(
             "gate_residual_ln_modulate",
-            tests="test_gate_residual.py",
+            tests="test_gate_residual_ln_modulate.py",
             fused=_gate_residual_ln_modulate,
             eager=getattr(peers, f"gate_residual_ln_modulate_{backend}"),
             wrt=("x", "y", "gate", "scale", "shift"),

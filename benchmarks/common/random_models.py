@@ -164,7 +164,7 @@ def recipe(
     if device.type == "cpu":
         given["runtime.compute_dtype"] = "fp32"
     words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
-    config, _, _ = parse_config([*words, *overrides], prog="benchmarks/throughput.py")
+    config, _, _ = parse_config([*words, *overrides], prog="benchmarks/iteration.py")
     return config
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,6 +76,51 @@ def copy_bandwidth(device: torch.device, numel: int | None = None) -> float:
         seconds=0.5,
     ).us
     return 2 * source.nbytes / us / 1e3
+
+
+@dataclass
+class Usage:
+    """Seconds, and on a GPU the allocator's peak in bytes (0 elsewhere)."""
+
+    seconds: float = 0.0
+    peak: float = 0.0
+
+
+@contextmanager
+def spending(usage: Usage, device: torch.device) -> Iterator[None]:
+    """Add what happens in the meantime to `usage`, the device's queued work waited for."""
+    synchronize(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    begin = time.perf_counter()
+    yield
+    synchronize(device)
+    usage.seconds += time.perf_counter() - begin
+    if device.type == "cuda":
+        usage.peak = max(usage.peak, torch.cuda.max_memory_allocated(device))
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for a GPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def median(call: Callable[[], Any], device: torch.device, repeats: int) -> Usage:
+    """The median seconds and the largest peak of so many calls, after one that is not counted."""
+    call()
+    runs = [Usage() for _ in range(repeats)]
+    for run in runs:
+        with spending(run, device):
+            call()
+    return Usage(statistics.median(run.seconds for run in runs), max(run.peak for run in runs))
+
+
+def matmul_rate(device: torch.device) -> float:
+    """FLOP/s of a product of square matrices: bf16 of 8192 on a GPU, fp32 of 1024 on a CPU."""
+    size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (1024, torch.float32)
+    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    return 2 * size**3 / measure(lambda: [lambda: left @ right], device, seconds=0.5).us * 1e6
 
 
 def _rounds(once: Callable[[], float], seconds: float) -> float:

@@ -1,4 +1,4 @@
-"""What throughput.py compares with: a rollout and an update as trainers in DanceGRPO's manner make
+"""What iteration.py compares with: a rollout and an update as trainers in DanceGRPO's manner make
 them on plain diffusers, restated.
 
 Eager blocks, every block checkpointed, both branches of the guidance as one batch of two, the
@@ -6,7 +6,7 @@ first step made for every video, one joint backward, a VAE that decodes in tiles
 to the judge as mp4 files. Each of these is a handicap that can be left out, so that what it
 costs is seen alone. Everything else is as in fastgrpo, on purpose: schedule, noise, stored
 trajectories, fp32 master weights, bf16 by autocast. In fp32 on a CPU both loops give the same
-numbers up to rounding (tests/benchmarks/test_throughput.py).
+numbers up to rounding (tests/benchmarks/test_iteration.py).
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ from fastgrpo_kernels import gaussian_noise
 from torch import Tensor
 
 from fastgrpo.algorithm.sde import x0_prediction
+from fastgrpo.algorithm.seeds import derive_seed
 from fastgrpo.config import UpdateConfig
 from fastgrpo.interfaces import Policy
-from fastgrpo.training.trajectory import Rollout, branch_velocities, derive_seed
+from fastgrpo.training.trajectory import Rollout, branch_velocities
 from fastgrpo.training.update import trained_steps, update
 
 HANDICAPS = {

@@ -1,5 +1,5 @@
-"""What the parts of throughput.py share: one session's state, how a figure is taken and kept, what
-`plan` says of it.
+"""What the parts of iteration.py share: one session's state, how a measurement is taken and kept,
+what `plan` says of it, and the goals G1 to G4 and G6.
 """
 
 from __future__ import annotations
@@ -10,21 +10,21 @@ import gc
 import importlib
 import importlib.util
 import math
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from fastgrpo_kernels import guided_velocity
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
-from benchmarks import generators, stopwatch
-from benchmarks.throughput_rows import Figure, compared, table, write
+from benchmarks.common import random_models, rows
+from benchmarks.common.rows import Measurement, number
+from benchmarks.common.timing import Usage
 from fastgrpo.config import TrainConfig, UpdateConfig
 from fastgrpo.planning import memory
 from fastgrpo.policies.pretrained import fused_serves
@@ -32,7 +32,7 @@ from fastgrpo.training.loop import compute_dtype
 from fastgrpo.training.rollout import sample_groups, start_rollout
 from fastgrpo.training.trajectory import Rollout, branch_velocity
 from fastgrpo.training.update import (
-    Pair,
+    TrainedTransition,
     make_optimizer,
     micro_batch,
     trained_steps,
@@ -40,18 +40,141 @@ from fastgrpo.training.update import (
 )
 
 
-@dataclass
-class Spent:
-    """Seconds, and on a GPU the allocator's peak in bytes (0 elsewhere)."""
+@dataclass(frozen=True, kw_only=True)
+class ModelMeasurement(Measurement):
+    """One part of an iteration by one implementation."""
 
-    seconds: float = 0.0
-    peak: float = 0.0
+    KEY: ClassVar = ("device", "model", "size", "part", "implementation")
+
+    model: str
+    size: str
+    recipe_size: bool
+    """Whether frames and steps are the recipe's (layers may be fewer)."""
+    part: str
+    implementation: str
+    seconds: float | None = None
+    whole_s: float | None = None
+    """Seconds of all layers, and of the recipe's whole iteration."""
+    tflop: float | None = None
+    """What has to be computed in `whole_s`, nothing twice."""
+    tflop_per_s: float | None = None
+    mfu_percent: float | None = None
+    peer: str = ""
+    """The implementation of the same part that this one is compared with."""
+    ratio: float | None = None
+    """The peer's whole_s over this one: above 1 is faster than the peer."""
+    peak_gb: float | None = None
+    planned_gb: float | None = None
+    drift: float | None = None
+    """Largest |ratio - 1| of a trained step before any update."""
+    mismatch: float | None = None
+    """Largest rms between the training forward's and the rollout's step, in units of its noise."""
+    psnr: float | None = None
+    """dB, to the fp32 un-tiled decode."""
+    ms_ssim: float | None = None
+    g0: str = ""
+    """green, red or not checked; nothing for what has no ratio of its own (a decode, the
+    DanceGRPO-style loop).
+    """
+    note: str = ""
+    matmul_tflop_per_s: float
+    diffusers: str
+
+
+COLUMNS: list[rows.Column] = [
+    ("part", "<19", lambda row: row.part),
+    ("by", "<42", lambda row: row.implementation),
+    ("seconds", ">9", lambda row: number(row.seconds, 4)),
+    ("whole s", ">9", lambda row: number(row.whole_s, 4)),
+    ("TFLOP/s", ">8", lambda row: number(row.tflop_per_s, 1)),
+    ("MFU %", ">6", lambda row: number(row.mfu_percent, 1)),
+    ("ratio", ">7", lambda row: number(row.ratio, 2)),
+    ("to", "<12", lambda row: row.peer),
+    ("GB", ">8", lambda row: number(row.peak_gb, 1)),
+    ("plan GB", ">8", lambda row: number(row.planned_gb, 1)),
+    ("notes", "", lambda row: "; ".join(filter(None, [row.note, _red(row), row.goals]))),
+]
+
+
+def _red(row: ModelMeasurement) -> str:
+    return "G0 red" if row.g0 == "red" and row.part != "g0" else ""
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A goal of docs/performance.md, for one H100."""
+
+    name: str
+    seconds: float
+    ratios: dict[str, float] = field(default_factory=dict)
+    """The least ratio to another row of the part."""
+    peak_gb: float | None = None
+    """With the optimizer's states."""
+    ms_ssim: float | None = None
+
+
+GOALS = {
+    ("wan2.1_t2v_1.3b", "forward", "fused"): Goal(
+        "G1", 0.25, {"eager": 1.25, "compiled": 1.0, "fa2": 1.5}
+    ),
+    ("wan2.1_t2v_14b", "forward", "fused"): Goal("G3", 0.28),
+    ("wan2.1_t2v_1.3b", "decode", "un-tiled bf16"): Goal(
+        "G4", 0.70, {"tiled bf16": 2.2}, ms_ssim=0.9999
+    ),
+    ("wan2.1_t2v_1.3b", "iteration", "ours"): Goal(
+        "G6", 265.0, {"peer": 1.6, "peer with fa2": 2.0}
+    ),
+}
+for _kept in ("none", "keep_attention"):  # whichever of them fits
+    GOALS["wan2.1_t2v_1.3b", "train", f"fused, {_kept}"] = Goal(
+        "G2", 0.87, {"eager, full": 1.5}, peak_gb=75.0
+    )
+    GOALS["wan2.1_t2v_14b", "train", f"fused, {_kept}"] = Goal("G3", 0.90)
+WITH_ADAM, WITHOUT_ADAM = "with Adam's states", "without Adam's states"
+"""Notes of a train unit: whether the optimizer's memory was taken beside it."""
+
+
+def compared(measured: list[ModelMeasurement]) -> list[ModelMeasurement]:
+    """The same with the ratios to their peers, and with their goals. Where G0 is red there is no
+    ratio: it is no gain.
+    """
+    seconds = {(row.part, row.implementation): row.whole_s for row in measured}
+    found = []
+    for row in measured:
+        peer_s = seconds.get((row.part, row.peer))
+        ratio = peer_s / row.whole_s if peer_s and row.whole_s and row.g0 != "red" else None
+        found.append(dataclasses.replace(row, ratio=ratio, goals=judge(row, seconds)))
+    return found
+
+
+def judge(row: ModelMeasurement, seconds: dict[tuple[str, str], float | None]) -> str:
+    """The goals of a row, each met or not met: for an H100 or an H200, the recipe's own size, and a
+    green G0.
+
+    Args:
+        seconds: whole_s of all rows of this run, by part and implementation.
+    """
+    goal = GOALS.get((row.model, row.part, row.implementation))
+    if goal is None or not rows.has_goals(row.device) or not row.whole_s or not row.recipe_size:
+        return ""
+    if row.g0 not in ("green", ""):
+        return f"{goal.name}: G0 is {row.g0}"
+    asked = [(f"{goal.name} {goal.seconds:g} s", row.whole_s <= goal.seconds)]
+    for peer, least in goal.ratios.items():
+        if peer_s := seconds.get((row.part, peer)):
+            asked.append((f"{goal.name} {least:g}x {peer}", peer_s / row.whole_s >= least))
+    if goal.peak_gb is not None and row.peak_gb is not None:
+        is_met = row.peak_gb < goal.peak_gb and WITH_ADAM in row.note
+        asked.append((f"{goal.name} {goal.peak_gb:g} GB", is_met))
+    if goal.ms_ssim is not None and row.ms_ssim is not None:
+        asked.append((f"{goal.name} MS-SSIM {goal.ms_ssim:g}", row.ms_ssim >= goal.ms_ssim))
+    return rows.met(asked)
 
 
 @dataclass(frozen=True)
 class Bits:
     """How a training forward compares with the rollout's: all velocities equal bit for bit, worst
-    ratio and mismatch (see Figure).
+    ratio and mismatch (see ModelMeasurement).
     """
 
     equal: bool
@@ -79,15 +202,13 @@ class Bench:
     """FLOP/s of matrix products, measured."""
     about: dict[str, str]
     path: Path
-    before: str
-    """What the file held before this run."""
     bits: dict[str, Bits] = field(default_factory=dict)
-    figures: list[Figure] = field(default_factory=list)
+    rows: list[ModelMeasurement] = field(default_factory=list)
     rollout: Rollout | None = None
     """One sampled video, for what needs a trajectory to train on."""
-    theirs: Rollout | None = None
+    peer_rollout: Rollout | None = None
     """The videos that the DanceGRPO-style loop sampled first."""
-    known: dict[tuple[str, frozenset[str]], dict[str, Spent]] = field(default_factory=dict)
+    known: dict[tuple[str, frozenset[str]], dict[str, Usage]] = field(default_factory=dict)
     """Phases of that loop, by the handicaps that each feels."""
     trouble: bool = False
     started: float = field(default_factory=time.monotonic)
@@ -109,9 +230,6 @@ class Bench:
         return self.whole.velocity(activations, sharded).flop, self.counts.velocity(
             activations, sharded
         ).flop
-
-
-# -------- what fits
 
 
 def planned(bench: Bench, phase: str, activations: str, optimizer: bool = True) -> float:
@@ -148,10 +266,7 @@ def best_activations(bench: Bench, optimizer: bool) -> str:
     )
 
 
-# -------- what is shared
-
-
-def attempt(bench: Bench, what: str, call: Callable[[], None]) -> None:
+def run_guarded(bench: Bench, what: str, measure: Callable[..., None], *given: Any) -> None:
     """Make a measurement if there is time; what fails is named and does not stop the others. Memory
     that is too small is no failure.
     """
@@ -159,12 +274,10 @@ def attempt(bench: Bench, what: str, call: Callable[[], None]) -> None:
         print(f"{what}: left out, the budget of {bench.options.budget:.0f} s is spent", flush=True)
         return
     try:
-        call()
+        measure(bench, *given)
     except torch.OutOfMemoryError as error:
         print(f"{what}: no number, out of memory: {str(error).splitlines()[0]}", flush=True)
-    except (
-        Exception
-    ) as error:  # one measurement that fails must not cost the others; the exit code tells
+    except Exception as error:  # must not cost the other measurements; the exit code tells
         print(f"{what}: FAILED, no number: {type(error).__name__}: {error}", flush=True)
         bench.trouble = True
     gc.collect()
@@ -175,43 +288,42 @@ def attempt(bench: Bench, what: str, call: Callable[[], None]) -> None:
 def add(
     bench: Bench,
     part: str,
-    by: str,
-    spent: Spent | None = None,
+    implementation: str,
+    usage: Usage | None = None,
     *,
     whole_s: float | None = None,
     flop: float | None = None,
     **values: Any,
 ) -> None:
-    """Keep a figure, print its line, and write the file, so that what is ended at a limit leaves
-    what it had. flop: done in whole_s.
+    """Keep a measurement, print its line, and write the file, so that what is ended at a limit
+    leaves what it had.
+
+    Args:
+        flop: done in whole_s.
     """
     rate = flop / whole_s if flop and whole_s else None
-    given: dict[str, Any] = dict.fromkeys(
-        ("ratio", "planned_gb", "drift", "mismatch", "psnr", "ms_ssim")
-    )
-    given |= {"peer": "", "g0": "", "words": "", "goals": ""} | bench.about | values
     if whole_s and bench.whole is not bench.counts and part != "decode":
-        given["words"] = "; ".join(
-            filter(None, [given["words"], "whole s scaled up to all layers"])
-        )
-    figure = Figure(
+        notes = [values.get("note"), "whole s scaled up to all layers"]
+        values["note"] = "; ".join(filter(None, notes))
+    row = ModelMeasurement(
         model=bench.options.model,
         size=bench.size,
         recipe_size=bench.options.recipe_size,
         part=part,
-        by=by,
-        seconds=spent.seconds if spent else None,
+        implementation=implementation,
+        seconds=usage.seconds if usage else None,
         whole_s=whole_s,
         tflop=flop / 1e12 if flop else None,
         tflop_per_s=rate / 1e12 if rate else None,
         mfu_percent=100 * rate / bench.rate if rate else None,
-        peak_gb=spent.peak / 1e9 if spent and spent.peak else None,
+        peak_gb=usage.peak / 1e9 if usage and usage.peak else None,
         matmul_tflop_per_s=bench.rate / 1e12,
-        **given,
+        **bench.about,
+        **values,
     )
-    bench.figures = compared([*bench.figures, figure])
-    write(bench.path, bench.before, bench.figures)
-    print(table(bench.figures[-1:], head=len(bench.figures) == 1), flush=True)
+    bench.rows = compared([*bench.rows, row])
+    rows.write_csv(bench.path, bench.rows)
+    print(rows.table(bench.rows[-1:], COLUMNS, head=len(bench.rows) == 1), flush=True)
 
 
 def start(bench: Bench, policy: Any, videos: int) -> Rollout:
@@ -222,7 +334,7 @@ def start(bench: Bench, policy: Any, videos: int) -> Rollout:
     )
     return start_rollout(
         policy,
-        [generators.PROMPT],
+        [random_models.PROMPT],
         cfg,
         seed=0,
         iteration=1,
@@ -249,53 +361,8 @@ def with_optimizer(policy: Any, cfg: UpdateConfig) -> torch.optim.Optimizer:
 
 
 def g0_of(bench: Bench, name: str) -> str:
-    """The colour of an backend's G0."""
+    """green, red or not checked: the G0 of an implementation."""
     return "not checked" if name not in bench.bits else "green" if bench.bits[name].green else "red"
-
-
-# -------- measuring
-
-
-@contextmanager
-def spending(spent: Spent, device: torch.device) -> Iterator[None]:
-    """Add what happens in the meantime to `spent`, the device's queued work waited for."""
-    synchronize(device)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    begin = time.perf_counter()
-    yield
-    synchronize(device)
-    spent.seconds += time.perf_counter() - begin
-    if device.type == "cuda":
-        spent.peak = max(spent.peak, torch.cuda.max_memory_allocated(device))
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait for a GPU."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def median(call: Callable[[], Any], device: torch.device, repeats: int) -> Spent:
-    """The median seconds and the largest peak of so many calls, after one that is not counted."""
-    call()
-    runs = [Spent() for _ in range(repeats)]
-    for run in runs:
-        with spending(run, device):
-            call()
-    return Spent(statistics.median(run.seconds for run in runs), max(run.peak for run in runs))
-
-
-def matmul_rate(device: torch.device) -> float:
-    """FLOP/s of a product of square matrices: bf16 of 8192 on a GPU, fp32 of 1024 on a CPU."""
-    size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (1024, torch.float32)
-    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    return (
-        2
-        * size**3
-        / stopwatch.measure(lambda: [lambda: left @ right], device, seconds=0.5).us
-        * 1e6
-    )
 
 
 @contextmanager
@@ -326,8 +393,8 @@ def check_bits(policy: Any, rollout: Rollout, cfg: UpdateConfig) -> Bits:
             pass
     equal, ratios, mismatches = True, [], []
     for step in trained_steps(rollout, 0, cfg.timestep_fraction, seed=0):
-        batch = micro_batch(rollout, [Pair(0, step, 1.0)])
-        at = batch.latents, batch.videos, batch.steps
+        batch = micro_batch(rollout, [TrainedTransition(0, step, 1.0)])
+        at = batch.latents, batch.sample_indices, batch.steps
         again = [
             branch_velocity(policy, rollout, *at, conditional=c).detach()
             for c in (True, False)[:branches]
@@ -348,7 +415,7 @@ def check_bits(policy: Any, rollout: Rollout, cfg: UpdateConfig) -> Bits:
     return Bits(equal, max(abs(ratio - 1.0) for ratio in ratios), max(mismatches), len(ratios))
 
 
-def likeness(frames: Tensor, exact: Tensor) -> dict[str, Any]:
+def similarity(frames: Tensor, exact: Tensor) -> dict[str, Any]:
     """PSNR in dB (none for equal frames), MS-SSIM where torchmetrics is installed and the frames
     are large enough, greatest error.
     """
@@ -356,7 +423,7 @@ def likeness(frames: Tensor, exact: Tensor) -> dict[str, Any]:
     square = float(error.square().mean())
     found = {
         "psnr": -10 * math.log10(square) if square else None,
-        "words": f"greatest error {float(error.abs().max()):.2g} of [0, 1]",
+        "note": f"greatest error {float(error.abs().max()):.2g} of [0, 1]",
     }
     if importlib.util.find_spec("torchmetrics") and min(frames.shape[-2:]) > 160:
         metrics: Any = importlib.import_module(
