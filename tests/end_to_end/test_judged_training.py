@@ -1,5 +1,5 @@
 """Training with the stage judge: behind a server that fails in every way, in process, and served by
-`serve-judge`.
+`serve_judge`.
 """
 
 from __future__ import annotations
@@ -151,14 +151,8 @@ def test_prose_is_asked_again_and_then_left_out(served: Train, fake_endpoint: En
         return "A fine video." if drawn == 0 or (drawn == 1 and greedy) else number(request)
 
     endpoint = fake_endpoint(answer=prose)
-    run = served(
-        "run",
-        [endpoint.url],
-        "--scoring.max_invalid_share",
-        "1",
-        "--evaluation.num_generations",
-        "1",
-    )
+    options = "--scoring.max_invalid_share=1", "--evaluation.num_generations=1"
+    run = served("run", [endpoint.url], *options)
     assert run.code == 0, run.err
     silent = {
         json.dumps(request.media)
@@ -204,8 +198,6 @@ def test_no_judge_at_the_start_is_one_clear_line(served: Train, fake_endpoint: E
     assert endpoint.url in run.err
 
 
-# -------- tiny Wan, tiny Qwen
-
 SMALL: dict[str, Any] = {
     "iterations": 1,
     "rollout": {
@@ -221,7 +213,7 @@ SMALL: dict[str, Any] = {
     "parallel": {"shard": "full"},
     "tracking": {"trackers": []},
 }
-CAPTIONS = [
+PROMPTS = [
     "a red square moving right",
     "a dog runs",
     "a cat sleeps in the sun",
@@ -237,7 +229,7 @@ def judged(
     other arguments; the run folder.
     """
     common = tmp_path_factory.mktemp("judged")
-    (common / "train.txt").write_text("\n".join(CAPTIONS) + "\n")
+    (common / "train.txt").write_text("\n".join(PROMPTS) + "\n")
 
     def run(name: str, recipe: str, engine: dict[str, Any]) -> Path:
         policy = {"init_args": {"model": str(wan_folder), "text_cache": str(common / "text")}}
@@ -250,27 +242,11 @@ def judged(
             }
         }
         overlay = common / f"{name}.yaml"
-        overlay.write_text(
-            yaml.safe_dump(
-                SMALL
-                | {
-                    "policy": policy,
-                    "prompts": {"train": str(common / "train.txt")},
-                    "reward": reward,
-                }
-            )
-        )
-        argv = [
-            "--config",
-            f"fastgrpo/recipes/{recipe}.yaml",
-            "--config",
-            str(overlay),
-            "--output_dir",
-            str(common),
-            "--name",
-            name,
-        ]
-        job = torchrun(argv, 2, common)
+        prompts = {"train": str(common / "train.txt")}
+        own = {"policy": policy, "prompts": prompts, "reward": reward}
+        overlay.write_text(yaml.safe_dump(SMALL | own))
+        argv = ["--config", f"fastgrpo/recipes/{recipe}.yaml", "--config", str(overlay)]
+        job = torchrun([*argv, "--output_dir", str(common), "--name", name], 2, common)
         try:
             out, _ = job.communicate(timeout=300)
         finally:
@@ -283,25 +259,9 @@ def judged(
 
 @pytest.fixture
 def judge_server(qwen_folder: Path, environment: dict[str, str]) -> Iterator[str]:
-    """`serve-judge` with the tiny Qwen in a process of its own; its base URL."""
-    command = [
-        sys.executable,
-        "-m",
-        "fastgrpo",
-        "serve-judge",
-        "--engine",
-        "transformers",
-        "--model",
-        str(qwen_folder),
-        "--name",
-        "tiny",
-        "--device",
-        "cpu",
-        "--dtype",
-        "fp32",
-        "--port",
-        "0",
-    ]
+    """`serve_judge` with the tiny Qwen in a process of its own; its base URL."""
+    command = [sys.executable, "-m", "fastgrpo", "serve_judge", "--engine=transformers"]
+    command += [f"--model={qwen_folder}", "--name=tiny", "--device=cpu", "--dtype=fp32", "--port=0"]
     with subprocess.Popen(
         command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     ) as process:

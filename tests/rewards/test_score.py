@@ -76,14 +76,15 @@ GREY = (*JUDGE, "grey_judges.GreyEngine")
 
 
 def run(
-    videos: Path | str,
-    prompts: Path | str,
-    out: Path,
+    videos: Path,
     *options: str,
+    prompts: str = "prompts.txt",
+    out: str = "s.jsonl",
     reward: Sequence[str] = GREY,
 ) -> int:
-    files = ["--videos", str(videos), "--prompts", str(prompts), "--output", str(out)]
-    return main([*files, "--device", "cpu", *reward, *options])
+    """Run the command; prompts and output are files beside the videos."""
+    files = [f"--prompts={videos.parent / prompts}", f"--output={videos.parent / out}"]
+    return main([f"--videos={videos}", *files, "--device=cpu", *reward, *options])
 
 
 def rows_of(out: Path) -> list[dict[str, Any]]:
@@ -103,7 +104,7 @@ def test_a_folder_of_videos(
     tmp_path: Path, videos: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "made" / "scores.jsonl"
-    assert run(videos, tmp_path / "prompts.txt", out, "--batch_size", "3") == 0
+    assert run(videos, "--batch_size", "3", out="made/scores.jsonl") == 0
     rows = rows_of(out)
     assert [row["video"] for row in rows] == [str(videos / f"{name}.mp4") for name in "abcd"]
     assert [row["prompt"] for row in rows] == [f"caption {name}" for name in "abcd"]
@@ -144,7 +145,7 @@ def test_the_judge_sees_the_frames_that_it_would_see_of_a_tensor(tmp_path: Path)
 def test_another_judge_sees_all_frames(tmp_path: Path, videos: Path) -> None:
     out = tmp_path / "s.jsonl"
     reward = ["--reward", "grey_judges.PlainJudge", "--reward.init_args.scale", "1"]
-    assert run(videos, tmp_path / "prompts.txt", out, reward=reward) == 1
+    assert run(videos, reward=reward) == 1
     rows = rows_of(out)
     assert [row.get("error") for row in rows] == [None, None, None, "the judge gave no score"]
     for row, grey in zip(rows[:3], (140, 90, 190), strict=True):
@@ -158,7 +159,7 @@ def test_a_published_model_keeps_its_own_scale_beside_the_rewards(
     videos: Path, tmp_path: Path
 ) -> None:
     reward = ["--reward", "grey_judges.PublishedJudge"]
-    assert run(videos, tmp_path / "prompts.txt", tmp_path / "out.jsonl", reward=reward) == 1
+    assert run(videos, reward=reward, out="out.jsonl") == 1
     rows = rows_of(tmp_path / "out.jsonl")
     greys = dict(zip("dbac", (40, 90, 140, 190), strict=True))
     assert rows[3]["error"] == "the judge gave no score"  # d.mp4, at -0.69
@@ -183,7 +184,7 @@ def test_a_recipe_gives_its_judge(
         "--reward.init_args.max_tokens=12",
         "--reward.init_args.engine.init_args.mode=eager",
     ]
-    assert run(videos, tmp_path / "prompts.txt", out, *options, reward=()) == 0
+    assert run(videos, *options, reward=()) == 0
     described = json.loads(describe_beside(out).read_text())
     assert (described["seed"], described["max_tokens"]) == (5, 12)
     capsys.readouterr()
@@ -194,7 +195,7 @@ def test_a_recipe_gives_its_judge(
     ):
         recipe.unlink() if text is None else recipe.write_text(text)
         config = ("--config", str(recipe))
-        assert message in refused(capsys, videos, tmp_path / "prompts.txt", out, reward=config)
+        assert message in refused(capsys, videos, reward=config)
 
 
 def test_bad_files_and_bad_answers_have_their_rows_and_the_rest_goes_on(
@@ -232,7 +233,7 @@ def test_bad_files_and_bad_answers_have_their_rows_and_the_rest_goes_on(
     questions = json.dumps([str(tmp_path / f"{stage}.txt") for stage in STAGES])
     out = tmp_path / "s.jsonl"
     options = ["--batch_size", "4", "--reward.init_args.questions", questions]
-    assert run(tmp_path / "list.txt", tmp_path / "p.txt", out, *options) == 1
+    assert run(tmp_path / "list.txt", *options, prompts="p.txt") == 1
     rows = rows_of(out)
     assert [row["video"] for row in rows] == [str(tmp_path / name) for name in expected]
     for row, error in zip(rows, expected.values(), strict=True):
@@ -249,7 +250,7 @@ def test_bad_files_and_bad_answers_have_their_rows_and_the_rest_goes_on(
 
 def test_limits_reach_the_reader(tmp_path: Path, videos: Path) -> None:
     out = tmp_path / "s.jsonl"
-    assert run(videos, tmp_path / "prompts.txt", out, "--limits.max_frames", "5") == 1
+    assert run(videos, "--limits.max_frames", "5") == 1
     assert all("max_frames = 5" in row["error"] for row in rows_of(out))
 
 
@@ -262,7 +263,7 @@ def test_a_judge_that_is_lost_stops_the_command(
     (tmp_path / "p.txt").write_text("a\n" * len(names))
     out = tmp_path / "s.jsonl"
     options = ["--reward.init_args.engine.init_args.mode", "silent", "--batch_size", "1"]
-    assert run(tmp_path / "list.txt", tmp_path / "p.txt", out, *options) == 1
+    assert run(tmp_path / "list.txt", *options, prompts="p.txt") == 1
     assert (
         "16 videos in a row got no reply, the last one: no reply: timed out"
         in capsys.readouterr().err
@@ -273,18 +274,18 @@ def test_a_judge_that_is_lost_stops_the_command(
 def test_rows_that_are_there_are_kept(
     tmp_path: Path, videos: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out, prompts = tmp_path / "s.jsonl", tmp_path / "prompts.txt"
+    out = tmp_path / "s.jsonl"
     good = (videos / "b.mp4").read_bytes()
     (videos / "b.mp4").write_bytes(b"")
-    assert run(videos, prompts, out) == 1
+    assert run(videos) == 1
     first = out.read_bytes()
     (videos / "b.mp4").write_bytes(good)
     (videos / "c.mp4").unlink()  # it has its row; nothing reads it again
     (videos / "c.mp4").write_bytes(b"junk")
-    assert run(videos, prompts, out) == 1
+    assert run(videos) == 1
     assert out.read_bytes() == first
     assert "4 rows were there before" in capsys.readouterr().out
-    assert run(videos, prompts, out, "--retry_failed") == 0
+    assert run(videos, "--retry_failed") == 0
     kept = [line for line in first.splitlines() if b'"error"' not in line]
     assert out.read_bytes().splitlines()[:3] == kept
     assert rows_of(out)[3]["video"].endswith("b.mp4")
@@ -298,27 +299,27 @@ def test_rows_that_are_there_are_kept(
 def test_a_half_written_line_is_dropped_and_no_more(
     tmp_path: Path, videos: Path, broken: bytes
 ) -> None:
-    out, prompts = tmp_path / "s.jsonl", tmp_path / "prompts.txt"
-    assert run(videos, prompts, out) == 0
+    out = tmp_path / "s.jsonl"
+    assert run(videos) == 0
     whole = out.read_bytes()
     lines = whole.splitlines(keepends=True)
     out.write_bytes(lines[0] + lines[1] + broken)
-    assert run(videos, prompts, out) == 0
+    assert run(videos) == 0
     assert out.read_bytes() == whole
     out.write_bytes(whole.rstrip(b"\n"))  # a whole row that lacks its newline
     (videos / "d.mp4").write_bytes(b"junk")
-    assert run(videos, prompts, out) == 0
+    assert run(videos) == 0
     assert out.read_bytes() == whole
 
 
 def test_rows_of_another_judge_are_refused(
     tmp_path: Path, videos: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out, prompts = tmp_path / "s.jsonl", tmp_path / "prompts.txt"
-    assert run(videos, prompts, out) == 0
+    out = tmp_path / "s.jsonl"
+    assert run(videos) == 0
     before, beside = out.read_bytes(), describe_beside(out).read_bytes()
     capsys.readouterr()
-    line = refused(capsys, videos, prompts, out, "--reward.init_args.seed", "1")
+    line = refused(capsys, videos, "--reward.init_args.seed", "1")
     assert "by another judge" in line
     assert rows_of(out)[0]["judge"] in line
     assert (out.read_bytes(), describe_beside(out).read_bytes()) == (before, beside)
@@ -330,9 +331,7 @@ def test_a_file_of_something_else_is_refused(
 ) -> None:
     out = tmp_path / "s.jsonl"
     out.write_text(f"{line}\n")
-    assert "line 1: expected a row of scores" in refused(
-        capsys, videos, tmp_path / "prompts.txt", out
-    )
+    assert "line 1: expected a row of scores" in refused(capsys, videos)
     assert out.read_text() == f"{line}\n"
 
 
@@ -382,9 +381,7 @@ def test_two_processes_do_not_write_one_file(
     out = tmp_path / "s.jsonl"
     with out.open("wb") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
-        assert "another process is writing" in refused(
-            capsys, videos, tmp_path / "prompts.txt", out
-        )
+        assert "another process is writing" in refused(capsys, videos)
 
 
 def test_a_row_twice_is_refused(tmp_path: Path) -> None:
@@ -408,12 +405,7 @@ def test_killed_anywhere_and_started_again_gives_the_same_file(
     names[7] = str(tmp_path / "missing.mp4")
     (tmp_path / "list.txt").write_text("\n".join(names))
     (tmp_path / "p.txt").write_text("".join(f"caption {i}\n" for i in range(30)))
-    assert (
-        run(
-            tmp_path / "list.txt", tmp_path / "p.txt", tmp_path / "whole.jsonl", "--batch_size", "5"
-        )
-        == 1
-    )
+    assert run(tmp_path / "list.txt", "--batch_size", "5", prompts="p.txt", out="whole.jsonl") == 1
     out = tmp_path / "s.jsonl"
     files = ["--videos", tmp_path / "list.txt", "--prompts", tmp_path / "p.txt", "--output", out]
     arguments = [*map(str, files), "--device", "cpu", "--batch_size", "2", *JUDGE]
@@ -493,7 +485,7 @@ def test_captions_that_do_not_fit(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     (tmp_path / name).write_text(content)
-    assert re.search(message, refused(capsys, videos, tmp_path / name, tmp_path / "s.jsonl"))
+    assert re.search(message, refused(capsys, videos, prompts=name))
     assert not (tmp_path / "s.jsonl").exists()
 
 
@@ -521,9 +513,7 @@ def test_nothing_could_start(
     message: str,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert message in refused(
-        capsys, videos, tmp_path / "prompts.txt", tmp_path / "s.jsonl", *options
-    )
+    assert message in refused(capsys, videos, *options)
     assert not (tmp_path / "s.jsonl").exists()
 
 
@@ -535,17 +525,15 @@ def test_no_gpu_and_no_videos(
     (tmp_path / "p.txt").write_text("a\n")
     out = tmp_path / "s.jsonl"
     assert "expected cuda to be available" in refused(
-        capsys, tmp_path / "a.mp4", tmp_path / "p.txt", out, "--device", "cuda"
+        capsys, tmp_path / "a.mp4", "--device", "cuda", prompts="p.txt"
     )
     (tmp_path / "none").mkdir()
-    assert "expected at least one, got none" in refused(
-        capsys, tmp_path / "none", tmp_path / "p.txt", out
-    )
+    assert "expected at least one, got none" in refused(capsys, tmp_path / "none", prompts="p.txt")
     (tmp_path / "list.txt").write_text(f"{tmp_path}/a.mp4\n{tmp_path}/a.mp4\n")
     (tmp_path / "two.txt").write_text("same\nsame\n")
-    assert "a.mp4 2 times" in refused(capsys, tmp_path / "list.txt", tmp_path / "two.txt", out)
+    assert "a.mp4 2 times" in refused(capsys, tmp_path / "list.txt", prompts="two.txt")
     (tmp_path / "two.txt").write_text("one\ntwo\n")
-    assert run(tmp_path / "list.txt", tmp_path / "two.txt", out) == 0
+    assert run(tmp_path / "list.txt", prompts="two.txt") == 0
     assert [row["prompt"] for row in rows_of(out)] == ["one", "two"]
 
 
