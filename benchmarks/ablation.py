@@ -1,9 +1,9 @@
 """The paper's ablation on the embedded world: which reward teaches the small generator most in a
 given number of iterations?
 
-    python benchmarks/ablation.py                      # seven rows, three seeds, two processes at a time
-    python benchmarks/ablation.py --judge rounded_0.25 # the same under a judge that rounds; or
-    rounded_0.1, or noisy
+    python benchmarks/ablation.py                       # seven rows, three seeds, two at a time
+    python benchmarks/ablation.py --judge rounded_0.25  # under a judge that rounds; or
+                                                        # rounded_0.1, or noisy
 
 Every row is a real run of fastgrpo/train.py with the shipped recipe; rows differ in the `pacing`
 section alone. What is compared is not the reward that was trained on: visual quality (VQ),
@@ -110,9 +110,8 @@ def main(
     )
     write_csv(table_file, results, iterations)
     draw(results, judge, iterations).savefig(figure_file, dpi=160)
-    print(
-        f"\n{judge} judge, {iterations} iterations, {len(seeds)} seeds, {seconds / 60:.1f} minutes; mean ± standard deviation over seeds\n"
-    )
+    runs = f"{judge} judge, {iterations} iterations, {len(seeds)} seeds, {seconds / 60:.1f} minutes"
+    print(f"\n{runs}; mean ± standard deviation over seeds\n")
     print(table(results))
     print(f"\n{table_file}, {figure_file}")
 
@@ -214,8 +213,8 @@ def spread(values: list[float]) -> str:
 
 
 def table(results: list[Result]) -> str:
-    """The two Markdown tables: metrics, and shares of what is drawn (validation captions ask for each
-    about equally).
+    """The two Markdown tables: metrics, and shares of what is drawn (validation prompts ask for
+    each about equally).
     """
     names = list(results[0].shares)
     lines = ["| reward | " + " | ".join(METRICS) + " |", "|---|" + "---|" * len(METRICS)]

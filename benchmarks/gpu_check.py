@@ -1,11 +1,10 @@
 """Everything that needs a GPU, in commands of at most ten minutes each: build, tests, sanitizers;
 speed of kernels, generators and judge.
 
-    python benchmarks/gpu_check.py --only kernels     # on the GPU machine, in the root of the repository
-    # iteration.py: G0, forward, train unit, decode, a scaled iteration
-    python benchmarks/gpu_check.py --only iteration
-    python benchmarks/gpu_check.py --only judge       # judge.py: Qwen2.5-VL-7B, shared prefix against generate
-    python benchmarks/gpu_check.py --dry-run          # anywhere: what it would run
+    python benchmarks/gpu_check.py --only kernels    # on the GPU machine, in the repository's root
+    python benchmarks/gpu_check.py --only iteration  # iteration.py: G0, forward, train unit, ...
+    python benchmarks/gpu_check.py --only judge      # judge.py: shared prefix against generate
+    python benchmarks/gpu_check.py --dry-run         # anywhere: what it would run
 
 Without --only all are run, one after the other, as far as the ten minutes reach: more time needs
 a larger --budget.
@@ -113,50 +112,28 @@ def kernel_parts(out: Path) -> list[Part]:
     """Tests and figures of fastgrpo_kernels. What the sanitizers run is warmed up first, so that
     they see no compiler.
     """
-    sanitizer = (
-        shutil.which("compute-sanitizer")
-        or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
-        or ""
-    )
-    absent = [name for name in ("pytest", "hypothesis") if importlib.util.find_spec(name) is None]
-    no_tests = f"{' and '.join(absent)} missing: {CARRY}" if absent else ""
-    touch = (PYTHON, HERE, "--touch", "cuda")
+    found = [shutil.which("compute-sanitizer", path=path) for path in (None, "/usr/local/cuda/bin")]
+    sanitizer = next(filter(None, found), "compute-sanitizer")
+    no_sanitizer = "" if any(found) else "compute-sanitizer is not on this machine"
+    no_tests = _missing("pytest", "hypothesis")
+    under = f"{sanitizer} --error-exitcode 9 --target-processes application-only --tool"
+    touch = f"{PYTHON} {HERE} --touch cuda"
     # Every tensor its own allocation: an access beyond its end is then seen.
     apart = (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),)
-    under = (
-        sanitizer or "compute-sanitizer",
-        "--error-exitcode",
-        "9",
-        "--target-processes",
-        "application-only",
+    tests = _script("common/verdicts.py", "--jobs 6 --timeout 200")
+    first = _script("ops.py", f"--device cuda --csv {out} --sizes wan_1.3b_480p --budget 150")
+    others = _script(
+        "ops.py",
+        f"--device cuda --csv {out} --sizes wan_14b_240p hunyuan_240p --no-compile --budget 60",
     )
-    no_sanitizer = "" if sanitizer else "compute-sanitizer is not on this machine"
-    ops = (PYTHON, str(ROOT / "benchmarks" / "ops.py"), "--device", "cuda", "--csv", str(out))
     return [
         Part("what serves", (PYTHON, "-m", "fastgrpo_kernels"), 60),
-        Part("every op once", touch, 120),
-        Part(
-            "tests",
-            (
-                PYTHON,
-                str(ROOT / "benchmarks" / "common" / "verdicts.py"),
-                "--jobs",
-                "6",
-                "--timeout",
-                "200",
-            ),
-            210,
-            no_tests,
-        ),
-        Part("memcheck", (*under, "--tool", "memcheck", *touch), 90, no_sanitizer, apart),
-        Part("racecheck", (*under, "--tool", "racecheck", *touch), 90, no_sanitizer),
-        Part("figures", (*ops, "--sizes", "wan_1.3b_480p", "--budget", "150"), 200, no_tests),
-        Part(
-            "figures, others",
-            (*ops, "--sizes", "wan_14b_240p", "hunyuan_240p", "--no-compile", "--budget", "60"),
-            100,
-            no_tests,
-        ),
+        Part("every op once", tuple(touch.split()), 120),
+        Part("tests", tests, 210, no_tests),
+        Part("memcheck", tuple(f"{under} memcheck {touch}".split()), 90, no_sanitizer, apart),
+        Part("racecheck", tuple(f"{under} racecheck {touch}".split()), 90, no_sanitizer),
+        Part("figures", first, 200, no_tests),
+        Part("figures, others", others, 100, no_tests),
     ]
 
 
@@ -164,84 +141,44 @@ def iteration_parts(out: Path) -> list[Part]:
     """Speed and memory of the real generators with random weights. Each process checks G0 of what
     it measures; --budget lets it end by itself, with its table, before its limit.
     """
-    absent = [name for name in TRAINER_NEEDS if importlib.util.find_spec(name) is None]
-    missing = f"{' and '.join(absent)} missing: {CARRY}" if absent else ""
+    missing = _missing(*TRAINER_NEEDS)
 
-    def part(name: str, model: str, seconds: float, *options: str) -> Part:
-        script = str(ROOT / "benchmarks" / "iteration.py")
-        command = (
-            PYTHON,
-            script,
-            "--model",
-            model,
-            "--random-weights",
-            "--csv",
-            str(out),
-            "--budget",
-            f"{seconds - 30:.0f}",
-            *options,
-        )
-        return Part(name, command, seconds, missing)
+    def part(name: str, model: str, seconds: int, options: str) -> Part:
+        given = f"--model {model} --random-weights --csv {out} --budget {seconds - 30} {options}"
+        return Part(name, _script("iteration.py", given), seconds, missing)
 
-    short = (
-        "--layers",
-        "20",
-        "--implementations",
-        "eager",
-        "fused",
-        "--parts",
-        "g0",
-        "forward",
-        "train",
-    )
+    wan, short = "wan2.1_t2v_1.3b", "--layers 20 --implementations eager fused"
+    fused = "--implementations fused --parts g0"
     return [
-        part("1.3B, forward", "wan2.1_t2v_1.3b", 160, "--parts", "g0", "forward"),
-        part(
-            "1.3B, units",
-            "wan2.1_t2v_1.3b",
-            150,
-            "--implementations",
-            "fused",
-            "--parts",
-            "g0",
-            "train",
-            "decode",
-        ),
-        part(
-            "1.3B, iteration",
-            "wan2.1_t2v_1.3b",
-            220,
-            "--implementations",
-            "fused",
-            "--parts",
-            "g0",
-            "iteration",
-        ),
-        part("14B", "wan2.1_t2v_14b", 110, *short),
-        part("HunyuanVideo", "hunyuanvideo", 110, *short),
+        part("1.3B, forward", wan, 160, "--parts g0 forward"),
+        part("1.3B, units", wan, 150, f"{fused} train decode"),
+        part("1.3B, iteration", wan, 220, f"{fused} iteration"),
+        part("14B", "wan2.1_t2v_14b", 110, f"{short} --parts g0 forward train"),
+        part("HunyuanVideo", "hunyuanvideo", 110, f"{short} --parts g0 forward train"),
     ]
 
 
-def judge_part(out: Path) -> list[Part]:
+def judge_parts(out: Path) -> list[Part]:
     """The judge at its true size with random weights, against `generate`; no number where a token
     differs.
     """
-    missing = "" if importlib.util.find_spec("transformers") else f"transformers missing: {CARRY}"
-    script = str(ROOT / "benchmarks" / "judge.py")
-    return [
-        Part(
-            "judge",
-            (PYTHON, script, "--device", "cuda", "--rounds", "2", "--csv", str(out)),
-            240,
-            missing,
-        )
-    ]
+    command = _script("judge.py", f"--device cuda --rounds 2 --csv {out}")
+    return [Part("judge", command, 240, _missing("transformers"))]
+
+
+def _script(name: str, options: str) -> tuple[str, ...]:
+    return PYTHON, str(ROOT / "benchmarks" / name), *options.split()
+
+
+def _missing(*packages: str) -> str:
+    absent = [name for name in packages if importlib.util.find_spec(name) is None]
+    return f"{' and '.join(absent)} missing: {CARRY}" if absent else ""
 
 
 CHOICES: dict[str, Callable[[Path], list[Part]]] = {
     "kernels": kernel_parts,
     "iteration": iteration_parts,
-    "judge": judge_part,
+    "judge": judge_parts,
 }
 """What `--only` takes; the first two fill ten minutes each."""
 
@@ -387,9 +324,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if chosen.dry_run:
         for part in parts:
             variables = "".join(f"{name}={value} " for name, value in part.variables)
-            print(
-                f"{part.name} (at most {part.seconds:.0f} s){': left out, ' + part.missing if part.missing else ''}"
-            )
+            missing = f": left out, {part.missing}" if part.missing else ""
+            print(f"{part.name} (at most {part.seconds:.0f} s){missing}")
             print(f"    {variables}{' '.join(part.command)}")
         return 0
     if not torch.cuda.is_available():
@@ -398,13 +334,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if importlib.util.find_spec("diffusers") is None:
         print(f"diffusers missing: tests that compare with its blocks will be red; {CARRY}")
     outcomes = run_plan(parts, out, chosen.budget)
-    print(
-        f"\n{torch.cuda.get_device_name()}, torch {torch.__version__}, Python {sys.version.split()[0]}"
-    )
-    for outcome in outcomes:
-        print(
-            f"{outcome.name:<16}{outcome.state:<10}{outcome.seconds:>6.0f} s  {outcome.note}".rstrip()
-        )
+    python = sys.version.split()[0]
+    print(f"\n{torch.cuda.get_device_name()}, torch {torch.__version__}, Python {python}")
+    for done in outcomes:
+        print(f"{done.name:<16}{done.state:<10}{done.seconds:>6.0f} s  {done.note}".rstrip())
     return exit_code(outcomes)
 
 

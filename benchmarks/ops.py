@@ -1,15 +1,15 @@
 """How fast each operation of fastgrpo_kernels is, at the sizes of the real models, forward and
 backward.
 
-    python benchmarks/ops.py                               # this machine's GPU, or its CPU at the embedded world's sizes
-    python benchmarks/ops.py --device cpu --compile        # with Inductor as a second peer on a CPU too
+    python benchmarks/ops.py                          # this GPU, or a CPU at small sizes
+    python benchmarks/ops.py --device cpu --compile   # Inductor as a second peer on a CPU too
     python benchmarks/ops.py --ops ln_modulate --sizes wan_1.3b_480p
 
-Prints microseconds, GB/s (the fewest bytes that must move, over the time), that as a share of
-the copy bandwidth measured in the same run, and the ratio to the eager peer (common/peers.py) and to
+Prints microseconds, GB/s (the fewest bytes that must move, over the time), that as a share of the
+copy bandwidth measured in the same run, and the ratio to the eager peer (common/peers.py) and to
 torch.compile of it, with goals G7 and G8 beside them on an H100 or an H200. An operation whose
-tests are red gets no number (common/verdicts.py). Rows go to benchmarks/data/<GPU or cpu>_ops.csv with
-device, versions and commit.
+tests are red gets no number (common/verdicts.py). Rows go to benchmarks/data/<GPU or cpu>_ops.csv
+with device, versions and commit.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ from fastgrpo.training.loop import compute_dtype
 
 @dataclass(frozen=True)
 class Published:
-    """What the config.json of a model's parts say where it is not the default of diffusers' class."""
+    """What the config.json of a model's parts say beside the defaults of diffusers' classes."""
 
     pipeline: str
     transformer: Mapping[str, Any]

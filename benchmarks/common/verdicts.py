@@ -77,74 +77,35 @@ def _run(tests: Path, timeout: float) -> Verdict:
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        options = [
-            "-q",
-            "-rfE",
-            "--tb=short",
-            "--maxfail=10",
-            "-m",
-            "not slow",
-            "-p",
-            "no:cacheprovider",
-            f"--junitxml={report}",
-        ]
-        command, output = [sys.executable, "-m", "pytest", str(tests), *options], subprocess.PIPE
+        options = ["-q", "-rfE", "--tb=short", "--maxfail=10", "-p", "no:cacheprovider"]
+        command = [sys.executable, "-m", "pytest", str(tests), *options, "-m", "not slow"]
         try:
             done = subprocess.run(
-                command,
+                [*command, f"--junitxml={report}"],
                 cwd=ROOT,
                 env=environment(),
                 timeout=timeout,
                 check=False,
-                stdout=output,
+                stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
-                text=True,
             )
         except subprocess.TimeoutExpired as error:
-            text = (
-                error.stdout.decode(errors="replace")
-                if isinstance(error.stdout, bytes)
-                else error.stdout or ""
-            )
-            return Verdict(False, f"not done after {timeout:.0f} s", (), timeout, text)
+            output = (error.stdout or b"").decode(errors="replace")
+            return Verdict(False, f"not done after {timeout:.0f} s", (), timeout, output)
+        output, seconds = done.stdout.decode(errors="replace"), time.monotonic() - start
         if not report.exists():
-            return Verdict(
-                False,
-                f"pytest did not run (exit code {done.returncode})",
-                (),
-                time.monotonic() - start,
-                done.stdout,
-            )
-        cases = list(ElementTree.parse(report).iter("testcase"))
-    bad = [
-        case for case in cases if case.find("failure") is not None or case.find("error") is not None
-    ]
-    passed = [case for case in cases if case not in bad and case.find("skipped") is None]
-    skipped = [case for case in cases if case.find("skipped") is not None]
-    note = ", ".join(
-        f"{count} {what}"
-        for count, what in (
-            (len(passed), "passed"),
-            (len(bad), "failed"),
-            (len(skipped), "skipped"),
-        )
-        if count
-    )
-    green, idle = (
-        done.returncode == 0 and not bad and bool(passed),
-        bool(skipped) and not bad and not passed,
-    )
-    backends = tuple(
-        backend for backend in BACKENDS if _tests_of(backend, passed) > _tests_of(backend, skipped)
-    )
-    return Verdict(
-        green,
-        note or "no test",
-        backends,
-        time.monotonic() - start,
-        "" if green or idle else done.stdout,
-        idle,
-    )
+            note = f"pytest did not run (exit code {done.returncode})"
+            return Verdict(False, note, (), seconds, output)
+        tests_run = list(ElementTree.parse(report).iter("testcase"))
+    skipped = [test for test in tests_run if test.find("skipped") is not None]
+    passed = [test for test in tests_run if not len(test.findall("*"))]
+    bad = len(tests_run) - len(passed) - len(skipped)
+    counts = {"passed": len(passed), "failed": bad, "skipped": len(skipped)}
+    note = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
+    green, idle = done.returncode == 0 and bool(passed), bool(skipped) and not bad and not passed
+    shown = (name for name in BACKENDS if _tests_of(name, passed) > _tests_of(name, skipped))
+    output = "" if green or idle else output
+    return Verdict(green, note or "no test", tuple(shown), seconds, output, idle)
 
 
 def _tests_of(backend: str, cases: Sequence[ElementTree.Element]) -> int:
