@@ -58,7 +58,7 @@ def test_a_server_that_comes_up_late_is_waited_for(
 ) -> None:
     server = fake_endpoint()
     server.kill()
-    threading.Timer(0.4, server.start).start()
+    threading.Timer(1.5, server.start).start()
     judge = server_engine(server, patience=30.0)
     assert judge.counters()["failed_requests"] > 0
     assert judge.last_errors() == {}

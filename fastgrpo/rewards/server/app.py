@@ -17,7 +17,7 @@ import logging
 import math
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from fastapi import Depends, FastAPI, HTTPException, Request
@@ -25,12 +25,11 @@ from PIL import Image
 from starlette.requests import ClientDisconnect
 
 from fastgrpo.rewards.vlm.answers import NUMBER
-from fastgrpo.rewards.vlm.engine import Clip, Decoding, Reply
+from fastgrpo.rewards.vlm.engine import Clip, Decoding, Engine, Reply
 from fastgrpo.rewards.vlm.transport import FROM_ONE, VIDEO_TYPE, chat_request, video_part
 
 logger = logging.getLogger("fastgrpo")
-NO_LOGPROB = -9999.0
-"""OpenAI's log-probability of what is impossible or not known."""
+NO_LOGPROB = -9999.0  # OpenAI's, of what is impossible or not known
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ class Limits:
     body: int = 64 << 20
     """Bytes of a request."""
     parts: int = 10_000
-    """Commas and brackets in a request: a parsed JSON value costs far more memory than its text."""
+    """Commas and brackets in a request: parsed JSON takes far more memory than its text."""
     requests: int = 64
     """Requests that are read, queued or being answered; one more gets status 429."""
     seconds: float = 300.0
@@ -51,20 +50,6 @@ class Limits:
     """Pixels of all frames of a video together: 100 MB decoded."""
     tokens: int = 1024
     """Tokens of an answer."""
-
-
-class Answerer(Protocol):
-    """What the server needs of a loaded engine (`engine.Engine`)."""
-
-    def ask(
-        self, clips: Sequence[Clip], questions: Sequence[Sequence[str]], decoding: Decoding
-    ) -> list[list[Reply]]:
-        """A reply to each question about each clip."""
-        ...
-
-    def describe(self) -> dict[str, Any]:
-        """What decides the answers."""
-        ...
 
 
 class Question(NamedTuple):
@@ -79,7 +64,7 @@ class Question(NamedTuple):
 class _Job(NamedTuple):
     question: Question
     http: Request
-    reply: asyncio.Future[Reply | None]  # None: there will be no reply
+    reply: asyncio.Future[Reply | None]  # None: there will be none
 
 
 def read_question(body: bytes, model: str, limits: Limits) -> Question:
@@ -107,15 +92,13 @@ def read_question(body: bytes, model: str, limits: Limits) -> Question:
         )
         known = chat_request(model, video_part(url, fps), text, decoding, regex)
         known |= known.pop("extra_body") | {"max_tokens": tokens}
-    except (AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
+    except Exception as error:  # a strange request raises many kinds
         raise ValueError(f"expected a request of ServerEngine, got {error!r}") from error
     wrong = sorted(key for key in {*known, *request} if known.get(key) != request.get(key))
     if wrong or regex not in ("", NUMBER, FROM_ONE):
         raise ValueError(f"expected a request of ServerEngine for {model}, got others: {wrong}")
     if not 1 <= tokens <= limits.tokens or not 1e-3 < fps <= 1000:
-        raise ValueError(
-            f"expected up to {limits.tokens} tokens, 1000 frames/s; got {tokens}, {fps}"
-        )
+        raise ValueError(f"expected up to {limits.tokens} tokens and 1000 frames/s")
     return Question(text, read_clip(url, fps, limits), decoding, regex == FROM_ONE)
 
 
@@ -137,9 +120,7 @@ def read_clip(url: str, fps: float, limits: Limits) -> Clip:
         if kinds != {("RGB", (width, height), 1)} or width % 28 or height % 28 or len(images) % 2:
             raise ValueError(f"expected an even number of RGB images of 28n x 28m, got {kinds}")
         if len(images) * width * height > limits.pixels:
-            raise ValueError(
-                f"expected at most {limits.pixels} pixels, got {len(images)} of {kinds}"
-            )
+            raise ValueError(f"expected at most {limits.pixels} pixels in all frames")
         pixels = bytearray().join(image.tobytes() for image in images)
     except Exception as error:  # decoders raise many kinds for a broken file
         raise ValueError(f"video_url: {error}") from error
@@ -161,12 +142,9 @@ def completion(question: Question, reply: Reply) -> dict[str, Any]:
         _entry(token, place) | {"top_logprobs": [_entry(digit, place) for digit in place]}
         for token, place in zip(tokens, digits, strict=True)
     ]
-    choice = {
-        "index": 0,
-        "finish_reason": "length" if reply.cut else "stop",
-        "logprobs": {"content": content} if content else None,
-        "message": {"role": "assistant", "content": text},
-    }
+    choice: dict[str, Any] = {"message": {"role": "assistant", "content": text}}
+    choice["finish_reason"] = "length" if reply.cut else "stop"
+    choice["logprobs"] = {"content": content} if content else None
     return {"object": "chat.completion", "choices": [choice]}
 
 
@@ -175,23 +153,19 @@ def _entry(token: str, place: Mapping[str, float]) -> dict[str, Any]:
     return {"token": token, "logprob": math.log(p) if p > 0 else NO_LOGPROB}
 
 
-async def _ask(queue: asyncio.Queue[_Job], engine: Answerer) -> None:
+async def _ask(queue: asyncio.Queue[_Job], engine: Engine) -> None:
     """Ask the engine, one call at a time, all that waits and is decoded alike, until cancelled."""
     while True:
         waiting = [await queue.get()]
         while not queue.empty():
             waiting.append(queue.get_nowait())
+        for job in waiting:
+            if not job.reply.done() and await job.http.is_disconnected():
+                job.reply.set_result(None)
         for decoding in dict.fromkeys(job.question.decoding for job in waiting):
-            jobs = []
-            for job in waiting:
-                if job.question.decoding == decoding and not job.reply.done():
-                    if await job.http.is_disconnected():
-                        job.reply.set_result(None)
-                    else:
-                        jobs.append(job)
-            clips = [job.question.clip for job in jobs]
-            texts = [[job.question.text] for job in jobs]
+            jobs = [j for j in waiting if j.question.decoding == decoding and not j.reply.done()]
             rows: Sequence[Sequence[Reply | None]] = [[None]] * len(jobs)
+            clips, texts = [j.question.clip for j in jobs], [[j.question.text] for j in jobs]
             try:
                 rows = await asyncio.to_thread(engine.ask, clips, texts, decoding) if jobs else []
             except Exception:  # the next call may succeed
@@ -201,13 +175,11 @@ async def _ask(queue: asyncio.Queue[_Job], engine: Answerer) -> None:
                     job.reply.set_result(reply)
 
 
-def create_app(
-    engine: Answerer, model: str, token: str | None, limits: Limits = Limits()
-) -> FastAPI:
+def create_app(engine: Engine, model: str, token: str | None, limits: Limits = Limits()) -> FastAPI:
     """The application.
 
     Args:
-        engine: Answers the questions.
+        engine: Loaded.
         model: The name that requests have to give.
         token: What clients have to send as a bearer token, or None.
         limits: What is taken.

@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ import torch
 
 from fastgrpo.errors import UserError, require
 from fastgrpo.rewards.vlm.endpoints import is_loopback, read_key
+from fastgrpo.rewards.vlm.engine import Engine
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,7 @@ class JudgeServer:
         from fastgrpo.rewards.server.app import create_app
 
         options = self.options | {"model": self.model, "revision": self.revision}
-        engine: Any
+        engine: Callable[..., Engine]
         if self.engine == "transformers":
             from fastgrpo.rewards.vlm.qwen import TransformersEngine as engine
 

@@ -1,28 +1,30 @@
 """Qwen2.5-VL on TensorRT-LLM's LLM API (PyTorch backend), as an engine for `serve_judge`.
 
-NOT RUN: TensorRT-LLM needs a GPU and pins its own torch. Every name is as in NVIDIA's sources,
-examples and tests of 1.0 to 1.3 (LLM, SamplingParams, GuidedDecodingParams, KvCacheConfig,
-inputs.utils.VideoData; the support matrix of 1.3 lists Qwen2.5-VL with video and KV-cache reuse),
-and the tests call a fake of those signatures.
+NOT RUN: TensorRT-LLM needs a GPU and pins its own torch. Every name is as in NVIDIA's sources and
+examples of 1.0 to 1.3, whose support matrix lists Qwen2.5-VL with video and KV-cache reuse, and the
+tests call a fake of those signatures.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from PIL import Image
 
+from fastgrpo.errors import require
 from fastgrpo.rewards.vlm.answers import NUMBER
-from fastgrpo.rewards.vlm.engine import Clip, Decoding, Reply
+from fastgrpo.rewards.vlm.engine import Clip, Decoding, Engine, Reply
 
-_DIGITS = "0123456789"
-_CHARACTERS = f"{_DIGITS}."
+DIGITS = "0123456789"
+CHARACTERS = f"{DIGITS}."
 
 
-class TensorRTLLMEngine:
-    """Qwen2.5-VL on TensorRT-LLM, as much of `engine.Engine` as the server needs.
+@dataclass(eq=False)
+class TensorRTLLMEngine(Engine):
+    """Qwen2.5-VL on TensorRT-LLM (`engine.Engine`).
 
     Questions about one clip share its keys and values by KV-cache block reuse. A constrained
     answer comes from guided decoding. With probabilities the number is written here instead, one
@@ -37,22 +39,17 @@ class TensorRTLLMEngine:
         kv_cache_fraction: Share of the GPU memory that the weights leave, for keys and values.
     """
 
-    def __init__(
-        self,
-        model: str,
-        revision: str | None = None,
-        tensor_parallel: int = 1,
-        kv_cache_fraction: float = 0.6,
-    ) -> None:
-        self.model, self.revision, self.tensor_parallel = model, revision, tensor_parallel
-        self.kv_cache_fraction = kv_cache_fraction
+    model: str
+    revision: str | None = None
+    tensor_parallel: int = 1
+    kv_cache_fraction: float = 0.6
 
     def load(self, device: torch.device) -> None:
         """Load the model onto the first `tensor_parallel` visible GPUs; `device` is not used.
 
         Raises:
             ImportError: No TensorRT-LLM.
-            ValueError: A tokenizer in which a digit is more than one token.
+            UserError: A tokenizer in which a digit is more than one token.
         """
         from tensorrt_llm import LLM
         from tensorrt_llm.llmapi import KvCacheConfig
@@ -67,21 +64,23 @@ class TensorRTLLMEngine:
             ),
         )
         encode = self._llm.tokenizer.encode
-        self._ids = [encode(character, add_special_tokens=False) for character in _CHARACTERS]
-        if any(len(ids) != 1 for ids in self._ids):
-            raise ValueError(
-                f"model: expected one token for each of {_CHARACTERS}, got {self._ids}"
-            )
+        self._ids = [encode(character, add_special_tokens=False) for character in CHARACTERS]
+        single = all(len(ids) == 1 for ids in self._ids)
+        require(single, "model", f"one token for each of {CHARACTERS}", self._ids)
 
     def ask(
         self, clips: Sequence[Clip], questions: Sequence[Sequence[str]], decoding: Decoding
     ) -> list[list[Reply]]:
         """A reply to each question about each clip, in the order given; at least one question."""
-        asked = [
-            {"prompt": self._prompt(question)} | video
-            for video, row in zip(map(video_input, clips), questions, strict=True)
-            for question in row
-        ]
+        asked = []
+        for video, row in zip(map(video_input, clips), questions, strict=True):
+            for question in row:
+                parts = [{"type": "video"}, {"type": "text", "text": question}]
+                chat = [{"role": "user", "content": parts}]
+                prompt = self._llm.tokenizer.apply_chat_template(
+                    chat, tokenize=False, add_generation_prompt=True
+                )
+                asked.append({"prompt": prompt} | video)
         written = self._write(asked) if decoding.probabilities else self._generate(asked, decoding)
         replies = iter(written)
         return [[next(replies) for _ in row] for row in questions]
@@ -92,13 +91,6 @@ class TensorRTLLMEngine:
 
         version = tensorrt_llm.__version__
         return {"tensorrt_llm": version, "model": self.model, "revision": self.revision}
-
-    def _prompt(self, question: str) -> str:
-        parts = [{"type": "video"}, {"type": "text", "text": question}]
-        prompt: str = self._llm.tokenizer.apply_chat_template(
-            [{"role": "user", "content": parts}], tokenize=False, add_generation_prompt=True
-        )
-        return prompt
 
     def _generate(self, asked: list[dict[str, Any]], decoding: Decoding) -> list[Reply]:
         """Answers as the model writes them, or within guided decoding."""
@@ -111,11 +103,9 @@ class TensorRTLLMEngine:
             seed=decoding.seed,
             guided_decoding=GuidedDecodingParams(regex=NUMBER) if decoding.constrained else None,
         )
-        outputs = self._llm.generate(asked, sampling_params=params, use_tqdm=False)
-        return [
-            Reply(text=output.outputs[0].text, cut=output.outputs[0].finish_reason == "length")
-            for output in outputs
-        ]
+        made = self._llm.generate(asked, sampling_params=params, use_tqdm=False)
+        outputs = [one.outputs[0] for one in made]
+        return [Reply(output.text, cut=output.finish_reason == "length") for output in outputs]
 
     def _write(self, asked: list[dict[str, Any]]) -> list[Reply]:
         """The likeliest numbers, with the probabilities of the digits in their places."""
@@ -125,22 +115,25 @@ class TensorRTLLMEngine:
 
         first = self._places(asked, [""] * len(asked))
         after_one = self._places(asked, ["1"] * len(asked))
-        places = [[one, two] for one, two in zip(first, after_one, strict=True)]
-        texts = [f"{likeliest(place, _DIGITS[1:])}." for place in first]
-        for i, place in enumerate(after_one):
-            if texts[i] != "1.":
-                places[i][1] = {}  # only "." can follow
-            elif likeliest(place, "0.") == "0":
-                texts[i] = "10.00"
+        digits: list[list[dict[str, float]]] = [[place] for place in first]
+        texts = []
+        for i, place in enumerate(first):
+            digit = likeliest(place, DIGITS[1:])
+            # Only "." can follow another digit than 1.
+            digits[i].append(after_one[i] if digit == "1" else {})
+            ten = digit == "1" and likeliest(after_one[i], "0.") == "0"
+            texts.append("10.00" if ten else f"{digit}.")
         for _ in range(2):
             for i, place in enumerate(self._places(asked, texts)):
-                if texts[i] != "10.00":
-                    texts[i] += likeliest(place, _DIGITS)
-                    places[i].append(place)
-        return [
-            Reply(text, tuple(map(_digits, written)) + ({},) * (len(text) - len(written)), one["0"])
-            for text, written, one in zip(texts, places, after_one, strict=True)
-        ]
+                ten = texts[i] == "10.00"
+                texts[i] += "" if ten else likeliest(place, DIGITS)
+                digits[i].append({} if ten else place)
+        replies = []
+        for text, places, one in zip(texts, digits, after_one, strict=True):
+            only_digits = [{c: p for c, p in place.items() if c != "."} for place in places]
+            only_digits += [{}] * (len(text) - len(places))
+            replies.append(Reply(text, tuple(only_digits), one["0"]))
+        return replies
 
     def _places(self, asked: list[dict[str, Any]], begun: list[str]) -> list[dict[str, float]]:
         """Probabilities of the digits and "." as the next token of answers that began so."""
@@ -154,28 +147,20 @@ class TensorRTLLMEngine:
         # generation_logits: [tokens, vocabulary]
         chances = [one.outputs[0].generation_logits[0].double().softmax(-1) for one in outputs]
         return [
-            {c: float(one[ids[0]]) for c, ids in zip(_CHARACTERS, self._ids, strict=True)}
+            {c: float(one[ids[0]]) for c, ids in zip(CHARACTERS, self._ids, strict=True)}
             for one in chances
         ]
-
-
-def _digits(place: dict[str, float]) -> dict[str, float]:
-    return {character: p for character, p in place.items() if character != "."}
 
 
 def video_input(clip: Clip) -> dict[str, Any]:
     """The fields of a request's input that carry a clip, whose frames are taken as they are."""
     from tensorrt_llm.inputs.utils import VideoData
 
-    count = len(clip.frames)
+    count, fps = len(clip.frames), clip.fps
     frames = [Image.fromarray(f.numpy()) for f in clip.frames.permute(0, 2, 3, 1).contiguous()]
-    metadata = {
-        "total_num_frames": count,
-        "fps": clip.fps,
-        "duration": count / clip.fps,
-        "frames_indices": list(range(count)),
-    }
+    metadata: dict[str, Any] = {"total_num_frames": count, "frames_indices": list(range(count))}
+    metadata |= {"fps": fps, "duration": count / fps}
     return {
         "multi_modal_data": {"video": [VideoData(frames=frames, metadata=metadata)]},
-        "mm_processor_kwargs": {"fps": clip.fps, "do_sample_frames": False},
+        "mm_processor_kwargs": {"fps": fps, "do_sample_frames": False},
     }

@@ -13,8 +13,9 @@ Result = TypeVar("Result")
 
 
 class BackgroundLoop:
-    """An event loop on a daemon thread; several threads may run coroutines on it and wait for them.
-    It ends with this object or Python.
+    """An event loop on a daemon thread, which ends with this object or with Python.
+
+    Several threads may run coroutines on it and wait for them.
     """
 
     def __init__(self, name: str) -> None:
@@ -25,11 +26,13 @@ class BackgroundLoop:
         self._end = weakref.finalize(self, _end, self._loop, thread)
 
     def run(self, work: Coroutine[Any, Any, Result]) -> Result:
-        """The result of a coroutine; an interrupted wait cancels it. RuntimeError: `close` was
-        called, before or meanwhile.
+        """The result of a coroutine; an interrupted wait cancels it.
+
+        Raises:
+            RuntimeError: `close` was called, before or meanwhile.
         """
-        # what gets in before `close` is cancelled by it; what came after would wait for a loop that
-        # has ended
+        # With the lock, `close` cancels what was begun before it, and nothing begins after it:
+        # that would wait for a loop that has ended.
         with self._lock:
             if self._closed:
                 work.close()
@@ -68,9 +71,7 @@ async def _cancel_all() -> None:
 def _end(loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:
     cancelled = asyncio.run_coroutine_threadsafe(_cancel_all(), loop)
     cancelled.add_done_callback(lambda _: loop.call_soon_threadsafe(loop.stop))
-    if (
-        thread is threading.current_thread()
-    ):  # the last reference was dropped by a task of the loop itself
+    if thread is threading.current_thread():  # a task of the loop dropped the last reference
         return
     thread.join(timeout=5.0)
     if not thread.is_alive():

@@ -1,5 +1,6 @@
-"""Which of several servers is asked: the least busy one that is well, dead ones set aside and tried
-again; and their addresses and key.
+"""Which of several servers is asked next, and their addresses and key.
+
+The least busy one that is well; dead ones are set aside and tried again.
 """
 
 from __future__ import annotations
@@ -14,22 +15,26 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
-from openai import DefaultAsyncHttpxClient
+from fastgrpo.errors import UserError, require
 
 FAILURES = 2
-"""In a row, after which an endpoint is dead; one may be a kept connection that the server had just
-closed.
-"""
+"""In a row, after which an endpoint is set aside: one may be a connection that was just closed."""
 
 
 @dataclass(eq=False)
 class Endpoint:
-    """A server, and how it has been.
+    """A server and its history.
 
-    url: with the path that requests go under. client: `openai.AsyncOpenAI`. in_flight, requests:
-    now, and in all. failures: in a row. refusing: it answers, but not us (a wrong key, another
-    model). rests: how often in a row it was set aside. set_aside_at, rest_until: seconds of the
-    pool's clock. last_error: never with the key.
+    Attributes:
+        url: Base URL, with the path.
+        client: `openai.AsyncOpenAI`.
+        in_flight: Requests that are being answered.
+        requests: Requests in all.
+        failures: Failures in a row.
+        refusing: It answers, but refuses us (a wrong key, another model).
+        rests: How often in a row it was set aside.
+        set_aside_at, rest_until: Seconds of the pool's clock.
+        last_error: Never with the key.
     """
 
     url: str
@@ -45,13 +50,19 @@ class Endpoint:
 
 
 class EndpointPool:
-    """Endpoints, with what decides which is next. Lives on one event loop: nothing of it is called
-    from two threads.
+    """Endpoints, and which is next. Not thread-safe: lives on one event loop.
 
-    set_aside: seconds that an endpoint rests after FAILURES failures in a row; doubled at every
-    further one, up to `longest` seconds, all with a quarter of jitter either way. After a rest
-    it gets one request at a time until it answers one. down_since: when the first failure was
-    since any endpoint last answered; None if there was none.
+    After a rest an endpoint gets one request at a time until it answers one.
+
+    Args:
+        endpoints: The servers.
+        set_aside: Seconds of rest after FAILURES failures in a row, doubled at every further one,
+            with a quarter of jitter either way.
+        longest: Seconds of rest at most, before the jitter.
+        clock: Seconds.
+
+    Attributes:
+        down_since: Time of the first failure since any endpoint last answered, or None.
     """
 
     def __init__(
@@ -61,61 +72,54 @@ class EndpointPool:
         longest: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.endpoints, self.set_aside, self.longest, self.clock = (
-            tuple(endpoints),
-            set_aside,
-            longest,
-            clock,
-        )
+        self.endpoints = tuple(endpoints)
+        self.set_aside, self.longest, self.clock = set_aside, longest, clock
         self.down_since: float | None = None
 
     def pick(
         self, home: Endpoint | None = None, without: Collection[Endpoint] = ()
     ) -> Endpoint | None:
-        """`home` if it is well, else the least busy one that is, else one that refuses; None if all
-        rest, or are being tried after it.
+        """`home` if it is well, else the least busy one that is, else one that refuses.
+
+        None if all rest, or are being tried after a rest.
         """
-        now, left = (
-            self.clock(),
-            [endpoint for endpoint in self.endpoints if endpoint not in without],
-        )
+        now = self.clock()
+        left = [e for e in self.endpoints if e not in without]
         well = [
             e for e in left if now >= e.rest_until and (e.failures < FAILURES or not e.in_flight)
         ]
         if home in well:
             return home
-        # One that refuses says so again at once, which is better than to wait where there is
-        # nothing to wait for.
+        # One that refuses says so again at once: better than to wait for nothing.
         candidates = well or [e for e in left if e.refusing]
-        return min(
-            candidates, key=lambda endpoint: (endpoint.in_flight, endpoint.requests), default=None
-        )
+        return min(candidates, key=lambda e: (e.in_flight, e.requests), default=None)
 
     def wait(self, without: Collection[Endpoint] = ()) -> float:
         """Seconds until the first of them has rested."""
-        return max(
-            min((e.rest_until for e in self.endpoints if e not in without), default=-math.inf)
-            - self.clock(),
-            0.0,
-        )
+        rests = (e.rest_until for e in self.endpoints if e not in without)
+        return max(min(rests, default=-math.inf) - self.clock(), 0.0)
 
     def answered(self, endpoint: Endpoint) -> None:
-        """It answered a question."""
+        """Note that it answered a question."""
         endpoint.failures, endpoint.rests, endpoint.refusing = 0, 0, False
         self.down_since = None
 
     def failed(
         self, endpoint: Endpoint, sent: float, at_once: bool = False, refusing: bool = False
     ) -> bool:
-        """A request that was sent at `sent` failed, or was refused; True if the endpoint is
-        therefore set aside.
+        """Note that a request failed or was refused.
 
-        at_once: without waiting for a second failure, as for one that refuses.
+        Args:
+            endpoint: Where.
+            sent: When it was sent.
+            at_once: Set the endpoint aside without waiting for a second failure.
+            refusing: The endpoint refuses us; implies `at_once`.
+
+        Returns:
+            True if the endpoint is set aside now.
         """
         now = self._note_failure()
-        if (
-            sent <= endpoint.set_aside_at
-        ):  # it was in flight when the endpoint was set aside: no news
+        if sent <= endpoint.set_aside_at:  # in flight when the endpoint was set aside: no news
             return False
         endpoint.refusing = refusing
         endpoint.failures = max(endpoint.failures + 1, FAILURES if at_once or refusing else 0)
@@ -127,7 +131,7 @@ class EndpointPool:
         return True
 
     def busy(self, endpoint: Endpoint, seconds: float) -> None:
-        """It lives but has too much to do: no request for so many seconds."""
+        """Note that it lives but is overloaded: it gets no request for so many seconds."""
         endpoint.failures, endpoint.rests, endpoint.refusing = 0, 0, False
         endpoint.rest_until = max(endpoint.rest_until, self._note_failure() + seconds)
 
@@ -138,16 +142,16 @@ class EndpointPool:
 
 
 def check_urls(endpoints: Sequence[str]) -> tuple[str, ...]:
-    """Base URLs with their path, `/v1` where one has none.
+    """Base URLs with their path, `/v1` for one without.
 
-    ValueError: none, one twice, one that is no http or https URL, or one that has more than
-    host, port and path: a user, a password and a query may be keys, so such a URL is named by
-    its place and not repeated.
+    A user, a password and a query may be keys, so a URL that has more than host, port and path is
+    named by its index and not repeated.
+
+    Raises:
+        UserError: None, one twice, or one that is no http or https URL of host, port and path.
     """
-    if isinstance(endpoints, str) or not endpoints:
-        raise ValueError(
-            f"endpoints: expected a list of base URLs, got {'one string' if endpoints else 'none'}"
-        )
+    listed = not isinstance(endpoints, str) and endpoints
+    require(listed, "endpoints", "a list of base URLs", "one string" if endpoints else "none")
     urls = []
     for i, endpoint in enumerate(endpoints):
         try:
@@ -157,38 +161,46 @@ def check_urls(endpoints: Sequence[str]) -> tuple[str, ...]:
             known = False
         if not known or "@" in parts.netloc or parts.query or parts.fragment:
             # Without a chain: urlsplit's own error may repeat the URL.
-            raise ValueError(
-                f"endpoints[{i}]: expected http://host:port/v1 or https, without user, password or query; a key belongs into the "
-                "environment variable that api_key_env names"
+            raise UserError(
+                f"endpoints[{i}]: expected http://host:port/v1 or https, without user, password or "
+                "query; a key belongs into the environment variable that api_key_env names"
             ) from None
         urls.append(f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/') or '/v1'}")
-    if len(set(urls)) < len(urls):
-        raise ValueError(f"endpoints: expected different ones, got {', '.join(urls)}")
+    require(len(set(urls)) == len(urls), "endpoints", "different ones", ", ".join(urls))
     return tuple(urls)
 
 
-def direct_client(url: str) -> DefaultAsyncHttpxClient | None:
-    """A client that goes around the environment's proxies, for an http URL of this machine; None
-    for another, which may need them.
+def direct_client(url: str) -> Any:
+    """A client that ignores the environment's proxies, for an http URL of this machine; else None.
 
-    HTTP_PROXY would otherwise get the requests to 127.0.0.1, and their key, unless NO_PROXY
+    HTTP_PROXY would otherwise receive the requests to 127.0.0.1 and their key, unless NO_PROXY
     names it.
     """
     parts = urlsplit(url)
-    try:
-        here = (
-            parts.hostname == "localhost" or ipaddress.ip_address(parts.hostname or "").is_loopback
-        )
-    except ValueError:
-        here = False
-    return DefaultAsyncHttpxClient(trust_env=False) if here and parts.scheme == "http" else None
+    here = parts.scheme == "http" and is_loopback(parts.hostname or "")
+    if not here:
+        return None
+    # Imported here: the server, which has its own environment, uses this module without openai.
+    from openai import DefaultAsyncHttpxClient
+
+    return DefaultAsyncHttpxClient(trust_env=False)
 
 
 def read_key(name: str) -> str:
-    """The key in the environment variable `name`, "" where there is none. ValueError, without the
-    key: it cannot stand in a header.
+    """The key in the environment variable `name`, "" if there is none.
+
+    Raises:
+        UserError: The key cannot stand in a header; it is not repeated.
     """
     key = os.environ.get(name, "").strip()
     if not all("!" <= character <= "~" for character in key):
-        raise ValueError(f"{name}: expected a key of printable ASCII characters without spaces")
+        raise UserError(f"{name}: expected a key of printable ASCII characters without spaces")
     return key
+
+
+def is_loopback(host: str) -> bool:
+    """True for an address of this machine only."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

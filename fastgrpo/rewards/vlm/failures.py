@@ -1,6 +1,4 @@
-"""What can go wrong with a request to a server, sorted by what to do about it, in words that hold
-no key.
-"""
+"""What can go wrong with a request to a server, by what to do about it, without the key."""
 
 from __future__ import annotations
 
@@ -19,9 +17,11 @@ LONGEST_ERROR = 300
 
 
 class TryAgain(Exception):
-    """A request failed in a way that another endpoint, or the same one later, may not.
+    """A request failed, but may pass at another endpoint, or later.
 
-    busy: the server lives but asks for fewer requests. pause: seconds for which it asks.
+    Attributes:
+        busy: The server lives but asks for fewer requests.
+        pause: Seconds for which it asks so.
     """
 
     def __init__(self, message: str = "", busy: bool = False, pause: float = 0.0) -> None:
@@ -30,8 +30,10 @@ class TryAgain(Exception):
 
 
 class Refused(Exception):
-    """A request failed in a way that it would fail again. status: that of the answer, 0 for what is
-    no HTTP error.
+    """A request failed and would fail again.
+
+    Attributes:
+        status: HTTP status of the answer, 0 for other failures.
     """
 
     def __init__(self, message: str, status: int = 0) -> None:
@@ -40,36 +42,33 @@ class Refused(Exception):
 
     @property
     def by_endpoint(self) -> bool:
-        """Whether another endpoint may take the request."""
+        """True if another endpoint may take the request."""
         return self.status in ENDPOINT_REFUSES
 
 
 def failure_of(error: Exception, url: str, key: str) -> TryAgain | Refused:
-    """What an exception of the client library means: one line with the endpoint and the status,
-    `key` hidden.
+    """What an exception of the client library means, in one line with the endpoint and no key.
 
-    error: TimeoutError, openai.OpenAIError, or a ValueError or RecursionError for an answer that
-    is no JSON or not what was asked for.
+    Args:
+        error: TimeoutError, openai.OpenAIError, or a ValueError or RecursionError for an answer
+            that is no JSON or not what was asked for.
+        url: The endpoint.
+        key: What must not be repeated, "" for nothing.
     """
     if isinstance(error, openai.APIStatusError):
-        status, message = (
-            error.status_code,
-            _clean(f"status {error.status_code}: {error}", url, key),
-        )
+        status = error.status_code
+        message = _clean(f"status {status}: {error}", url, key)
         if status < 500 and status not in TRY_AGAIN:
             return Refused(message, status)
         pause = retry_after(error.response.headers.get("retry-after", ""))
         return TryAgain(message, busy=status == 429 or pause > 0, pause=pause)
     cause = f" ({error.__cause__})" if error.__cause__ else ""
-    return TryAgain(
-        _clean(f"{type(error).__name__}: {str(error) or 'no answer in time'}{cause}", url, key)
-    )
+    words = f"{type(error).__name__}: {str(error) or 'no answer in time'}{cause}"
+    return TryAgain(_clean(words, url, key))
 
 
 def retry_after(header: str) -> float:
-    """Seconds that a Retry-After header asks for, as a number or as a date; 0 for one that is
-    neither.
-    """
+    """Seconds that a Retry-After header asks for, as a number or a date; 0 for others."""
     try:
         seconds = float(header)
     except ValueError:
@@ -81,8 +80,7 @@ def retry_after(header: str) -> float:
 
 
 def _clean(error: str, url: str, key: str) -> str:
-    hidden = (
-        error.replace(key, "***") if key else error
-    )  # before it is cut: half a key is no better
+    # Before it is cut: half a key is no better.
+    hidden = error.replace(key, "***") if key else error
     line = " ".join(hidden.split())
     return f"{url}: {line if len(line) <= LONGEST_ERROR else line[:LONGEST_ERROR] + ' ...'}"

@@ -29,7 +29,7 @@ from fastgrpo.rewards.vlm.endpoints import (
     direct_client,
     read_key,
 )
-from fastgrpo.rewards.vlm.engine import Clip, Decoding, Reply
+from fastgrpo.rewards.vlm.engine import Clip, Decoding, Engine, Reply
 from fastgrpo.rewards.vlm.failures import LONGEST_ERROR, Refused, TryAgain, failure_of
 from fastgrpo.rewards.vlm.transport import (
     FROM_ONE,
@@ -46,7 +46,7 @@ LEAST_PROBABILITY = 1e-6
 Result = TypeVar("Result")
 
 
-class ServerEngine:
+class ServerEngine(Engine):
     """Asks a vision-language model behind OpenAI-compatible servers (`engine.Engine`).
 
     The first question about a clip goes ahead alone; the others follow together, to the endpoint
@@ -103,7 +103,7 @@ class ServerEngine:
             )
         self._urls = check_urls(endpoints)
         self._model, self._api_key_env = model, api_key_env
-        self._concurrency, self._requests_in_flight = concurrency, requests_in_flight
+        self.concurrency, self._requests_in_flight = concurrency, requests_in_flight
         self._timeout, self._patience, self._set_aside = timeout, patience, set_aside
         self._servers: dict[str, dict[str, str]] = {}
         self._key = ""
@@ -173,16 +173,6 @@ class ServerEngine:
             "servers": {url: dict(said) for url, said in self._servers.items()},
         }
 
-    @property
-    def concurrency(self) -> int:
-        """Calls of `ask` that may run at a time."""
-        return self._concurrency
-
-    @property
-    def memory_bytes(self) -> int:
-        """0: the model is elsewhere."""
-        return 0
-
     def counters(self) -> dict[str, int]:
         """Counts since the last call: requests, failed_requests, endpoints_set_aside.
 
@@ -224,7 +214,7 @@ class ServerEngine:
         ]
         longest = max(self._set_aside, self._patience / 4)
         self._pool = EndpointPool(endpoints, self._set_aside, longest)
-        self._clips = asyncio.Semaphore(self._concurrency)
+        self._clips = asyncio.Semaphore(self.concurrency)
         self._slots = asyncio.Semaphore(self._requests_in_flight)
         self._asking, self._servers = 0, {}
         refused: dict[Endpoint, Refused] = {}

@@ -21,7 +21,6 @@ import uvicorn
 from PIL import Image, ImageFile
 
 from fastgrpo.rewards.server.app import (
-    Answerer,
     Limits,
     Question,
     completion,
@@ -31,7 +30,7 @@ from fastgrpo.rewards.server.app import (
 )
 from fastgrpo.rewards.vlm.answers import NUMBER, expected_answer, parse_answer
 from fastgrpo.rewards.vlm.endpoint_check import CHECKS, FAILED, UNKNOWN
-from fastgrpo.rewards.vlm.engine import Clip, Decoding, Reply
+from fastgrpo.rewards.vlm.engine import Clip, Decoding, Engine, Reply
 from fastgrpo.rewards.vlm.qwen import TransformersEngine
 from fastgrpo.rewards.vlm.served import ServerEngine
 from fastgrpo.rewards.vlm.transport import FROM_ONE, VIDEO_TYPE, chat_request, encode_clip
@@ -39,13 +38,16 @@ from fastgrpo.rewards.vlm.transport import FROM_ONE, VIDEO_TYPE, chat_request, e
 TOKEN = "a-token-of-the-test"
 
 
-class MeanEngine:
+class MeanEngine(Engine):
     """Answers with the frames' mean. calls: the questions of each call; gate: it waits for it."""
 
     def __init__(self) -> None:
         self.calls: list[list[list[str]]] = []
         self.gate = threading.Event()
         self.gate.set()
+
+    def load(self, device: torch.device) -> None:
+        pass
 
     def ask(
         self, clips: Sequence[Clip], questions: Sequence[Sequence[str]], decoding: Decoding
@@ -63,8 +65,8 @@ class MeanEngine:
 class Running:
     """A server on a thread of this process."""
 
-    def __init__(self, engine: Answerer, **limits: Any) -> None:
-        self.engine: Any = engine
+    def __init__(self, engine: Any, **limits: Any) -> None:
+        self.engine = engine
         config = uvicorn.Config(
             create_app(engine, "judge", TOKEN, Limits(**limits)), port=0, log_level="critical"
         )

@@ -75,7 +75,7 @@ def test_a_token_is_optional_only_on_loopback(host: str, monkeypatch: pytest.Mon
     monkeypatch.delenv("A_TOKEN", raising=False)
     assert JudgeServer("vllm", "m", host=host, token_env="A_TOKEN").token == ""
     monkeypatch.setenv("A_TOKEN", "with a space")
-    with pytest.raises(ValueError, match="A_TOKEN: expected printable ASCII") as error:
+    with pytest.raises(ValueError, match="A_TOKEN: expected a key of printable ASCII") as error:
         print(JudgeServer("vllm", "m", host=host, token_env="A_TOKEN").token)
     assert "with a space" not in str(error.value)
 
