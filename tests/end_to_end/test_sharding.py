@@ -1,4 +1,4 @@
-"""Sharding, activation policies and what crosses world sizes, on a tiny Wan transformer of
+"""Sharding, activation policies and checkpoints across world sizes, on a tiny Wan transformer of
 diffusers: the same training, up to rounding.
 """
 
@@ -97,12 +97,15 @@ def assert_close(
         )
 
 
-# -------- in this process
-
-
-@pytest.mark.parametrize("lora", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shard", ["none", "full"])
+@pytest.mark.parametrize(
+    ("shard", "dtype", "lora"),  # every pair of two settings
+    [
+        ("none", torch.float32, False),
+        ("none", torch.bfloat16, True),
+        ("full", torch.float32, True),
+        ("full", torch.bfloat16, False),
+    ],
+)
 def test_ratio_is_one_and_no_activation_policy_changes_a_bit(
     trainer: Any, shard: str, dtype: torch.dtype, lora: bool
 ) -> None:
@@ -156,7 +159,7 @@ def test_a_forward_frees_what_it_gathered_and_leaves_its_inputs_alone(trainer: A
 
 
 def test_other_weights_reach_a_network_that_is_gathered(trainer: Any) -> None:
-    """What is gathered, in bf16, is forgotten; the fp32 shards are exchanged, without a bit lost."""
+    """What is gathered in bf16 is dropped; the fp32 shards are exchanged, without a bit lost."""
     one, other = (trainer(shard="full", dtype=torch.bfloat16, seed=seed) for seed in (0, 1))
     network, weights = one.policy.transformer, copy_weights(other.trained)
     with (
@@ -310,8 +313,6 @@ def test_leaving_a_rollout_changes_nothing(trainer: Any) -> None:
     assert digest(state_of(one)) == digest(state_of(other))
 
 
-# -------- on two ranks
-
 LAYOUTS = {
     "copies": {"shard": "none"},
     "sharded": {"shard": "full", "activations": "keep_attention"},
@@ -319,8 +320,9 @@ LAYOUTS = {
     "replicas": {"shard": "full", "replicas": 2},
 }
 TRAIN = f"""
+updates = {EXTRAS | {"gradient_accumulation": 2}!r}
 for name, layout in {LAYOUTS!r}.items():
-    trainer = make_trainer(TinyJudge(), update={EXTRAS | {"gradient_accumulation": 2}!r}, **layout)
+    trainer = make_trainer(TinyJudge(), update=updates, **layout)
     metrics, hashes = [], []
     for i in (1, 2):
         metrics.append(without_times(trainer.step(i)))
@@ -332,7 +334,8 @@ for name, layout in {LAYOUTS!r}.items():
         export = sharding.full_state_dict(trainer.policy.transformer)
         if collectives.rank() == 0:
             torch.save(export, folder / f"{{name}}_export.pt")
-    answer[name] = [metrics, hashes, len(export), digest({{n: whole(p.detach()) for n, p in trainer.trained.items()}})]
+    weights = digest({{n: whole(p.detach()) for n, p in trainer.trained.items()}})
+    answer[name] = [metrics, hashes, len(export), weights]
 """
 
 
@@ -414,9 +417,11 @@ def test_an_export_is_the_average_whole_and_loads(trained: Any, layout: str) -> 
 SOME_UNSEEN = ["a cat", "unseen 1", "unseen 2", "unseen 3", "unseen 4", "a dog"]
 SKIPPED = f"""
 # Rank 1's group gives no signal in iteration 1, none of them in 2, rank 0's in 3.
-trainer = make_trainer(TinyJudge(), {SOME_UNSEEN!r}, shard="full", update={{"gradient_accumulation": 2}})
+updates = {{"gradient_accumulation": 2}}
+trainer = make_trainer(TinyJudge(), {SOME_UNSEEN!r}, shard="full", update=updates)
 rows = [without_times(trainer.step(i)) for i in (1, 2, 3)]
-answer = {{key: [row[key] for row in rows] for key in ("num_skipped_groups", "ratio_drift", "grad_norm")}}
+keys = ("num_skipped_groups", "ratio_drift", "grad_norm")
+answer = {{key: [row[key] for row in rows] for key in keys}}
 answer["hash"] = digest(state_of(trainer))
 
 # A rank whose weights differ gets rank 0's, and one that has none.
@@ -428,7 +433,8 @@ for layout in ({{"shard": "none"}}, {{"shard": "full"}}, {{"shard": "full", "rep
     sharding.prepare(policy.transformer, ParallelConfig(**layout), CPU, torch.float32)
     inputs = torch.ones(1, 4, 2, 4, 4), torch.tensor([937.0]), torch.ones(1, 3, 8)
     with torch.no_grad():
-        answer.setdefault("from meta", []).append(float(policy.transformer(*inputs).sample.double().sum()))
+        total = float(policy.transformer(*inputs).sample.double().sum())
+    answer.setdefault("from meta", []).append(total)
 """
 
 
