@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable
 from typing import Any
@@ -22,6 +23,7 @@ from fastgrpo.rewards.vlm.endpoint_check import (
     synthetic_clip,
 )
 from fastgrpo.rewards.vlm.engine import Decoding
+from fastgrpo.rewards.vlm.failures import TryAgain
 from fastgrpo.rewards.vlm.judge import StageJudge
 from fastgrpo.rewards.vlm.served import ServerEngine
 
@@ -168,12 +170,19 @@ def test_a_fault_that_the_settings_do_not_need_is_no_obstacle(
     judge.close()
 
 
+def test_an_endpoint_that_answers_nothing_tells_nothing() -> None:
+    async def send(*_: Any) -> Any:
+        raise TryAgain("no answer in 1 s")
+
+    findings = asyncio.run(check_endpoint(send, CHECKS))
+    assert findings == [Finding(name, UNKNOWN, "no answer in 1 s") for name in CHECKS]
+
+
 def test_synthetic_clips_have_no_two_frames_alike() -> None:
     clip = synthetic_clip(40, seed=3)
     assert clip.frames.shape == (40, 3, 112, 112)
     assert len({frame.numpy().tobytes() for frame in clip.frames}) == 40
     assert not torch.equal(clip.frames, synthetic_clip(40, seed=4).frames)
-    assert check_endpoint is not None
 
 
 @pytest.mark.parametrize(("faults", "code"), [([], 0), (["no rate"], 1)])

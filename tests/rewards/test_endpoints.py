@@ -14,6 +14,7 @@ from fastgrpo.rewards.vlm.endpoints import (
     EndpointPool,
     check_urls,
     direct_client,
+    is_loopback,
     read_key,
 )
 from fastgrpo.rewards.vlm.failures import (
@@ -250,6 +251,11 @@ def test_urls_have_a_path() -> None:
 )
 def test_only_this_machine_is_reached_around_the_proxies(url: str, direct: bool) -> None:
     assert (direct_client(url) is not None) == direct
+
+
+def test_this_machine_is_a_loopback_address_or_localhost() -> None:
+    hosts = ("127.8.9.1", "::1", "localhost", "10.0.0.1", "0.0.0.0", "::", "judge", "")
+    assert [is_loopback(host) for host in hosts] == [True] * 3 + [False] * 5
 
 
 def test_a_key_is_read_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

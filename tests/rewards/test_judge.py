@@ -13,14 +13,13 @@ import torch
 from torch import Tensor
 
 from fastgrpo.rewards.media.frames import FrameSettings, make_clip
-from fastgrpo.rewards.vlm.engine import Clip, Decoding, Reply
+from fastgrpo.rewards.vlm.engine import Clip, Decoding, Engine, Reply
 from fastgrpo.rewards.vlm.judge import FAILED, Reading, StageJudge
-from fastgrpo.rewards.vlm.served import ServerEngine
 
 STAGES = ("visual_quality", "temporal_smoothness", "text_alignment")
 
 
-class ScriptedEngine:
+class ScriptedEngine(Engine):
     """rewards.engine.Engine: reply(brightness of the clip in [0, 1], stage number, decoding), and a
     record of every question.
     """
@@ -248,20 +247,6 @@ def test_what_decides_the_scores_is_told_and_nothing_else() -> None:
 def test_what_cannot_be(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         StageJudge(ScriptedEngine(number), **arguments)
-
-
-def test_an_engine_that_cannot_answer_so_is_refused_when_it_is_loaded(
-    fake_endpoint: Callable[..., Any],
-) -> None:
-    """Probabilities need guided answers; without the question about nothing it would be found out
-    after the first rollout.
-    """
-    judge = StageJudge(
-        ServerEngine((fake_endpoint().url,), "judge", guided="none"), answer="expected"
-    )
-    with pytest.raises(ValueError, match="guided: expected structured_outputs"):
-        judge.load(torch.device("cpu"))
-    judge.close()
 
 
 def test_a_prompt_for_every_video() -> None:

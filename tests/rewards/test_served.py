@@ -1,18 +1,12 @@
-"""The served judge against a fake server: what is sent, in which order, and what becomes of every
-fault.
-"""
+"""The served judge against a fake server: what is sent, in which order, and what faults do."""
 
 from __future__ import annotations
 
-import asyncio
 import base64
-import contextlib
-import gc
 import io
 import json
 import re
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -25,7 +19,6 @@ from PIL import Image
 from torch import Tensor
 
 from fastgrpo.rewards.vlm.answers import NUMBER
-from fastgrpo.rewards.vlm.background import BackgroundLoop
 from fastgrpo.rewards.vlm.endpoints import FAILURES
 from fastgrpo.rewards.vlm.engine import Clip, Decoding, Reply
 from fastgrpo.rewards.vlm.failures import LONGEST_ERROR
@@ -88,7 +81,7 @@ def test_numbers_that_begin_with_one() -> None:
     ]
 
 
-def test_pictures_are_encoded_once_a_clip(
+def test_pictures_are_encoded_once_per_clip(
     fake_endpoint: Any, server_engine: Engines, monkeypatch: pytest.MonkeyPatch, random_clip: Clips
 ) -> None:
     calls: list[Clip] = []
@@ -275,9 +268,7 @@ def test_a_busy_endpoint_leaves_the_work_to_the_other(
 def test_what_would_fail_again_is_an_error_at_once(
     status: int, fake_endpoint: Any, fault: Any, server_engine: Engines, random_clip: Clips
 ) -> None:
-    """Without patience: an hour of it would be the test's end. A server may repeat the whole video
-    in its error.
-    """
+    """Not tried for the hour of patience. A server may repeat the whole video in its error."""
     server = fake_endpoint()
     judge = server_engine(server, patience=3600.0)
     judge.counters()
@@ -309,7 +300,7 @@ def test_an_endpoint_that_refuses_leaves_the_work_to_the_other(
 
 
 def test_prose_is_an_answer(fake_endpoint: Any, server_engine: Engines, random_clip: Clips) -> None:
-    """What it says is the judge's to read, not the engine's to ask again for."""
+    """The judge reads what it says; the engine does not ask again."""
     server = fake_endpoint(answer=lambda request: "I rather like it.")
     assert server_engine(server).ask([random_clip()], [["a"]], Decoding()) == [
         [Reply("I rather like it.")]
@@ -371,9 +362,7 @@ def test_killed_and_restarted_while_it_is_asked(
 def test_all_dead_is_an_error_in_every_reply(
     how: str, fake_endpoint: Any, fault: Any, server_engine: Engines, random_clip: Clips
 ) -> None:
-    """In bounded time: the questions that wait for their turn do not begin a patience of their own,
-    most are not even sent.
-    """
+    """In bounded time: waiting questions have no patience of their own, most are not even sent."""
     servers = [fake_endpoint() for _ in range(2)]
     judge = server_engine(*servers, timeout=0.2, patience=0.8, concurrency=4)
     for server in servers:
@@ -461,46 +450,3 @@ def test_close_ends_the_wait_of_another_thread(
         judge.ask([random_clip()], [["a"]], Decoding())
     judge.load(torch.device("cpu"))
     assert judge.ask([random_clip()], [["a"]], Decoding()) == [[Reply("7.25")]]
-
-
-def test_a_loop_ends_with_its_owner() -> None:
-    async def one() -> int:
-        return 1
-
-    loop = BackgroundLoop("short-lived")
-    assert loop.run(one()) == 1
-    assert "short-lived" in {thread.name for thread in threading.enumerate()}
-    del loop
-    gc.collect()
-    assert "short-lived" not in {thread.name for thread in threading.enumerate()}
-
-
-@pytest.mark.timeout(120)
-def test_what_comes_while_a_loop_closes_is_refused_and_does_not_hang() -> None:
-    """A question whose task was made after the others had been cancelled waited for ever for a loop
-    that had stopped.
-    """
-
-    async def nothing() -> None:
-        await asyncio.sleep(0)
-
-    def ask(loop: BackgroundLoop) -> None:
-        with contextlib.suppress(RuntimeError):
-            while True:
-                loop.run(nothing())
-
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-5)
-    try:
-        for _ in range(60):
-            loop = BackgroundLoop("closing")
-            callers = [threading.Thread(target=ask, args=[loop], daemon=True) for _ in range(4)]
-            for caller in callers:
-                caller.start()
-            loop.close(nothing())
-            loop.close(nothing())
-            for caller in callers:
-                caller.join(20)
-            assert not any(caller.is_alive() for caller in callers)
-    finally:
-        sys.setswitchinterval(interval)

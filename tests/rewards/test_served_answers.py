@@ -12,7 +12,13 @@ import pytest
 from fastgrpo.rewards.vlm.answers import NUMBER, expected_answer
 from fastgrpo.rewards.vlm.engine import Clip, Decoding, Reply
 from fastgrpo.rewards.vlm.served import LEAST_PROBABILITY, ServerEngine
-from fastgrpo.rewards.vlm.transport import FROM_ONE, TOP_LOGPROBS, read_digits, read_text
+from fastgrpo.rewards.vlm.transport import (
+    FROM_ONE,
+    TOP_LOGPROBS,
+    read_digits,
+    read_places,
+    read_text,
+)
 
 Clips = Callable[..., Clip]
 Engines = Callable[..., ServerEngine]
@@ -21,9 +27,7 @@ EXPECTED = Decoding(probabilities=True)
 
 
 def written(*places: tuple[str, dict[str, float]]) -> Places:
-    """Tokens with the probabilities of what could stand in their places, as a server gives them:
-    logarithms, -9999 for 0.
-    """
+    """Tokens, each with the log-probabilities of what could stand in its place, -9999 for 0."""
     return [
         (token, {t: math.log(p) if p else -9999.0 for t, p in {token: 0.0, **place}.items()})
         for token, place in places
@@ -113,7 +117,7 @@ def test_no_second_request_where_the_first_says_it_all(
 def test_a_lone_one_is_asked_about(
     fake_endpoint: Any, server_engine: Engines, random_clip: Clips
 ) -> None:
-    """Cut off after the "1", by `max_tokens` or an end: what would have followed is not known yet."""
+    """Cut off after the "1", by `max_tokens` or an end: what would have followed is not known."""
     server = fake_endpoint(
         answer=lambda r: (
             FORCED
@@ -182,7 +186,7 @@ def completion(**choice: Any) -> Any:
     ],
 )
 def test_odd_logprobs_are_none(odd: Any) -> None:
-    assert read_digits(odd) == ((), ())
+    assert read_digits(odd) == read_places(odd) == ((), ())
 
 
 @pytest.mark.parametrize("logprob", [math.nan, -math.inf, math.inf, 1e-9, -1e300])

@@ -1,6 +1,4 @@
-"""Finding the servers of a judge, the checks of its options, and the key, which is sent and seen
-nowhere else.
-"""
+"""Finding the servers of a judge, its options, and the key, which is seen nowhere else."""
 
 from __future__ import annotations
 
@@ -280,9 +278,7 @@ def test_ask_needs_load(random_clip: Clips) -> None:
 
 @pytest.mark.timeout(60)
 def test_python_ends_while_a_thread_of_it_waits(fake_endpoint: Any, fault: Any) -> None:
-    """With a daemon thread; one of a ThreadPoolExecutor is waited for by Python itself, and needs
-    `close`.
-    """
+    """With a daemon thread; Python waits for one of a ThreadPoolExecutor, which needs `close`."""
     server = fake_endpoint(always=fault(delay=20.0, close=True))
     script = (
         "import sys, threading, time, torch\n"
@@ -291,7 +287,8 @@ def test_python_ends_while_a_thread_of_it_waits(fake_endpoint: Any, fault: Any) 
         "judge = ServerEngine((sys.argv[1],), 'judge')\n"
         "judge.load(torch.device('cpu'))\n"
         "clip = Clip(torch.zeros(2, 3, 28, 28, dtype=torch.uint8), 2.0)\n"
-        "threading.Thread(target=judge.ask, args=([clip], [['a']], Decoding()), daemon=True).start()\n"
+        "asked = ([clip], [['a']], Decoding())\n"
+        "threading.Thread(target=judge.ask, args=asked, daemon=True).start()\n"
         "time.sleep(0.3)\n"
     )
     done = subprocess.run(

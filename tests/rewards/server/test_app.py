@@ -6,6 +6,7 @@ import base64
 import http.client
 import io
 import json
+import re
 import struct
 import threading
 import time
@@ -33,7 +34,13 @@ from fastgrpo.rewards.vlm.endpoint_check import CHECKS, FAILED, UNKNOWN
 from fastgrpo.rewards.vlm.engine import Clip, Decoding, Engine, Reply
 from fastgrpo.rewards.vlm.qwen import TransformersEngine
 from fastgrpo.rewards.vlm.served import ServerEngine
-from fastgrpo.rewards.vlm.transport import FROM_ONE, VIDEO_TYPE, chat_request, encode_clip
+from fastgrpo.rewards.vlm.transport import (
+    FROM_ONE,
+    VIDEO_TYPE,
+    chat_request,
+    encode_clip,
+    video_part,
+)
 
 TOKEN = "a-token-of-the-test"
 
@@ -298,6 +305,8 @@ def test_a_request_of_the_client_is_read(regex: str, random_clip: Any) -> None:
     clip = random_clip(n=4)
     decoding = Decoding(9, bool(regex), probabilities=True, temperature=0.5, seed=3)
     made = chat_request("judge", encode_clip(clip), "Why?", decoding, regex)
+    (url_of_clip,) = re.findall("data:[^']*", str(made["messages"]))
+    assert encode_clip(clip) == video_part(url_of_clip, clip.fps)
     body = json.dumps(made | made.pop("extra_body")).encode()
     question = read_question(body, "judge", Limits())
     assert (question.text, question.decoding) == ("Why?", decoding)
