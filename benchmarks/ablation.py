@@ -22,7 +22,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +31,7 @@ from typing import Literal
 import jsonargparse
 import torch
 from matplotlib.figure import Figure
+from tabulate import tabulate
 
 from fastgrpo.config import TrainConfig
 from fastgrpo.shapes.captions import COLOURS, DIRECTIONS, SHAPES
@@ -64,6 +65,9 @@ JUDGES: dict[str, list[str]] = {
     "rounded_0.25": ["--reward.init_args.rounding", "0.25"],
     "noisy": ["--reward.init_args.noise", "0.3"],
 }
+UNATTENDED = (
+    "--resume auto --evaluation.interval 0 --evaluation.num_videos 1 --tracking.trackers []"
+)
 METRICS = ("VQ", "MQ", "TA", "geometric mean")
 
 
@@ -124,33 +128,13 @@ def train_and_measure(
         return measure(None, row, seed, config)
     name = f"{row.replace(', ', '_').replace(' ', '_')}-{iterations}-seed{seed}"
     folder = ROOT / "runs" / "ablation" / REVISION / judge
-    options = [
-        *overrides,
-        *JUDGES[judge],
-        f"--seed={seed}",
-        f"--iterations={iterations}",
-        f"--name={name}",
-        f"--output_dir={folder}",
-    ]
-    options += [
-        "--resume",
-        "auto",
-        "--evaluation.interval",
-        "0",
-        "--evaluation.num_videos",
-        "1",
-        "--tracking.trackers",
-        "[]",
-    ]
+    options = [*overrides, *JUDGES[judge], f"--seed={seed}", f"--iterations={iterations}"]
+    options += [f"--name={name}", f"--output_dir={folder}", *UNATTENDED.split()]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-    command = [
-        sys.executable,
-        str(ROOT / "fastgrpo" / "train.py"),
-        "--config",
-        str(RECIPE),
-        *options,
-    ]
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    command = [sys.executable, str(ROOT / "fastgrpo" / "train.py"), "--config", str(RECIPE)]
+    done = subprocess.run(
+        [*command, *options], env=environment, cwd=ROOT, capture_output=True, text=True
+    )
     if done.returncode:
         raise RuntimeError(f"{name} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
     if "changed since the run began" in done.stdout:
@@ -206,36 +190,26 @@ def of_row(results: Iterable[Result], row: str) -> list[Result]:
     return [r for r in results if r.row == row]
 
 
-def spread(values: list[float]) -> str:
-    return f"{statistics.mean(values):.3f}" + (
-        f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-    )
+def spread(values: Sequence[float]) -> str:
+    mean = f"{statistics.mean(values):.3f}"
+    return f"{mean} ± {statistics.stdev(values):.3f}" if len(values) > 1 else mean
 
 
 def table(results: list[Result]) -> str:
     """The two Markdown tables: metrics, and shares of what is drawn (validation prompts ask for
     each about equally).
     """
-    names = list(results[0].shares)
-    lines = ["| reward | " + " | ".join(METRICS) + " |", "|---|" + "---|" * len(METRICS)]
-    lines += [
-        f"| {row} | "
-        + " | ".join(
-            spread([r.metrics[m] for r in of_row(results, row)]) for m in range(len(METRICS))
-        )
-        + " |"
-        for row in ROWS
-    ]
-    lines += ["", "| share drawn | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
-    lines += [
-        f"| {row} | "
-        + " | ".join(
-            f"{statistics.mean(r.shares[n] for r in of_row(results, row)):.2f}" for n in names
-        )
-        + " |"
-        for row in ROWS
-    ]
-    return "\n".join(lines)
+    names, metrics, shares = list(results[0].shares), [], []
+    for row in ROWS:
+        found = of_row(results, row)
+        metrics.append([row, *map(spread, zip(*(r.metrics for r in found), strict=True))])
+        means = (statistics.mean(r.shares[name] for r in found) for name in names)
+        shares.append([row, *(f"{mean:.2f}" for mean in means)])
+    tables = ((metrics, ["reward", *METRICS]), (shares, ["share drawn", *names]))
+    return "\n\n".join(
+        tabulate(lines, headers, tablefmt="pipe", disable_numparse=True)
+        for lines, headers in tables
+    )
 
 
 def write_csv(path: Path, results: list[Result], iterations: int) -> None:

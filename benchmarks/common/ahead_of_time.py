@@ -1,7 +1,7 @@
 """What the compiler makes of every Triton kernel on an H100 (sm_90), without a GPU: registers,
 stack, spills, width of memory accesses.
 
-    python benchmarks/common/ahead_of_time.py                     # every operation at the true sizes, and its variants
+    python benchmarks/common/ahead_of_time.py   # every operation at the true sizes, with variants
     python benchmarks/common/ahead_of_time.py --sizes wan_1.3b_480p --ops sde_step --json
 
 The launchers themselves run, forward and backward, on tensors of the true sizes that are never
@@ -27,7 +27,6 @@ import re
 import subprocess
 import sys
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -45,6 +44,7 @@ import fastgrpo_kernels as kernels
 from fastgrpo_kernels import dispatch
 
 from benchmarks.common.cases import SIZES, Case, Draw, Inputs, cases
+from benchmarks.common.rows import Column, table
 
 TRUE_SIZES = ("wan_1.3b_480p", "wan_14b_240p", "hunyuan_240p")
 THREADS_PER_WARP, WIDE = 32, 16  # WIDE: bytes of the widest access of a thread
@@ -80,7 +80,6 @@ class Compiled:
     alignment or masks have cost.
     """
     narrow_stores: int
-    seconds: float
 
     def faults(self) -> list[str]:
         """What a kernel at its true size must not have, in words."""
@@ -108,18 +107,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"{k.kernel} ({k.launched_by})": "; ".join(k.faults()) for k in found if k.faults()
     } | broken
     if chosen.json:
-        kernels_found = [
-            dataclasses.asdict(kernel) | {"faults": kernel.faults()} for kernel in found
-        ]
-        print(
-            json.dumps(
-                {"kernels": kernels_found, "broken": broken, "not_launched": missing}, indent=1
-            )
-        )
+        every = [dataclasses.asdict(kernel) | {"faults": kernel.faults()} for kernel in found]
+        print(json.dumps({"kernels": every, "broken": broken, "not_launched": missing}, indent=1))
     else:
-        print(table(found))
-        for kernel, words in faults.items():
-            print(f"{kernel}: {words}")
+        print(table(found, COLUMNS))
+        for kernel, fault in faults.items():
+            print(f"{kernel}: {fault}")
         for kernel in missing:
             print(f"{kernel}: never launched; benchmarks/common/cases.py has no case for it")
     return 1 if faults or missing else 0
@@ -148,7 +141,7 @@ def compile_launches(
 
 
 def package_kernels() -> set[str]:
-    """Names of the package's Triton kernels, `_<op>_..._kernel` by the house's rule; helpers that
+    """Names of the package's Triton kernels, `_<op>_..._kernel` (kernels/README.md); helpers that
     kernels call are not among them.
     """
     prefix, names = f"{kernels.__name__}.", set[str]()
@@ -163,19 +156,23 @@ def package_kernels() -> set[str]:
     return names
 
 
-def table(found: Sequence[Compiled]) -> str:
-    """Fixed-width lines, one a specialisation. Loads and stores: those of 128 bits, and the
-    narrower.
-    """
-    figures = f"{'warps':>6}{'regs':>6}{'stack':>6}{'spills':>7}{'shared':>8}{'loads':>8}{'stores':>8}{'s':>6}"
-    lines = [f"{'kernel':<42}{figures}  launched by"]
-    for k in found:
-        widths = [
-            f"{w.get('128', 0)}+{sum(w.values()) - w.get('128', 0)}" for w in (k.loads, k.stores)
-        ]
-        numbers = f"{k.num_warps:>6}{k.registers:>6}{k.stack:>6}{k.spills:>7}{k.shared:>8}{widths[0]:>8}{widths[1]:>8}{k.seconds:>6.1f}"
-        lines.append(f"{k.kernel:<42}{numbers}  {k.launched_by}")
-    return "\n".join(lines)
+COLUMNS: list[Column] = [
+    ("kernel", "<42", lambda k: k.kernel),
+    ("warps", ">5", lambda k: str(k.num_warps)),
+    ("regs", ">5", lambda k: str(k.registers)),
+    ("stack", ">5", lambda k: str(k.stack)),
+    ("spills", ">6", lambda k: str(k.spills)),
+    ("shared", ">7", lambda k: str(k.shared)),
+    ("loads", ">7", lambda k: _widths(k.loads)),
+    ("stores", ">7", lambda k: _widths(k.stores)),
+    (" launched by", "", lambda k: k.launched_by),
+]
+
+
+def _widths(counts: dict[str, int]) -> str:
+    """Those of 128 bits, and the narrower."""
+    wide = counts.get("128", 0)
+    return f"{wide}+{sum(counts.values()) - wide}"
 
 
 # -------- launches
@@ -301,7 +298,7 @@ def _compiling(
     launch, unsupported_reason = JITFunction.run, dispatch.unsupported_reason
 
     def compile_instead(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
-        start, log = time.perf_counter(), io.StringIO()
+        log = io.StringIO()
         try:
             with contextlib.redirect_stdout(log):
                 compiled = launch(self, *args, grid=grid, warmup=True, **options)
@@ -311,9 +308,7 @@ def _compiling(
             broken[f"{self.__name__} ({launched_by})"] = f"does not compile: {error}"
             return None
         if compiled.hash not in found:
-            found[compiled.hash] = _examine(
-                compiled, launched_by, log.getvalue(), time.perf_counter() - start
-            )
+            found[compiled.hash] = _examine(compiled, launched_by, log.getvalue())
         return compiled
 
     runtime.driver.set_active(_H100())
@@ -343,7 +338,7 @@ def _compiling(
 # -------- examination
 
 
-def _examine(compiled: Any, launched_by: str, log: str, seconds: float) -> Compiled:
+def _examine(compiled: Any, launched_by: str, log: str) -> Compiled:
     frames = re.findall(
         r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log
     )
@@ -378,7 +373,6 @@ def _examine(compiled: Any, launched_by: str, log: str, seconds: float) -> Compi
         stores=stores,
         narrow_loads=_narrow(compiled.asm, "load", threads),
         narrow_stores=_narrow(compiled.asm, "store", threads),
-        seconds=seconds,
     )
 
 

@@ -2,8 +2,8 @@
 the sizes of the real models.
 
 The compiler runs in its own process: in this one the kernels are interpreted (tests/conftest.py).
-`python benchmarks/common/ahead_of_time.py` prints the same for all sizes and variants; the slow test
-asserts it.
+`python benchmarks/common/ahead_of_time.py` prints the same for all sizes and variants; the slow
+test asserts it.
 """
 
 from __future__ import annotations
@@ -118,9 +118,8 @@ def test_the_sizes_are_the_true_ones(report: dict[str, Any]) -> None:
     """The length of a row is a constant of the kernels, or an argument known to be a multiple of
     16.
     """
-    rows = {
-        k["constants"]["C"] for k in report["kernels"] if k["kernel"] == "_ln_modulate_fwd_kernel"
-    }
+    name = "_gate_residual_ln_modulate_fwd_kernel"
+    rows = {k["constants"]["C"] for k in report["kernels"] if k["kernel"] == name}
     assert rows == {1536, 5120, 3072}
     step = next(k for k in report["kernels"] if k["kernel"] == "_sde_step_kernel")
     assert {"latents", "velocity", "velocity_uncond", "next_latents", "P"} <= set(step["aligned"])
