@@ -1,3 +1,3 @@
-"""The embedded world: captions, renderer, codec, analytic judge, the shipped checkpoint and the
-script that makes it.
+"""The embedded world, which trains on a laptop: prompts, renderer, codec, analytic judge,
+generator, the shipped checkpoint and the script that makes it.
 """

@@ -1,19 +1,22 @@
-"""Captions of the embedded world: "a red square moving right", 4 colours x 3 shapes x 4 directions
-= 48.
+"""The prompts of the embedded world: "a red square moving right", 4 colours x 3 shapes x 4
+directions = 48.
 
-The split is fixed: 12 captions are validation of RL (pretraining sees all 48). They form a Latin
-design, so that every pair (colour, shape) is validation in exactly one direction: each colour 3
+The split is fixed: 12 prompts are RL's validation (pretraining sees all 48). They form a Latin
+design, so that every pair (colour, shape) is in validation in exactly one direction: each colour 3
 times, each shape 4 times, each direction 3 times.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from itertools import product
+from typing import NamedTuple
 
 import torch
 from fastgrpo_kernels import gaussian_noise
 from torch import Tensor
+
+from fastgrpo.errors import require
 
 COLOURS = ("red", "green", "blue", "yellow")
 SHAPES = ("square", "cross", "triangle")
@@ -21,14 +24,14 @@ DIRECTIONS = ("left", "right", "up", "down")
 
 TOKENS_PER_CAPTION = 3
 TOKEN_DIM = 32
-# seed of the first attribute value's token; fixed for ever, since the shipped checkpoint was
-# trained on these tokens
 _TOKEN_SEED = 20_000
+"""Seed of the first attribute value's token. It must not change: the shipped checkpoint was trained
+on these tokens.
+"""
 
 
-@dataclass(frozen=True)
-class Caption:
-    """One caption as indices into `COLOURS`, `SHAPES` and `DIRECTIONS`; `str()` gives the sentence."""
+class Caption(NamedTuple):
+    """A prompt as indices into `COLOURS`, `SHAPES` and `DIRECTIONS`; `str()` gives the sentence."""
 
     colour: int
     shape: int
@@ -39,79 +42,71 @@ class Caption:
 
 
 def parse_caption(text: str) -> Caption:
-    """The caption of a sentence. ValueError names the grammar, the word that does not fit and what
-    was expected there.
+    """The attributes of a sentence.
+
+    Raises:
+        UserError: Names the word that does not fit and what was expected there.
     """
     words = text.split()
-    if len(words) != 5 or words[0] != "a" or words[3] != "moving":
-        raise ValueError(f'expected a caption such as "a red square moving right", got {text!r}')
+    fits = len(words) == 5 and words[0] == "a" and words[3] == "moving"
+    require(fits, "prompt", 'a sentence such as "a red square moving right"', text)
     indices = []
     for kind, word, values in (
         ("colour", words[1], COLOURS),
         ("shape", words[2], SHAPES),
         ("direction", words[4], DIRECTIONS),
     ):
-        if word not in values:
-            raise ValueError(
-                f"expected as {kind} one of {', '.join(values)}, got {word!r} in {text!r}"
-            )
+        require(word in values, f"prompt {text!r}", f"as {kind} one of {', '.join(values)}", word)
         indices.append(values.index(word))
     return Caption(*indices)
 
 
 def all_captions() -> list[Caption]:
     """The 48 captions, direction running fastest."""
-    return [
-        Caption(c, s, d)
-        for c in range(len(COLOURS))
-        for s in range(len(SHAPES))
-        for d in range(len(DIRECTIONS))
-    ]
+    counts = (range(len(values)) for values in (COLOURS, SHAPES, DIRECTIONS))
+    return [Caption(*indices) for indices in product(*counts)]
 
 
 def is_validation(caption: Caption) -> bool:
-    """Whether a caption is one of the 12 that RL never sees."""
+    """True for the 12 captions that RL does not train on."""
     return caption.direction == (caption.colour + caption.shape) % len(DIRECTIONS)
 
 
 def train_captions() -> list[Caption]:
-    """The 36 captions for RL; `train.txt` holds them, one a line, in this order."""
+    """The 36 captions for RL; `train.txt` holds them, one per line, in this order."""
     return [caption for caption in all_captions() if not is_validation(caption)]
 
 
 def validation_captions() -> list[Caption]:
-    """The 12 captions validation of RL; `validation.txt` holds them, one a line, in this order."""
+    """The 12 others; `validation.txt` holds them, one per line, in this order."""
     return [caption for caption in all_captions() if is_validation(caption)]
 
 
 def caption_indices(captions: Iterable[Caption]) -> Tensor:
-    """[B, 3] int64: colour, shape and direction of B captions, the judge's and the renderer's form."""
-    return torch.tensor(
-        [(c.colour, c.shape, c.direction) for c in captions], dtype=torch.int64
-    ).reshape(-1, 3)
+    """[B, 3] int64: colour, shape and direction of B captions."""
+    return torch.tensor(list(captions), dtype=torch.int64).reshape(-1, 3)
 
 
 def attribute_tokens() -> Tensor:
-    """[11, 32] fp32: the fixed Gaussian token of every attribute value: 4 colours, then 3 shapes,
-    then 4 directions.
+    """[11, 32] fp32: the fixed Gaussian token of each attribute value: 4 colours, 3 shapes, 4
+    directions.
     """
     count = len(COLOURS) + len(SHAPES) + len(DIRECTIONS)
-    return gaussian_noise(
-        torch.arange(_TOKEN_SEED, _TOKEN_SEED + count), 0, (TOKEN_DIM,), torch.device("cpu")
-    )
+    seeds = torch.arange(_TOKEN_SEED, _TOKEN_SEED + count)
+    return gaussian_noise(seeds, 0, (TOKEN_DIM,), torch.device("cpu"))
 
 
 def indices_to_tokens(indices: Tensor) -> Tensor:
-    """Tokens [B, 3, 32] fp32 of caption indices [B, 3] (colour token, shape token, direction
-    token).
-    """
+    """Tokens [B, 3, 32] fp32 (colour, shape, direction) of caption indices [B, 3]."""
     offsets = torch.tensor([0, len(COLOURS), len(COLOURS) + len(SHAPES)])
     return attribute_tokens()[indices.cpu() + offsets]
 
 
 def text_tokens(prompts: Sequence[str]) -> Tensor:
-    """Tokens [B, 3, 32] fp32 of B prompts; the empty prompt "" (no condition) is all zeros.
-    ValueError as `parse_caption`.
+    """Tokens [B, 3, 32] fp32 of B prompts; all zeros for the empty prompt "".
+
+    Raises:
+        UserError: As `parse_caption`.
     """
     tokens = torch.zeros(len(prompts), TOKENS_PER_CAPTION, TOKEN_DIM)
     named = [i for i, prompt in enumerate(prompts) if prompt.strip()]

@@ -1,7 +1,7 @@
 """The codec of the embedded world: whole frames as 96 principal components and one global scale.
 
-It takes the place of Wan's VAE. A clip [B, T, 3, 16, 16] becomes latents [B, 96, T, 1, 1]:
-channels first, then frames, as Wan's are.
+It takes the place of Wan's VAE. Clips [B, T, 3, 16, 16] become latents [B, 96, T, 1, 1]: channels
+first, then frames, as Wan's are.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from fastgrpo.errors import UserError, require
 from fastgrpo.shapes.render import SIZE
 
 CODEC_FILE = "codec.safetensors"
@@ -24,12 +25,13 @@ _SHAPES = {"mean": (FRAME_DIM,), "components": (LATENT_CHANNELS, FRAME_DIM), "sc
 
 @dataclass(frozen=True)
 class Codec:
-    """Principal components of frames whose pixels run over [-1, 1].
+    """Principal components of frames whose pixels lie in [-1, 1].
 
     Attributes:
-        mean: [768] fp32, the mean frame (channel, row, column flattened). components: [96, 768]
-            fp32 with orthonormal rows, largest variance first. scale: [1] fp32; latents are
-            divided by it, so that their mean square over all channels is 1.
+        mean: [768] fp32, the mean frame (channel, row, column flattened).
+        components: [96, 768] fp32 with orthonormal rows, largest variance first.
+        scale: [1] fp32. Latents are divided by it, so that their mean square over all channels
+            is 1.
     """
 
     mean: Tensor
@@ -43,17 +45,12 @@ class Codec:
         return latents.transpose(1, 2)[..., None, None].contiguous()
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Clips [B, T, 3, 16, 16] in [0, 1] of latents [B, 96, T, 1, 1]. One matrix product a clip:
-        its bits do not depend on the batch.
-        """
-        # With each clip its own product, a clip has the same bits alone and in any batch; one big
-        # product has not.
+        """Clips [B, T, 3, 16, 16] in [0, 1] of latents [B, 96, T, 1, 1]."""
         rows = latents.float().flatten(2).transpose(1, 2).contiguous() * self.scale
-        frames = (
-            torch.stack([row @ self.components for row in rows])
-            if len(rows)
-            else rows.new_zeros(0, rows.shape[1], FRAME_DIM)
-        )
+        frames = rows.new_empty(*rows.shape[:2], FRAME_DIM)
+        # One matrix product per clip gives a clip the same bits alone and in any batch.
+        for frame, row in zip(frames, rows, strict=True):
+            frame[:] = row @ self.components
         pixels = (frames + self.mean + 1.0) / 2.0
         return pixels.reshape(*rows.shape[:2], 3, SIZE, SIZE).clamp(0.0, 1.0)
 
@@ -67,7 +64,7 @@ class Codec:
 
 
 def fit_codec(clips: Tensor) -> Codec:
-    """The codec of clips [B, T, 3, 16, 16], float in [0, 1]: PCA in float64 of all their frames."""
+    """Fit a codec to clips [B, T, 3, 16, 16], float in [0, 1]: PCA in float64 of all frames."""
     frames = (2.0 * clips.double() - 1.0).reshape(-1, FRAME_DIM)
     mean = frames.mean(dim=0)
     values, vectors = torch.linalg.eigh((frames - mean).T @ (frames - mean) / len(frames))
@@ -79,19 +76,18 @@ def fit_codec(clips: Tensor) -> Codec:
 
 
 def load_codec(path: Path) -> Codec:
-    """The codec in a safetensors file. FileNotFoundError when it is missing, ValueError when a
-    tensor is missing or misshapen.
+    """Read a codec from a safetensors file.
+
+    Raises:
+        FileNotFoundError: The file is missing.
+        UserError: It is unreadable, or a tensor is missing or has another shape.
     """
     if not path.is_file():
-        raise FileNotFoundError(
-            f"expected the codec of the embedded world at {path}, found no such file"
-        )
+        raise FileNotFoundError(f"{path}: expected the codec of the embedded world, found no file")
     try:
         tensors = load_file(path)
     except SafetensorError as error:
-        raise ValueError(f"expected a readable safetensors file at {path}, got {error}") from error
-    for name, shape in _SHAPES.items():
-        if name not in tensors or tuple(tensors[name].shape) != shape:
-            found = tuple(tensors[name].shape) if name in tensors else "nothing"
-            raise ValueError(f"expected {name} of shape {shape} in {path}, got {found}")
+        raise UserError(f"{path}: expected a readable safetensors file, got {error}") from error
+    got = {name: tuple(tensors[name].shape) for name in _SHAPES if name in tensors}
+    require(got == _SHAPES, str(path), f"tensors of the shapes {_SHAPES}", got)
     return Codec(**{name: tensors[name].float() for name in _SHAPES})

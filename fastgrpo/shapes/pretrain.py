@@ -1,14 +1,15 @@
-"""Makes the shipped checkpoint: `python -m fastgrpo.shapes.pretrain --output DIR --seed 0`, about
-two minutes on one thread.
+"""Make the shipped checkpoint, in about two minutes on one thread:
+`python -m fastgrpo.shapes.pretrain --output DIR --seed 0`.
 
-Fits the codec, then trains the transformer by flow matching (x = (1 - s) x0 + s eps, v = eps -
-x0) on clips that are spoilt on purpose and whose captions are partly wrong, so that every stage
-of the judge leaves room for RL. Writes DIR/codec.safetensors and DIR/transformer/.
+Fits the codec, then trains the transformer by flow matching (x = (1 - s) x0 + s eps, v = eps - x0)
+on clips that are spoilt on purpose and whose prompts are partly wrong, so that every stage of the
+judge leaves room for RL. Writes DIR/codec.safetensors and DIR/transformer/.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import math
 import sys
 import time
@@ -38,16 +39,18 @@ STEPS = 2400
 BATCH = 64
 LEARNING_RATE = 3e-3
 EMA_DECAY = 0.995
-REPLACED = 0.2  # probability that an attribute of the clip is not the caption's, but drawn anew
-UNCONDITIONAL = 0.1  # share of samples without a caption, for classifier-free guidance
+WARM_UP = 50  # steps
+REPLACED = 0.2  # probability that an attribute of the clip is drawn anew, against the prompt
+UNCONDITIONAL = 0.1  # share of samples without a prompt, for classifier-free guidance
 SHIFT = 3.0  # training noise levels lean towards sigma = 1, where RL's schedule spends its steps
 POOL = 24_576  # clips that are rendered once and then drawn from
+NUM_STEPS = 16  # of `sample`
 _CHUNK = 128
 
 
 def make_codec(seed: int) -> Codec:
-    """The codec, fitted on 160 clean clips of each caption and as many spoilt ones, so that it can
-    show the faults too.
+    """The codec, fitted on 160 clean clips per prompt and as many spoilt ones, so that it can show
+    the faults too.
     """
     generator = torch.Generator().manual_seed(seed)
     chunks = caption_indices(all_captions()).repeat(160, 1).split(_CHUNK)
@@ -57,16 +60,14 @@ def make_codec(seed: int) -> Codec:
 
 
 def make_pool(codec: Codec, generator: torch.Generator, size: int = POOL) -> tuple[Tensor, Tensor]:
-    """Latents [size, 96, 8, 1, 1] of spoilt clips and the tokens [size, 3, 32] of their partly
-    wrong captions.
+    """Latents [size, 96, 8, 1, 1] of spoilt clips, and the tokens [size, 3, 32] of their partly
+    wrong prompts.
     """
     indices = caption_indices(all_captions())[torch.arange(size) % len(all_captions())]
     shown = replace_attributes(indices, REPLACED, generator)
-    # In chunks that stay in the cache: several times as fast as all at once.
-    latents = torch.cat(
-        [codec.encode(render_corrupted(chunk, generator)) for chunk in shown.split(_CHUNK)]
-    )
-    return latents, indices_to_tokens(indices)
+    # Chunks that stay in the processor's cache are several times as fast as all at once.
+    chunks = (render_corrupted(chunk, generator) for chunk in shown.split(_CHUNK))
+    return torch.cat([codec.encode(chunk) for chunk in chunks]), indices_to_tokens(indices)
 
 
 def _train_transformer(codec: Codec, seed: int, steps: int = STEPS) -> ShapesPolicy:
@@ -76,18 +77,16 @@ def _train_transformer(codec: Codec, seed: int, steps: int = STEPS) -> ShapesPol
     latents, tokens = make_pool(codec, generator)
     policy, average = ShapesPolicy(), ShapesPolicy()
     policy.use(new_transformer(), codec, torch.device("cpu"))
-    average.use(new_transformer(), codec, torch.device("cpu"))
-    average.transformer.load_state_dict(policy.transformer.state_dict())
+    average.use(copy.deepcopy(policy.transformer), codec, torch.device("cpu"))
     parameters = list(policy.transformer.parameters())
     averages = list(average.transformer.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=1e-2)
-    warm_up = 50
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda i: (
-            min(1.0, (i + 1) / warm_up) * 0.5 * (1.0 + math.cos(math.pi * min(i / steps, 1.0)))
-        ),
-    )
+
+    def learning_rate_factor(step: int) -> float:
+        cosine = 0.5 * (1.0 + math.cos(math.pi * min(step / steps, 1.0)))
+        return min(1.0, (step + 1) / WARM_UP) * cosine
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate_factor)
     for step in tqdm(range(steps), desc="pretraining", disable=not sys.stderr.isatty()):
         chosen = torch.randint(len(latents), (BATCH,), generator=generator)
         clean, text = latents[chosen], tokens[chosen]
@@ -111,26 +110,17 @@ def _train_transformer(codec: Codec, seed: int, steps: int = STEPS) -> ShapesPol
 
 
 @torch.no_grad()
-def sample(
-    policy: ShapesPolicy,
-    prompts: Sequence[str],
-    seed: int,
-    num_steps: int = 16,
-    shift: float = 5.0,
-    eta: float = 0.5,
-) -> Tensor:
-    """Clips [B, 8, 3, 16, 16] of B prompts by the stochastic sampler that RL starts from (method.md
-    section 1, `dance`).
-
-    As in training the last step's estimate of the clean latent is decoded.
+def sample(policy: ShapesPolicy, prompts: Sequence[str], seed: int) -> Tensor:
+    """Clips [B, 8, 3, 16, 16] of B prompts by the stochastic sampler that RL starts from
+    (docs/method.md, section 1, `dance`). As in training, the last step's estimate of the clean
+    latent is decoded.
     """
     seeds = torch.arange(len(prompts)) + 1_000_003 * seed
-    latents = gaussian_noise(
-        seeds, num_steps, policy.latent_shape(SIZE, SIZE, NUM_FRAMES), torch.device("cpu")
-    )
+    shape = policy.latent_shape(SIZE, SIZE, NUM_FRAMES)
+    latents = gaussian_noise(seeds, NUM_STEPS, shape, torch.device("cpu"))
     conditioning = policy.encode(prompts)
-    sigmas = sigma_schedule(num_steps, shift)
-    table = sde_coefficients(sigmas, "dance", eta)
+    sigmas = sigma_schedule(NUM_STEPS, shift=5.0)
+    table = sde_coefficients(sigmas, "dance", eta=0.5)
     clean = latents
     for step, timestep in enumerate(timesteps(sigmas)):
         velocity = policy.velocity(latents, timestep.float().expand(len(prompts)), conditioning)
@@ -141,25 +131,18 @@ def sample(
 
 
 def start_scores(policy: ShapesPolicy, seed: int, repeats: int = 8) -> Tensor:
-    """Mean VQ, MQ and TA [3] of `repeats` samples of each of the 48 captions."""
+    """Mean VQ, MQ and TA [3] of `repeats` samples of each of the 48 prompts."""
     prompts = [str(caption) for caption in all_captions()]
-    judge = ShapesJudge()
-    return torch.cat(
-        [judge.components(sample(policy, prompts, seed + i), prompts) for i in range(repeats)]
-    ).mean(0)
+    samples = (sample(policy, prompts, seed + i) for i in range(repeats))
+    return torch.cat([ShapesJudge().qualities(clips, prompts) for clips in samples]).mean(0)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Fit, train, write and print the start scores."""
+    """Fit, train, write, and print the start scores."""
     parser = argparse.ArgumentParser(
         prog="python -m fastgrpo.shapes.pretrain", description=__doc__.splitlines()[0]
     )
-    parser.add_argument(
-        "--output",
-        type=Path,
-        required=True,
-        help="folder to write codec.safetensors and transformer/ into",
-    )
+    parser.add_argument("--output", type=Path, required=True, help="folder to write into")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights, clips and noise")
     parser.add_argument(
         "--steps", type=int, default=STEPS, help=f"optimizer steps of batch {BATCH}"
@@ -175,9 +158,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     policy.save_pretrained(options.output / "transformer", policy.transformer.state_dict())
     elapsed = time.perf_counter() - begin
     quality, motion, alignment = start_scores(policy, options.seed).tolist()
-    print(
-        f"wrote {options.output} in {elapsed:.0f} s; start scores VQ {quality:.2f}, MQ {motion:.2f}, TA {alignment:.2f}"
-    )
+    scores = f"VQ {quality:.2f}, MQ {motion:.2f}, TA {alignment:.2f}"
+    print(f"wrote {options.output} in {elapsed:.0f} s; start scores {scores}")
 
 
 if __name__ == "__main__":

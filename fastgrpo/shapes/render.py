@@ -1,8 +1,8 @@
-"""Rendered clips: one soft-edged shape on black that moves 1 pixel a frame, and the deliberate
+"""Rendered clips: one soft-edged shape on black that moves 1 pixel per frame, and the deliberate
 faults that pretraining learns.
 
-Legend: B clips, T = 8 frames, H = W = 16. Clips are [B, T, 3, H, W] fp32 in [0, 1]. Positions
-are (x, y) in pixels, pixel centres at 0..15, y downwards.
+Legend: B clips, T = 8 frames, H = W = 16. Clips are [B, T, 3, H, W] fp32 in [0, 1]. Positions are
+(x, y) in pixels, pixel centres at 0..15, y downwards.
 """
 
 from __future__ import annotations
@@ -15,23 +15,16 @@ from torch import Tensor
 NUM_FRAMES = 8
 SIZE = 16
 SHAPE_COUNT = 3
-WANDER = 1.5  # pixels that a path's middle may lie beside the picture's, across the motion
-# part of WANDER that is left along the motion: 7 pixels of travel and the object itself must fit
+WANDER = 1.5
+"""Pixels that a path's middle may lie beside the frame's, across the motion."""
 SLACK = 0.4
-EDGE = 1.4  # width in pixels of a soft edge
-
-PALETTE = (
-    (1.0, 0.0, 0.0),
-    (0.0, 1.0, 0.0),
-    (0.0, 0.0, 1.0),
-    (1.0, 1.0, 0.0),
-)  # red, green, blue, yellow, as captions.COLOURS
-STEPS = (
-    (-1.0, 0.0),
-    (1.0, 0.0),
-    (0.0, -1.0),
-    (0.0, 1.0),
-)  # pixels a frame: left, right, up, down, as captions.DIRECTIONS
+"""Share of WANDER along the motion, where 7 pixels of travel and the object itself must fit."""
+EDGE = 1.4
+"""Width of a soft edge in pixels."""
+PALETTE = ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0), (1.0, 1.0, 0.0))
+"""Red, green, blue, yellow, as captions.COLOURS."""
+STEPS = ((-1.0, 0.0), (1.0, 0.0), (0.0, -1.0), (0.0, 1.0))
+"""Pixels per frame of left, right, up, down, as captions.DIRECTIONS."""
 
 
 @dataclass(frozen=True)
@@ -39,12 +32,14 @@ class Faults:
     """How often and how far pretraining clips are spoilt.
 
     Attributes:
-        jitter, jitter_size: share of clips whose every frame is displaced, and the standard
-            deviation of that in pixels. flicker, flicker_size: share of clips whose frames are
-            dimmed, each by a random part up to this of its brightness. mix, mix_size: share of
-            clips whose colour is mixed with a random palette colour, up to this part. clutter:
-            share of clips with still specks in the background. blur: share of clips that are
-            smoothed.
+        jitter: Share of clips whose every frame is displaced.
+        jitter_size: Standard deviation of that displacement in pixels.
+        flicker: Share of clips whose frames are dimmed.
+        flicker_size: The largest part of its brightness that a frame loses.
+        mix: Share of clips whose colour is mixed with a random palette colour.
+        mix_size: The largest part of that other colour.
+        clutter: Share of clips with still specks in the background.
+        blur: Share of clips that are smoothed.
     """
 
     jitter: float = 0.25
@@ -58,10 +53,14 @@ class Faults:
 
 
 def shape_coverage(shapes: Tensor, centres: Tensor) -> Tensor:
-    """How much of each pixel a shape covers, [*N, H, W] in [0, 1], for shapes [*N] int64
-    (captions.SHAPES) and centres [*N, 2].
+    """How much of each pixel a shape covers: a linear ramp of `EDGE` pixels across the outline.
 
-    A linear ramp of width `EDGE` pixels across the outline.
+    Args:
+        shapes: [*N] int64, indices into captions.SHAPES.
+        centres: [*N, 2].
+
+    Returns:
+        [*N, H, W] in [0, 1].
     """
     axis = torch.arange(SIZE, dtype=centres.dtype, device=centres.device)
     x = (axis - centres[..., 0, None, None]).expand(*centres.shape[:-1], SIZE, SIZE)
@@ -78,11 +77,11 @@ def shape_coverage(shapes: Tensor, centres: Tensor) -> Tensor:
 
 
 def start_positions(directions: Tensor, generator: torch.Generator) -> Tensor:
-    """Seeded random centres [B, 2] fp32 of the first frames, such that an object moving in
-    `directions` [B] stays inside the picture.
+    """Seeded random centres [B, 2] fp32 of the first frames, such that an object that moves in
+    `directions` [B] stays inside the frame.
 
-    The path's middle lies up to 1.5 pixels from the picture's across the motion, and up to 0.6
-    along it: few enough places that the tiny network learns sharp pictures in two minutes.
+    The path's middle lies up to 1.5 pixels from the frame's across the motion, and up to 0.6 along
+    it: few enough positions for the tiny network to learn sharp frames in two minutes.
     """
     along = torch.tensor(STEPS)[directions]
     offset = WANDER * (2.0 * torch.rand(len(directions), 2, generator=generator) - 1.0)
@@ -91,49 +90,37 @@ def start_positions(directions: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def centre_paths(starts: Tensor, directions: Tensor) -> Tensor:
-    """Centres [B, T, 2] of uniform motion, 1 pixel a frame, from starts [B, 2] in directions [B]."""
+    """Centres [B, T, 2] of motion by 1 pixel per frame from starts [B, 2] in directions [B]."""
     time = torch.arange(NUM_FRAMES, dtype=starts.dtype)
-    return (
-        starts[:, None]
-        + time[None, :, None] * torch.tensor(STEPS, dtype=starts.dtype)[directions][:, None]
-    )
+    step = torch.tensor(STEPS, dtype=starts.dtype)[directions]
+    return starts[:, None] + time[None, :, None] * step[:, None]
 
 
 def render_clips(indices: Tensor, starts: Tensor) -> Tensor:
-    """Clean clips of caption indices [B, 3] (colour, shape, direction) whose centres start at
-    `starts` [B, 2].
-    """
+    """Clean clips of caption indices [B, 3] whose centres start at `starts` [B, 2]."""
     centres = centre_paths(starts, indices[:, 2])
     coverage = shape_coverage(indices[:, 1, None].expand(-1, NUM_FRAMES), centres)
     return coverage[:, :, None] * torch.tensor(PALETTE)[indices[:, 0]][:, None, :, None, None]
 
 
 def replace_attributes(indices: Tensor, probability: float, generator: torch.Generator) -> Tensor:
-    """Caption indices [B, 3] with each attribute drawn anew, uniformly, with the given probability."""
-    drawn = torch.stack(
-        [torch.randint(count, (len(indices),), generator=generator) for count in (4, 3, 4)], dim=1
-    )
+    """Caption indices [B, 3], each attribute drawn anew, uniformly, with this probability."""
+    counts, size = (len(PALETTE), SHAPE_COUNT, len(STEPS)), (len(indices),)
+    drawn = torch.stack([torch.randint(n, size, generator=generator) for n in counts], dim=1)
     return torch.where(torch.rand(indices.shape, generator=generator) < probability, drawn, indices)
 
 
-def _chosen(count: int, probability: float, generator: torch.Generator) -> Tensor:
-    """[count] fp32: 1 with the given probability, else 0."""
-    return (torch.rand(count, generator=generator) < probability).float()
-
-
 def _clutter(count: int, generator: torch.Generator) -> Tensor:
-    """[count, 3, H, W]: two soft still specks of random colour and place, the background fault."""
+    """[count, 3, H, W]: two soft still specks of random colour and position, the background
+    fault.
+    """
     axis = torch.arange(SIZE, dtype=torch.float32)
     clutter = torch.zeros(count, 3, SIZE, SIZE)
     for _ in range(2):
-        centre = torch.rand(count, 2, generator=generator) * (SIZE - 1)
-        distance = (axis - centre[:, 0, None, None]) ** 2 + (
-            axis[:, None] - centre[:, 1, None, None]
-        ) ** 2
-        colour = torch.rand(count, 3, generator=generator)
-        clutter = torch.maximum(
-            clutter, colour[:, :, None, None] * torch.exp(-distance / 3.0)[:, None]
-        )
+        x, y = (torch.rand(count, 2, generator=generator) * (SIZE - 1))[..., None, None].unbind(1)
+        distance = (axis - x) ** 2 + (axis[:, None] - y) ** 2
+        colour = torch.rand(count, 3, generator=generator)[:, :, None, None]
+        clutter = torch.maximum(clutter, colour * torch.exp(-distance / 3.0)[:, None])
     return clutter
 
 
@@ -154,31 +141,27 @@ def render_corrupted(
     something to mend.
     """
     count = len(indices)
+
+    def chosen(probability: float) -> Tensor:
+        return torch.rand(count, generator=generator) < probability
+
     centres = centre_paths(start_positions(indices[:, 2], generator), indices[:, 2])
-    jitter = (
-        torch.randn(centres.shape, generator=generator)
-        * _chosen(count, faults.jitter, generator)[:, None, None]
-    )
-    coverage = shape_coverage(
-        indices[:, 1, None].expand(-1, NUM_FRAMES), centres + faults.jitter_size * jitter
-    )
+    jitter = torch.randn(centres.shape, generator=generator)
+    jitter = jitter * chosen(faults.jitter).float()[:, None, None]
+    shapes = indices[:, 1, None].expand(-1, NUM_FRAMES)
+    coverage = shape_coverage(shapes, centres + faults.jitter_size * jitter)
 
     dimmed = faults.flicker_size * torch.rand(count, NUM_FRAMES, generator=generator)
-    gain = 1.0 - dimmed * _chosen(count, faults.flicker, generator)[:, None]
+    gain = 1.0 - dimmed * chosen(faults.flicker).float()[:, None]
     palette = torch.tensor(PALETTE)
     other = palette[torch.randint(len(PALETTE), (count,), generator=generator)]
-    share = (
-        faults.mix_size
-        * torch.rand(count, generator=generator)
-        * _chosen(count, faults.mix, generator)
-    )
+    share = faults.mix_size * torch.rand(count, generator=generator) * chosen(faults.mix).float()
     colour = torch.lerp(palette[indices[:, 0]], other, share[:, None])
 
     clips = (coverage * gain[:, :, None, None])[:, :, None] * colour[:, None, :, None, None]
-    littered = torch.rand(count, generator=generator) < faults.clutter
-    clips[littered] = torch.maximum(
-        clips[littered], _clutter(int(littered.sum()), generator)[:, None]
-    )
-    blurred = torch.rand(count, generator=generator) < faults.blur
+    cluttered = chosen(faults.clutter)
+    clutter = _clutter(int(cluttered.sum()), generator)
+    clips[cluttered] = torch.maximum(clips[cluttered], clutter[:, None])
+    blurred = chosen(faults.blur)
     clips[blurred] = _blur(clips[blurred])
     return clips

@@ -552,14 +552,13 @@ def test_the_pipelines_scheduler_makes_the_pipelines_video(
         guidance_scale=5.0 if kind == "wan" else 1.0,
     )
     num_latents: list[int] = []
-    monkeypatch.setattr(
-        sampling,
-        "start_rollout",
-        lambda *a, **k: (
-            rollout := start_rollout(*a, **k),
-            num_latents.append(len(rollout.latents)),
-        )[0],
-    )
+
+    def counted(*args: Any, **options: Any) -> Any:
+        rollout = start_rollout(*args, **options)
+        num_latents.append(len(rollout.latents))
+        return rollout
+
+    monkeypatch.setattr(sampling, "start_rollout", counted)
     judge, pipe = ScoringQueue(Unscored()), pipeline_class.from_pretrained(folder)
     scheduler = pipeline_scheduler(policy, "ode")
     made = sample_with_scheduler(

@@ -35,7 +35,7 @@ def test_clean_clips_pass_the_shipped_codec_with_little_loss(codec: Codec) -> No
     latents = codec.encode(clips)
     assert latents.shape == (48, 96, 8, 1, 1)
     quality, motion, alignment = (
-        ShapesJudge().components(codec.decode(latents), PROMPTS).mean(0).tolist()
+        ShapesJudge().qualities(codec.decode(latents), PROMPTS).mean(0).tolist()
     )
     assert quality > 0.82
     assert motion > 0.97
@@ -89,10 +89,10 @@ def test_broken_files_are_refused_by_name(codec: Codec, tmp_path: Path) -> None:
     codec.save(path)
     tensors = load_file(path)
     save_file({"mean": tensors["mean"], "components": tensors["components"]}, path)
-    with pytest.raises(ValueError, match="scale"):
+    with pytest.raises(ValueError, match=r"expected .*'scale': \(1,\)"):
         load_codec(path)
     save_file(tensors | {"mean": torch.zeros(3)}, path)
-    with pytest.raises(ValueError, match=r"mean of shape \(768,\)"):
+    with pytest.raises(ValueError, match=r"got .*'mean': \(3,\)"):
         load_codec(path)
     path.write_bytes((SHIPPED_CHECKPOINT / CODEC_FILE).read_bytes()[:1000])
     with pytest.raises(ValueError, match="readable"):

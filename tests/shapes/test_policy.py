@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import shutil
 from itertools import pairwise
@@ -13,7 +12,6 @@ import torch
 from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file, save_file
 
-from fastgrpo.interfaces import Policy
 from fastgrpo.shapes.captions import all_captions
 from fastgrpo.shapes.judge import ShapesJudge
 from fastgrpo.shapes.policy import SHIPPED_CHECKPOINT, ShapesPolicy, frame_positions
@@ -39,12 +37,7 @@ def test_the_shipped_checkpoint_is_small_and_knows_no_machine() -> None:
     )
 
 
-def test_it_has_every_method_of_a_policy(policy: ShapesPolicy) -> None:
-    for name, method in inspect.getmembers(Policy, inspect.isfunction):
-        if not name.startswith("_"):
-            assert list(inspect.signature(getattr(ShapesPolicy, name)).parameters) == list(
-                inspect.signature(method).parameters
-            )
+def test_loaded_for_training(policy: ShapesPolicy) -> None:
     assert isinstance(policy.transformer, WanTransformer3DModel)
     assert not policy.transformer.training
     assert {parameter.dtype for parameter in policy.transformer.parameters()} == {torch.float32}
@@ -172,7 +165,7 @@ def test_a_checkpoint_folder_brings_its_own_codec(policy: ShapesPolicy, tmp_path
 def test_broken_checkpoints_are_refused_with_words(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="expected a folder"):
         ShapesPolicy(str(tmp_path / "none")).load(CPU)
-    with pytest.raises(FileNotFoundError, match=r"config\.json"):
+    with pytest.raises(ValueError, match=r"policy\.checkpoint: .*config\.json"):
         ShapesPolicy(str(tmp_path)).load(CPU)
     folder = tmp_path / "transformer"
     shutil.copytree(SHIPPED_CHECKPOINT / "transformer", folder)
@@ -182,7 +175,7 @@ def test_broken_checkpoints_are_refused_with_words(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"policy\.checkpoint: expected a readable"):
         ShapesPolicy(str(tmp_path)).load(CPU)
     weights.unlink()
-    with pytest.raises(FileNotFoundError, match="diffusion_pytorch_model"):
+    with pytest.raises(ValueError, match=r"policy\.checkpoint: .*diffusion_pytorch_model"):
         ShapesPolicy(str(tmp_path)).load(CPU)
     shutil.rmtree(folder)
     WanTransformer3DModel(
@@ -195,7 +188,7 @@ def test_broken_checkpoints_are_refused_with_words(tmp_path: Path) -> None:
         ffn_dim=8,
         num_layers=1,
     ).save_pretrained(folder)
-    with pytest.raises(ValueError, match="expected in_channels 98"):
+    with pytest.raises(ValueError, match=r"expected .*'in_channels': 98"):
         ShapesPolicy(str(tmp_path)).load(CPU)
 
 
