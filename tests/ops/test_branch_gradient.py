@@ -60,12 +60,13 @@ def test_it_is_the_joint_backward_but_for_the_rounding_of_the_latents(
     """Through a rollout by `sde_step` and `grpo_loss` of it: e and s eps differ by the rounding of
     mean and x', half an ulp each.
     """
-    batch, shape = 4, (3, 7, 53) if cfg_grad == "both" else (3, 7, 5)  # two tiles, one tile
+    # Two tiles, or one.
+    batch, shape = 3, (3, 7, 53) if (guidance_scale, cfg_grad) == (5.0, "both") else (3, 7, 5)
     transition = random_transition(
         batch, shape, device, dtypes, guidance_scale, normalized=normalized
     )
     seeds = torch.arange(batch, device=device) * 31
-    advantages = torch.tensor([1.5, -0.5, 7.0, -0.01])
+    advantages = torch.tensor([1.5, -0.5, 7.0])
     x_next, old = sde_step(transition, seeds=seeds, step=seeds + 1)
 
     def objective(t: Transition) -> Tensor:
@@ -117,9 +118,9 @@ def test_values(
     normalized: bool,
 ) -> None:
     """Against the formula in float64, given the noise, and torch's operations in fp32."""
-    shape, w, scale = (5, 2, 511), 4.0, 0.125
-    seeds = torch.arange(5, device=device) - 2
-    advantages, step = torch.tensor([1.0, -9.0, 0.3, 9.0, 0.0]), mixed_steps(5)
+    shape, w, scale = (4, 2, 511), 4.0, 0.125
+    seeds = torch.arange(4, device=device) - 2
+    advantages, step = torch.tensor([1.0, -9.0, 0.3, 9.0]), mixed_steps(4)
     transition = unseen(shape, step, device, dtype, guidance_scale=w, normalized=normalized)
     got = branch_gradient(transition, advantages, seeds=seeds, step=3, scale=scale, adv_clip=2.0)
     noise = noise_of_backend(seeds, 3, shape[1:])
@@ -146,7 +147,7 @@ def test_the_noise_is_that_of_the_seeds(triton_or_reference: str, device: str) -
     """
     seeds = torch.tensor([0, -1, 2**40 + 5], device=device)
     steps = torch.tensor([0, 2**32 - 1, 7], device=device)
-    for numel in (1, 5, 1025):
+    for numel in (5, 1025):
         transition = unseen((3, numel), (1.0, -1.0, 1.0), device)
         advantages = torch.full((3,), float(numel))
         noise, none = branch_gradient(
@@ -159,7 +160,7 @@ def test_the_noise_is_that_of_the_seeds(triton_or_reference: str, device: str) -
 
 
 @given(
-    batch=st.integers(1, 6),
+    batch=st.integers(1, 4),
     shape=st.lists(st.integers(1, 9), min_size=1, max_size=3),
     dtype=st.sampled_from([F32, BF16]),
     data=st.data(),
@@ -188,11 +189,11 @@ def test_bits_do_not_depend_on_the_batch(
 
 def test_forms_of_the_arguments(triton_or_reference: str, device: str) -> None:
     """Numbers, scalars, tensors on the device or on the CPU, strided seeds: the same bits."""
-    seeds, advantages = torch.arange(6, device=device), randn(6)
-    transition = unseen((6, 5, 3), (1.0, -0.1, 0.2), device, guidance_scale=2.0)
+    seeds, advantages = torch.arange(3, device=device), randn(3)
+    transition = unseen((3, 5, 3), (1.0, -0.1, 0.2), device, guidance_scale=2.0)
     expected = branch_gradient(transition, advantages, seeds=seeds, step=3)
-    strided, steps = torch.stack((seeds, seeds), dim=1)[:, 0], torch.full((6,), 3, device=device)
-    std = torch.full((6,), 0.2, dtype=F64)
+    strided, steps = torch.stack((seeds, seeds), dim=1)[:, 0], torch.full((3,), 3, device=device)
+    std = torch.full((3,), 0.2, dtype=F64)
     others = transition._replace(b=torch.tensor(-0.1, dtype=F64), std=std.to(device))
     got = branch_gradient(others, advantages.to(device), seeds=strided, step=steps)
     assert same_bits(got, expected)

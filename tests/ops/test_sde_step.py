@@ -76,9 +76,9 @@ def test_values(
     log-probability is as exact as theirs.
     """
     transition = random_transition(
-        5, (3, 7, 5), device, dtypes, guidance_scale, normalized=normalized
+        4, (3, 7, 5), device, dtypes, guidance_scale, normalized=normalized
     )
-    seeds = torch.arange(5, device=device) * 11
+    seeds = torch.arange(4, device=device) * 11
     got, log_probs = sde_step(transition, seeds=seeds, step=seeds + 2)
     noise = noise_of_backend(seeds, seeds + 2, (3, 7, 5))
     eager, exact = (
@@ -109,7 +109,7 @@ def test_float64_is_the_reference_s() -> None:
 def test_noise_is_that_of_the_seed_and_step(backend: str, device: str) -> None:
     seeds = torch.tensor([0, -1, 2**40 + 5, -(2**63), 2**63 - 1], device=device)
     steps = torch.tensor([0, 1, 2**31, 2**32 - 1, 15], device=device)
-    for numel in (1, 5, 1025):
+    for numel in (5, 1025):
         expected = gaussian_noise(seeds.cpu(), steps.cpu(), (numel,))
         noise = noise_of_backend(seeds, steps, (numel,)).cpu()
         if backend in ("reference", "cpp"):
@@ -134,18 +134,18 @@ def test_cuda_and_triton_make_the_same_step(device: str) -> None:
 def test_numbers_scalars_and_tensors_give_the_same_bits(
     backend: str, device: str, dtype: torch.dtype
 ) -> None:
-    x, v = randn(5, 33, seed=1, dtype=dtype, device=device), randn(5, 33, seed=2, device=device)
+    x, v = randn(3, 33, seed=1, dtype=dtype, device=device), randn(3, 33, seed=2, device=device)
     a, b, std = (value.item() for value in TABLE[2])
-    seeds = torch.arange(5, device=device)
+    seeds = torch.arange(3, device=device)
     expected = sde_step(Transition(x, v, a, b, std), seeds=seeds, step=3)
     forms: list[tuple[Any, ...]] = [
         tuple(TABLE[2]),  # as table.a[i] is: float64 scalar tensors
-        tuple(value.expand(5) for value in TABLE[2]),
-        tuple(value.to(device, F32).expand(5) for value in TABLE[2]),
-        (a, TABLE[2, 1], TABLE[2, 2].repeat(5)),
+        tuple(value.expand(3) for value in TABLE[2]),
+        tuple(value.to(device, F32).expand(3) for value in TABLE[2]),
+        (a, TABLE[2, 1], TABLE[2, 2].repeat(3)),
     ]
     for form in forms:
-        step = torch.full((5,), 3, device=device)
+        step = torch.full((3,), 3, device=device)
         got = sde_step(Transition(x, v, *form), seeds=seeds, step=step)
         assert same_bits(got, expected)
 
@@ -241,7 +241,7 @@ def rollout_and_training(transition: Transition, rows: list[int]) -> list[Tensor
 
 
 @given(
-    batch=st.integers(1, 5),
+    batch=st.integers(1, 4),
     shape=st.lists(st.integers(1, 9), min_size=1, max_size=3),
     dtype=st.sampled_from([F32, BF16, F16]),
     data=st.data(),
@@ -277,9 +277,9 @@ def test_bits_do_not_depend_on_the_batch_at_real_sizes(
 ) -> None:
     if backend == "triton" and device == "cpu" and numel > 5000:
         pytest.skip("the interpreter takes a minute")
-    transition = random_transition(4, (numel,), device, guidance_scale=3.0)
-    whole = rollout_and_training(transition, [0, 1, 2, 3])
-    for rows in ([3], [2, 0, 1]):
+    transition = random_transition(3, (numel,), device, guidance_scale=3.0)
+    whole = rollout_and_training(transition, [0, 1, 2])
+    for rows in ([2], [2, 0]):
         part = rollout_and_training(transition, rows)
         assert same_bits(part, [full[rows] for full in whole])
 
