@@ -120,8 +120,8 @@ def settings_table(config: TrainConfig, counts: Counts, cluster: Cluster) -> str
                 "fits" if needed <= 0.9 * room else "fits, closely" if needed <= room else "-",
             )
         )
-    head = ("activations", "shard", "replicas", "keep_gathered", "cpu_offload")
-    head += ("peak GB", "in", "bound s", "")
+    settings = ["activations", "shard", "replicas", "keep_gathered", "cpu_offload"]
+    head = [*settings, "peak GB", "in", "bound s", ""]
     lines = [table(f"settings, against {giga(room)} GB", head, rows), ""]
     own = memory.resolve(config.parallel, world_size)
     phase, needed = memory.peak(memory.memory(config, counts, own, world_size))
