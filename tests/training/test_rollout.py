@@ -12,25 +12,16 @@ from typing import Any
 import pytest
 import torch
 from fastgrpo_kernels import Transition, gaussian_noise, sde_log_prob
+from tiny_training import CPU, SMALL
 from torch import Tensor
 
 from fastgrpo.config import RolloutConfig
 from fastgrpo.training.rollout import Sample, sample_groups, start_rollout, stochastic_steps
 from fastgrpo.training.trajectory import Rollout
 
-CPU = torch.device("cpu")
-SMALL = {
-    "height": 2,
-    "width": 2,
-    "num_frames": 2,
-    "num_inference_steps": 6,
-    "num_generations": 3,
-    "micro_batch_size": 3,
-}
-
 
 def config(**overrides: Any) -> RolloutConfig:
-    return RolloutConfig(**(SMALL | overrides))
+    return RolloutConfig(**(SMALL | {"micro_batch_size": 3, "guidance_scale": 5.0} | overrides))
 
 
 def sampled(
@@ -55,11 +46,8 @@ def clean(samples: list[Sample]) -> Tensor:
     return torch.cat([s.latents for s in samples])
 
 
-# -------- the trajectory itself
-
-
 def transition(kind: str, eta: float, sigmas: list[float], i: int) -> tuple[float, float, float]:
-    """(a, b, s) of method.md section 1, row by row."""
+    """(a, b, s) of docs/method.md, section 1, row by row."""
     sigma, after = sigmas[i], sigmas[i + 1]
     D = sigma - after
     if kind == "cps":
@@ -91,29 +79,26 @@ def plain_trajectory(
     states, log_probs, x0 = [x.double()], [], x
     for i in range(N):
         x = states[-1]
-        t = torch.tensor(
-            [
-                float(int(1000 * sigmas[i] + 1e-9))
-                if cfg.timestep_rounding == "trunc"
-                else 1000 * sigmas[i]
-            ],
-            dtype=torch.float64,
+        t = 1000 * sigmas[i]
+        time = float(int(t + 1e-9)) if cfg.timestep_rounding == "trunc" else t
+        cond, empty = (
+            policy.velocity(
+                x[None],
+                torch.tensor([time], dtype=torch.float64),
+                {"text": policy.encode([text])["text"].double()},
+            )[0].detach()
+            for text in (prompt, "")
         )
-        with torch.no_grad():
-            cond = policy.velocity(x[None], t, {"text": policy.encode([prompt])["text"].double()})[
-                0
-            ]
-            empty = policy.velocity(x[None], t, {"text": policy.encode([""])["text"].double()})[0]
         v = (1 - w) * empty + w * cond
         a, b, s = transition(cfg.sde, cfg.eta, sigmas, i)
         mean = a * x + b * v
         after = mean + s * noise[i].double()
-        if cfg.sde == "cps":
-            log_probs.append(-((after - mean) ** 2).mean().item() if s else math.nan)
+        if not s:
+            log_probs.append(math.nan)
+        elif cfg.sde == "cps":
+            log_probs.append(-((after - mean) ** 2).mean().item())
         else:
-            log_probs.append(
-                torch.distributions.Normal(mean, s).log_prob(after).mean().item() if s else math.nan
-            )
+            log_probs.append(torch.distributions.Normal(mean, s).log_prob(after).mean().item())
         states.append(after)
         x0 = x - sigmas[i] * v
     return states, log_probs, x0
@@ -192,9 +177,6 @@ def test_every_state_is_written_without_a_gradient(tiny_policy: Any) -> None:
     assert not any(t.requires_grad for t in (rollout.latents, rollout.log_probs, clean(samples)))
 
 
-# -------- micro-batches, slots
-
-
 def test_samples_name_their_videos_and_captions(tiny_policy: Any) -> None:
     _, samples = sampled(tiny_policy(), ["a", "b"], config(micro_batch_size=4))
     assert [s.sample_indices for s in samples] == [[0, 1, 2, 3], [4, 5]]
@@ -259,9 +241,6 @@ def test_the_same_call_gives_the_same_bits_and_another_seed_or_iteration_others(
         assert not set(other.noise_seeds.tolist()) & set(first.noise_seeds.tolist())
 
 
-# -------- noise
-
-
 @pytest.mark.parametrize("same_noise", [True, False])
 def test_a_group_starts_from_one_noise_or_from_its_own(tiny_policy: Any, same_noise: bool) -> None:
     rollout, _ = sampled(tiny_policy(), ["a", "b"], config(same_noise=same_noise))
@@ -273,9 +252,6 @@ def test_a_group_starts_from_one_noise_or_from_its_own(tiny_policy: Any, same_no
     # The noise of the SDE is every video's own, and none of it is the first latent's.
     assert len({*rollout.noise_seeds.tolist()}) == 6
     assert not {*rollout.noise_seeds.tolist()} & {*rollout.first_seeds.tolist()}
-
-
-# -------- the first step, shared
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
@@ -323,9 +299,6 @@ def test_videos_from_noise_of_their_own_share_nothing(tiny_policy: Any) -> None:
     shared, _ = sampled(policy, ["a", "b"], cfg)
     assert len(policy.batch_sizes) == 2 * 6 * 6
     same_bits(shared, slice(None), sampled(policy, ["a", "b"], cfg, share=False)[0], slice(None))
-
-
-# -------- windows
 
 
 def sliding(**overrides: Any) -> RolloutConfig:
@@ -428,9 +401,6 @@ def test_noise_and_log_probs_are_where_the_window_is(tiny_policy: Any, window: s
                 rollout.latents[2 * prompt, i + 1], rollout.latents[2 * prompt + 1, i + 1]
             )
             assert together == (window != "all" and i < expected[0])
-
-
-# -------- what is decoded
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
