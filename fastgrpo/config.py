@@ -30,7 +30,7 @@ def _require_positive(section: object, prefix: str, *keys: str) -> None:
 
 @dataclass(frozen=True)
 class PromptsConfig:
-    """Where captions come from: text (one prompt a line), .jsonl, .parquet, or a hub data set,
+    """Where prompts come from: text (one prompt per line), .jsonl, .parquet, or a hub data set,
     hub:OWNER/NAME[/CONFIGURATION][:SPLIT].
     """
 
@@ -46,10 +46,10 @@ class PromptsConfig:
 
 @dataclass(frozen=True)
 class RolloutConfig:
-    """How groups of videos are sampled (method.md, sections 1, 2 and 4)."""
+    """How groups of videos are sampled (docs/method.md, sections 1, 2 and 4)."""
 
     num_prompts: int = 8
-    """Prompts of one iteration, over all ranks; the paper takes one a GPU."""
+    """Prompts of one iteration, over all ranks; the paper takes one per GPU."""
     num_generations: int = 16
     """G, the videos of one group."""
     height: int = 480
@@ -126,7 +126,7 @@ class RolloutConfig:
 
 @dataclass(frozen=True)
 class PacingConfig:
-    """The co-evolving reward (Eqs. 4-9; method.md, section 3)."""
+    """The co-evolving reward (Eqs. 4-9; docs/method.md, section 3)."""
 
     mode: Literal["self_paced", "one_stage", "two_stage", "joint", "static"] = "self_paced"
     """self_paced: Eqs. 4-9. one_stage: stage I. two_stage: self-paced over I and II. joint: equal
@@ -160,12 +160,12 @@ class PacingConfig:
 
 @dataclass(frozen=True)
 class UpdateConfig:
-    """The clipped policy-gradient update (Eq. 11; method.md, sections 2 and 4)."""
+    """The clipped policy-gradient update (Eq. 11; docs/method.md, sections 2 and 4)."""
 
     num_best: int = 4
-    """Videos of highest advantage that are trained, a group."""
+    """Videos of highest advantage that are trained, per group."""
     num_worst: int = 4
-    """Videos of lowest advantage that are trained, a group."""
+    """Videos of lowest advantage that are trained, per group."""
     timestep_fraction: float = 0.6
     """Share of the transitions (the last one dropped) that each sample trains, drawn at random."""
     clip_range: float = 1e-4
@@ -260,14 +260,14 @@ class ScoringConfig:
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """Validation captions, sampled with fixed noise and scored by the same judge."""
+    """Validation prompts, sampled with fixed noise and scored by the same judge."""
 
     interval: int = 50
     """Iterations between evaluations; the first and the last state are evaluated too. 0: only those
     two.
     """
     num_generations: int = 1
-    """Videos a validation prompt."""
+    """Videos per validation prompt."""
     num_videos: int = 8
     """Videos that are saved as mp4 and stills, the first of each of the first prompts."""
     sde: Literal["dance", "flow", "linear", "cps", "ode"] = "ode"
@@ -374,7 +374,7 @@ class TrainConfig:
     reward: RewardModel
     """The judge: a class by its dotted path, and its arguments."""
     prompts: PromptsConfig
-    """Captions."""
+    """The prompts."""
     name: str = "run"
     """Name of the run; its folder is <output_dir>/<name>."""
     output_dir: str = "runs"
@@ -398,7 +398,7 @@ class TrainConfig:
     update: UpdateConfig = field(default_factory=UpdateConfig)
     """The policy-gradient update."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    """Validation evaluation."""
+    """Evaluation on validation prompts."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """Checkpoints."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)

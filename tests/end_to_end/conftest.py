@@ -27,6 +27,7 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 import fastgrpo.cli.train
+import fastgrpo.evaluation.report.page
 from fastgrpo.distributed import collectives
 from fastgrpo.shapes.captions import train_captions, validation_captions
 from fastgrpo.training.step import Trainer
@@ -119,9 +120,9 @@ def start() -> Callable[..., Outcome]:
         report: bool = False,
     ) -> Outcome:
         out, err = io.StringIO(), io.StringIO()
-        write_report = fastgrpo.cli.train.write_report
+        write_report = fastgrpo.evaluation.report.page.write_report
         if not report:  # four figures, three times the cost of the run
-            fastgrpo.cli.train.write_report = lambda run, smoothing_window=10: run
+            fastgrpo.evaluation.report.page.write_report = lambda run, smoothing_window=10: run
         try:
             with (
                 contextlib.redirect_stdout(out),
@@ -135,7 +136,7 @@ def start() -> Callable[..., Outcome]:
         except SystemExit as stop:
             code = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
         finally:
-            fastgrpo.cli.train.write_report = write_report
+            fastgrpo.evaluation.report.page.write_report = write_report
             collectives.stop()
         return Outcome(code, folder, out.getvalue(), err.getvalue())
 

@@ -17,12 +17,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 import yaml
 from PIL import Image
 
 from fastgrpo import __main__ as command_line
-from fastgrpo.training import checkpoint
 from fastgrpo.training.config_file import parse_config
 
 STAGES = ("visual_quality", "temporal_smoothness", "text_alignment")
@@ -79,19 +77,6 @@ def test_every_key_of_train_is_documented(fastgrpo: Any) -> None:
     assert len(options) > 50
     for name, words in options:
         assert words.endswith("."), name
-
-
-def test_print_config_gives_a_recipe(
-    fastgrpo: Any, tiny: Callable[..., list[str]], tmp_path: Path
-) -> None:
-    printed = fastgrpo("train", *tiny(tmp_path / "run", "--rollout.eta", "0.25"), "--print_config")
-    assert printed.code == 0
-    (tmp_path / "printed.yaml").write_text(printed.out)
-    config, _, _ = parse_config(["--config", str(tmp_path / "printed.yaml")])
-    assert config.rollout.eta == 0.25
-    assert config.rollout.num_generations == 4
-    assert config.run_folder == tmp_path / "run"
-    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
@@ -435,20 +420,3 @@ def test_report_of_a_run(finished: Path, fastgrpo: Any, tmp_path: Path) -> None:
     assert outcome.out.strip() == str(page)
     assert "3 of 3 iterations" in page.read_text()
     assert (tmp_path / "run" / "report" / "contact_sheet.png").is_file()
-
-
-def test_checkpoint_of_an_average_loads_the_average(
-    finished: Path, tensors: Callable[[Path], dict[str, Any]], one_rank: torch.device
-) -> None:
-    """What `sample` calls trained is the EMA where there is one."""
-    from fastgrpo.shapes.policy import new_transformer
-
-    network = new_transformer()
-    checkpoint.load_weights((finished / "checkpoints" / "latest").resolve(), network, ema=True)
-    state = tensors(finished / "checkpoints" / "latest")
-    for name, weights in network.state_dict().items():
-        assert torch.equal(weights, state[f"ema/{name}"])
-    assert any(
-        not torch.equal(weights, state[f"model/{name}"])
-        for name, weights in network.state_dict().items()
-    )

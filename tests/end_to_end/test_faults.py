@@ -230,7 +230,8 @@ def test_a_run_in_which_nothing_can_be_scored_stops(tmp_path: Path, train: Train
     """
     run = train(
         tmp_path / "run",
-        "--reward.class_path tiny_parts.CaptionJudge --reward.blind",
+        "--reward.class_path tiny_parts.CaptionJudge",
+        "--reward.blind",
         "a ",
         "--iterations 9 --update.max_skipped_updates 2 --scoring.max_invalid_share 1",
     )

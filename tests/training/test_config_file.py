@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 
 from fastgrpo import files
 from fastgrpo.config import PromptsConfig, RolloutConfig, TrainConfig
-from fastgrpo.training.config_file import find_recipes, parse_config
+from fastgrpo.training.config_file import RENAMED, find_recipes, parse_config
 
 RECIPE = """
 policy: {class_path: fastgrpo.shapes.policy.ShapesPolicy}
@@ -152,7 +153,8 @@ def test_help_and_print_config_end_with_code_0(
         ("rollout: {height: 3}\nseed: 1\nrollout: {width: 3}", ["'rollout'", "twice", "line 3"]),
         ("rollout:\n  height: 3\n  height: 3\n", ["'height'", "twice", "line 3"]),
         (
-            "policy: {class_path: fastgrpo.shapes.policy.ShapesPolicy, init_args: {checkpoint: a, checkpoint: b}}",
+            "policy: {class_path: fastgrpo.shapes.policy.ShapesPolicy, "
+            "init_args: {checkpoint: a, checkpoint: b}}",
             ["'checkpoint'", "twice"],
         ),
         ("rollout: {heigth: 3}", ["rollout", "'heigth'"]),
@@ -172,7 +174,8 @@ def test_help_and_print_config_end_with_code_0(
         (
             "reward: {class_path: fastgrpo.shapes.policy.ShapesPolicy}",
             [
-                "reward: expected a subclass of fastgrpo.interfaces.RewardModel, got fastgrpo.shapes.policy"
+                "reward: expected a subclass of fastgrpo.interfaces.RewardModel, "
+                "got fastgrpo.shapes.policy.ShapesPolicy"
             ],
         ),
         ("rollout: {height: tall}", ["rollout.height", "int", "tall"]),
@@ -192,7 +195,8 @@ def test_help_and_print_config_end_with_code_0(
         ("update: 3", ["update", "keys and their values", "3"]),
         ("prompts: {train: null}", ["prompts.train", "required"]),
         (
-            "policy: {class_path: fastgrpo.policies.shapes.ShapesPolicy}\nprompts: {heldout: a.txt}",
+            "policy: {class_path: fastgrpo.policies.shapes.ShapesPolicy}\n"
+            "prompts: {heldout: a.txt}",
             [
                 "earlier version",
                 "fastgrpo.policies.shapes by fastgrpo.shapes.policy",
@@ -255,3 +259,8 @@ def test_a_recipe_is_found_beside_the_package_too(
     (tmp_path / "fastgrpo" / "recipes").mkdir(parents=True)
     (tmp_path / recipe).write_text("name: mine\n")
     assert find_recipes(words) == words
+
+
+def test_the_names_of_today_exist() -> None:
+    modules = [new for new in RENAMED.values() if new.startswith("fastgrpo.")]
+    assert all(importlib.util.find_spec(module) for module in modules)

@@ -66,17 +66,14 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         read_prompts(str(tmp_path), "prompts.train")
 
 
-# --- tables
-# -----------------------------------------------------------------------------------------------------------
-
-
 def test_json_lines(tmp_path: Path) -> None:
     """The column `prompt`, or else `caption`; blank lines and blank captions are left out, line
     ends inside a caption are kept.
     """
     file = tmp_path / "captions.JSONL"
     file.write_bytes(
-        b'\xef\xbb\xbf{"id": 1, "caption": "not this", "prompt": " a red square "}\r\n\n  \n{"prompt": ""}\n'
+        b'\xef\xbb\xbf{"id": 1, "caption": "not this", "prompt": " a red square "}\r\n\n  \n'
+        b'{"prompt": ""}\n'
         b'{"prompt": "caf\\u00e9\\nterrace"}\n{"prompt": "one\xe2\x80\xa8still one"}'
     )
     assert read_prompts(str(file), "prompts.train") == [
@@ -182,10 +179,6 @@ def test_a_library_that_is_not_installed_is_named(
     assert path in str(caught.value)
 
 
-# --- the hub
-# ----------------------------------------------------------------------------------------------------------
-
-
 class Rows:
     """What `datasets.load_dataset` gives, as far as it is used."""
 
@@ -279,7 +272,8 @@ def ask(path):
         return read_prompts(path, "prompts.train")
     except ValueError as error:
         return str(error)
-print(json.dumps([ask("hub:owner/" + name) for name in ("captions", "captions:test", "captions:none", "nowhere")]))
+names = ("captions", "captions:test", "captions:none", "nowhere")
+print(json.dumps([ask("hub:owner/" + name) for name in names]))
 """
     own = {
         "HF_HOME": str(tmp_path / "home"),
@@ -299,10 +293,6 @@ print(json.dumps([ask("hub:owner/" + name) for name in ("captions", "captions:te
     assert "hub:owner/captions:test, row 2, column 'caption'" in test
     assert "cannot load hub:owner/captions:none" in no_split
     assert "cannot load hub:owner/nowhere" in nowhere
-
-
-# --- the walk
-# ---------------------------------------------------------------------------------------------------------
 
 
 def test_every_epoch_is_a_permutation_of_its_own() -> None:
@@ -343,11 +333,3 @@ def test_without_shuffling_the_files_order_repeats() -> None:
     assert draw_prompts(CAPTIONS, 5, 6, seed=1, shuffle=False) == [
         CAPTIONS[i] for i in (5, 6, 0, 1, 2, 3)
     ]
-
-
-def test_the_list_itself_stays_as_it_was() -> None:
-    captions = list(CAPTIONS)
-    first = draw_prompts(captions, 0, 7, seed=0)
-    first[0] = "changed"
-    assert captions == CAPTIONS
-    assert sorted(draw_prompts(captions, 0, 7, seed=0)) == CAPTIONS

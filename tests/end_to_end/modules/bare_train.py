@@ -7,10 +7,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import fastgrpo.cli.train
+import fastgrpo.evaluation.report.page
 
 
 def main(argv: list[str]) -> None:
-    fastgrpo.cli.train.write_report = empty_report
+    fastgrpo.evaluation.report.page.write_report = empty_report
     raise SystemExit(fastgrpo.cli.train.main(argv))
 
 

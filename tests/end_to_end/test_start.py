@@ -1,0 +1,89 @@
+"""The ways of starting the trainer, and the run folder of an earlier version."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+MODULES = Path(__file__).resolve().parent / "modules"
+RECIPE = ["--config", "fastgrpo/recipes/shapes.yaml"]
+MY_REWARD = """
+from fastgrpo.shapes.judge import ShapesJudge
+
+
+class MyReward(ShapesJudge):
+    pass
+"""
+
+
+def run_python(argv: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Start a Python that finds the packages as installed ones, behind sys.path[0]."""
+    paths = os.pathsep.join(map(str, (MODULES, ROOT, ROOT / "kernels")))
+    return subprocess.run(
+        [sys.executable, *argv],
+        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths},
+        text=True,
+        capture_output=True,
+        timeout=300,
+    )
+
+
+@pytest.mark.parametrize(
+    "entry", [[str(ROOT / "fastgrpo" / "train.py")], ["-m", "fastgrpo.train"]], ids=["path", "-m"]
+)
+@pytest.mark.parametrize("place", ["repository", "folder of a user"])
+def test_by_path_and_by_name(entry: list[str], place: str, tmp_path: Path) -> None:
+    """Names in the working directory are found, and the package's folders shadow nothing: by path,
+    Python would look for `training` and `evaluation` in fastgrpo/ first.
+    """
+    argv, cwd, words = RECIPE, ROOT, "fastgrpo.shapes.judge.ShapesJudge"
+    if place != "repository":
+        (tmp_path / "my_reward.py").write_text(MY_REWARD)
+        (tmp_path / "training.py").write_text("")
+        argv, cwd, words = [*RECIPE, "--reward", "my_reward.MyReward"], tmp_path, "my_reward"
+    done = run_python([*entry, *argv, "--print_config"], cwd)
+    assert done.returncode == 0, done.stderr
+    assert yaml.safe_load(done.stdout)["reward"]["class_path"].startswith(words)
+
+
+def test_a_users_reward_trains(tmp_path: Path, tiny: Callable[..., list[str]]) -> None:
+    (tmp_path / "my_reward.py").write_text(MY_REWARD)
+    argv = tiny(tmp_path / "run", "--iterations 1 --reward.class_path my_reward.MyReward")
+    done = run_python([str(ROOT / "fastgrpo" / "train.py"), *argv], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "iteration     1" in done.stdout
+    assert (tmp_path / "run" / "report" / "report.html").is_file()
+
+
+def test_a_run_folder_of_an_earlier_version(
+    tmp_path: Path, train: Callable[..., Any], start: Callable[..., Any]
+) -> None:
+    """Its configuration is refused with one line that says what to change; with today's recipe the
+    run goes on.
+    """
+    folder = train(tmp_path / "run", "--iterations 1").folder
+    config = folder / "config.yaml"
+    for now, then in (
+        ("fastgrpo.shapes.policy", "fastgrpo.policies.shapes"),
+        ("validation:", "heldout:"),
+    ):
+        assert now in config.read_text()
+        config.write_text(config.read_text().replace(now, then))
+    refused = start(folder, ["--config", str(config), "--resume auto"])
+    assert refused.code == 2
+    (line,) = refused.err.splitlines()
+    assert "earlier version" in line
+    assert "fastgrpo.policies.shapes by fastgrpo.shapes.policy, heldout: by validation:" in line
+    on = train(folder, "--iterations 2 --resume auto")
+    assert on.code == 0
+    assert "resume: going on after iteration 1" in on.out
+    assert [row["iteration"] for row in on.rows] == [0, 1, 2]
