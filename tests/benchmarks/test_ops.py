@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -78,23 +77,20 @@ def test_a_peer_computes_what_the_operation_does(size: str) -> None:
 
 
 def test_times_are_medians_per_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = iter(range(10**6))
-    taken = timing.measure(
-        lambda: [lambda: time.sleep(0.5 if next(calls) == 6 else 0.002)] * 2, CPU, seconds=0.03
-    )
-    assert 2_000 <= taken.us < 40_000
-    assert (taken.host_us, taken.method) == (taken.us, "wall")
-    two_us = timing.Timing(2.0, 2.0, "wall")
-    monkeypatch.setattr(timing, "measure", lambda prepare, device, seconds: two_us)
-    assert timing.copy_bandwidth(CPU, numel=1000) == pytest.approx(2 * 4000 / 2e-6 / 1e9)
-
-    now, seconds = [0.0], [100.0, 3.0, 1.0, 2.0]
+    """On a clock that only the calls move."""
+    now, durations = [0.0], iter([0.002] * 9 + [0.5] + [0.002] * 100)
     monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
 
     def call() -> None:
-        now[0] += seconds.pop(0)
+        now[0] += next(durations)
 
-    assert timing.median(call, CPU, 3) == timing.Usage(seconds=2.0, peak=0.0)  # not the first
+    taken = timing.measure(lambda: [call] * 2, CPU, seconds=0.03)
+    assert (taken.us, taken.host_us) == (pytest.approx(2000.0), taken.us)
+    durations = iter([100.0, 3.0, 1.0, 2.0])  # the first is not counted
+    assert timing.median(call, CPU, 3) == timing.Usage(seconds=2.0, peak=0.0)
+    two_us = timing.Timing(2.0, 2.0, "wall")
+    monkeypatch.setattr(timing, "measure", lambda prepare, device, seconds: two_us)
+    assert timing.copy_bandwidth(CPU, numel=1000) == pytest.approx(2 * 4000 / 2e-6 / 1e9)
 
 
 def a_row(**changes: Any) -> ops.OpMeasurement:
@@ -103,6 +99,7 @@ def a_row(**changes: Any) -> ops.OpMeasurement:
         "size": "wan_1.3b_480p",
         "direction": "forward",
         "implementation": "triton",
+        "dtype": "bfloat16",
         "device": "NVIDIA H100 80GB HBM3",
         "goals": "",
         "us": 7.0,
