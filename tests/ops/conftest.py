@@ -18,8 +18,8 @@ PROBE = torch.empty(0, device=DEVICE)
 
 
 def backends(op: str) -> list[str]:
-    """Those that can serve an operation on this machine; test_csrc.py and test_dispatch.py see to
-    it that none is missing unnoticed.
+    """Those that can serve an op on this machine. test_csrc.py and test_dispatch.py notice a
+    missing one.
     """
     return [
         backend
@@ -51,7 +51,7 @@ def device() -> str:
 @pytest.fixture(autouse=True)
 def poisoned_memory() -> Iterator[None]:
     """Every tensor that is allocated and not written is NaN (integers: their largest value), by
-    torch's own debugging aid.
+    torch's debugging option.
     """
     assert torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -61,8 +61,8 @@ def poisoned_memory() -> Iterator[None]:
 
 @pytest.fixture(autouse=True, scope="session")
 def rounding_of_a_gpu() -> Iterator[None]:
-    """Triton's interpreter cuts off what bf16 cannot hold, where a GPU and torch round to nearest:
-    a bias that adds up.
+    """Triton's interpreter truncates to bf16, where a GPU and torch round to nearest: a bias that
+    adds up.
     """
     if not dispatch.INTERPRETED:
         yield
@@ -111,8 +111,9 @@ def as_exact_as_eager() -> Callable[[str, Tensor, Tensor, Tensor], None]:
         allowed = 2 * (eager.double() - exact).abs().max() + ulp
         worst = (error - allowed).argmax()
         assert (error <= allowed).all(), (
-            f"{name}: error {error.flatten()[worst]:.3g} at {int(worst)}, where eager torch in {actual.dtype} "
-            f"errs by at most {(allowed - ulp).flatten()[0] / 2:.3g} and an ulp is {ulp.flatten()[worst]:.3g}"
+            f"{name}: error {error.flatten()[worst]:.3g} at {int(worst)}, where eager torch in "
+            f"{actual.dtype} errs by at most {(allowed - ulp).flatten()[0] / 2:.3g} and an ulp is "
+            f"{ulp.flatten()[worst]:.3g}"
         )
 
     return check
