@@ -43,6 +43,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -107,7 +108,11 @@ def benchmark_model(bench: Bench, name: str) -> None:
             f"mismatch {number(bits.mismatch, 6)} s",
             f"activations {activations}",
         ]
-        figures = {"drift": bits.drift, "mismatch": bits.mismatch, "g0": g0_of(bench, name)}
+        figures: dict[str, Any] = {
+            "drift": bits.drift,
+            "mismatch": bits.mismatch,
+            "g0": g0_of(bench, name),
+        }
         add(bench, "g0", name, note=", ".join(notes), **figures)
     if "forward" not in bench.options.parts:
         return

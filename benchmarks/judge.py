@@ -404,12 +404,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     timed = {name: timing.median(way, device, chosen.rounds) for name, way in ways.items()}
     about = rows.provenance(device) | {"transformers": transformers.__version__}
-    found = []
+    measured = []
     for name, usage in timed.items():
         peers = ("generate, single", "generate, batched")
         single_x, batched_x = (timed[peer].seconds / usage.seconds for peer in peers)
         figures = (usage.seconds, single_x, batched_x)
-        found.append(
+        measured.append(
             JudgeMeasurement(
                 model=Path(chosen.model).name,
                 work=work,
@@ -427,9 +427,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     print("  ".join(f"{name} {value}" for name, value in about.items()))
     print(f"{chosen.model}, {chosen.dtype}, {work}: same tokens, ties aside")
-    print(rows.table(found, COLUMNS))
+    print(rows.table(measured, COLUMNS))
     path = rows.csv_path(chosen.csv, device, "judge")
-    rows.write_csv(path, found)
+    rows.write_csv(path, measured)
     print(f"\n{path}")
     return 0
 

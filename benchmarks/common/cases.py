@@ -263,9 +263,12 @@ def _token_inputs(size: Size, draw: Draw) -> Inputs:
 
 
 def _transition(inputs: Inputs) -> kernels.Transition:
-    values = (inputs[key] for key in ("latents", "velocity", "a", "b", "std"))
     uncond = inputs.get("velocity_uncond")
-    return kernels.Transition(*values, uncond, 1.0 if uncond is None else GUIDANCE)
+    return kernels.Transition(
+        *(inputs["latents"], inputs["velocity"], inputs["a"], inputs["b"], inputs["std"]),
+        velocity_uncond=uncond,
+        guidance_scale=1.0 if uncond is None else GUIDANCE,
+    )
 
 
 def _sde_step(i: Inputs, backend: str, **options: Any) -> Outputs:

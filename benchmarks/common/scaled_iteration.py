@@ -125,7 +125,7 @@ def add_iteration(
         for phase in seconds
         if activations and bench.ours == "fused"
     }
-    common = {"peer": "peer", "g0": g0}
+    common: dict[str, Any] = {"peer": "peer", "g0": g0}
     for phase in seconds if name in ("ours", "peer") else ():
         figures = {"whole_s": seconds[phase], "flop": flop[phase], "planned_gb": plans.get(phase)}
         add(bench, f"iteration: {phase}", name, phases[phase], **figures, **common)

@@ -241,9 +241,8 @@ def planned(bench: Bench, phase: str, activations: str, optimizer: bool = True) 
         rollout=dataclasses.replace(bench.config.rollout, num_generations=bench.options.videos),
         update=dataclasses.replace(bench.config.update, num_best=1, num_worst=1),
     )
-    settings: Any = dataclasses.replace(
-        memory.resolve(bench.config.parallel, 1), activations=activations
-    )  # type: ignore[arg-type]
+    chosen: Any = {"activations": activations}
+    settings = dataclasses.replace(memory.resolve(bench.config.parallel, 1), **chosen)
     parts = memory.memory(few, bench.counts, settings, 1)[phase]
     return sum(size for name, size in parts.items() if optimizer or name != "Adam")
 
@@ -318,8 +317,7 @@ def add(
         mfu_percent=100 * rate / bench.rate if rate else None,
         peak_gb=usage.peak / 1e9 if usage and usage.peak else None,
         matmul_tflop_per_s=bench.rate / 1e12,
-        **bench.about,
-        **values,
+        **(values | bench.about),
     )
     bench.rows = compared([*bench.rows, row])
     rows.write_csv(bench.path, bench.rows)
