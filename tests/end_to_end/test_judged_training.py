@@ -260,8 +260,9 @@ def judged(
 @pytest.fixture
 def judge_server(qwen_folder: Path, environment: dict[str, str]) -> Iterator[str]:
     """`serve_judge` with the tiny Qwen in a process of its own; its base URL."""
+    options = json.dumps({"device": "cpu", "dtype": "fp32"})
     command = [sys.executable, "-m", "fastgrpo", "serve_judge", "--engine=transformers"]
-    command += [f"--model={qwen_folder}", "--name=tiny", "--device=cpu", "--dtype=fp32", "--port=0"]
+    command += [f"--model={qwen_folder}", "--name=tiny", "--port=0", f"--options={options}"]
     with subprocess.Popen(
         command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     ) as process:
@@ -269,9 +270,7 @@ def judge_server(qwen_folder: Path, environment: dict[str, str]) -> Iterator[str
             assert process.stdout is not None
             lines = iter(process.stdout.readline, "")
             yield next(
-                match[0]
-                for line in lines
-                if (match := re.search(r"http://127\.0\.0\.1:\d+/v1", line))
+                match[0] for line in lines if (match := re.search(r"http://127\.0\.0\.1:\d+", line))
             )
         finally:
             process.terminate()
