@@ -1,4 +1,4 @@
-"""`python -m fastgrpo_kernels`: which backend serves which ops on this machine, and why no other."""
+"""`python -m fastgrpo_kernels`: which backend serves which ops here, and why no other."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .dispatch import BACKENDS, COMPILED, has_library, select_backend, unsupport
 
 
 def main() -> None:
-    """Print, per device, the backend of csrc/'s ops and of the others, and what each backend says."""
+    """Print, per device, the backend of each group of ops and what each backend says."""
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
         probe = torch.empty(0, device=device)
         print(f"{device} tensors: {', '.join(COMPILED)}: {select_backend('sde_step', probe)}")

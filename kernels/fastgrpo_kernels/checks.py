@@ -27,7 +27,7 @@ def describe(value: object) -> str:
 
 
 def fail(name: str, expected: str, got: str) -> NoReturn:
-    """Refuse an argument. Called in the failing branch only, so that a good call formats nothing."""
+    """Refuse an argument. Called only in the failing branch: a good call formats nothing."""
     raise ValueError(f"{name}: expected {expected}, got {got}")
 
 
