@@ -6,7 +6,7 @@ import jsonargparse
 import torch
 
 from fastgrpo.errors import fail
-from fastgrpo.rewards.vlm.endpoint_check import CHECKS, FAILED
+from fastgrpo.rewards.vlm.endpoint_check import CHECKS
 from fastgrpo.rewards.vlm.served import ServerEngine
 
 
@@ -39,7 +39,7 @@ def check(
         engine.close()
     for finding in findings:
         print(f"{finding.check:<15}{finding.verdict:<12} {finding.evidence}")
-    return int(any(finding.verdict == FAILED for finding in findings))
+    return int(any(finding.holds is False for finding in findings))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -14,9 +14,6 @@ from fake_vlm import FakeVLM
 from fastgrpo.cli import check_judge
 from fastgrpo.rewards.vlm.endpoint_check import (
     CHECKS,
-    FAILED,
-    PASSED,
-    UNKNOWN,
     Finding,
     check_endpoint,
     needed_checks,
@@ -28,6 +25,7 @@ from fastgrpo.rewards.vlm.judge import StageJudge
 from fastgrpo.rewards.vlm.served import ServerEngine
 
 Engines = Callable[..., ServerEngine]
+PASSED, FAILED, UNKNOWN = True, False, None
 EXPECTED = Decoding(constrained=True, probabilities=True)
 
 
@@ -47,8 +45,8 @@ def findings(fake_endpoint: Any, server_engine: Engines) -> Callable[..., dict[s
     return find
 
 
-def verdicts(found: dict[str, Finding], verdict: str) -> set[str]:
-    return {name for name, finding in found.items() if finding.verdict == verdict}
+def verdicts(found: dict[str, Finding], verdict: bool | None) -> set[str]:
+    return {name for name, finding in found.items() if finding.holds is verdict}
 
 
 def test_all_holds_for_a_right_endpoint(findings: Any) -> None:
@@ -110,7 +108,7 @@ def test_a_faster_second_question_is_evidence_of_a_cache(
     ((finding,),) = (
         server_engine(fake_endpoint(answer=slow_at_first)).check(["prefix cache"]).values()
     )
-    assert finding.verdict == PASSED
+    assert finding.holds is PASSED
     assert "no count of cached tokens" in finding.evidence
 
 
@@ -123,7 +121,7 @@ def test_a_request_that_is_refused_fails_and_one_that_may_pass_tells_nothing(
     for status, verdict in ((400, FAILED), (503, UNKNOWN)):
         endpoint.always = fault(status=status, body=b"{}")
         ((finding,),) = engine.check(["frames"]).values()
-        assert finding.verdict == verdict
+        assert finding.holds is verdict
         assert f"status {status}" in finding.evidence
 
 

@@ -246,8 +246,8 @@ def test_a_key_that_no_header_can_hold_is_refused_and_not_repeated(
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"endpoints": ()}, "endpoints: expected a list of base URLs, got none"),
-        ({"endpoints": "http://a"}, "endpoints: expected a list of base URLs, got one string"),
+        ({"endpoints": ()}, "endpoints: expected a list of base URLs, got 'none'"),
+        ({"endpoints": "http://a"}, "endpoints: expected a list of base URLs, got 'one string'"),
         (
             {"endpoints": ("http://a/v1", "ftp://a")},
             r"endpoints\[1\]: expected http://host:port/v1",
@@ -255,7 +255,7 @@ def test_a_key_that_no_header_can_hold_is_refused_and_not_repeated(
         ({"endpoints": ("a:8000",)}, r"endpoints\[0\]"),
         (
             {"endpoints": ("http://a", "http://a/v1/")},
-            "endpoints: expected different ones, got http://a/v1, http://a/v1",
+            "endpoints: expected different ones, got 'http://a/v1, http://a/v1'",
         ),
         ({"concurrency": 0}, "concurrency: expected at least 1, got 0"),
         ({"requests_in_flight": -1}, "requests_in_flight: expected at least 1, got -1"),

@@ -24,7 +24,6 @@ from fastgrpo.rewards.vlm.engine import Clip, Decoding
 from fastgrpo.rewards.vlm.failures import Refused, TryAgain
 from fastgrpo.rewards.vlm.transport import FROM_ONE, read_places, read_text
 
-PASSED, FAILED, UNKNOWN = "holds", "FAILS", "cannot tell"
 QUESTION = "Endpoint check: how good is this video, from 1.00 to 10.00?"
 """How every question of a check begins."""
 PROSE = f"{QUESTION} Write a sentence, no number."
@@ -45,11 +44,26 @@ Raises TryAgain or Refused.
 
 @dataclass(frozen=True)
 class Finding:
-    """The result of one check: its name, PASSED, FAILED or UNKNOWN, and the evidence in words."""
+    """The result of one check.
+
+    Attributes:
+        check: Its name.
+        holds: None if the endpoint gives no evidence.
+        evidence: In words.
+    """
 
     check: str
-    verdict: str
+    holds: bool | None
     evidence: str
+
+    @property
+    def verdict(self) -> str:
+        """What `holds` means, in words."""
+        return "cannot tell" if self.holds is None else "holds" if self.holds else "FAILS"
+
+
+Outcome = tuple[bool | None, str]
+"""A check's `holds` and evidence."""
 
 
 def needed_checks(decoding: Decoding) -> list[str]:
@@ -64,12 +78,12 @@ async def check_endpoint(send: Send, names: Collection[str]) -> list[Finding]:
     findings = []
     for name in names:
         try:
-            verdict, evidence = await CHECKS[name](send)
+            holds, evidence = await CHECKS[name](send)
         except TryAgain as error:
-            verdict, evidence = UNKNOWN, str(error)
+            holds, evidence = None, str(error)
         except Refused as error:
-            verdict, evidence = FAILED, f"the request was refused: {error}"
-        findings.append(Finding(name, verdict, evidence))
+            holds, evidence = False, f"the request was refused: {error}"
+        findings.append(Finding(name, holds, evidence))
     return findings
 
 
@@ -80,7 +94,7 @@ def synthetic_clip(count: int, seed: int = 0, fps: float = 2.0) -> Clip:
     return Clip(blocks.repeat_interleave(14, 2).repeat_interleave(14, 3), fps)
 
 
-async def _frames(send: Send) -> tuple[str, str]:
+async def _frames(send: Send) -> Outcome:
     """Prompt tokens must grow with the frames; without them, each frame must matter."""
     counts = (4, 8, 40)
     clips = [synthetic_clip(count) for count in counts]
@@ -88,7 +102,7 @@ async def _frames(send: Send) -> tuple[str, str]:
     few, more, many = (number or 0 for number in tokens)
     if few < more:
         ok = many - more >= 0.9 * (40 - 8) / (8 - 4) * (more - few)
-        return _verdict(ok), f"{few}, {more} and {many} prompt tokens for {counts} frames"
+        return ok, f"{few}, {more} and {many} prompt tokens for {counts} frames"
     clip = synthetic_clip(6)
     inverted = [clip.frames.clone() for _ in clip.frames]
     for index, frames in enumerate(inverted):
@@ -97,26 +111,26 @@ async def _frames(send: Send) -> tuple[str, str]:
     return await _effect(send, "inverting any one of 6 frames", clip, changed)
 
 
-async def _order(send: Send) -> tuple[str, str]:
+async def _order(send: Send) -> Outcome:
     clip = synthetic_clip(6)
     reverse = Clip(clip.frames.flip(0), clip.fps)
     return await _effect(send, "the reverse order of 6 frames", clip, [reverse])
 
 
-async def _frame_rate(send: Send) -> tuple[str, str]:
+async def _frame_rate(send: Send) -> Outcome:
     slow, fast = (synthetic_clip(8, fps=fps) for fps in (1.0, 8.0))
     few, more = [_tokens(await send(clip, QUESTION, SHORT, "")) for clip in (slow, fast)]
     if few != more:
-        return PASSED, f"{few} and {more} prompt tokens at 1 and 8 frames/s"
+        return True, f"{few} and {more} prompt tokens at 1 and 8 frames/s"
     return await _effect(send, "8 frames/s instead of 1", slow, [fast])
 
 
-async def _constraint(send: Send) -> tuple[str, str]:
+async def _constraint(send: Send) -> Outcome:
     text = read_text(await send(synthetic_clip(4), PROSE, CONSTRAINED, NUMBER))
-    return _verdict(re.fullmatch(NUMBER, text)), f"asked for a sentence within {NUMBER}: {text!r}"
+    return bool(re.fullmatch(NUMBER, text)), f"asked for a sentence within {NUMBER}: {text!r}"
 
 
-async def _probabilities(send: Send) -> tuple[str, str]:
+async def _probabilities(send: Send) -> Outcome:
     """Of a number's digits, and of what follows a "1" (`served.ServerEngine`)."""
     decoding = Decoding(max_tokens=5, constrained=True, probabilities=True)
     whole = await send(synthetic_clip(4), QUESTION, decoding, NUMBER)
@@ -130,20 +144,20 @@ async def _probabilities(send: Send) -> tuple[str, str]:
         text, (tokens, places) = read_text(completion), read_places(completion)
         # Each character is a token; a token that ends the answer may follow.
         if not re.fullmatch(expected, text) or tokens[: len(text)] != tuple(text):
-            return FAILED, f"expected one token per character of {expected}, got {list(tokens)}"
+            return False, f"expected one token per character of {expected}, got {list(tokens)}"
         for index, wanted in needed.items():
             missing = set(wanted) - places[index].keys()
             if missing and math.fsum(places[index].values()) < LISTED:
-                return FAILED, f"token {index} of {text!r}: {sorted(missing)} are not listed"
-    return PASSED, f"of {read_text(whole)!r} and after a first 1"
+                return False, f"token {index} of {text!r}: {sorted(missing)} are not listed"
+    return True, f"of {read_text(whole)!r} and after a first 1"
 
 
-async def _repeat(send: Send) -> tuple[str, str]:
+async def _repeat(send: Send) -> Outcome:
     texts = [read_text(await send(synthetic_clip(8), PROSE, Decoding(), "")) for _ in range(2)]
-    return _verdict(texts[0] == texts[1]), f"greedy: {texts[0]!r} and {texts[1]!r}"
+    return texts[0] == texts[1], f"greedy: {texts[0]!r} and {texts[1]!r}"
 
 
-async def _prefix_cache(send: Send) -> tuple[str, str]:
+async def _prefix_cache(send: Send) -> Outcome:
     """A second question about a clip must find the first one's prefix."""
     seconds: list[list[float]] = [[], []]
     for seed in range(3):
@@ -156,13 +170,13 @@ async def _prefix_cache(send: Send) -> tuple[str, str]:
     cached = getattr(details, "cached_tokens", None)
     if cached is not None:
         total = _tokens(completion) or 0
-        return _verdict(cached >= total / 2), f"{cached} of {total} prompt tokens were cached"
+        return cached >= total / 2, f"{cached} of {total} prompt tokens were cached"
     first, second = (min(place) for place in seconds)
     evidence = f"second question {second:.2f} s, first {first:.2f} s; no count of cached tokens"
-    return (PASSED if second < first / 2 else UNKNOWN), evidence
+    return second < first / 2 or None, evidence
 
 
-async def _parallel(send: Send) -> tuple[str, str]:
+async def _parallel(send: Send) -> Outcome:
     clips = [synthetic_clip(8, seed=200 + seed) for seed in range(8)]
     questions = [f"{QUESTION} ({index})" for index in range(8)]
 
@@ -176,21 +190,21 @@ async def _parallel(send: Send) -> tuple[str, str]:
     speedup = (time.monotonic() - between) / (between - began)
     same = sum(a == b for a, b in zip(alone, together, strict=True))
     evidence = f"{same} of 8 answers as one at a time (whose prefix is cached), {speedup:.1f} x"
-    return _verdict(same == 8), evidence
+    return same == 8, evidence
 
 
-async def _special_tokens(send: Send) -> tuple[str, str]:
+async def _special_tokens(send: Send) -> Outcome:
     plain = _tokens(await send(synthetic_clip(4), QUESTION, SHORT, ""))
     for name in SPECIAL:
         named = _tokens(await send(synthetic_clip(4), f"{QUESTION} {name}", SHORT, ""))
         if plain is None or named is None:
-            return UNKNOWN, "no count of prompt tokens"
+            return None, "no count of prompt tokens"
         if not 3 <= named - plain <= 3 * len(name):
-            return FAILED, f"{name} in a caption adds {named - plain} prompt tokens: not text"
-    return PASSED, f"{' and '.join(SPECIAL)} in a caption are text"
+            return False, f"{name} in a caption adds {named - plain} prompt tokens: not text"
+    return True, f"{' and '.join(SPECIAL)} in a caption are text"
 
 
-CHECKS: Mapping[str, Callable[[Send], Awaitable[tuple[str, str]]]] = {
+CHECKS: Mapping[str, Callable[[Send], Awaitable[Outcome]]] = {
     "frames": _frames,
     "order": _order,
     "frame rate": _frame_rate,
@@ -204,17 +218,13 @@ CHECKS: Mapping[str, Callable[[Send], Awaitable[tuple[str, str]]]] = {
 """All checks by name, in the order in which they are shown."""
 
 
-def _verdict(ok: object) -> str:
-    return PASSED if ok else FAILED
-
-
 def _tokens(completion: Any) -> int | None:
     """Prompt tokens, if the endpoint counts them."""
     count = getattr(getattr(completion, "usage", None), "prompt_tokens", None)
     return count if isinstance(count, int) else None
 
 
-async def _effect(send: Send, change: str, clip: Clip, changed: Sequence[Clip]) -> tuple[str, str]:
+async def _effect(send: Send, change: str, clip: Clip, changed: Sequence[Clip]) -> Outcome:
     """Whether each changed clip changes the probabilities of the answer's first token.
 
     Asking twice about the same clip tells how far they differ by rounding. Where nothing at all
@@ -230,12 +240,12 @@ async def _effect(send: Send, change: str, clip: Clip, changed: Sequence[Clip]) 
 
     base = await first_place(clip)
     if not base:
-        return UNKNOWN, "no evidence: the endpoint gives no probabilities"
+        return None, "no evidence: the endpoint gives no probabilities"
     noise, *effects = [
         max(abs(place.get(token, 0.0) - base.get(token, 0.0)) for token in {*place, *base})
         for place in [await first_place(other) for other in (clip, *changed)]
     ]
     evidence = f"{change} changes probabilities by {min(effects):.1e}, asking twice by {noise:.1e}"
     if min(effects) == 0:
-        return FAILED, evidence
-    return (PASSED if min(effects) > 3 * noise else UNKNOWN), evidence
+        return False, evidence
+    return min(effects) > 3 * noise or None, evidence

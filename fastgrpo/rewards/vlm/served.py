@@ -21,7 +21,7 @@ from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wai
 from fastgrpo.errors import UserError, require
 from fastgrpo.rewards.vlm.answers import NUMBER
 from fastgrpo.rewards.vlm.background import BackgroundLoop
-from fastgrpo.rewards.vlm.endpoint_check import FAILED, Finding, check_endpoint, needed_checks
+from fastgrpo.rewards.vlm.endpoint_check import Finding, check_endpoint, needed_checks
 from fastgrpo.rewards.vlm.endpoints import (
     Endpoint,
     EndpointPool,
@@ -147,7 +147,7 @@ class ServerEngine(Engine):
         if not clips:
             for url, findings in self.check(needed_checks(decoding)).items():
                 for finding in findings:
-                    if finding.verdict == FAILED:
+                    if finding.holds is False:
                         raise UserError(f"{url}: check {finding.check}: {finding.evidence}")
             return []
         # Copied on this thread: its stream is the one that the frames were made on.
