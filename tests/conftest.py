@@ -1,7 +1,7 @@
 """What the tests share: a generator and a judge of a few lines, and one process or two.
 
-Test files do not import each other; they take these as fixtures. A script for another process
-says `from conftest import TinyPolicy`.
+Test files do not import each other; they take these as fixtures, or import from tests/modules. A
+script for another process says `from conftest import TinyPolicy`.
 """
 
 from __future__ import annotations
@@ -51,9 +51,7 @@ class TinyNetwork(nn.Module):
 
 
 class TinyPolicy(Policy):
-    """interfaces.Policy: latents [3, T, H, W], a caption's text from its hash, videos by a logistic
-    function.
-    """
+    """Latents [3, T, H, W], a prompt's text from its hash, videos by a logistic function."""
 
     fps = 2
 
@@ -64,16 +62,9 @@ class TinyPolicy(Policy):
 
     def latent_shape(self, height: int, width: int, num_frames: int) -> tuple[int, ...]:
         if (num_frames, height, width) != self.shape:
-            raise ValueError(
-                f"expected num_frames, height, width {self.shape}, got {(num_frames, height, width)}"
-            )
+            size = (num_frames, height, width)
+            raise ValueError(f"expected num_frames, height, width {self.shape}, got {size}")
         return (3, num_frames, height, width)
-
-    def check_prompts(self, prompts: Sequence[str]) -> None:
-        pass
-
-    def embed(self, prompts: Sequence[str], device: torch.device) -> None:
-        pass
 
     def load(self, device: torch.device) -> None:
         self.transformer.to(device)
@@ -98,9 +89,7 @@ class TinyPolicy(Policy):
 
 
 class TinyJudge(RewardModel):
-    """interfaces.RewardModel: the mean of the red, green and blue channel; a caption with "unseen"
-    in it gets no score.
-    """
+    """The mean of the red, green and blue channel; a prompt with "unseen" in it gets no score."""
 
     stages = ("red", "green", "blue")
 
@@ -310,11 +299,14 @@ def qwen_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         extra_special_tokens=special[1:],
     )
     tokenizer.chat_template = (
-        "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
+        "{% if messages[0]['role'] != 'system' %}"
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
         "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
-        "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
+        "{% if message['content'] is string %}{{ message['content'] }}"
+        "{% else %}{% for part in message['content'] %}"
         "{% if part['type'] == 'text' %}{{ part['text'] }}{% else %}"
-        "<|vision_start|>{{ '<|video_pad|>' if part['type'] == 'video' else '<|image_pad|>' }}<|vision_end|>"
+        "<|vision_start|>{{ '<|video_pad|>' if part['type'] == 'video' else '<|image_pad|>' }}"
+        "<|vision_end|>"
         "{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )

@@ -235,7 +235,7 @@ def full_state_dict(network: nn.Module) -> dict[str, Tensor]:
 
 
 def _mesh(device: torch.device, replicas: int) -> dist.DeviceMesh:
-    shape, names = (replicas, world_size() // replicas), ("replicate", "shard")
+    sizes = {"replicate": replicas, "shard": world_size() // replicas}
     if replicas == 1:
-        shape, names = shape[1:], names[1:]
-    return dist.init_device_mesh(device.type, shape, mesh_dim_names=names)
+        del sizes["replicate"]
+    return dist.init_device_mesh(device.type, (*sizes.values(),), mesh_dim_names=(*sizes,))

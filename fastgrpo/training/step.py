@@ -211,17 +211,18 @@ class Trainer:
         validity = [*chain.from_iterable(group.valid_G for group in every_group)]
         self.invalid_share = validity.count(False) / len(validity)
 
-        stages, pacing, metrics = self.judge.reward.stages, self.config.pacing, {}
+        stages, pacing = self.judge.reward.stages, self.config.pacing
+        seen: dict[str, float] = {}  # by the gates
         for name, values in (
             ("competence", self.pacer.competence),
             ("saturation", self.pacer.saturations),
         ):
-            metrics |= {f"{name}/{s}": v for s, v in zip(stages, values or (), strict=False)}
+            seen |= {f"{name}/{s}": v for s, v in zip(stages, values or (), strict=False)}
         return {
             "iteration": iteration,
             **reward_metrics(every_group, stages),
             **judge_metrics(gather((self.judge.reward.counters(), self.judge.blocked_seconds()))),
-            **metrics,
+            **seen,
             "pacing/sharpness": pacing.sharpness,
             "pacing/sparsity_weight": pacing.sparsity_weight,
             "pacing/gate_temperature": pacing.gate_temperature,

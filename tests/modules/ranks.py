@@ -46,7 +46,7 @@ def run_ranks(script: str, world_size: int = 2) -> list[Any]:
         "MASTER_PORT": str(port),
     }
     processes, results = [], {}
-    pending = {}  # rank by the end of the pipe that it will answer on
+    pending: dict[Any, int] = {}  # rank by the end of the pipe that it will answer on
     for rank in range(world_size):
         receiver, sender = server.Pipe(duplex=False)
         environment = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
@@ -56,12 +56,12 @@ def run_ranks(script: str, world_size: int = 2) -> list[Any]:
         pending[receiver] = rank
     try:
         while pending:
-            ready = connection.wait([*pending], timeout=120)
+            ready: list[Any] = connection.wait([*pending], timeout=120)
             assert ready, f"no answer from ranks {[*pending.values()]}"
-            for receiver in ready:
-                ok, text = receiver.recv()
+            for answered in ready:
+                ok, text = answered.recv()
                 assert ok, text  # the other ranks may wait for this one
-                results[pending.pop(receiver)] = json.loads(text.splitlines()[-1])
+                results[pending.pop(answered)] = json.loads(text.splitlines()[-1])
     finally:
         for process in processes:
             process.kill()

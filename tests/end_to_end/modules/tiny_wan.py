@@ -5,7 +5,8 @@ run, in one process and in several.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from fastgrpo.config import ParallelConfig, PromptsConfig, RolloutConfig, TrainConfig, UpdateConfig
 from fastgrpo.distributed import sharding
+from fastgrpo.interfaces import Policy
 from fastgrpo.rewards.queue import ScoringQueue
 from fastgrpo.training.step import Trainer
 
@@ -22,17 +24,15 @@ CAPTIONS = ["a cat", "a dog", "a red cube", "a tree in wind"]
 SIZE = (2, 4, 4)
 
 
-class TinyWan:
-    """interfaces.Policy: diffusers' own network over latents [4, 2, 4, 4], text [B, 3, 8] from a
-    caption's hash.
-    """
+class TinyWan(Policy):
+    """diffusers' own network over latents [4, 2, 4, 4]; text [B, 3, 8] from a prompt's hash."""
 
     fps = 2
 
     def __init__(self, seed: int = 0, lora: bool = False) -> None:
         torch.manual_seed(seed)
         shape = {"num_attention_heads": 2, "attention_head_dim": 12, "ffn_dim": 40, "num_layers": 2}
-        self.transformer = WanTransformer3DModel(
+        self.transformer: Any = WanTransformer3DModel(
             in_channels=4, out_channels=4, text_dim=8, freq_dim=16, **shape
         ).eval()
         if lora:
@@ -44,6 +44,12 @@ class TinyWan:
 
     def latent_shape(self, height: int, width: int, num_frames: int) -> tuple[int, ...]:
         return (4, num_frames, height, width)
+
+    def load(self, device: torch.device) -> None:
+        self.transformer.to(device)
+
+    def save_pretrained(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
+        raise NotImplementedError
 
     def encode(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         words = [
@@ -75,7 +81,7 @@ def make_trainer(
     **parallel: Any,
 ) -> Trainer:
     """A trainer of two prompts with four videos each, two of them trained in one optimizer step."""
-    policy: Any = TinyWan(seed, lora)
+    policy = TinyWan(seed, lora)
     T, H, W = SIZE
     settings = {
         "num_best": 1,
