@@ -1,3 +1,3 @@
-"""One file a backbone; each class implements `fastgrpo.interfaces.Policy` and is named by its
-dotted path in a recipe.
+"""Generators of real size, one file per backbone. A recipe names the class by its dotted path, and
+each implements `fastgrpo.interfaces.Policy`.
 """

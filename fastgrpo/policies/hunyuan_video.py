@@ -17,9 +17,8 @@ from transformers import CLIPTextModel, LlamaModel
 
 from fastgrpo.errors import require
 from fastgrpo.interfaces import Conditioning
-from fastgrpo.policies.attention import describe_attention
 from fastgrpo.policies.model_files import quiet_diffusers
-from fastgrpo.policies.pretrained import DiffusersPolicy, num_tokens, to_frames, video_latent_shape
+from fastgrpo.policies.pretrained import Compression, DiffusersPolicy
 
 _ARGUMENTS = (
     "hidden_states",
@@ -68,14 +67,13 @@ class HunyuanVideoPolicy(DiffusersPolicy):
     )
     prompt_template = DEFAULT_PROMPT_TEMPLATE["template"]
     template_length = DEFAULT_PROMPT_TEMPLATE["crop_start"]
+    attends_with_mask = True
 
-    def latent_shape(self, height: int, width: int, num_frames: int) -> tuple[int, ...]:
-        """[16, (T - 1) / 4 + 1, H / 8, W / 8]; reads only the model's configuration files."""
+    def compression(self) -> Compression:
         transformer, vae = self.configs["transformer"], self.configs["vae"]
-        compression = vae["temporal_compression_ratio"], vae["spatial_compression_ratio"]
-        patch = transformer["patch_size_t"], transformer["patch_size"]
-        size = num_frames, height, width
-        return video_latent_shape(size, vae["latent_channels"], compression, patch)
+        time, space = vae["temporal_compression_ratio"], vae["spatial_compression_ratio"]
+        patch = transformer["patch_size_t"], transformer["patch_size"], transformer["patch_size"]
+        return Compression(vae["latent_channels"], time, space, patch)
 
     def use(self, transformer: Any, vae: Any, device: torch.device) -> None:
         super().use(transformer, vae, device)
@@ -120,30 +118,13 @@ class HunyuanVideoPolicy(DiffusersPolicy):
         )
         return velocity
 
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        """Frames, one video after the other; the latents are unscaled in fp32."""
-        unscaled = latents.float() / self.vae.config.scaling_factor
-        videos = (
-            self.vae.decode(x[None].to(self.vae.dtype), return_dict=False)[0] for x in unscaled
-        )
-        return torch.stack([to_frames(video) for video in videos])
+    def unscale(self, latents: Tensor) -> Tensor:
+        return latents / self.vae.config.scaling_factor
 
-    def describe_attention(
-        self, latent_shape: tuple[int, ...], dtype: torch.dtype, batch_size: int
-    ) -> str:
-        """What serves the joint attention, with the longest text."""
-        config = self.transformer.config
-        patch = (config.patch_size_t, config.patch_size, config.patch_size)
-        length = num_tokens(latent_shape, patch) + self.max_sequence_length
-        return describe_attention(
-            self.transformer,
-            [(length, length)],
-            dtype,
-            self._device,
-            batch_size,
-            masked=batch_size > 1,
-        )
+    def attention_lengths(self, num_tokens: int) -> list[tuple[int, int]]:
+        """The joint attention, with the longest text."""
+        length = num_tokens + self.max_sequence_length
+        return [(length, length)]
 
     def encode_prompt(self, pipeline: Any, text: str, device: torch.device) -> dict[str, Tensor]:
         """{"prompt_embeds": [n, 4096], "pooled_prompt_embeds": [768]}."""

@@ -15,7 +15,7 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from accelerate import init_empty_weights
@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from fastgrpo.distributed.collectives import rank
 from fastgrpo.errors import UserError, require
 from fastgrpo.interfaces import Conditioning, Policy
-from fastgrpo.policies.attention import set_attention
+from fastgrpo.policies.attention import describe_attention, set_attention
 from fastgrpo.policies.lora import LoRA, add_lora, has_lora
 from fastgrpo.policies.model_files import (
     CONFIG_FILES,
@@ -42,6 +42,22 @@ from fastgrpo.policies.model_files import (
 from fastgrpo.policies.text_cache import TextCache, embed_missing, fingerprint
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class Compression(NamedTuple):
+    """How a video becomes tokens.
+
+    Attributes:
+        channels: Of a latent.
+        time: Frames per frame of a latent, after the first.
+        space: Pixels per pixel of a latent, in height and in width.
+        patch: Pixels [T, H, W] of a latent per token.
+    """
+
+    channels: int
+    time: int
+    space: int
+    patch: Sequence[int]
 
 
 @dataclass(eq=False)
@@ -89,6 +105,8 @@ class DiffusersPolicy(Policy):
     """What the pipeline puts around a prompt."""
     template_length: ClassVar[int] = 0
     """Tokens of the template that the pipeline cuts off again."""
+    attends_with_mask: ClassVar[bool] = False
+    """Whether several videos at a time attend with a mask over the text."""
 
     def __post_init__(self) -> None:
         self.transformer: Any
@@ -105,8 +123,31 @@ class DiffusersPolicy(Policy):
         """
 
     @abstractmethod
+    def compression(self) -> Compression:
+        """The sizes in `configs`."""
+
+    @abstractmethod
+    def unscale(self, latents: Tensor) -> Tensor:
+        """fp32 latents, as the VAE decodes them."""
+
+    @abstractmethod
+    def attention_lengths(self, num_tokens: int) -> list[tuple[int, int]]:
+        """Numbers of queries and keys of each kind of attention, for a video of `num_tokens`."""
+
+    @abstractmethod
     def encode_prompt(self, pipeline: Any, text: str, device: torch.device) -> dict[str, Tensor]:
         """What the pipeline makes of one text, cut to its own length."""
+
+    def latent_shape(self, height: int, width: int, num_frames: int) -> tuple[int, ...]:
+        """[C, T, H, W]; reads only the model's configuration files."""
+        channels, time, space, patch = self.compression()
+        step = space * patch[1]
+        require(height % step == 0, "height", f"a number divisible by {step}", height)
+        require(width % step == 0, "width", f"a number divisible by {step}", width)
+        frames = (num_frames - 1) // time + 1
+        fits = (num_frames - 1) % time == 0 and frames % patch[0] == 0
+        require(fits, "num_frames", f"a number {time} n + 1", num_frames)
+        return (channels, frames, height // space, width // space)
 
     def check_prompts(self, prompts: Sequence[str]) -> None:
         """Refuse an empty prompt, the unconditional branch; warn, once and from rank 0, of prompts
@@ -192,12 +233,34 @@ class DiffusersPolicy(Policy):
         self._device = device
 
     def load_meta(self) -> Conditioning:
-        """Take networks without weights, on the meta device, set up as on a GPU with Triton."""
+        """Take networks without weights, on the meta device, set up as on a GPU with Triton.
+        Subclasses add the conditioning.
+        """
         with torch.device("meta"):
             networks = self.new_networks()
         self.attention, self.fused = "native", self.fused is not False
         self.use(*networks, torch.device("meta"))
         return {}
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """As `Policy.decode`, one video after the other; never rounded to 8 bits."""
+        vae = self.vae
+        videos = (
+            vae.decode(x[None].to(vae.dtype), return_dict=False)[0]
+            for x in self.unscale(latents.float())
+        )
+        return torch.stack([to_frames(video) for video in videos])
+
+    def describe_attention(
+        self, latent_shape: tuple[int, ...], dtype: torch.dtype, batch_size: int
+    ) -> str:
+        patch = self.compression().patch
+        sizes = (size // step for size, step in zip(latent_shape[1:], patch, strict=True))
+        lengths, masked = self.attention_lengths(math.prod(sizes)), self.attends_with_mask
+        return describe_attention(
+            self.transformer, lengths, dtype, self._device, batch_size, masked and batch_size > 1
+        )
 
     def save_pretrained(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
         """Write these weights of `transformer` for diffusers' `from_pretrained`, or those of its
@@ -278,38 +341,7 @@ def fused_serves(device: torch.device) -> bool:
     )
 
 
-def video_latent_shape(
-    size: tuple[int, int, int], channels: int, vae: tuple[int, int], patch_size: tuple[int, int]
-) -> tuple[int, ...]:
-    """Shape [C, T, H, W] of a video's latent.
-
-    Args:
-        size: num_frames, height and width of the video.
-        channels: C.
-        vae: Compression of the VAE in time and in space.
-        patch_size: What the transformer further divides T, and H and W, by.
-
-    Raises:
-        UserError: The size does not divide.
-    """
-    num_frames, height, width = size
-    step = vae[1] * patch_size[1]
-    require(height % step == 0, "height", f"a number divisible by {step}", height)
-    require(width % step == 0, "width", f"a number divisible by {step}", width)
-    frames = (num_frames - 1) // vae[0] + 1
-    fits = (num_frames - 1) % vae[0] == 0 and frames % patch_size[0] == 0
-    require(fits, "num_frames", f"a number {vae[0]} n + 1", num_frames)
-    return (channels, frames, height // vae[1], width // vae[1])
-
-
-def num_tokens(latent_shape: Sequence[int], patch_size: Sequence[int]) -> int:
-    """Number of tokens of a latent [C, T, H, W] in patches of [T, H, W]."""
-    return math.prod(size // step for size, step in zip(latent_shape[1:], patch_size, strict=True))
-
-
 def to_frames(video: Tensor) -> Tensor:
-    """What a VAE decoded, [1, 3, T, H, W] in about [-1, 1], as frames [T, 3, H, W] fp32 in [0, 1],
-    never rounded to 8 bits.
-    """
+    """Frames [T, 3, H, W] fp32 in [0, 1] of what a VAE decoded, [1, 3, T, H, W] about [-1, 1]."""
     frames: Tensor = VideoProcessor().postprocess_video(video.float(), output_type="pt")
     return frames[0]

@@ -13,8 +13,7 @@ from transformers import UMT5EncoderModel
 
 from fastgrpo.errors import require
 from fastgrpo.interfaces import Conditioning
-from fastgrpo.policies.attention import describe_attention
-from fastgrpo.policies.pretrained import DiffusersPolicy, num_tokens, to_frames, video_latent_shape
+from fastgrpo.policies.pretrained import Compression, DiffusersPolicy
 
 NEGATIVE_PROMPT = (
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，"
@@ -45,12 +44,10 @@ class WanPolicy(DiffusersPolicy):
     }
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
 
-    def latent_shape(self, height: int, width: int, num_frames: int) -> tuple[int, ...]:
-        """[16, (T - 1) / 4 + 1, H / 8, W / 8]; reads only the model's configuration files."""
+    def compression(self) -> Compression:
         transformer, vae = self.configs["transformer"], self.configs["vae"]
-        compression = vae["scale_factor_temporal"], vae["scale_factor_spatial"]
-        patch = transformer["patch_size"][0], transformer["patch_size"][1]
-        return video_latent_shape((num_frames, height, width), vae["z_dim"], compression, patch)
+        time, space = vae["scale_factor_temporal"], vae["scale_factor_spatial"]
+        return Compression(vae["z_dim"], time, space, transformer["patch_size"])
 
     def load_meta(self) -> Conditioning:
         super().load_meta()
@@ -70,30 +67,19 @@ class WanPolicy(DiffusersPolicy):
         )
         return velocity
 
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        """Frames, one video after the other; the latents are scaled and shifted in fp32, as
-        WanPipeline does.
-        """
+    def unscale(self, latents: Tensor) -> Tensor:
+        """Scaled and shifted as WanPipeline does."""
         config = self.vae.config
         mean, std = (
             torch.tensor(row, device=latents.device)[:, None, None, None]
             for row in (config.latents_mean, config.latents_std)
         )
         inverse = 1.0 / std
-        videos = (
-            self.vae.decode((x / inverse + mean)[None].to(self.vae.dtype), return_dict=False)[0]
-            for x in latents.float()
-        )
-        return torch.stack([to_frames(video) for video in videos])
+        return latents / inverse + mean
 
-    def describe_attention(
-        self, latent_shape: tuple[int, ...], dtype: torch.dtype, batch_size: int
-    ) -> str:
-        """What serves self- and cross-attention."""
-        video = num_tokens(latent_shape, self.transformer.config.patch_size)
-        lengths = [(video, video), (video, self.max_sequence_length)]
-        return describe_attention(self.transformer, lengths, dtype, self._device, batch_size)
+    def attention_lengths(self, num_tokens: int) -> list[tuple[int, int]]:
+        """Self- and cross-attention."""
+        return [(num_tokens, num_tokens), (num_tokens, self.max_sequence_length)]
 
     def encode_prompt(self, pipeline: Any, text: str, device: torch.device) -> dict[str, Tensor]:
         """{"prompt_embeds": [n, 4096]}, without the zeros that the pipeline fills up with."""
