@@ -218,9 +218,6 @@ def test_a_million_characters_take_no_time(text: str) -> None:
     assert value is None or 8.5 <= value <= 8.6
 
 
-# -------- probabilities
-
-
 def test_expectations_by_hand() -> None:
     sure = Reply("8.50", ({"8": 1.0}, {}, {"5": 1.0}, {"0": 1.0}))
     assert expected_answer(sure) == pytest.approx(8.5, abs=1e-15)

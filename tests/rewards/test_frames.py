@@ -38,12 +38,12 @@ from torch import Tensor
 
 from fastgrpo.rewards.media.frames import (
     FrameSettings,
-    _resize_in_float,
     clip_of_frames,
     clip_size,
     frame_indices,
     make_clip,
     patches,
+    resize_in_float,
     seconds_per_grid,
 )
 
@@ -83,12 +83,15 @@ from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoP
 results = {}
 for name, case in torch.load(sys.argv[1]).items():
     size = {"shortest_edge": case["min_pixels"], "longest_edge": case["max_pixels"]}
-    options = {"size": size, "min_frames": case["min_frames"], "max_frames": case["max_frames"], "fps": case["fps"]}
-    processor = Qwen2VLVideoProcessor(cap_pixels_per_frame=True, do_sample_frames=True, return_metadata=True, **options)
-    made = processor(videos=[case["video"]], video_metadata=[{"total_num_frames": len(case["video"]), "fps": case["video_fps"]}])
+    options = {key: case[key] for key in ("min_frames", "max_frames", "fps")} | {"size": size}
+    options |= dict.fromkeys(("cap_pixels_per_frame", "do_sample_frames", "return_metadata"), True)
+    processor = Qwen2VLVideoProcessor(**options)
+    metadata = {"total_num_frames": len(case["video"]), "fps": case["video_fps"]}
+    made = processor(videos=[case["video"]], video_metadata=[metadata])
     [about] = made["video_metadata"]
     results[name] = {
-        "pixels": made["pixel_values_videos"], "grid": made["video_grid_thw"][0].tolist(), "fps": about.sampled_fps,
+        "pixels": made["pixel_values_videos"], "grid": made["video_grid_thw"][0].tolist(),
+        "fps": about.sampled_fps,
         "indices": about.frames_indices.tolist(),
     }
 torch.save(results, sys.argv[2])
@@ -134,9 +137,6 @@ def summary(pixels: Tensor) -> dict[str, Any]:
     }
 
 
-# -------- the official processor
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_equal_to_what_the_official_processor_made(name: str) -> None:
     """Every bit of every pixel (the CPU's resize of uint8 is integer arithmetic), the grid, the
@@ -157,7 +157,8 @@ def test_equal_to_the_official_processor_as_it_runs(tmp_path: Path) -> None:
     results = official(CASES, tmp_path)
     if results is None:
         pytest.skip(
-            "no torchvision here, nor in $FASTGRPO_TORCHVISION; official_frames.json is compared with instead"
+            "no torchvision here, nor in $FASTGRPO_TORCHVISION; official_frames.json is compared "
+            "with instead"
         )
     for name, (*video, fps, how) in CASES.items():
         clip = make_clip(picture(*video), fps, how)
@@ -167,16 +168,13 @@ def test_equal_to_the_official_processor_as_it_runs(tmp_path: Path) -> None:
 
 
 def test_the_papers_size() -> None:
-    """facts.md: 53 frames of 480 x 832 at 15 a second are 6 frames of 476 x 840 and 1,530 tokens."""
+    """53 frames of 480 x 832 at 15 per second are 6 frames of 476 x 840 and 1,530 tokens."""
     clip = make_clip(picture(53, 480, 832), 15, DEFAULT)
     pixels, (t, h, w) = patches(clip)
     assert clip.frames.shape == (6, 3, 476, 840)
     assert pixels.shape == (t * h * w, 1176)
     assert t * h * w // 4 == 1530
     assert seconds_per_grid(clip) == pytest.approx(2 * 53 / 6 / 15)
-
-
-# -------- which frames
 
 
 @given(
@@ -210,9 +208,6 @@ def test_no_index_past_the_end_where_the_official_arithmetic_gives_one() -> None
     assert frame_indices(61, 8, DEFAULT) == [i * 61 // count for i in range(count)]
 
 
-# -------- sizes
-
-
 @given(st.integers(1, 3000), st.integers(1, 3000), st.sampled_from([2, 6, 300, 301, 500, 768]))
 @settings(max_examples=200, deadline=None)
 def test_sizes_are_those_of_smart_resize(height: int, width: int, frames: int) -> None:
@@ -242,9 +237,6 @@ def test_a_budget_that_holds_no_size_is_refused() -> None:
         ValueError, match=r"frames\.min_pixels, frames\.max_pixels.* 30x50.*1000 to 1100 pixels"
     ):
         clip_size(30, 50, 2, FrameSettings(min_pixels=1000, max_pixels=1100))
-
-
-# -------- pixels
 
 
 def bicubic(old: int, new: int) -> Tensor:
@@ -282,7 +274,7 @@ def test_resized_pixels(height: int, width: int) -> None:
             torch.from_numpy(numpy.array(image)).permute(2, 0, 1).int() - got.int()
         ).abs().max() <= 2
     exact = (bicubic(height, size[0]) @ frames.double() @ bicubic(width, size[1]).T).clamp(0, 255)
-    assert (_resize_in_float(frames, size) - exact).abs().max() <= 0.51  # float32 has its error too
+    assert (resize_in_float(frames, size) - exact).abs().max() <= 0.51  # float32 has its error too
 
 
 def test_patches_element_by_element() -> None:
@@ -358,13 +350,10 @@ def test_on_a_gpu_nothing_leaves_it() -> None:
     pixels, _ = patches(clip)
     assert clip.frames.is_cuda
     assert pixels.is_cuda
-    expected = _resize_in_float(
+    expected = resize_in_float(
         video[frame_indices(9, 8.0, DEFAULT)], clip_size(200, 300, 4, DEFAULT)
     )
     assert (clip.frames.cpu().int() - expected.int()).abs().max() <= 1
-
-
-# -------- refusals
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, -0.01, 1.01])
@@ -383,7 +372,7 @@ def test_a_broken_frame_is_refused_even_where_nobody_looks(bad: float) -> None:
         (torch.zeros(3, 30, 30), 2.0, r"got \[3, 30, 30\]"),
         (torch.zeros(4, 3, 30, 30, dtype=torch.int32), 2.0, r"got .* torch\.int32"),
         (torch.zeros(0, 3, 30, 30), 2.0, "0 frames"),
-        (torch.zeros(4, 3, 0, 30), 2.0, "0x30"),
+        (torch.zeros(4, 3, 0, 30), 2.0, "0, 30"),
         (torch.zeros(4, 3, 30, 30), 0.0, "positive rate"),
         (torch.zeros(4, 3, 30, 30), math.nan, "positive rate"),
         (torch.zeros(4, 3, 1, 201), 2.0, "200:1, got 4 of 1x201"),

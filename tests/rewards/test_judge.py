@@ -247,8 +247,3 @@ def test_what_decides_the_scores_is_told_and_nothing_else() -> None:
 def test_what_cannot_be(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         StageJudge(ScriptedEngine(number), **arguments)
-
-
-def test_a_prompt_for_every_video() -> None:
-    with pytest.raises(ValueError, match="got 1 prompts for 2 videos"):
-        StageJudge(ScriptedEngine(number)).score(videos(0.5, 0.5), ["a cat"], 2.0)

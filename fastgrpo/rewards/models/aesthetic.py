@@ -2,9 +2,9 @@
 ViT-L/14's embedding of it.
 
 Either of the published heads: the five linear layers of sac+logos+ava1-l14-linearMSE.pth
-(github.com/christophschuhmann/ improved-aesthetic-predictor), or the single one of
-sa_0_4_vit_l_14_linear.pth (github.com/LAION-AI/aesthetic-predictor), which VBench uses. A
-video's score is the mean over its frames.
+(github.com/christophschuhmann/improved-aesthetic-predictor), or the single one of
+sa_0_4_vit_l_14_linear.pth (github.com/LAION-AI/aesthetic-predictor), which VBench uses. A video's
+score is the mean over its frames.
 
 Run on CPUs only so far, with tiny random networks in the published format; neither on a GPU nor
 with the published weights.
@@ -13,7 +13,6 @@ with the published weights.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,42 +20,47 @@ from typing import Any
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import linear, normalize
 from transformers import AutoConfig, CLIPConfig, CLIPVisionConfig, CLIPVisionModelWithProjection
 
+from fastgrpo.errors import UserError, require
 from fastgrpo.files import find_file
 from fastgrpo.hub import fetch_files, require_weights
-from fastgrpo.interfaces import RewardModel
-from fastgrpo.rewards.models.per_video import quantise, resize, score_each, spread
+from fastgrpo.rewards.media.frames import quantise
+from fastgrpo.rewards.models.per_video import (
+    PerVideoReward,
+    read_tensors,
+    resize,
+    spread,
+)
 
 _KEY = "reward.init_args"
 _CONFIG_FILES = ("config.json",)
 _MEAN = (0.48145466, 0.4578275, 0.40821073)
 _STD = (0.26862954, 0.26130258, 0.27577711)
-_LAYERS = (
-    0,
-    2,
-    4,
-    6,
-    7,
-)  # of the published nn.Sequential; those between are dropout, and no layer has an activation
+_LAYERS = (0, 2, 4, 6, 7)
+"""Indices in the published nn.Sequential. Those between are dropout; no layer has an activation."""
 
 
 def clip_pixels(frames: Tensor, size: int) -> Tensor:
-    """What CLIP sees [n, 3, size, size] float32 of frames [n, 3, H, W] uint8: the shorter side
-    resized to `size`, the middle, normalised.
+    """What CLIP sees of frames: the shorter side resized to `size`, the middle, normalised.
 
-    As transformers' CLIPImageProcessor has it from Pillow, but for the rounding of few pixels by
-    1 of 255; on the frames' device.
+    As transformers' CLIPImageProcessor has it from Pillow, except that few pixels are rounded
+    differently by 1 of 255; on the frames' device.
+
+    Args:
+        frames: [n, 3, H, W] uint8.
+        size: Of CLIP's input.
+
+    Returns:
+        [n, 3, size, size] float32.
     """
     height, width = frames.shape[-2:]
     short = min(height, width)
     scaled = (int(size * height / short), int(size * width / short))
-    frames = resize(
-        resize(frames, (height, scaled[1])), scaled
-    )  # across, then down: Pillow rounds between the two
+    # Across, then down: Pillow rounds between the two.
+    frames = resize(resize(frames, (height, scaled[1])), scaled)
     top, left = (scaled[0] - size) // 2, (scaled[1] - size) // 2
     mean, std = (
         torch.tensor(values, device=frames.device).view(3, 1, 1) for values in (_MEAN, _STD)
@@ -65,65 +69,59 @@ def clip_pixels(frames: Tensor, size: int) -> Tensor:
 
 
 def read_head(file: str | None) -> list[tuple[Tensor, Tensor]]:
-    """The linear layers, weight [out, in] and bias [out] float32, of either published head (.pth,
-    or the same tensors in .safetensors).
+    """Read either published head (.pth, or the same tensors in .safetensors).
+
+    Returns:
+        The linear layers, weight [out, in] and bias [out] float32.
 
     Raises:
-        FileNotFoundError, ValueError: no such file, or another network in it; they say where to
-            get one.
+        FileNotFoundError, ValueError: No such file, or another network in it; the message says
+            where to get one.
     """
-    where = "sac+logos+ava1-l14-linearMSE.pth of github.com/christophschuhmann/improved-aesthetic-predictor"
+    where = (
+        "sac+logos+ava1-l14-linearMSE.pth of "
+        "github.com/christophschuhmann/improved-aesthetic-predictor"
+    )
     if file is None:
-        raise ValueError(f"{_KEY}.head: expected the file of an aesthetic head, {where}")
+        raise UserError(f"{_KEY}.head: expected the file of an aesthetic head, {where}")
     path = find_file(file, f"{_KEY}.head")
-    try:
-        stored = (
-            load_file(path)
-            if path.suffix == ".safetensors"
-            else torch.load(path, map_location="cpu", weights_only=True)
-        )
-        if not isinstance(stored, Mapping) or not all(
-            isinstance(value, Tensor) for value in stored.values()
-        ):
-            raise ValueError("no mapping of names to tensors")
-    except Exception as error:  # whatever a damaged file brings about in zip, pickle or safetensors
-        raise ValueError(
-            f"{_KEY}.head: expected readable weights in {path}, got {type(error).__name__}: {error}"
-        ) from error
-    for prefixes in (tuple(f"layers.{place}." for place in _LAYERS), ("",)):
-        layers = [
-            (stored.get(f"{prefix}weight"), stored.get(f"{prefix}bias")) for prefix in prefixes
-        ]
-        whole = [
-            (w.float(), b.float())
-            for w, b in layers
-            if w is not None and b is not None and w.ndim == 2
-        ]
-        inputs = [*(w.shape[1] for w, _ in whole), 1]
-        fits = all(
-            w.shape == (out, into) and b.shape == (out,)
-            for (w, b), into, out in zip(whole, inputs, inputs[1:], strict=False)
-        )
-        if len(stored) == 2 * len(whole) == 2 * len(prefixes) and fits:
-            return whole
+    stored = read_tensors(path, f"{_KEY}.head")
+    for prefixes in ([f"layers.{index}." for index in _LAYERS], [""]):
+        if stored.keys() == {
+            f"{prefix}{part}" for prefix in prefixes for part in ("weight", "bias")
+        }:
+            layers = [(stored[f"{p}weight"].float(), stored[f"{p}bias"].float()) for p in prefixes]
+            if _fit_together(layers):
+                return layers
     found = ", ".join(f"{name} {list(value.shape)}" for name, value in sorted(stored.items())[:4])
-    raise ValueError(
-        f"{_KEY}.head: expected the layers {_LAYERS} of {where}, or one linear layer, in {path}, got {found}"
+    raise UserError(
+        f"{_KEY}.head: expected the layers {_LAYERS} of {where}, or one linear layer, in {path}, "
+        f"got {found}"
     )
 
 
-class Aesthetic(RewardModel):
-    """LAION's aesthetic score as a judge of one stage (interfaces.RewardModel): a tenth of it, cut
-    off at 0 and 1.
+def _fit_together(layers: list[tuple[Tensor, Tensor]]) -> bool:
+    """True if each layer takes what the one before it gives, and the last gives one score."""
+    width = 1
+    for weight, bias in reversed(layers):
+        if weight.ndim != 2 or weight.shape[0] != width or bias.shape != (width,):
+            return False
+        width = weight.shape[1]
+    return True
 
-    `components` gives the score itself. Each video is computed by itself, in float32, so its
-    score does not depend on others.
+
+class Aesthetic(PerVideoReward):
+    """LAION's aesthetic score as a judge of one stage: a tenth of it, clamped to [0, 1].
+
+    `components` gives the score itself. Each video is computed by itself, in float32, so its score
+    does not depend on others.
 
     Args:
-        head: file of the head (`read_head`). model: a folder of CLIP in transformers' format, or
-            a hub id; the published heads were made on openai/clip-vit-large-patch14. revision:
-            branch, tag or commit, for a hub id. frames: how many frames are looked at, evenly
-            from the first to the last; 0 for all.
+        head: File of the head (`read_head`).
+        model: A folder of CLIP in transformers' format, or a hub id; the published heads were made
+            on openai/clip-vit-large-patch14.
+        revision: Branch, tag or commit, for a hub id.
+        frames: How many frames are looked at, evenly from the first to the last; 0 for all.
     """
 
     stages: tuple[str, ...] = ("aesthetic",)
@@ -136,51 +134,36 @@ class Aesthetic(RewardModel):
         revision: str | None = None,
         frames: int = 8,
     ) -> None:
-        if frames < 0:
-            raise ValueError(f"{_KEY}.frames: expected at least 0, got {frames}")
+        require(frames >= 0, f"{_KEY}.frames", "at least 0", frames)
         self.head = read_head(head)
         self.model, self.revision, self.frames = model, revision, frames
-        self.loaded: tuple[Any, list[tuple[Tensor, Tensor]], torch.device] | None = None
 
     def load(self, device: torch.device) -> None:
-        """Load CLIP's vision tower. What is not right is said before a weight is read.
+        """Load CLIP's vision tower. What is wrong is said before a weight is read.
 
         Raises:
-            FileNotFoundError: no such model, or files of it are missing. ValueError: refused by
-                the hub, another model, unreadable.
+            FileNotFoundError: The model, or files of it, are missing.
+            ValueError: Refused by the hub, another model, or unreadable.
         """
-        width = self.head[0][0].shape[1]
-        self._expect(
-            self._config.projection_dim == width,
-            f"embeddings of {width}, which the head takes",
-            self._config.projection_dim,
-        )
-        folder = fetch_files(
-            self.model, self.revision, (*_CONFIG_FILES, "*.safetensors*"), _KEY, "transformers"
-        )
+        width, found = self.head[0][0].shape[1], self._config.projection_dim
+        self._expect(found == width, f"embeddings of {width}, which the head takes", found)
+        patterns = (*_CONFIG_FILES, "*.safetensors*")
+        folder = fetch_files(self.model, self.revision, patterns, _KEY, "transformers")
         require_weights(folder, _KEY)
         weights: dict[str, Tensor] = {}
         try:
             for path in sorted(folder.glob("*.safetensors")):
                 with safe_open(path, "pt") as file:  # the text tower's half is not read
-                    weights |= {
-                        name: file.get_tensor(name)
-                        for name in self._shapes.keys() & set(file.keys())
-                    }
+                    names = self._shapes.keys() & set(file.keys())
+                    weights |= {name: file.get_tensor(name) for name in names}
         except (OSError, SafetensorError) as error:
-            raise ValueError(
+            raise UserError(
                 f"{_KEY}.model: expected readable safetensors in {folder}, got {error}"
             ) from error
-        wrong = sorted(
-            name
-            for name, shape in self._shapes.items()
-            if name not in weights or weights[name].shape != shape
-        )
-        self._expect(
-            not wrong,
-            "the tensors of its configuration",
-            f"{len(wrong)} missing or of another shape: {', '.join(wrong[:3])}",
-        )
+        found_shapes = {name: value.shape for name, value in weights.items()}
+        wrong = sorted(n for n, shape in self._shapes.items() if found_shapes.get(n) != shape)
+        listed = f"{len(wrong)} missing or of another shape: {', '.join(wrong[:3])}"
+        self._expect(not wrong, "the tensors of its configuration", listed)
         network = CLIPVisionModelWithProjection.from_pretrained(
             None,
             config=self._config,
@@ -188,27 +171,20 @@ class Aesthetic(RewardModel):
             dtype=torch.float32,
             device_map={"": device},
         )
-        self.loaded = (
-            network.eval().requires_grad_(False),
-            [(weight.to(device), bias.to(device)) for weight, bias in self.head],
-            device,
-        )
+        head = [(weight.to(device), bias.to(device)) for weight, bias in self.head]
+        self.loaded = network.eval().requires_grad_(False), head, device
 
     @property
     def memory_bytes(self) -> int:
         """Bytes of the weights on the trainer's GPU; from config.json and the head alone."""
-        return 4 * (
-            sum(shape.numel() for shape in self._shapes.values())
-            + sum(part.numel() for layer in self.head for part in layer)
-        )
+        head = sum(part.numel() for layer in self.head for part in layer)
+        return 4 * (head + sum(shape.numel() for shape in self._shapes.values()))
 
     @cached_property
     def _shapes(self) -> dict[str, torch.Size]:
         with torch.device("meta"):
-            return {
-                name: value.shape
-                for name, value in CLIPVisionModelWithProjection(self._config).state_dict().items()
-            }
+            state = CLIPVisionModelWithProjection(self._config).state_dict()
+        return {name: value.shape for name, value in state.items()}
 
     @cached_property
     def _folder(self) -> Path:
@@ -216,32 +192,31 @@ class Aesthetic(RewardModel):
 
     @cached_property
     def _config(self) -> CLIPVisionConfig:
-        if not (self._folder / "config.json").is_file():
+        path = self._folder / "config.json"
+        if not path.is_file():
             raise FileNotFoundError(
-                f"{_KEY}.model: expected a CLIP in transformers' format, found no {self._folder / 'config.json'}"
+                f"{_KEY}.model: expected a CLIP in transformers' format, found no {path}"
             )
         try:
             config = AutoConfig.from_pretrained(self._folder, local_files_only=True)
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(
+            raise UserError(
                 f"{_KEY}.model: expected the configuration of a CLIP in {self._folder}, got {error}"
             ) from error
-        self._expect(
-            isinstance(config, CLIPConfig | CLIPVisionConfig), "model_type clip", config.model_type
-        )
+        known = isinstance(config, CLIPConfig | CLIPVisionConfig)
+        self._expect(known, "model_type clip", config.model_type)
         if isinstance(config, CLIPVisionConfig):
             return config
-        config.vision_config.projection_dim = (
-            config.projection_dim
-        )  # which the whole model's configuration holds beside its parts
+        # The whole model's configuration holds this beside its parts.
+        config.vision_config.projection_dim = config.projection_dim
         return config.vision_config
 
-    def _expect(self, ok: bool, wanted: str, got: object) -> None:
+    def _expect(self, ok: bool, expected: str, got: object) -> None:
         if not ok:
-            raise ValueError(f"{_KEY}.model: expected {wanted}, in {self._folder}, got {got}")
+            raise UserError(f"{_KEY}.model: expected {expected}, in {self._folder}, got {got}")
 
     def describe(self) -> dict[str, Any]:
-        """What decides the scores, as JSON: it is kept with them."""
+        """What decides the scores, as JSON that is kept with them."""
         head = b"".join(part.numpy().tobytes() for layer in self.head for part in layer)
         return {
             "judge": "LAION aesthetic",
@@ -254,42 +229,17 @@ class Aesthetic(RewardModel):
             "transformers": transformers.__version__,
         }
 
-    def score(self, videos: Tensor, prompts: Sequence[str], fps: float) -> tuple[Tensor, Tensor]:
-        """Scores [B, 1] float64 in [0, 1] and validity [B], as `rewards` and `components`."""
-        raw, valid = self.components(videos, prompts, fps)
-        return self.rewards(raw), valid
-
     def rewards(self, raw: Tensor) -> Tensor:
-        """Scores [B, 1] float64 in [0, 1] of raw ones: a tenth, and 0 or 1 for those below 0 or
-        above 10.
-        """
+        """Scores [B, 1] float64 in [0, 1] of raw scores: a tenth, clamped."""
         return (raw.double() / 10).clamp(0, 1)
 
-    def components(
-        self, videos: Tensor, prompts: Sequence[str], fps: float
-    ) -> tuple[Tensor, Tensor]:
-        """Raw scores [B, 1] float64, about 1 to 10, and validity [B], of videos [B, T, 3, H, W];
-        captions and rate are not looked at.
-
-        videos: uint8 or float in [0, 1]; one with a non-finite pixel, or score, is invalid and
-        its row is 0.
-
-        Raises:
-            RuntimeError: not loaded. ValueError: another number of prompts than of videos, or a
-                wrong shape, dtype or range.
-        """
-        if self.loaded is None:
-            raise RuntimeError("expected load() before score()")
-        return score_each(lambda video, _: self._one(video), 1, self.loaded[2], videos, prompts)
-
-    def _one(self, video: Tensor) -> Tensor:
-        """Raw score [] float32 of one video."""
+    def score_one(self, video: Tensor, prompt: str, fps: float) -> Tensor:
+        """Raw score [], about 1 to 10, float32; prompt and rate are ignored."""
         assert self.loaded is not None
         network, head, device = self.loaded
         frames = quantise(video, spread(len(video), min(self.frames or len(video), len(video))))
-        hidden = normalize(
-            network(clip_pixels(frames, network.config.image_size).to(device)).image_embeds, dim=-1
-        )
+        pixels = clip_pixels(frames, network.config.image_size).to(device)
+        hidden = normalize(network(pixels).image_embeds, dim=-1)
         for weight, bias in head:
             hidden = linear(hidden, weight, bias)
         return hidden.mean()

@@ -26,13 +26,20 @@ _ANSWER = re.compile(
 
 
 def parse_answer(text: str, cut: bool = False) -> float | None:
-    """The one number in [1, 10] that an answer holds, or None: never clamped, never guessed.
+    """Read the one number in [1, 10] that an answer holds; it is never clamped and never guessed.
 
     Taken: "8.5", "8.50/10", "8.5 out of 10", "**8.5**", "Score: 8.5.", and prose with no other
     digit in it. Not taken: a second number, be it the same one or that of a list; "8,5", which
     is 8.5 to some and two numbers to others; signs, percents, units, exponents, digits of other
     scripts, leading zeros. Nor, of an answer that was cut off, a number at its very end with
     less than two decimals: "1" may be the beginning of "10.00".
+
+    Args:
+        text: The answer.
+        cut: It was cut off.
+
+    Returns:
+        The number, or None.
     """
     first = _DIGIT.search(text)
     found = _ANSWER.match(text, first.start()) if first else None
@@ -46,11 +53,12 @@ def parse_answer(text: str, cut: bool = False) -> float | None:
 
 def expected_answer(reply: Reply) -> float | None:
     """The expectation in [1, 10] of the answer of which `reply.digits` are the probabilities; None
-    where no digit is likely at its start.
+    if no digit is likely at its start.
 
     With p_d = P(d) / sum P over the first places 1 ... 9, and t = P("0" after "1"):
 
-        E = sum_d d p_d + 9 p_1 t + (1 - p_1 t) f,    f = sum_j 10^-j (sum_d d P_j(d)) / (sum_d P_j(d))
+        E = sum_d d p_d + 9 p_1 t + (1 - p_1 t) f
+        f = sum_j 10^-j (sum_d d P_j(d)) / (sum_d P_j(d))
 
     over the decimal places j = 1, 2 of the answer that was written, if it was
     "<digit>.<digits>"; f = 0 for others and for "10". Exact over all answers NUMBER where the
@@ -69,15 +77,12 @@ def expected_answer(reply: Reply) -> float | None:
         10.0**-j * (_mean_digit(place) or 0.0) for j, place in enumerate(places, start=1)
     )
     ten = start.get("1", 0.0) / math.fsum(start.values()) * reply.ten
-    return min(
-        max(mean + 9 * ten + (1 - ten) * fraction, 1.0), 10.0
-    )  # by construction inside, but for the last bit
+    # Inside [1, 10] by construction, but for the last bit.
+    return min(max(mean + 9 * ten + (1 - ten) * fraction, 1.0), 10.0)
 
 
 def _mean_digit(probabilities: Mapping[str, float]) -> float | None:
     total = math.fsum(probabilities.values())
-    return (
-        math.fsum(int(digit) * p for digit, p in probabilities.items()) / total
-        if total > 0
-        else None
-    )
+    if not total > 0:  # also for NaN
+        return None
+    return math.fsum(int(digit) * p for digit, p in probabilities.items()) / total

@@ -1,14 +1,15 @@
 """What a stage judge asks of the engine that runs its vision-language model, and what it gets back.
 
-Any class with these methods can be named by its dotted path in a recipe
-(`reward.init_args.engine:`). Constructors only keep their arguments; `load` does the work.
+A subclass of `Engine` can be named by its dotted path in a recipe (`reward.init_args.engine:`).
+Constructors only keep their arguments; `load` does the work.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,8 +19,10 @@ from torch import Tensor
 class Clip:
     """The frames of one video that the model sees.
 
-    frames: [n, 3, H, W] uint8, n even, H and W multiples of 28, on any device
-    (`frames.make_clip`). fps: their number a second.
+    Attributes:
+        frames: [n, 3, H, W] uint8, n even, H and W multiples of 28, on any device
+            (`frames.make_clip`).
+        fps: Frames per second.
     """
 
     frames: Tensor
@@ -30,9 +33,12 @@ class Clip:
 class Decoding:
     """How an answer is drawn.
 
-    constrained: only what spells a number in [1, 10] can be written, where the engine has that.
-    probabilities: the reply carries those of the digits. temperature: 0 is greedy; above it,
-    `seed` decides.
+    Attributes:
+        max_tokens: Length of an answer.
+        constrained: Only what spells a number in [1, 10] can be written.
+        probabilities: The reply carries the probabilities of the digits.
+        temperature: 0 is greedy; above 0, `seed` decides.
+        seed: Of a sampled answer.
     """
 
     max_tokens: int = 16
@@ -46,10 +52,13 @@ class Decoding:
 class Reply:
     """What came back for one question.
 
-    text: the answer. digits: for each token of it, the probability of each token "0" ... "9" in
-    its place, where asked for and had, else empty. ten: probability of "0" after a first token
-    "1". error: why there is no answer at all, else "". cut: max_tokens ended the answer, not the
-    model.
+    Attributes:
+        text: The answer.
+        digits: For each token of the answer, the probability of each of the tokens "0" ... "9" in
+            its place; empty if not asked for.
+        ten: Probability of "0" after a first token "1".
+        error: Why there is no answer at all, else "".
+        cut: max_tokens ended the answer, not the model.
     """
 
     text: str = ""
@@ -59,54 +68,52 @@ class Reply:
     cut: bool = False
 
 
-class Engine(Protocol):
-    """Runs a frozen vision-language model on videos and questions about them."""
+class Engine(ABC):
+    """Runs a frozen vision-language model on videos and questions about them.
 
+    Attributes:
+        concurrency: How many calls of `ask` may run at the same time.
+        memory_bytes: What the loaded model takes of the trainer's GPU, known without its weights;
+            0 if it runs elsewhere.
+    """
+
+    concurrency: int = 1
+    memory_bytes: int = 0
+
+    @abstractmethod
     def load(self, device: torch.device) -> None:
         """Load what is needed; `device` is the trainer's, which an engine may share.
-        FileNotFoundError, ValueError: what is missing.
-        """
-        ...
 
+        Raises:
+            FileNotFoundError, ValueError: Names what is missing or wrong.
+        """
+
+    @abstractmethod
     def ask(
         self, clips: Sequence[Clip], questions: Sequence[Sequence[str]], decoding: Decoding
     ) -> list[list[Reply]]:
-        """A reply to each question about each clip, in the order given; in a request the video
-        comes first.
+        """Ask each clip's own questions about it.
 
-        A greedy reply must not depend on the other clips. Called from several threads where
+        A greedy reply must not depend on the other clips. Called from several threads if
         `concurrency` is above 1.
-        """
-        ...
 
-    def close(self) -> None:
+        Returns:
+            A reply to each question about each clip, in the order given.
+        """
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """What decides the answers: model, revision, precision and the like, as JSON; no secret."""
+
+    def close(self) -> None:  # noqa: B027  (nothing to close by default)
         """Let go of the model or the connections; a call of `ask` that is waiting ends. Safe
         without `load`, and twice.
         """
-        ...
-
-    def describe(self) -> dict[str, Any]:
-        """What decides the answers: model, revision, precision and the like, as JSON; no secret."""
-        ...
-
-    @property
-    def concurrency(self) -> int:
-        """Calls of `ask` that may run at a time."""
-        ...
-
-    @property
-    def memory_bytes(self) -> int:
-        """Bytes of the trainer's GPU that the loaded model takes (0 where it lies elsewhere), known
-        without its weights.
-        """
-        ...
 
     def counters(self) -> dict[str, int]:
-        """Counts since the last call: requests, failed requests and the like. Metrics, summed over
-        ranks.
-        """
-        ...
+        """Counts since the last call, such as requests; metrics, summed over ranks."""
+        return {}
 
     def last_errors(self) -> dict[str, str]:
-        """The last error of each endpoint (or of the engine) that had one."""
-        ...
+        """The last error of each endpoint that had one."""
+        return {}

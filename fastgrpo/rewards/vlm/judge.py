@@ -1,36 +1,45 @@
 """The stage judge: a frozen vision-language model answers K questions of growing strictness about
-every video (method.md, section 3).
+every video (docs/method.md, section 3).
 
-An answer is one number in [1, 10]; the reward is a tenth of it. What cannot be read as one is
-asked again, and then left out: no score is ever made up.
+An answer is one number in [1, 10]; the reward is a tenth of it. A question whose answer cannot be
+read as one number is asked again, and then left out: no score is ever made up.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from threading import Lock
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from fastgrpo.errors import require
 from fastgrpo.interfaces import RewardModel
 from fastgrpo.rewards.media.frames import FrameSettings, make_clip
 from fastgrpo.rewards.vlm.answers import expected_answer, parse_answer
 from fastgrpo.rewards.vlm.engine import Clip, Decoding, Engine, Reply
 from fastgrpo.rewards.vlm.questions import DEFAULT_QUESTIONS, ask_about, read_questions
 
+FAILED = "no reply: "
+"""How the error of a question begins if no reply came; the engine has tried for as long as it was
+told to.
+"""
+
 
 @dataclass(frozen=True)
 class Reading:
     """What became of one question about one video.
 
-    value: the answer in [1, 10], or None. text: what was written at the last attempt. error: why
-    there is no value, else "".
+    Attributes:
+        value: The answer in [1, 10], or None.
+        text: What was written at the last attempt.
+        error: Why there is no value, else "".
+        attempts: How often the question was asked.
     """
 
     value: float | None
@@ -40,18 +49,21 @@ class Reading:
 
 
 class StageJudge(RewardModel):
-    """A vision-language model as judge of K stages (interfaces.RewardModel).
+    """A vision-language model as judge of K stages.
 
     Args:
-        engine: what runs the model. questions: files with the questions, easiest first; a file's
-            stem names its stage, `{caption}` in it stands for the video's caption. frames: which
-            frames are seen, and how large. answer: parsed takes the number as written; expected
-            takes its expectation under the model's probabilities along a constrained answer, for
-            judges whose written answers tie. constrained: let the engine write nothing but a
-            number, where it has constrained decoding. attempts: how often a question is put in
-            all, where the answer is no number. temperature: of the attempts after the first,
-            which is greedy: a greedy judge would repeat itself. seed: of those attempts,
-            together with the video and the question. max_tokens: length of an answer.
+        engine: What runs the model.
+        questions: Files with the questions, easiest first. A file's stem names its stage;
+            `{caption}` in it stands for the video's prompt.
+        frames: Which frames are seen, and how large.
+        answer: parsed takes the number as written; expected takes its expectation under the
+            model's probabilities along a constrained answer, for judges whose written answers tie.
+        constrained: Let the engine write nothing but a number.
+        attempts: How often a question is asked in all if the answer is no number.
+        temperature: Of the attempts after the first, which is greedy: a greedy judge would repeat
+            itself.
+        seed: Of those attempts, together with the video and the question.
+        max_tokens: Length of an answer.
     """
 
     def __init__(
@@ -66,14 +78,9 @@ class StageJudge(RewardModel):
         seed: int = 0,
         max_tokens: int = 16,
     ) -> None:
-        if attempts < 1:
-            raise ValueError(f"attempts: expected at least 1, got {attempts}")
-        if not 0 < temperature < float("inf"):
-            raise ValueError(f"temperature: expected a positive number, got {temperature}")
-        if max_tokens < 5:
-            raise ValueError(
-                f"max_tokens: expected at least 5, the length of 10.00, got {max_tokens}"
-            )
+        require(attempts >= 1, "attempts", "at least 1", attempts)
+        require(0 < temperature < math.inf, "temperature", "a positive number", temperature)
+        require(max_tokens >= 5, "max_tokens", "at least 5, the length of 10.00", max_tokens)
         self.engine, self.frames, self.seed, self.attempts = engine, frames, seed, attempts
         self.questions = read_questions(questions)
         self.stages = tuple(question.name for question in self.questions)
@@ -81,19 +88,20 @@ class StageJudge(RewardModel):
         self._greedy = Decoding(
             max_tokens, constrained or self._expected, probabilities=self._expected
         )
-        self._sampled = dataclasses.replace(self._greedy, temperature=temperature)
+        self._sampled = replace(self._greedy, temperature=temperature)
         self._counts: Counter[str] = Counter()
         self._last_error = ""
         self._lock = Lock()
 
     def load(self, device: torch.device) -> None:
-        """Load the engine's model, or find its servers. ValueError also for an engine that cannot
-        answer as this judge asks.
+        """Load the engine's model, or find its servers.
+
+        Raises:
+            ValueError: Also for an engine that cannot answer as this judge asks.
         """
         self.engine.load(device)
-        self.engine.ask(
-            [], [], self._greedy
-        )  # about nothing: it refuses what it cannot decode now, not after the first rollout
+        # About nothing: the engine refuses now, not after the first rollout, what it cannot decode.
+        self.engine.ask([], [], self._greedy)
 
     def close(self) -> None:
         """Let go of the model or the connections; a call of `score` that is waiting ends."""
@@ -101,73 +109,62 @@ class StageJudge(RewardModel):
 
     @torch.no_grad()
     def score(self, videos: Tensor, prompts: Sequence[str], fps: float) -> tuple[Tensor, Tensor]:
-        """Stage scores [B, K] float64 in [0.1, 1] and validity [B] of videos [B, T, 3, H, W], uint8
-        or float in [0, 1], of `fps`.
+        """Score B videos at K stages.
 
-        A video with a non-finite pixel, or with a stage that got no number, is invalid and its
-        row is 0.
+        Args:
+            videos: [B, T, 3, H, W], uint8 or float in [0, 1].
+            prompts: One per video.
+            fps: Frames per second.
+
+        Returns:
+            Scores [B, K] float64 in [0.1, 1] and validity [B]. A video with a pixel that is not
+            finite, or with a stage that got no number, is invalid and its row is 0.
 
         Raises:
-            ValueError: a size that the model cannot take, or another number of prompts than of
-                videos.
+            ValueError: A size that the model cannot take.
         """
-        if len(videos) != len(prompts):
-            raise ValueError(
-                f"expected one prompt a video, got {len(prompts)} prompts for {len(videos)} videos"
-            )
-        whole = [i for i, video in enumerate(videos) if bool(torch.isfinite(video).all())]
-        clips = [make_clip(videos[i], fps, self.frames) for i in whole]
-        scores, valid = (
-            torch.zeros(len(videos), len(self.stages), dtype=torch.float64),
-            torch.zeros(len(videos), dtype=torch.bool),
-        )
-        for i, readings in zip(
-            whole, self.answers(clips, [prompts[i] for i in whole]), strict=True
-        ):
+        assert len(videos) == len(prompts)
+        finite = [i for i, video in enumerate(videos) if bool(torch.isfinite(video).all())]
+        clips = [make_clip(videos[i], fps, self.frames) for i in finite]
+        scores = torch.zeros(len(videos), len(self.stages), dtype=torch.float64)
+        valid = torch.zeros(len(videos), dtype=torch.bool)
+        answers = self.answers(clips, [prompts[i] for i in finite])
+        for i, readings in zip(finite, answers, strict=True):
             values = [reading.value for reading in readings if reading.value is not None]
             if len(values) == len(self.stages):
                 scores[i], valid[i] = torch.tensor(values, dtype=torch.float64) / 10, True
         return scores, valid
 
     def answers(self, clips: Sequence[Clip], prompts: Sequence[str]) -> list[list[Reading]]:
-        """The readings [B][K] of the judge's answers about clips with these captions, in the order
-        given.
-        """
+        """The readings [B][K] of the judge's answers about B clips with these prompts."""
+        if not clips:
+            return []
         asked = [[ask_about(question, prompt) for question in self.questions] for prompt in prompts]
-        read = (
-            [
-                [self._read(reply, 1) for reply in row]
-                for row in self.engine.ask(clips, asked, self._greedy)
-            ]
-            if clips
-            else []
-        )
+        replies = self.engine.ask(clips, asked, self._greedy)
+        readings = [[self._read(reply, 1) for reply in row] for row in replies]
         for attempt in range(2, self.attempts + 1):
-            for b, row in enumerate(read):
+            for clip, questions, row in zip(clips, asked, readings, strict=True):
                 for k, reading in enumerate(row):
                     if reading.value is None and not reading.error.startswith(FAILED):
-                        decoding = dataclasses.replace(
-                            self._sampled, seed=self._seed(clips[b], asked[b][k], attempt)
-                        )
-                        row[k] = self._read(
-                            self.engine.ask([clips[b]], [[asked[b][k]]], decoding)[0][0], attempt
-                        )
-        again = sum(reading.attempts - 1 for row in read for reading in row)
+                        seed = self._seed(clip, questions[k], attempt)
+                        decoding = replace(self._sampled, seed=seed)
+                        ((reply,),) = self.engine.ask([clip], [[questions[k]]], decoding)
+                        row[k] = self._read(reply, attempt)
+        again = sum(reading.attempts - 1 for row in readings for reading in row)
         errors = [
             f"{stage}: {reading.error}"
-            for row in read
+            for row in readings
             for stage, reading in zip(self.stages, row, strict=True)
             if reading.error
         ]
+        count = len(readings) * len(self.stages)
         with self._lock:
-            self._counts.update(
-                answers=len(read) * len(self.stages), asked_again=again, no_number=len(errors)
-            )
+            self._counts.update(answers=count, asked_again=again, no_number=len(errors))
             self._last_error = errors[-1] if errors else self._last_error
-        return read
+        return readings
 
     def describe(self) -> dict[str, Any]:
-        """What decides the scores, as JSON: it is kept with them."""
+        """What decides the scores, as JSON that is kept with them."""
         return {
             "stages": {question.name: question.sha256 for question in self.questions},
             "answer": "expected" if self._expected else "parsed",
@@ -176,7 +173,7 @@ class StageJudge(RewardModel):
             "attempts": self.attempts,
             "temperature": self._sampled.temperature,
             "seed": self.seed,
-            "frames": dataclasses.asdict(self.frames),
+            "frames": asdict(self.frames),
             "engine": self.engine.describe(),
         }
 
@@ -187,7 +184,7 @@ class StageJudge(RewardModel):
 
     @property
     def concurrency(self) -> int:
-        """Batches that may be scored at a time."""
+        """Batches that may be scored at the same time."""
         return self.engine.concurrency
 
     def counters(self) -> dict[str, int]:
@@ -204,25 +201,13 @@ class StageJudge(RewardModel):
         if reply.error:
             return Reading(None, reply.text, f"{FAILED}{reply.error}", attempt)
         value = expected_answer(reply) if self._expected else parse_answer(reply.text, reply.cut)
-        wanted = "the probabilities of digits" if self._expected else "one number in [1, 10]"
+        expected = "the probabilities of digits" if self._expected else "one number in [1, 10]"
         end = f", cut off after {self._greedy.max_tokens} tokens" if reply.cut else ""
-        return Reading(
-            value,
-            reply.text,
-            "" if value is not None else f"expected {wanted}, got {reply.text!r}{end}",
-            attempt,
-        )
+        error = f"expected {expected}, got {reply.text!r}{end}" if value is None else ""
+        return Reading(value, reply.text, error, attempt)
 
     def _seed(self, clip: Clip, question: str, attempt: int) -> int:
-        """Of an attempt at one question about one video: not of the time, the place in a batch or
-        the rank.
-        """
+        """Of an attempt at one question about one video; not of the time, the batch or the rank."""
         pixels = clip.frames.cpu().contiguous().numpy().tobytes()
         key = f"{self.seed}\0{attempt}\0{question}\0".encode()
         return int.from_bytes(hashlib.blake2b(key + pixels, digest_size=4).digest(), "big") >> 1
-
-
-FAILED = "no reply: "
-"""How the error of a question begins to which no answer came; the engine has tried for as long as
-it was told to.
-"""

@@ -1,14 +1,14 @@
 """Questions about videos over shared keys and values: a video is computed once, and its questions
 are rows of one batch.
 
-The arithmetic is transformers'; what is here is which tokens stand at which positions, and how
-an answer is drawn from the logits.
+The arithmetic is transformers'. Here is which tokens stand at which positions, and how an answer is
+drawn from the logits.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,15 +16,16 @@ from transformers import DynamicCache
 
 from fastgrpo.rewards.media.frames import patches, seconds_per_grid
 from fastgrpo.rewards.vlm.engine import Clip, Decoding, Reply
-from fastgrpo.rewards.vlm.qwen_chat import CHARACTERS, ChatTokens, next_characters
+from fastgrpo.rewards.vlm.qwen_chat import CHARACTERS, NEXT_CHARACTERS, ChatTokens
 
 
 @dataclass(frozen=True)
 class Prefix:
-    """What the language model keeps of the tokens up to the question, for one video.
+    """What the language model keeps of one video's tokens up to the question.
 
-    layers: keys and values [1, heads, tokens, head size] of each layer. start: position of the
-    question's first token.
+    Attributes:
+        layers: Keys and values [1, heads, tokens, head size] of each layer.
+        start: Position of the question's first token.
     """
 
     layers: tuple[tuple[Tensor, Tensor], ...]
@@ -34,81 +35,78 @@ class Prefix:
 def prefix_positions(
     before: int, grid: tuple[int, int, int], interval: float, after: int
 ) -> tuple[Tensor, int]:
-    """Positions [3, tokens] int64 (time, row, column) of text, a video of `grid` (t, h, w) tokens,
-    and text; and that of what comes next.
+    """Positions of text, a video and text.
 
-    interval: positions between two of the grid's time steps, `tokens_per_second *
-    second_per_grid_ts`. As `get_rope_index` of transformers 5.23 has it. That of 5.17 cuts the
-    seconds to an integer, which puts all of a clip above 2 frames a second at one time. vLLM
-    begins the text after the last time step where that comes later, which only tells in clips of
-    more seconds than half their width in tokens.
+    They are those of `get_rope_index` in transformers 5.23. That of 5.17 cuts the seconds to an
+    integer, which puts all of a clip above 2 frames per second at one time. vLLM begins the text
+    after the last time step if that comes later, which matters only in clips of more seconds than
+    half their width in tokens.
+
+    Args:
+        before: Tokens of text before the video.
+        grid: (t, h, w) tokens of the video.
+        interval: Positions between two time steps of the grid, `tokens_per_second *
+            second_per_grid_ts`.
+        after: Tokens of text after the video.
+
+    Returns:
+        Positions [3, tokens] int64 (time, row, column), and the position of what comes next.
     """
     t, h, w = grid
-    text = torch.arange(before).expand(3, -1)
     time = (torch.arange(t) * interval).long()
-    video = (
-        torch.stack(torch.meshgrid(time, torch.arange(h), torch.arange(w), indexing="ij")).reshape(
-            3, -1
-        )
-        + before
-    )
+    video = torch.stack(torch.meshgrid(time, torch.arange(h), torch.arange(w), indexing="ij"))
     end = before + max(h, w)
-    return torch.cat(
-        [text, video, torch.arange(end, end + after).expand(3, -1)], dim=1
-    ), end + after
+    head, tail = torch.arange(before), torch.arange(end, end + after)
+    parts = [head.expand(3, -1), video.reshape(3, -1) + before, tail.expand(3, -1)]
+    return torch.cat(parts, dim=1), end + after
 
 
-def choose(logits: Tensor, temperature: float, uniform: Tensor) -> Tensor:
-    """The index [R] of the token drawn from logits [R, N]: the largest at temperature 0, else the
-    quantile `uniform` [R] in [0, 1).
+def draw(logits: Tensor, temperature: float, uniform: Tensor) -> Tensor:
+    """Draw a token from each row of logits [R, N]: the largest at temperature 0, else the quantile
+    `uniform` [R] in [0, 1).
+
+    Returns:
+        Indices [R].
     """
     if temperature == 0:
         return logits.argmax(-1)
     cumulative = torch.softmax(logits.double() / temperature, -1).cumsum(-1)
-    drawn = torch.searchsorted(
-        cumulative, uniform[:, None].to(cumulative) * cumulative[:, -1:], right=True
-    )
+    level = uniform[:, None].to(cumulative) * cumulative[:, -1:]
+    drawn = torch.searchsorted(cumulative, level, right=True)
     return drawn[:, 0].clamp_(max=logits.shape[-1] - 1)
 
 
-def see(module: Any, chat: ChatTokens, clips: list[Clip], device: torch.device) -> list[Prefix]:
-    """The prefixes of clips of one size: vision tower and language model, each once."""
+def compute_prefixes(
+    module: Any, chat: ChatTokens, clips: list[Clip], device: torch.device
+) -> list[Prefix]:
+    """Run the vision tower and the language model, each once, over clips of one size."""
     parts = [patches(Clip(clip.frames.to(device), clip.fps)) for clip in clips]
+    pixels = torch.cat([pixels for pixels, _ in parts])
     grids = torch.tensor([grid for _, grid in parts], device=device)
-    visual = module.model.visual
-    tokens = visual(
-        torch.cat([pixels for pixels, _ in parts]).to(visual.dtype), grid_thw=grids
-    ).pooler_output
+    visual, config = module.model.visual, module.config.vision_config
+    tokens = visual(pixels.to(visual.dtype), grid_thw=grids).pooler_output
     t, h, w = parts[0][1]
-    config = module.config.vision_config
     grid = (t, h // config.spatial_merge_size, w // config.spatial_merge_size)
+    intervals = [config.tokens_per_second * seconds_per_grid(clip) for clip in clips]
     placed = [
-        prefix_positions(
-            len(chat.before),
-            grid,
-            config.tokens_per_second * seconds_per_grid(clip),
-            len(chat.after),
-        )
-        for clip in clips
+        prefix_positions(len(chat.before), grid, interval, len(chat.after))
+        for interval in intervals
     ]
     embed = module.get_input_embeddings()
     before, after = (
         embed(torch.tensor([part] * len(clips), device=device))
         for part in (chat.before, chat.after)
     )
+    video = tokens.view(len(clips), -1, tokens.shape[-1]).to(before.dtype)
     cache = DynamicCache()
     module.model.language_model(
-        inputs_embeds=torch.cat(
-            [before, tokens.view(len(clips), -1, tokens.shape[-1]).to(before.dtype), after], dim=1
-        ),
+        inputs_embeds=torch.cat([before, video, after], dim=1),
         position_ids=torch.stack([positions for positions, _ in placed], dim=1).to(device),
         past_key_values=cache,
         use_cache=True,
     )
     return [
-        Prefix(
-            tuple((layer.keys[b : b + 1], layer.values[b : b + 1]) for layer in cache.layers), start
-        )
+        Prefix(tuple((x.keys[b : b + 1], x.values[b : b + 1]) for x in cache.layers), start)
         for b, (_, start) in enumerate(placed)
     ]
 
@@ -121,40 +119,45 @@ def answer(
     decoding: Decoding,
     uniform: Tensor,
 ) -> list[Reply]:
-    """The replies to R questions, each over its own prefix, all prefixes of one length; uniform:
-    [R, max_tokens] in [0, 1).
+    """Answer R questions, each over its own prefix.
 
-    A row whose logits are not finite gets an error.
+    Args:
+        module: Qwen2_5_VLForConditionalGeneration.
+        chat: Its tokens.
+        prefixes: R prefixes of one length.
+        questions: R questions as token ids.
+        decoding: How answers are drawn.
+        uniform: [R, max_tokens] in [0, 1), on the model's device.
+
+    Returns:
+        R replies; a row whose logits are not finite gets an error.
     """
-    cache, ids, positions, mask, first = _side_by_side(
-        prefixes, questions, decoding.max_tokens, uniform.device
-    )
-    characters = torch.tensor(chat.characters, device=uniform.device)
-    broken = torch.zeros(len(questions), dtype=torch.bool, device=uniform.device)
+    device = uniform.device
+    batch = _side_by_side(prefixes, questions, decoding.max_tokens, device)
+    characters = torch.tensor(chat.characters, device=device)
+    broken = torch.zeros(len(questions), dtype=torch.bool, device=device)
 
     def forward(ids: Tensor, positions: Tensor) -> Tensor:
-        seen = mask[:, : cache.get_seq_length() + ids.shape[1]]
+        seen = batch.mask[:, : batch.cache.get_seq_length() + ids.shape[1]]
         hidden = module.model.language_model(
             input_ids=ids,
             position_ids=positions.expand(3, -1, -1),
             attention_mask=seen,
-            past_key_values=cache,
+            past_key_values=batch.cache,
             use_cache=True,
         ).last_hidden_state
         logits = module.lm_head(hidden[:, -1]).float()
         broken.logical_or_(~torch.isfinite(logits).all(-1))
-        return logits.masked_fill(
-            broken[:, None], 0.0
-        )  # the largest of NaNs is the first, which would spell 10.00
+        # The largest of NaNs is the first, which would spell 10.00.
+        return logits.masked_fill(broken[:, None], 0.0)
 
     rows = range(len(questions))
-    logits, ten = forward(ids, positions), [0.0 for _ in rows]
+    logits, ten = forward(batch.ids, batch.positions), [0.0 for _ in rows]
     if decoding.probabilities:
-        one = characters[CHARACTERS.index("1")].expand(len(rows), 1)
-        ten = (
-            forward(one, first[:, None]).softmax(-1)[:, characters[CHARACTERS.index("0")]].tolist()
-        )
-        cache.crop(-1)
+        one, zero = (characters[CHARACTERS.index(digit)] for digit in "10")
+        after_one = forward(one.expand(len(rows), 1), batch.first[:, None])
+        ten = after_one.softmax(-1)[:, zero].tolist()
+        batch.cache.crop(-1)
     texts: list[str] = ["" for _ in rows]  # of constrained answers
     written: list[list[int]] = [[] for _ in rows]
     digits: list[list[dict[str, float]]] = [[] for _ in rows]
@@ -162,15 +165,14 @@ def answer(
     for step in range(decoding.max_tokens):
         if decoding.constrained:
             allowed = [
-                [done[row] or character in next_characters(texts[row]) for character in CHARACTERS]
+                [done[row] or character in NEXT_CHARACTERS[texts[row]] for character in CHARACTERS]
                 for row in rows
             ]
-            open_logits = logits[:, characters].where(
-                torch.tensor(allowed, device=logits.device), -torch.inf
-            )
-            drawn = characters[choose(open_logits, decoding.temperature, uniform[:, step])]
+            mask = torch.tensor(allowed, device=device)
+            open_logits = logits[:, characters].where(mask, -torch.inf)
+            drawn = characters[draw(open_logits, decoding.temperature, uniform[:, step])]
         else:
-            drawn = choose(logits, decoding.temperature, uniform[:, step])
+            drawn = draw(logits, decoding.temperature, uniform[:, step])
         chances = logits.softmax(-1)[:, characters[:10]].tolist() if decoding.probabilities else []
         for row, token in enumerate(drawn.tolist()):
             if done[row] or token in chat.stops:
@@ -181,47 +183,56 @@ def answer(
                 digits[row].append(dict(zip(CHARACTERS[:10], chances[row], strict=True)))
             if decoding.constrained:
                 texts[row] += CHARACTERS[chat.characters.index(token)]
-                done[row] = not next_characters(texts[row])
+                done[row] = not NEXT_CHARACTERS[texts[row]]
         if all(done) or step + 1 == decoding.max_tokens:
             break
-        logits = forward(drawn[:, None], (first + step)[:, None])
+        logits = forward(drawn[:, None], (batch.first + step)[:, None])
     return [
         Reply(error="the model's logits are not finite")
         if bad
-        else Reply(
-            text=chat.text(written[row]), digits=tuple(digits[row]), ten=ten[row], cut=not done[row]
-        )
+        else Reply(chat.text(written[row]), tuple(digits[row]), ten[row], cut=not done[row])
         for row, bad in enumerate(broken.tolist())
     ]
 
 
+class _Batch(NamedTuple):
+    """R questions side by side.
+
+    Attributes:
+        cache: Of their prefixes.
+        ids: [R, L].
+        positions: [R, L].
+        mask: [R, prefix + L + answer].
+        first: [R], positions of the answers' first tokens.
+    """
+
+    cache: DynamicCache
+    ids: Tensor
+    positions: Tensor
+    mask: Tensor
+    first: Tensor
+
+
 def _side_by_side(
     prefixes: list[Prefix], questions: list[list[int]], answer: int, device: torch.device
-) -> tuple[DynamicCache, Tensor, Tensor, Tensor, Tensor]:
-    """R questions as a batch: the cache of their prefixes, ids and positions [R, L], mask [R,
-    prefix + L + answer], answers' positions [R].
+) -> _Batch:
+    """R questions as a batch, with room for `answer` tokens.
 
     A question shorter than L is padded before it, after the prefix, so that all answers begin at
-    one place.
+    one index.
     """
     cache = DynamicCache()
-    for index in range(len(prefixes[0].layers)):
-        keys, values = (
-            torch.cat([prefix.layers[index][which] for prefix in prefixes]) for which in (0, 1)
-        )
+    for index, layers in enumerate(zip(*(prefix.layers for prefix in prefixes), strict=True)):
+        keys, values = (torch.cat(tensors) for tensors in zip(*layers, strict=True))
         cache.update(keys, values, index)
-    seen, width = cache.get_seq_length(), max(map(len, questions))
-    ids, positions = (
-        torch.zeros(len(questions), width, dtype=torch.long),
-        torch.zeros(len(questions), width, dtype=torch.long),
-    )
-    mask = torch.ones(len(questions), seen + width + answer, dtype=torch.long)
+    seen, rows, width = cache.get_seq_length(), len(questions), max(map(len, questions))
+    ids, positions = torch.zeros(2, rows, width, dtype=torch.long)
+    mask = torch.ones(rows, seen + width + answer, dtype=torch.long)
+    first = torch.zeros(rows, dtype=torch.long)
     for row, (question, prefix) in enumerate(zip(questions, prefixes, strict=True)):
         gap = width - len(question)
         ids[row, gap:] = torch.tensor(question)
-        positions[row, gap:] = torch.arange(prefix.start, prefix.start + len(question))
+        first[row] = prefix.start + len(question)
+        positions[row, gap:] = torch.arange(prefix.start, int(first[row]))
         mask[row, seen : seen + gap] = 0
-    first = torch.tensor(
-        [prefix.start + len(question) for prefix, question in zip(prefixes, questions, strict=True)]
-    )
-    return cache, ids.to(device), positions.to(device), mask.to(device), first.to(device)
+    return _Batch(cache, *(tensor.to(device) for tensor in (ids, positions, mask, first)))

@@ -1,9 +1,8 @@
-"""Attention of the vision tower's windows: those of one length as a batch, where transformers calls
-torch once for each window.
+"""Attention within the windows of Qwen2.5-VL's vision tower: windows of one length are a batch.
 
-Qwen2.5-VL's tower attends within windows of at most 64 patches in all but four of its layers:
-some 120 windows a layer for 6 frames of 476x840, and as many launches. Here there is one for
-each of their few lengths, over all videos at once.
+The tower attends within windows of at most 64 patches in all but four of its layers: some 120
+windows per layer for 6 frames of 476x840. transformers calls torch once for each window; here
+there is one call for each of their few lengths, over all videos at once.
 """
 
 from __future__ import annotations
@@ -33,20 +32,27 @@ def attend_by_length(
     scaling: float,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Attention [1, S, heads, size] of query, key and value [1, heads, S, size] within the
-    sequences that cu_seq_lens_q [n + 1] bounds.
+    """Attention within sequences; an attention function of transformers.
+
+    Args:
+        query, key, value: [1, heads, S, size].
+        cu_seq_lens_q: [n + 1], the bounds of the sequences.
+        scaling: Of the products.
+
+    Returns:
+        [1, S, heads, size], and no weights.
     """
-    bounds = cu_seq_lens_q.tolist()
     starts: dict[int, list[int]] = {}
-    for start, end in pairwise(bounds):
+    for start, end in pairwise(cu_seq_lens_q.tolist()):
         starts.setdefault(end - start, []).append(start)
     out = torch.empty_like(query[0].transpose(0, 1), memory_format=torch.contiguous_format)
     for length, first in starts.items():
-        places = (torch.tensor(first)[:, None] + torch.arange(length)).to(query.device)
+        index = (torch.tensor(first)[:, None] + torch.arange(length)).to(query.device)
+        # q, k, v: [n, heads, length, size]
         q, k, v = (
-            tensor[0].transpose(0, 1)[places].transpose(1, 2) for tensor in (query, key, value)
-        )  # [n, heads, length, size]
-        out[places] = scaled_dot_product_attention(q, k, v, scale=scaling).transpose(1, 2)
+            tensor[0].transpose(0, 1)[index].transpose(1, 2) for tensor in (query, key, value)
+        )
+        out[index] = scaled_dot_product_attention(q, k, v, scale=scaling).transpose(1, 2)
     return out[None], None
 
 

@@ -12,17 +12,15 @@ import torch
 from torch import Tensor
 
 from fastgrpo.interfaces import RewardModel
-from fastgrpo.rewards.vlm.engine import Clip, Decoding, Reply
+from fastgrpo.rewards.vlm.engine import Clip, Decoding, Engine, Reply
 
 
-class GreyEngine:
+class GreyEngine(Engine):
     """1 + 9 times the mean of the frames, to a question that does not tell it otherwise.
 
     mode: works; silent, which gives no reply to anything; broken, which cannot be loaded.
     """
 
-    concurrency = 1
-    memory_bytes = 0
     pause = 0.0
 
     def __init__(self, mode: str = "works") -> None:
@@ -54,17 +52,8 @@ class GreyEngine:
             else f"{1 + 9 * clip.frames.double().mean().item() / 255:.2f}"
         )
 
-    def close(self) -> None:
-        pass
-
     def describe(self) -> dict[str, Any]:
         return {"engine": "grey", "mode": self.mode}
-
-    def counters(self) -> dict[str, int]:
-        return {}
-
-    def last_errors(self) -> dict[str, str]:
-        return {}
 
 
 class SlowGreyEngine(GreyEngine):
