@@ -1,1 +1,1 @@
-"""The judge as a small OpenAI-compatible server: `python -m fastgrpo serve_judge`."""
+"""A server of the judge's model: `python -m fastgrpo serve_judge`."""

@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar
 
 import openai
@@ -283,27 +284,23 @@ class ServerEngine(Engine):
     async def _check(self, names: Collection[str]) -> dict[str, list[Finding]]:
         with self._lock:
             counts = self._counts.copy()
-        found = {}
-        for endpoint in self._pool.endpoints:
-            others = {other for other in self._pool.endpoints if other is not endpoint}
-
-            async def send(
-                clip: Clip,
-                question: str,
-                decoding: Decoding,
-                regex: str,
-                home: Endpoint = endpoint,
-                others: set[Endpoint] = others,
-            ) -> Any:
-                video = await asyncio.to_thread(encode_clip, clip)
-                arguments = chat_request(self._model, video, question, decoding, regex)
-                return (await self._complete(arguments, home, others))[0]
-
-            if endpoint.url in self._servers:
-                found[endpoint.url] = await check_endpoint(send, names)
+        found = {
+            endpoint.url: await check_endpoint(partial(self._send, endpoint), names)
+            for endpoint in self._pool.endpoints
+            if endpoint.url in self._servers
+        }
         with self._lock:
             self._counts = counts
         return found
+
+    async def _send(
+        self, endpoint: Endpoint, clip: Clip, question: str, decoding: Decoding, regex: str
+    ) -> Any:
+        """A completion of this endpoint and no other (`endpoint_check.Send`)."""
+        video = await asyncio.to_thread(encode_clip, clip)
+        request = chat_request(self._model, video, question, decoding, regex)
+        others = [other for other in self._pool.endpoints if other is not endpoint]
+        return (await self._complete(request, endpoint, others))[0]
 
     async def _ask(
         self, clips: list[Clip], questions: Sequence[Sequence[str]], decoding: Decoding
