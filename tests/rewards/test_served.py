@@ -47,7 +47,7 @@ def test_frames_arrive_bit_equal_and_before_the_text(
 ) -> None:
     server, clip = fake_endpoint(), random_clip(n=4)
     decoding = Decoding(max_tokens=9, temperature=0.7, seed=11)
-    asked = server_engine(server).ask([clip], [["Why?", "How?"]], decoding)
+    asked = server_engine(server, timeout=5.0).ask([clip], [["Why?", "How?"]], decoding)
     assert asked == [[Reply("7.25"), Reply("7.25")]]
     for request, question in zip(server.requests, ("Why?", "How?"), strict=True):
         video, text = request.body["messages"][0]["content"]
