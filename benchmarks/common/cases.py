@@ -262,23 +262,28 @@ def _token_inputs(size: Size, draw: Draw) -> Inputs:
     return inputs
 
 
-def _transition(inputs: Inputs) -> kernels.Transition:
+def _transition(inputs: Inputs, normalized: bool = True) -> kernels.Transition:
     uncond = inputs.get("velocity_uncond")
     return kernels.Transition(
         *(inputs["latents"], inputs["velocity"], inputs["a"], inputs["b"], inputs["std"]),
         velocity_uncond=uncond,
         guidance_scale=1.0 if uncond is None else GUIDANCE,
+        normalized=normalized,
     )
 
 
-def _sde_step(i: Inputs, backend: str, **options: Any) -> Outputs:
+def _sde_step(i: Inputs, backend: str, normalized: bool = True, **options: Any) -> Outputs:
     return kernels.sde_step(
-        _transition(i), seeds=i["seeds"], step=i["steps"], backend=backend, **options
+        _transition(i, normalized), seeds=i["seeds"], step=i["steps"], backend=backend, **options
     )
 
 
-def _sde_log_prob(i: Inputs, backend: str, **options: Any) -> Outputs:
-    return (kernels.sde_log_prob(_transition(i), i["next_latents"], backend=backend, **options),)
+def _sde_log_prob(i: Inputs, backend: str, normalized: bool = True, **options: Any) -> Outputs:
+    return (
+        kernels.sde_log_prob(
+            _transition(i, normalized), i["next_latents"], backend=backend, **options
+        ),
+    )
 
 
 def _clipped_ratio_loss(i: Inputs, backend: str, **options: Any) -> Outputs:
@@ -288,9 +293,9 @@ def _clipped_ratio_loss(i: Inputs, backend: str, **options: Any) -> Outputs:
     return loss, stats.clip_fraction, stats.approx_kl
 
 
-def _grpo_loss(i: Inputs, backend: str, **options: Any) -> Outputs:
+def _grpo_loss(i: Inputs, backend: str, normalized: bool = True, **options: Any) -> Outputs:
     loss, stats = kernels.grpo_loss(
-        _transition(i),
+        _transition(i, normalized),
         i["next_latents"],
         i["old_log_probs"],
         i["advantages"],
@@ -300,9 +305,9 @@ def _grpo_loss(i: Inputs, backend: str, **options: Any) -> Outputs:
     return loss, stats.log_probs
 
 
-def _branch_gradient(i: Inputs, backend: str, **options: Any) -> Outputs:
+def _branch_gradient(i: Inputs, backend: str, normalized: bool = True, **options: Any) -> Outputs:
     cond, uncond = kernels.branch_gradient(
-        _transition(i),
+        _transition(i, normalized),
         i["advantages"],
         seeds=i["seeds"],
         step=i["steps"],
