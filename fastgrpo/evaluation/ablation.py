@@ -137,7 +137,10 @@ def make_cells(
     cells = []
     for seed in seeds:
         for mode in modes:
-            names = {"output_dir": str(config.run_folder), "name": f"{mode}_seed{seed}"}
+            names: dict[str, Any] = {
+                "output_dir": str(config.run_folder),
+                "name": f"{mode}_seed{seed}",
+            }
             pacing = dataclasses.replace(config.pacing, mode=cast(Any, mode))
             check_pacing(pacing, len(config.reward.stages))
             changed = dataclasses.replace(config, **names, seed=seed, pacing=pacing)

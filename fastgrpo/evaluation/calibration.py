@@ -16,7 +16,7 @@ from fastgrpo.config import TrainConfig
 from fastgrpo.distributed import collectives
 from fastgrpo.errors import require
 from fastgrpo.evaluation.figures import save_figure
-from fastgrpo.evaluation.report.run_figures import reward_curves
+from fastgrpo.evaluation.report.run_figures import topics
 from fastgrpo.evaluation.report.run_record import RunRecord
 from fastgrpo.training.loop import run
 from fastgrpo.training.tracking import read_metrics
@@ -129,7 +129,7 @@ def write_thresholds(
     ]
     pacing = {"thresholds": list(thresholds.values())}
     record = RunRecord(folder, config.name, rows, {"pacing": pacing})
-    save_figure(reward_curves(record, window), folder / "curves")
+    save_figure(topics([record], window)[0].draw(), folder / "curves")
     found = ", ".join(f"{stage} {threshold:.3f}" for stage, threshold in thresholds.items())
     logger.info(f"thresholds {found}: {path}")
     return path

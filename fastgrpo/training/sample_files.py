@@ -68,7 +68,12 @@ def save_samples(
         # The still shows evenly spaced frames, the first and the last among them.
         chosen = np.linspace(0, len(video) - 1, min(len(video), 8)).round().astype(int)
         Image.fromarray(np.concatenate(list(video[chosen]), axis=1)).save(folder / f"{name}.png")
-        entry = {"prompt": prompt, "scores": None, "video": f"{name}.mp4", "still": f"{name}.png"}
+        entry: dict[str, Any] = {
+            "prompt": prompt,
+            "scores": None,
+            "video": f"{name}.mp4",
+            "still": f"{name}.png",
+        }
         if table is not None:
             entry["scores"] = [value if math.isfinite(value) else None for value in table[index]]
         entries.append(entry | {"still_frames": len(chosen)})

@@ -175,8 +175,10 @@ def _scores(runs: Sequence[RunRecord], window: int) -> dict[str, Any]:
         cells = []
         for stage in stages:
             value, reference = (s.last.get(stage) if s else None for s in (scores, found[0]))
-            known = run is not runs[0] and value is not None and reference is not None
-            cells.append((value, value - reference if known else None))
+            change = None
+            if run is not runs[0] and value is not None and reference is not None:
+                change = value - reference
+            cells.append((value, change))
         last = scores.iterations[1] if scores else None
         rows.append({"run": run.label, "iteration": last, "cells": cells})
     return section | {"score_rows": rows, "scores_note": note, "stages": stages}

@@ -51,16 +51,6 @@ def topics(runs: Runs, window: int) -> list[Topic]:
     return [topic for topic in (one(runs, window) for one in make) if topic.panels]
 
 
-def reward_curves(run: RunRecord, window: int) -> Figure:
-    """Mean score of each stage over iterations: as measured (faint), smoothed over `window`
-    iterations, and on the validation prompts (markers).
-
-    The j-th threshold is a dashed line in the j-th stage's colour. The weighted reward, from which
-    the group advantages are computed, is dotted.
-    """
-    return draw([_stage_rewards(run, window)], height=3.4)
-
-
 def stages_of(runs: Runs) -> list[str]:
     """The stages of all runs: the first run's in order, then those that only later runs have."""
     return list(dict.fromkeys(stage for run in runs for stage in run.stages))
@@ -128,6 +118,12 @@ def _with_validation(
 
 
 def _stage_rewards(run: RunRecord, window: int) -> Panel:
+    """Mean score of each stage: as measured (faint), smoothed over `window` iterations, and on the
+    validation prompts (markers).
+
+    The j-th threshold is a dashed line in the j-th stage's colour. The weighted reward, from which
+    the group advantages are computed, is dotted.
+    """
     panel = _over_stages(
         "Stage rewards", "mean score (0 to 1)", run, "rewards/{}/mean", window, levels=_levels(run)
     )

@@ -174,8 +174,8 @@ class Aesthetic(PerVideoReward):
         head = [(weight.to(device), bias.to(device)) for weight, bias in self.head]
         self.loaded = network.eval().requires_grad_(False), head, device
 
-    @property
-    def memory_bytes(self) -> int:
+    @cached_property
+    def memory_bytes(self) -> int:  # type: ignore[override]  # an attribute of the base
         """Bytes of the weights on the trainer's GPU; from config.json and the head alone."""
         head = sum(part.numel() for layer in self.head for part in layer)
         return 4 * (head + sum(shape.numel() for shape in self._shapes.values()))

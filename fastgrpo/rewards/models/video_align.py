@@ -161,8 +161,8 @@ class VideoAlign(PerVideoReward):
         head = weights["rm_head.weight"].to(device, torch.float32)
         self.loaded = network.eval().requires_grad_(False), head, device
 
-    @property
-    def memory_bytes(self) -> int:
+    @cached_property
+    def memory_bytes(self) -> int:  # type: ignore[override]  # an attribute of the base
         """Bytes of the weights on the trainer's GPU; from the configuration and the tokenizer
         alone.
         """

@@ -12,6 +12,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from threading import Lock
 from typing import Any, Literal
 
@@ -92,6 +93,7 @@ class StageJudge(RewardModel):
         self._counts: Counter[str] = Counter()
         self._last_error = ""
         self._lock = Lock()
+        self.concurrency = engine.concurrency
 
     def load(self, device: torch.device) -> None:
         """Load the engine's model, or find its servers.
@@ -177,15 +179,10 @@ class StageJudge(RewardModel):
             "engine": self.engine.describe(),
         }
 
-    @property
-    def memory_bytes(self) -> int:
+    @cached_property
+    def memory_bytes(self) -> int:  # type: ignore[override]  # an attribute of the base
         """Bytes of the trainer's GPU that the judge takes."""
         return self.engine.memory_bytes
-
-    @property
-    def concurrency(self) -> int:
-        """Batches that may be scored at the same time."""
-        return self.engine.concurrency
 
     def counters(self) -> dict[str, int]:
         """Counts since the last call: answers, asked_again, no_number, and the engine's."""

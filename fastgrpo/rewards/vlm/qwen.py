@@ -133,13 +133,11 @@ class TransformersEngine(Engine):
         self.loaded = None
         self._kept.clear()
 
-    @property
-    def memory_bytes(self) -> int:
-        """Bytes of the weights if they share the trainer's GPU, else 0; from config.json alone."""
-        return self._weight_bytes if self.device == "shared" else 0
-
     @cached_property
-    def _weight_bytes(self) -> int:
+    def memory_bytes(self) -> int:  # type: ignore[override]  # an attribute of the base
+        """Bytes of the weights if they share the trainer's GPU, else 0; from config.json alone."""
+        if self.device != "shared":
+            return 0
         with torch.device("meta"):
             module = Qwen2_5_VLForConditionalGeneration(self._config)
         return sum(p.numel() for p in module.parameters()) * DTYPES[self.dtype].itemsize
@@ -224,8 +222,8 @@ class TransformersEngine(Engine):
                     answers = self._ask_batch(
                         [clips[i] for i in batch], [questions[i] for i in batch], decoding
                     )
-                    for index, row in zip(batch, answers, strict=True):
-                        replies[index] = row
+                    for index, answered in zip(batch, answers, strict=True):
+                        replies[index] = answered
         return replies
 
     def _ask_batch(

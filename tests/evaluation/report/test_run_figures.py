@@ -12,7 +12,7 @@ import pytest
 
 from fastgrpo.evaluation import figures
 from fastgrpo.evaluation.figures import Line, Panel
-from fastgrpo.evaluation.report.run_figures import PHASES, Topic, reward_curves, stages_of, topics
+from fastgrpo.evaluation.report.run_figures import PHASES, Topic, stages_of, topics
 from fastgrpo.evaluation.report.run_record import RunRecord
 
 STAGES = ("visual_quality", "temporal_coherence", "text_alignment")
@@ -116,8 +116,9 @@ def test_rewards_of_one_run(window: int) -> None:
 
 
 def test_the_curves_of_a_calibration() -> None:
-    """reward_curves draws the same panel, here with a threshold for every stage."""
-    figure = reward_curves(make_run(config={"pacing": {"thresholds": [0.54, 0.35, 0.2]}}), 4)
+    """The first figure, here with a threshold for every stage."""
+    run = make_run(config={"pacing": {"thresholds": [0.54, 0.35, 0.2]}})
+    figure = topics([run], 4)[0].draw()
     drawn = {str(line.get_gid()): list(line.get_ydata()) for line in figure.axes[0].lines}
     assert drawn["raw/rewards/text_alignment/mean"] == [math.cos(i + 2) for i in ITERATIONS]
     assert [key for key in drawn if key.startswith("threshold")] == [
