@@ -13,7 +13,7 @@ from fastgrpo.rewards.vlm.questions import DEFAULT_QUESTIONS, Question, ask_abou
 
 ROOT = Path(__file__).resolve().parents[2]
 CAPTION = "a fox {leaps} over {0} and {caption} \\1 %s"
-# method.md, section 3: what each stage must name.
+# docs/method.md, section 3: what each stage must name.
 VISUAL = ("reasonable", "sharp", "rich in detail", "pleasing")
 SUBDIMENSIONS = {
     "visual_quality": (
@@ -91,10 +91,10 @@ def test_what_is_shipped() -> None:
     """Each stage's hash is that of its file, and the wheel takes the files along."""
     for path, question in zip(DEFAULT_QUESTIONS, read_questions(), strict=True):
         assert question.sha256 == hashlib.sha256((ROOT / path).read_bytes()).hexdigest()
-    package_data = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"][
-        "package-data"
-    ]["fastgrpo"]
-    assert "rewards/stages/*.txt" in package_data
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    patterns = project["tool"]["setuptools"]["package-data"]["fastgrpo"]
+    packaged = {file for pattern in patterns for file in (ROOT / "fastgrpo").glob(pattern)}
+    assert packaged >= {ROOT / path for path in DEFAULT_QUESTIONS}
 
 
 def test_other_questions_in_their_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
