@@ -1,9 +1,5 @@
-"""The pointwise operations in place of the stretches that they stand for, in real diffusers blocks:
-outputs and every gradient as exact.
-
-`wan_block`, `hunyuan_dual_block` and `hunyuan_single_block` are the forwards of diffusers'
-blocks in these operations; what remains are linear layers, attention, activations and
-concatenations.
+"""`fastgrpo_kernels.patch` on single blocks of diffusers, by every backend: outputs and every
+gradient are as exact as diffusers' own. tests/ops/test_patch.py does the same with whole models.
 """
 
 from __future__ import annotations
@@ -24,9 +20,9 @@ from diffusers.models.transformers.transformer_wan import (
     WanTransformer3DModel,
     WanTransformerBlock,
 )
-from fastgrpo_kernels import gate_residual, gate_residual_ln_modulate, ln_modulate, qk_norm_rope
+from fastgrpo_kernels import patch
+from fastgrpo_kernels.patching import RotaryTables
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 Tables = tuple[Tensor, Tensor]
@@ -35,118 +31,6 @@ Made = tuple[nn.Module, Tables, tuple[int, ...]]
 BATCH, TEXT, VIDEO = 2, 3, 4
 LATENT = (1, 1, 2, 2, 4)  # 2 x 1 x 2 = VIDEO tokens of 2 x 2 pixels
 DRAWS = 3
-
-
-# -------- what is swapped in
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """[B, L, H, D] each -> [B, L, H * D]."""
-    return (
-        F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-        .transpose(1, 2)
-        .flatten(2)
-    )
-
-
-def heads(x: Tensor, attn: nn.Module) -> Tensor:
-    return x.unflatten(2, (attn.heads, -1))
-
-
-def wan_attention(
-    attn: nn.Module,
-    x: Tensor,
-    context: Tensor,
-    cos: Tensor | None = None,
-    sin: Tensor | None = None,
-) -> Tensor:
-    q, k, v = (
-        heads(attn.to_q(x), attn),
-        heads(attn.to_k(context), attn),
-        heads(attn.to_v(context), attn),
-    )
-    q, k = qk_norm_rope(q, k, attn.norm_q.weight, attn.norm_k.weight, cos, sin, eps=attn.norm_q.eps)
-    return attn.to_out[0](attention(q, k, v))
-
-
-def wan_block(block: nn.Module, x: Tensor, text: Tensor, temb: Tensor, tables: Tables) -> Tensor:
-    """WanTransformerBlock.forward; temb [B, 6, C], tables of WanRotaryPosEmbed, [1, L, 1, D]."""
-    cos, sin = tables[0][0, :, 0, 0::2], tables[1][0, :, 0, 1::2]
-    shift, scale, gate, ff_shift, ff_scale, ff_gate = (
-        block.scale_shift_table + temb.float()
-    ).chunk(6, dim=1)
-    norm2, eps = block.norm2, block.norm1.eps
-
-    y = wan_attention(block.attn1, *2 * [ln_modulate(x, scale, shift, eps=eps)], cos, sin)
-    x, normed = gate_residual_ln_modulate(
-        x, y, gate, norm2.weight.float() - 1, norm2.bias, eps=norm2.eps
-    )
-    y = wan_attention(block.attn2, normed, text)
-    x, normed = gate_residual_ln_modulate(x, y, None, ff_scale, ff_shift, eps=block.norm3.eps)
-    return gate_residual(x, block.ffn(normed), ff_gate)
-
-
-def hunyuan_dual_block(
-    block: nn.Module, x: Tensor, text: Tensor, temb: Tensor, tables: Tables
-) -> tuple[Tensor, Tensor]:
-    """HunyuanVideoTransformerBlock.forward without a mask; temb [B, C], tables of
-    HunyuanVideoRotaryPosEmbed, [L, D].
-    """
-    cos, sin = tables[0][:, 0::2], tables[1][:, 1::2]
-    shift, scale, gate, ff_shift, ff_scale, ff_gate = block.norm1.linear(
-        block.norm1.silu(temb)
-    ).chunk(6, dim=1)
-    t_shift, t_scale, t_gate, t_ff_shift, t_ff_scale, t_ff_gate = block.norm1_context.linear(
-        block.norm1_context.silu(temb)
-    ).chunk(6, dim=1)
-    attn, eps = block.attn, block.norm2.eps
-
-    normed, t_normed = (
-        ln_modulate(x, scale, shift, eps=eps),
-        ln_modulate(text, t_scale, t_shift, eps=eps),
-    )
-    q, k, v = (heads(project(normed), attn) for project in (attn.to_q, attn.to_k, attn.to_v))
-    t_q, t_k, t_v = (
-        heads(project(t_normed), attn)
-        for project in (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
-    )
-    q, k = qk_norm_rope(q, k, attn.norm_q.weight, attn.norm_k.weight, cos, sin, eps=attn.norm_q.eps)
-    t_q, t_k = qk_norm_rope(
-        t_q, t_k, attn.norm_added_q.weight, attn.norm_added_k.weight, eps=attn.norm_added_q.eps
-    )
-    y = attention(
-        torch.cat((q, t_q), dim=1), torch.cat((k, t_k), dim=1), torch.cat((v, t_v), dim=1)
-    )
-    y, t_y = attn.to_out[0](y[:, : x.shape[1]]), attn.to_add_out(y[:, x.shape[1] :])
-
-    x, normed = gate_residual_ln_modulate(x, y, gate, ff_scale, ff_shift, eps=eps)
-    text, t_normed = gate_residual_ln_modulate(text, t_y, t_gate, t_ff_scale, t_ff_shift, eps=eps)
-    return gate_residual(x, block.ff(normed), ff_gate), gate_residual(
-        text, block.ff_context(t_normed), t_ff_gate
-    )
-
-
-def hunyuan_single_block(
-    block: nn.Module, x: Tensor, text: Tensor, temb: Tensor, tables: Tables
-) -> tuple[Tensor, Tensor]:
-    """HunyuanVideoSingleTransformerBlock.forward without a mask: video first, text last, one
-    sequence.
-    """
-    cos, sin = tables[0][:, 0::2], tables[1][:, 1::2]
-    shift, scale, gate = block.norm.linear(block.norm.silu(temb)).chunk(3, dim=1)
-    attn, joint = block.attn, torch.cat((x, text), dim=1)
-
-    normed = ln_modulate(joint, scale, shift, eps=block.norm.norm.eps)
-    q, k, v = (heads(project(normed), attn) for project in (attn.to_q, attn.to_k, attn.to_v))
-    q, k = qk_norm_rope(
-        q, k, attn.norm_q.weight, attn.norm_k.weight, cos, sin, eps=attn.norm_q.eps
-    )  # text is not turned
-    y = torch.cat((attention(q, k, v), block.act_mlp(block.proj_mlp(normed))), dim=2)
-    joint = gate_residual(joint, block.proj_out(y), gate)
-    return joint[:, : x.shape[1]], joint[:, x.shape[1] :]
-
-
-# -------- blocks, tables
 
 
 def wan(num_heads: int, channels: int, dtype: torch.dtype) -> Made:
@@ -180,12 +64,18 @@ def hunyuan_single(*size: Any) -> Made:
     return hunyuan(HunyuanVideoSingleTransformerBlock, *size)
 
 
-def diffusers_forward(
-    block: nn.Module, x: Tensor, text: Tensor, temb: Tensor, tables: Tables
-) -> Tensor | tuple[Tensor, Tensor]:
+def run(block: nn.Module, x: Tensor, text: Tensor, temb: Tensor, tables: Any) -> Any:
     if isinstance(block, WanTransformerBlock):
         return block(x, text, temb, tables)
     return block(x, text, temb, None, tables)
+
+
+def patched(block: nn.Module, tables: Tables) -> tuple[nn.Module, RotaryTables]:
+    """A patched copy of a block, and the tables as it takes them."""
+    block = copy.deepcopy(block)
+    patch(nn.ModuleList([block]))
+    cos, sin = (table.reshape(VIDEO, -1) for table in tables)
+    return block, RotaryTables(cos[:, 0::2], sin[:, 1::2])
 
 
 class Float64Throughout(TorchFunctionMode):
@@ -206,15 +96,14 @@ class Float64Throughout(TorchFunctionMode):
 
 
 def outputs_and_gradients(
-    forward: Callable[..., Any],
     block: nn.Module,
     inputs: dict[str, Tensor],
-    tables: Tables,
+    tables: Any,
     douts: list[Tensor],
 ) -> dict[str, Tensor]:
     """Everything that a block's forward and backward give, by name."""
     leaves = {name: value.detach().requires_grad_() for name, value in inputs.items()}
-    out = forward(block, *leaves.values(), tables)
+    out = run(block, *leaves.values(), tables)
     outs = [out] if isinstance(out, Tensor) else list(out)
     leaves |= dict(block.named_parameters())
     gradients = torch.autograd.grad(
@@ -227,12 +116,11 @@ def outputs_and_gradients(
 def one_draw(
     seed: int,
     make: Callable[..., Made],
-    swapped: Callable[..., Any],
     size: tuple[int, int],
     dtype: torch.dtype,
     device: str,
 ) -> list[dict[str, Tensor]]:
-    """A random block on random input: with our operations, as diffusers has it, and as diffusers
+    """A random block on random input: patched, as diffusers has it, and as diffusers
     has it in float64.
     """
     torch.manual_seed(seed)
@@ -256,13 +144,13 @@ def one_draw(
     block.to(device).eval()
     tables = (tables[0].to(device), tables[1].to(device))
 
-    actual = outputs_and_gradients(swapped, block, inputs, tables, douts)
-    eager = outputs_and_gradients(diffusers_forward, block, inputs, tables, douts)
+    ours, our_tables = patched(block, tables)
+    actual = outputs_and_gradients(ours, inputs, our_tables, douts)
+    eager = outputs_and_gradients(block, inputs, tables, douts)
     doubled = {name: value.double() for name, value in inputs.items()}
     with Float64Throughout():
-        exact = outputs_and_gradients(
-            diffusers_forward, copy.deepcopy(block).double(), doubled, tables, douts
-        )
+        exact_block = copy.deepcopy(block).double()
+        exact = outputs_and_gradients(exact_block, doubled, tables, douts)
     return [actual, eager, exact]
 
 
@@ -285,37 +173,28 @@ def assert_as_exact(name: str, actual: Tensor, eager: Tensor, exact: Tensor) -> 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("size", [(4, 24), (3, 10)], ids=["4 heads of 24", "3 heads of 10"])
-@pytest.mark.parametrize(
-    ("make", "swapped"),
-    [(wan, wan_block), (hunyuan_dual, hunyuan_dual_block), (hunyuan_single, hunyuan_single_block)],
-)
-def test_swapped_into_a_block(
+@pytest.mark.parametrize("make", [wan, hunyuan_dual, hunyuan_single])
+def test_a_patched_block_is_as_exact_as_diffusers(
     make: Callable[..., Made],
-    swapped: Callable[..., Any],
     size: tuple[int, int],
     dtype: torch.dtype,
     triton_or_reference: str,
     device: str,
 ) -> None:
-    draws = [one_draw(seed, make, swapped, size, dtype, device) for seed in range(DRAWS)]
+    draws = [one_draw(seed, make, size, dtype, device) for seed in range(DRAWS)]
     for name in draws[0][2]:
         assert_as_exact(
             name, *(torch.stack([draw[kind][name] for draw in draws]) for kind in range(3))
         )
 
 
-@pytest.mark.parametrize(
-    ("make", "swapped"),
-    [(wan, wan_block), (hunyuan_dual, hunyuan_dual_block), (hunyuan_single, hunyuan_single_block)],
-)
-def test_the_same_function_in_float64(
-    make: Callable[..., Made], swapped: Callable[..., Any], device: str
-) -> None:
+@pytest.mark.parametrize("make", [wan, hunyuan_dual, hunyuan_single])
+def test_the_same_function_in_float64(make: Callable[..., Made], device: str) -> None:
     """Not one rounding apart: what the blocks compute is what the operations' specification
     computes.
     """
     with Float64Throughout():
-        actual, eager, _ = one_draw(0, make, swapped, (3, 10), torch.float64, device)
+        actual, eager, _ = one_draw(0, make, (3, 10), torch.float64, device)
     assert all(value.dtype == torch.float64 for value in actual.values())
     for name, value in actual.items():
         torch.testing.assert_close(
