@@ -279,7 +279,7 @@ def candidates(
     communication, offloading last.
     """
     base = ParallelConfig(compile=config.parallel.compile)
-    alone, full = (dataclasses.replace(base, shard=shard) for shard in ("none", "full"))
+    copies, full = (dataclasses.replace(base, shard=shard) for shard in ("none", "full"))
     nodes = max(1, world_size // gpus_per_node)
     replicas = dict.fromkeys((config.parallel.replicas, nodes, 1))
     spread = [
@@ -288,7 +288,7 @@ def candidates(
         for r in replicas
         if world_size % r == 0
     ]
-    layouts = [*spread, alone] if world_size > 1 else [alone]
+    layouts = [*spread, copies] if world_size > 1 else [copies]
     return [
         dataclasses.replace(cfg, activations=activations)
         for group in (layouts, [dataclasses.replace(full, cpu_offload=True)])

@@ -151,7 +151,7 @@ def load_text_pipeline(
 def load_tokenizer(folder: Path) -> Any:
     """Load a tokenizer as its tokenizer.json describes it, if it has one.
 
-    transformers 5 builds some classes anew, from the vocabulary alone. LlamaTokenizerFast,
+    transformers 5 builds some classes anew, from only the vocabulary. LlamaTokenizerFast,
     HunyuanVideo's, then takes bytes for SentencePiece's pieces and loses every space
     (https://github.com/huggingface/transformers/issues/45488). T5TokenizerFast, Wan's, loses the
     bytes of characters that the vocabulary lacks.

@@ -50,7 +50,7 @@ SHARD_SECONDS = 60.0
 """A shard is also written after this time or a twentieth of all time spent, whichever is longer:
 what a kill may cost.
 """
-_FORMAT = 2  # part of the folder's name: shards of the format before are left alone
+_FORMAT = 2  # part of the folder's name, so that shards of the earlier format are not read
 _WHOLE_FILE = 1 << 25  # bytes up to which `fingerprint` reads all of a file
 
 
