@@ -20,7 +20,7 @@ from fastgrpo.rewards.vlm.judge import StageJudge
 from fastgrpo.rewards.vlm.served import ServerEngine
 from fastgrpo.training.config_file import parse_config
 
-RECIPES = Path(__file__).resolve().parents[2] / "fastgrpo" / "recipes"
+RECIPES = Path(__file__).resolve().parents[1] / "fastgrpo" / "recipes"
 JUDGE = [
     "--reward",
     "fastgrpo.shapes.judge.ShapesJudge",
