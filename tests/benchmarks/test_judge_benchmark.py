@@ -31,11 +31,11 @@ def test_no_number_where_a_token_is_wrong(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A shared prefix whose positions are off by one step of time gives other answers."""
-    from fastgrpo.rewards.vlm import shared_prefix
+    from fastgrpo.rewards.vlm import qwen_prefix
 
-    right = shared_prefix.prefix_positions
+    right = qwen_prefix.prefix_positions
     monkeypatch.setattr(
-        shared_prefix,
+        qwen_prefix,
         "prefix_positions",
         lambda before, grid, step, after: right(before, grid, step + 9, after),
     )

@@ -14,7 +14,6 @@ import torch
 from fastgrpo_kernels import dispatch, gate_residual, gate_residual_ln_modulate, ln_modulate
 from fastgrpo_kernels.norm import layout as layouts
 from fastgrpo_kernels.norm import reference
-from fastgrpo_kernels.triton_reduce import column_sum
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -155,30 +154,26 @@ def same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
         assert torch.equal(value, other[name]), name
 
 
-# -------- values
-
-
 LAYOUTS = ("wan", "wan tokens", "hunyuan", "affine", "mixed")
 CASES = [
-    (FP32, FP32, FP32, "wan", 48),
-    (BF16, BF16, FP32, "wan", 100),
-    (BF16, FP32, FP32, "wan tokens", 48),
-    (FP32, BF16, FP32, "mixed", 100),
-    (BF16, BF16, BF16, "hunyuan", 48),
-    (FP16, FP16, FP16, "hunyuan", 100),
-    (BF16, BF16, FP32, "affine", 48),
+    ((FP32, FP32, FP32), "wan", 48),
+    ((BF16, BF16, FP32), "wan", 100),
+    ((BF16, FP32, FP32), "wan tokens", 48),
+    ((FP32, BF16, FP32), "mixed", 100),
+    ((BF16, BF16, BF16), "hunyuan", 48),
+    ((FP16, FP16, FP16), "hunyuan", 100),
+    ((BF16, BF16, FP32), "affine", 48),
 ]
-EVERY = itertools.product((FP32, BF16, FP16), (FP32, BF16), (FP32, BF16), LAYOUTS, (48, 100))
+DTYPES = itertools.product((FP32, BF16, FP16), (FP32, BF16), (FP32, BF16))
+EVERY = itertools.product(DTYPES, LAYOUTS, (48, 100))
 
 
 @pytest.mark.parametrize(
-    ("x_dtype", "y_dtype", "dtype", "layout", "C"),
+    ("dtypes", "layout", "C"),
     [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in EVERY)],
 )
 def test_forward_and_gradients_against_float64(
-    x_dtype: torch.dtype,
-    y_dtype: torch.dtype,
-    dtype: torch.dtype,
+    dtypes: Any,
     layout: str,
     C: int,
     op: Op,
@@ -186,8 +181,8 @@ def test_forward_and_gradients_against_float64(
     device: str,
     as_exact_as_eager: AsExactAsEager,
 ) -> None:
-    given = tensors(layout, (2, 5, C), device, (x_dtype, y_dtype, dtype))
-    assert_as_exact(op, given, as_exact_as_eager)
+    """dtypes: of x, of y, and of the modulation."""
+    assert_as_exact(op, tensors(layout, (2, 5, C), device, dtypes), as_exact_as_eager)
 
 
 @pytest.mark.parametrize("max_parts", [1, 2])
@@ -209,21 +204,12 @@ def test_rows_far_from_zero(
     """The variance is taken from differences: mean(x^2) - mean^2 would lose it here."""
     given = tensors("wan", (1, 3, 320), device, (FP32, FP32, FP32))
     given["x"] += 4096
-    op, exact = OPS["ln_modulate"], results(eager, OPS["ln_modulate"], given, FP64)
+    op = OPS["ln_modulate"]
+    exact = results(eager, op, given, FP64)
     stated = results(eager, op, given)["modulated"]
     as_exact_as_eager(
         "out", results(op.function, op, given)["modulated"], stated, exact["modulated"]
     )
-
-
-def test_affine_layer_norm_of_wan(
-    triton_or_reference: str, device: str, as_exact_as_eager: AsExactAsEager
-) -> None:
-    x = randn(2, 5, 96, seed=11, dtype=BF16, device=device)
-    weight, bias = (randn(96, seed=seed, dtype=FP32, device=device) for seed in (12, 13))
-    stated = F.layer_norm(x.float(), (96,), weight, bias, 1e-6).type_as(x)
-    exact = F.layer_norm(x.double(), (96,), weight.double(), bias.double(), 1e-6)
-    as_exact_as_eager("out", ln_modulate(x, weight - 1, bias), stated, exact)
 
 
 @pytest.mark.parametrize("used", ["residual", "modulated"])
@@ -266,7 +252,7 @@ def test_any_shape_dtype_and_stride(
     data: st.DataObject, triton_or_reference: str, device: str
 ) -> None:
     op = data.draw(st.sampled_from(list(OPS.values())))
-    B, L, C = (data.draw(st.integers(0, high)) for high in (2, 6, 0))
+    B, L = data.draw(st.integers(0, 2)), data.draw(st.integers(0, 6))
     C = data.draw(st.sampled_from([8, 16, 33, 64]))
     step, offset = data.draw(st.integers(1, 2)), data.draw(st.integers(0, 3))
     shapes = st.sampled_from([(C,), (B, C), (1, 1, C), (B, 1, C), (1, L, C), (B, L, C)])
@@ -306,9 +292,6 @@ def test_any_shape_dtype_and_stride(
         )
 
 
-# -------- bits
-
-
 @pytest.mark.parametrize("C", [100, 320, pytest.param(1536, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "dtypes", [(FP32, FP32, FP32), (BF16, BF16, FP32), (FP32, BF16, BF16), (FP16, FP32, FP16)]
@@ -330,21 +313,11 @@ def test_layouts_have_the_same_bits(op: Op, triton_or_reference: str, device: st
     """Slices, transposes, misaligned and expanded arguments give what their contiguous copies give,
     gradients too.
     """
-    wide = randn(2, 6, 128, seed=8, dtype=BF16, device=device)
+    w = randn(2, 6, 128, seed=8, dtype=BF16, device=device)
     rows = randn(2, 4, 65, seed=9, dtype=FP32, device=device)
     views = {
-        "x": (
-            wide[:, 1:5, :64],
-            wide[:, :4, 3:67],
-            wide[:, :4, ::2],
-            wide[:1, :4, :64].expand(2, -1, -1),
-        ),
-        "y": (
-            wide[:, 2:, 64:],
-            wide[:, 1:5, 1:65],
-            wide[:, 1:2, :64].expand(-1, 4, -1),
-            wide[:, :4, 1::2],
-        ),
+        "x": (w[:, 1:5, :64], w[:, :4, 3:67], w[:, :4, ::2], w[:1, :4, :64].expand(2, -1, -1)),
+        "y": (w[:, 2:, 64:], w[:, 1:5, 1:65], w[:, 1:2, :64].expand(-1, 4, -1), w[:, :4, 1::2]),
         "gate": (rows[:, 0, 1:], rows[:, :, 1:], rows[:1, :1, :64], rows[0, 0, :1].expand(64)),
         "scale": (rows[:, :, 1:], rows[:1, :1, :64], rows[:, 0, 1:], rows[:, :1, 1:]),
         "shift": (
@@ -393,9 +366,6 @@ def test_only_the_gradients_that_are_needed(
     for names in ([name] for name in op.arguments):
         same_bits(results(op.function, op, given, wanted=names), everything)
     same_bits(results(op.function, op, given, wanted=op.arguments[::2]), everything)
-    outputs = op.function(**{name: given[name] for name in op.arguments})
-    outputs = [outputs] if isinstance(outputs, Tensor) else outputs
-    assert not any(out.requires_grad for out in outputs)
 
 
 def test_without_a_gate_x_and_y_get_gradients_of_their_own(
@@ -438,9 +408,6 @@ def test_sums_of_autograd_round_once(device: str) -> None:
     exact = (F.layer_norm(x.double(), (48,), eps=1e-6) * weight.double()).sum((0, 1))
     # Not an ulp: half a bf16 ulp is 0.002 at 1.
     torch.testing.assert_close(dscale, exact.bfloat16(), rtol=0, atol=2e-5)
-
-
-# -------- launches
 
 
 @pytest.mark.parametrize("layout", ["wan", "wan tokens", "hunyuan"])
@@ -529,17 +496,3 @@ def test_bad_arguments(
     }
     with pytest.raises(ValueError, match=message):
         op.function(**arguments)
-
-
-@pytest.mark.parametrize(
-    ("B", "N", "C"), [(2, 1, 48), (1, 64, 33), (2, 130, 70), (2, 0, 16), (0, 5, 16)]
-)
-def test_column_sum(B: int, N: int, C: int, device: str) -> None:
-    pytest.importorskip("triton")
-    partials = randn(B, N, C, seed=39, dtype=FP32, device=device)
-    total = column_sum(partials)
-    torch.testing.assert_close(total.double(), partials.double().sum(1), rtol=1e-5, atol=1e-5)
-    assert torch.equal(total, column_sum(partials))
-    assert column_sum(partials, BF16).dtype == BF16
-    for b in range(B):
-        assert torch.equal(column_sum(partials[b : b + 1].contiguous()), total[b : b + 1])

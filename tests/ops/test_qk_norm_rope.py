@@ -37,15 +37,8 @@ needs_triton = pytest.mark.skipif(
 )
 
 
-# -------- inputs and statements
-
-
 def inputs(
-    batch: int,
-    q_length: int,
-    k_length: int,
-    heads: int,
-    channels: int,
+    size: tuple[int, int, int, int, int],
     across: bool,
     turned: int | None,
     dtype: torch.dtype,
@@ -55,7 +48,10 @@ def inputs(
 ) -> dict[str, Any]:
     """Leaves q, k, q_weight, k_weight; tables cos, sin [turned, channels / 2], or None; gradients
     dq_out, dk_out.
+
+    size: batch, lengths of q and k, heads, channels of a head.
     """
+    batch, q_length, k_length, heads, channels = size
     draw = torch.Generator().manual_seed(seed)
     width = heads * channels if across else channels
 
@@ -101,76 +97,63 @@ def run(
     ]
 
 
-def ours(
-    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor | None, sin: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    return qk_norm_rope(q, k, q_weight, k_weight, cos, sin, eps=EPS)
+def ours(*arguments: Any) -> tuple[Tensor, Tensor]:
+    return qk_norm_rope(*arguments, eps=EPS)
 
 
-def textbook(
-    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor | None, sin: Tensor | None
-) -> tuple[Tensor, Tensor]:
+One = Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
+
+
+def of_both(one: One) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The op, from what it does to q or to k."""
+    return lambda q, k, q_weight, k_weight, cos, sin: (
+        one(q, q_weight, cos, sin),
+        one(k, k_weight, cos, sin),
+    )
+
+
+@of_both
+def textbook(x: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
     """In float64: x over the root of its mean square, then pairs of channels as complex numbers,
     turned by cos + i sin.
     """
-
-    def one(x: Tensor, weight: Tensor) -> Tensor:
-        rows = x.reshape(*x.shape[:2], x.shape[2] * x.shape[3] // len(weight), len(weight))
-        y = (rows / (rows.square().mean(-1, keepdim=True) + EPS).sqrt() * weight).reshape(x.shape)
-        if cos is None or sin is None:
-            return y
-        z = torch.view_as_complex(y.reshape(*y.shape[:3], y.shape[3] // 2, 2))
-        z = torch.cat(
-            (z[:, : len(cos)] * torch.complex(cos, sin)[:, None], z[:, len(cos) :]), dim=1
-        )
-        return torch.view_as_real(z).flatten(-2)
-
-    return one(q, q_weight), one(k, k_weight)
+    rows = x.reshape(*x.shape[:2], x.shape[2] * x.shape[3] // len(weight), len(weight))
+    y = (rows / (rows.square().mean(-1, keepdim=True) + EPS).sqrt() * weight).reshape(x.shape)
+    if cos is None or sin is None:
+        return y
+    z = torch.view_as_complex(y.reshape(*y.shape[:3], y.shape[3] // 2, 2))
+    turned = z[:, : len(cos)] * torch.complex(cos, sin)[:, None]
+    return torch.view_as_real(torch.cat((turned, z[:, len(cos) :]), dim=1)).flatten(-2)
 
 
-def wan(
-    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor | None, sin: Tensor | None
-) -> tuple[Tensor, Tensor]:
+@of_both
+def wan(x: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
     """The lines of WanAttnProcessor.__call__, whose apply_rotary_emb is nested and cannot be
     imported; norm_q is torch.nn.RMSNorm.
     """
-
-    def rotate(hidden_states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        x1, x2 = hidden_states.unflatten(-1, (-1, 2)).unbind(-1)
-        out = torch.empty_like(hidden_states)
-        out[..., 0::2] = x1 * cos[None, :, None] - x2 * sin[None, :, None]
-        out[..., 1::2] = x1 * sin[None, :, None] + x2 * cos[None, :, None]
-        return out.type_as(hidden_states)
-
-    def one(x: Tensor, weight: Tensor) -> Tensor:
-        y = F.rms_norm(x.flatten(2), weight.shape, weight, EPS).unflatten(2, x.shape[2:])
-        return (
-            y
-            if cos is None or sin is None
-            else torch.cat((rotate(y[:, : len(cos)], cos, sin), y[:, len(cos) :]), dim=1)
-        )
-
-    return one(q, q_weight), one(k, k_weight)
+    y = F.rms_norm(x.flatten(2), weight.shape, weight, EPS).unflatten(2, x.shape[2:])
+    if cos is None or sin is None:
+        return y
+    turned = y[:, : len(cos)]
+    x1, x2 = turned.unflatten(-1, (-1, 2)).unbind(-1)
+    out = torch.empty_like(turned)
+    out[..., 0::2] = x1 * cos[None, :, None] - x2 * sin[None, :, None]
+    out[..., 1::2] = x1 * sin[None, :, None] + x2 * cos[None, :, None]
+    return torch.cat((out.type_as(turned), y[:, len(cos) :]), dim=1)
 
 
-def hunyuan(
-    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor | None, sin: Tensor | None
-) -> tuple[Tensor, Tensor]:
+@of_both
+def hunyuan(x: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
     """HunyuanVideoAttnProcessor2_0.__call__ by diffusers' RMSNorm and apply_rotary_emb, whose
     tables hold each angle twice.
     """
-
-    def one(x: Tensor, weight: Tensor) -> Tensor:
-        norm = RMSNorm(len(weight), EPS).to(x.device)
-        y = torch.func.functional_call(norm, {"weight": weight}, x)
-        if cos is None or sin is None or not len(cos):
-            return y
-        tables = cos.repeat_interleave(2, dim=1), sin.repeat_interleave(2, dim=1)
-        return torch.cat(
-            (apply_rotary_emb(y[:, : len(cos)], tables, sequence_dim=1), y[:, len(cos) :]), dim=1
-        )
-
-    return one(q, q_weight), one(k, k_weight)
+    norm = RMSNorm(len(weight), EPS).to(x.device)
+    y = torch.func.functional_call(norm, {"weight": weight}, x)
+    if cos is None or sin is None or not len(cos):
+        return y
+    tables = cos.repeat_interleave(2, dim=1), sin.repeat_interleave(2, dim=1)
+    turned = apply_rotary_emb(y[:, : len(cos)], tables, sequence_dim=1)
+    return torch.cat((turned, y[:, len(cos) :]), dim=1)
 
 
 def assert_same_bits(
@@ -182,23 +165,12 @@ def assert_same_bits(
         )
 
 
-# -------- values
-
-
 @pytest.mark.parametrize(
     "dtype", [torch.bfloat16, *(pytest.param(d, marks=pytest.mark.slow) for d in (FP32, FP16))]
 )
 @pytest.mark.parametrize(
     ("q_length", "k_length", "turned"),
     [(5, 5, 5), (6, 6, 4), (5, 3, None), (2, 4, None), (3, 6, 2), (2, 2, 0)],
-    ids=[
-        "all turned",
-        "text last",
-        "cross-attention",
-        "longer k",
-        "longer k, turned",
-        "none turned",
-    ],
 )
 @pytest.mark.parametrize("across", [True, False], ids=["across heads", "per head"])
 def test_as_exact_as_diffusers(
@@ -211,7 +183,7 @@ def test_as_exact_as_diffusers(
     device: str,
     as_exact_as_eager: Check,
 ) -> None:
-    x = inputs(2, q_length, k_length, 3, 24, across, turned, dtype, device)
+    x = inputs((2, q_length, k_length, 3, 24), across, turned, dtype, device)
     results = run(ours, x), run(wan if across else hunyuan, x), run(textbook, x, torch.float64)
     for name, *values in zip(NAMES, *results, strict=True):
         as_exact_as_eager(name, *values)
@@ -220,7 +192,6 @@ def test_as_exact_as_diffusers(
 @pytest.mark.parametrize(
     ("heads", "across"),
     [(12, True), (40, True), (24, False)],
-    ids=["Wan-1.3B", "Wan-14B", "HunyuanVideo"],
 )
 @pytest.mark.parametrize("dtype", [FP32, torch.bfloat16])
 def test_true_widths(
@@ -231,7 +202,7 @@ def test_true_widths(
     device: str,
     as_exact_as_eager: Check,
 ) -> None:
-    x = inputs(1, 3, 3, heads, 128, across, 2, dtype, device)
+    x = inputs((1, 3, 3, heads, 128), across, 2, dtype, device)
     results = run(ours, x), run(wan if across else hunyuan, x), run(textbook, x, torch.float64)
     for name, *values in zip(NAMES, *results, strict=True):
         as_exact_as_eager(name, *values)
@@ -244,7 +215,7 @@ def test_weights_of_another_dtype(
     """bf16 q and k with the fp32 master weights: the result keeps q's dtype, the gradients the
     weights'.
     """
-    x = inputs(2, 5, 5, 2, 8, True, 4, torch.bfloat16, device, weight_dtype)
+    x = inputs((2, 5, 5, 2, 8), True, 4, torch.bfloat16, device, weight_dtype)
     actual, exact = run(ours, x), run(textbook, x, torch.float64)
     assert [value.dtype for value in actual] == 4 * [torch.bfloat16] + 2 * [weight_dtype]
     for name, a, e, d in zip(NAMES, actual, run(wan, x, torch.float32), exact, strict=True):
@@ -263,7 +234,7 @@ def test_parts_of_the_sequence_add_up(
     second one begins.
     """
     monkeypatch.setattr(MODULE, "MAX_PARTS", 2)
-    x = inputs(2, length, 3, 2, 6, True, 2, torch.float32, device)
+    x = inputs((2, length, 3, 2, 6), True, 2, torch.float32, device)
     for name, *values in zip(
         NAMES, run(ours, x), run(wan, x), run(textbook, x, torch.float64), strict=True
     ):
@@ -274,7 +245,7 @@ def test_rows_of_zeros_and_of_large_values(
     triton_or_reference: str, device: str, as_exact_as_eager: Check
 ) -> None:
     """eps alone under the root; squares beyond fp16."""
-    x = inputs(1, 4, 4, 2, 8, False, 4, torch.float16, device)
+    x = inputs((1, 4, 4, 2, 8), False, 4, torch.float16, device)
     x["q"] = (
         x["q"].detach() * torch.tensor([0.0, 1.0, 1000.0, 5000.0], device=device)[:, None, None]
     ).half()
@@ -286,12 +257,9 @@ def test_rows_of_zeros_and_of_large_values(
 
 
 def test_gradcheck(device: str) -> None:
-    x = inputs(2, 3, 2, 2, 4, False, 2, torch.float64, device)
+    x = inputs((2, 3, 2, 2, 4), False, 2, torch.float64, device)
     arguments = tuple(x[name] for name in ("q", "k", "q_weight", "k_weight", "cos", "sin"))
     assert torch.autograd.gradcheck(ours, tuple(a.double() for a in arguments))
-
-
-# -------- strides and gradients
 
 
 def fused(x: Tensor) -> Tensor:
@@ -314,7 +282,7 @@ def unaligned(x: Tensor) -> Tensor:
 def test_other_strides_give_the_same_bits(
     channels: int, lay: Callable[[Tensor], Tensor], triton_or_reference: str, device: str
 ) -> None:
-    x = inputs(2, 4, 4, 3, channels, True, 3, torch.float32, device)
+    x = inputs((2, 4, 4, 3, channels), True, 3, torch.float32, device)
     wanted = run(ours, x)
     laid = {
         name: lay(x[name].detach()) if name in ("q", "k", "dq_out", "dk_out") else x[name]
@@ -331,7 +299,7 @@ def test_the_tables_of_diffusers_as_they_lie(
     """Every second column of tables that hold each value twice: stride 2, and sin one element after
     its table's start.
     """
-    x = inputs(2, 5, 5, 2, 8, True, 5, dtype, device)
+    x = inputs((2, 5, 5, 2, 8), True, 5, dtype, device)
     twice = {name: x[name].repeat_interleave(2, dim=1) for name in ("cos", "sin")}
     strided = x | {"cos": twice["cos"][:, 0::2], "sin": twice["sin"][:, 1::2]}
     unlike = x | {"cos": x["cos"].t().contiguous().t()}  # other strides than sin's
@@ -342,7 +310,7 @@ def test_the_tables_of_diffusers_as_they_lie(
 
 
 def test_gradients_that_are_expanded_or_missing(triton_or_reference: str, device: str) -> None:
-    x = inputs(2, 4, 4, 2, 8, True, 4, torch.float32, device)
+    x = inputs((2, 4, 4, 2, 8), True, 4, torch.float32, device)
     x["dq_out"], x["dk_out"] = torch.ones_like(x["q"]), torch.zeros_like(x["k"])
     wanted = run(ours, x)[2:]
     leaves = [x[name] for name in ("q", "k", "q_weight", "k_weight")]
@@ -359,7 +327,7 @@ def test_gradients_that_are_expanded_or_missing(triton_or_reference: str, device
 
 
 def test_no_gradient_to_the_tables(triton_or_reference: str, device: str) -> None:
-    x = inputs(1, 3, 3, 2, 4, True, 3, torch.float32, device)
+    x = inputs((1, 3, 3, 2, 4), True, 3, torch.float32, device)
     cos, sin = x["cos"].requires_grad_(), x["sin"].requires_grad_()
     frozen = [x[name].detach() for name in ("q", "k", "q_weight", "k_weight")]
     assert not any(out.requires_grad for out in ours(*frozen, cos, sin))
@@ -374,7 +342,7 @@ def test_frozen_weights(
     across: bool, trained: tuple[str, ...], triton_or_reference: str, device: str
 ) -> None:
     """Under LoRA the norms' weights want no gradient: none is made, the others are as before."""
-    x = inputs(2, 5, 5, 2, 8, across, 5, torch.float32, device)
+    x = inputs((2, 5, 5, 2, 8), across, 5, torch.float32, device)
     wanted = dict(zip(("q", "k", "q_weight", "k_weight"), run(ours, x)[2:], strict=True))
     arguments = {
         name: x[name] if name in ("q", "k", *trained) else x[name].detach() for name in wanted
@@ -388,15 +356,12 @@ def test_frozen_weights(
         torch.testing.assert_close(gradient, wanted[name], rtol=1e-6, atol=1e-6)
 
 
-# -------- bits
-
-
 @pytest.mark.parametrize("across", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_determinism_and_no_grad(
     dtype: torch.dtype, across: bool, triton_or_reference: str, device: str
 ) -> None:
-    x = inputs(2, 7, 5, 3, 10, across, 4, dtype, device)
+    x = inputs((2, 7, 5, 3, 10), across, 4, dtype, device)
     wanted = run(ours, x)
     assert_same_bits(run(ours, x), wanted)
     with torch.no_grad():  # a rollout's forward is the training forward
@@ -409,7 +374,7 @@ def test_determinism_and_no_grad(
 def test_batch_independence(
     heads: int, channels: int, across: bool, triton_or_reference: str, device: str
 ) -> None:
-    x = inputs(3, 5, 7, heads, channels, across, 4, torch.float32, device)
+    x = inputs((3, 5, 7, heads, channels), across, 4, torch.float32, device)
     together = run(ours, x)
     for i in range(3):
         sample = x | {name: x[name].detach()[i : i + 1] for name in ("q", "k", "dq_out", "dk_out")}
@@ -424,7 +389,7 @@ def test_batch_independence(
 def test_empty(
     batch: int, q_length: int, k_length: int, triton_or_reference: str, device: str
 ) -> None:
-    x = inputs(batch, q_length, k_length, 2, 4, True, None, torch.float32, device)
+    x = inputs((batch, q_length, k_length, 2, 4), True, None, torch.float32, device)
     q_out, k_out, dq, dk, dq_weight, dk_weight = run(ours, x)
     assert q_out.shape == dq.shape == x["q"].shape
     assert k_out.shape == dk.shape == x["k"].shape
@@ -432,13 +397,10 @@ def test_empty(
     assert dk_weight.any() == bool(batch * k_length)
 
 
-# -------- torch's own checks, compile
-
-
 @needs_triton
 @pytest.mark.parametrize(("across", "turned"), [(True, 3), (False, None)])
 def test_opcheck(across: bool, turned: int | None, device: str) -> None:
-    x = inputs(2, 4, 3, 2, 6, across, turned, torch.float32, device)
+    x = inputs((2, 4, 3, 2, 6), across, turned, torch.float32, device)
     forward = tuple(x[name] for name in ("q", "k", "q_weight", "k_weight", "cos", "sin"))
     torch.library.opcheck(torch.ops.fastgrpo_kernels.qk_norm_rope.default, (*forward, EPS))
     rstd = [value.detach() for value in torch.ops.fastgrpo_kernels.qk_norm_rope(*forward, EPS)[2:]]
@@ -452,16 +414,13 @@ def test_opcheck(across: bool, turned: int | None, device: str) -> None:
 def test_compile_without_graph_breaks(
     across: bool, turned: int | None, triton_or_reference: str, device: str
 ) -> None:
-    x = inputs(2, 4, 3, 2, 6, across, turned, torch.float32, device)
+    x = inputs((2, 4, 3, 2, 6), across, turned, torch.float32, device)
     torch.compiler.reset()
     compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
     for name, a, w in zip(NAMES, run(compiled, x), run(ours, x), strict=True):
         torch.testing.assert_close(
             a, w, rtol=1e-6, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
         )
-
-
-# -------- hypothesis
 
 
 @settings(
@@ -472,11 +431,7 @@ def test_any_shape(
     data: st.DataObject, triton_or_reference: str, device: str, as_exact_as_eager: Check
 ) -> None:
     draw = data.draw
-    batch, q_length, k_length = (
-        draw(st.integers(1, 2)),
-        draw(st.integers(1, 6)),
-        draw(st.integers(1, 6)),
-    )
+    batch, q_length, k_length = (draw(st.integers(1, high)) for high in (2, 6, 6))
     heads, channels = draw(st.integers(1, 5)), 2 * draw(st.integers(1, 9))
     turned = draw(st.none() | st.integers(0, min(q_length, k_length)))
     dtype, across = (
@@ -484,11 +439,7 @@ def test_any_shape(
         draw(st.booleans()),
     )
     x = inputs(
-        batch,
-        q_length,
-        k_length,
-        heads,
-        channels,
+        (batch, q_length, k_length, heads, channels),
         across,
         turned,
         dtype,
@@ -507,9 +458,6 @@ def test_any_shape(
     ):
         slack = 4 * torch.finfo(torch.float32).eps * d.abs().max()
         as_exact_as_eager(name, a, (e + slack).to(dtype), d)
-
-
-# -------- words
 
 
 def swap(name: str, change: Callable[[Tensor], Any]) -> Callable[[dict[str, Any]], dict[str, Any]]:
@@ -538,7 +486,7 @@ BAD = {
 
 @pytest.mark.parametrize("message", BAD)
 def test_bad_input_is_named(message: str, triton_or_reference: str, device: str) -> None:
-    x = BAD[message](inputs(2, 3, 3, 2, 4, True, 3, torch.float32, device))
+    x = BAD[message](inputs((2, 3, 3, 2, 4), True, 3, torch.float32, device))
     with pytest.raises(ValueError, match=r"expected|even D") as error:
         ours(*(x[name] for name in ("q", "k", "q_weight", "k_weight", "cos", "sin")))
     assert message in str(error.value)
@@ -546,7 +494,7 @@ def test_bad_input_is_named(message: str, triton_or_reference: str, device: str)
 
 
 def test_backends(device: str) -> None:
-    x = inputs(1, 2, 2, 2, 4, True, None, torch.float64, device)
+    x = inputs((1, 2, 2, 2, 4), True, None, torch.float64, device)
     arguments = [x[name] for name in ("q", "k", "q_weight", "k_weight")]
     assert qk_norm_rope(*arguments)[0].dtype == torch.float64  # by default, the reference
     with pytest.raises(ValueError, match=r"'triton' cannot serve this call: .*float64"):
