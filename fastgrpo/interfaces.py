@@ -65,17 +65,17 @@ class Policy(ABC):
         """One branch's velocity, differentiable in the transformer's parameters.
 
         Args:
-            latents: [B, *latent_shape] fp32.
+            latents: ``[B, *latent_shape]`` fp32.
             timesteps: [B] fp32, 1000 sigma.
             conditioning: Of B prompts, as `encode` makes it.
 
         Returns:
-            [B, *latent_shape].
+            ``[B, *latent_shape]``.
         """
 
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
-        """Frames [B, T, 3, H, W], float in [0, 1], of clean latents [B, *latent_shape].
+        """Frames [B, T, 3, H, W], float in [0, 1], of clean latents ``[B, *latent_shape]``.
 
         A video's bits must not depend on the other videos.
         """

@@ -70,19 +70,19 @@ def timesteps(sigmas: Tensor, rounding: str = "trunc") -> Tensor:
 def sde_coefficients(sigmas: Tensor, kind: str = "dance", eta: float = 0.5) -> SDECoefficients:
     """The coefficients of one sampler over a schedule.
 
-    | kind     | sampler                                                                        |
-    |----------|--------------------------------------------------------------------------------|
-    | `dance`  | Eq. 2 (DanceGRPO) with noise level sigma_t = eta                               |
-    | `flow`   | Flow-GRPO: sigma_t = eta sqrt(sigma / (1 - sigma)); at sigma = 1 the           |
-    |          | denominator uses the schedule's second entry                                   |
-    | `linear` | Flow-GRPO's Wan script, Flash-GRPO: sigma_t falls linearly in sigma from the   |
-    |          | second entry to the last                                                       |
-    | `cps`    | coefficient-preserving sampling: noise is taken out of the step, not added     |
-    | `ode`    | Eq. 1, deterministic                                                           |
+    Samplers (docs/method.md, section 1):
+
+    - ``dance``: Eq. 2 (DanceGRPO) with noise level sigma_t = eta.
+    - ``flow``: Flow-GRPO, sigma_t = eta sqrt(sigma / (1 - sigma)); at sigma = 1 the denominator
+      uses the schedule's second entry.
+    - ``linear``: Flow-GRPO's Wan script and Flash-GRPO; sigma_t falls linearly in sigma from the
+      second entry to the last.
+    - ``cps``: coefficient-preserving sampling; noise is taken out of the step, not added.
+    - ``ode``: Eq. 1, deterministic.
 
     Args:
         sigmas: [N + 1], strictly falling inside [0, 1].
-        kind: From the table.
+        kind: One of the samplers above.
         eta: Noise level >= 0, at most 1 for `cps`; `linear` and `ode` do not use it.
     """
     sigmas = sigmas.detach().to("cpu", torch.float64)

@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 def hoyer(scores: Sequence[float]) -> float:
     """Hoyer sparsity (Eq. 8): 0 if all scores are equal, 1 if only one differs from zero.
 
-    (sqrt(G) - |r|_1 / |r|_2) / (sqrt(G) - 1), computed as
-    sqrt(G) / (sqrt(G) - 1) (1 - 1 / sqrt(1 + CV^2)), where CV is the population coefficient of
-    variation of |r|. Both are the same number, but the second form does not cancel for nearly
+    ``(sqrt(G) - norm1 / norm2) / (sqrt(G) - 1)``, computed as
+    ``sqrt(G) / (sqrt(G) - 1) (1 - 1 / sqrt(1 + CV^2))``, where CV is the population coefficient of
+    variation of the scores' absolute values. Both are the same number, but the second form does not cancel for nearly
     equal scores and is exactly 0.0 for equal ones.
 
     Args:
