@@ -84,7 +84,7 @@ def vbench_parser() -> jsonargparse.ArgumentParser:
         nargs="+",
         type=Path,
         metavar="RESULTS",
-        help=f"for each run its *{SUFFIX}, a folder of them, or plain JSON",
+        help=f"for each run its *{SUFFIX}, or a folder of them",
     )
     parser.add_argument(
         "--json",

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastgrpo.errors import UserError
-from fastgrpo.files import find_file
+from fastgrpo.errors import require
+from fastgrpo.evaluation.json_rows import read_json
 from fastgrpo.training.prompts import read_prompts
 
 SAMPLES, FLICKERING_SAMPLES = 5, 25
@@ -47,7 +46,7 @@ def read_evaluation_prompts(prompts: str) -> list[EvaluationPrompt]:
     if prompts == "vbench":
         return _read_info(_packaged_info())
     if prompts.lower().endswith(".json"):
-        return _read_info(find_file(prompts, "prompts"))
+        return _read_info(prompts)
     texts = dict.fromkeys(read_prompts(prompts, "prompts"))
     return [EvaluationPrompt(text, SAMPLES) for text in texts]
 
@@ -65,24 +64,18 @@ def _packaged_info() -> Path:
     )
 
 
-def _read_info(file: Path) -> list[EvaluationPrompt]:
-    try:
-        entries = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"prompts: cannot read {file} as JSON in UTF-8: {error}") from error
+def _read_info(file: Path | str) -> list[EvaluationPrompt]:
+    entries = read_json(file, "prompts")
     counts: dict[str, int] = {}
     for number, entry in enumerate(entries if isinstance(entries, list) else [entries], start=1):
         keys = ("prompt_en", "dimension")
         text, dimensions = map(entry.get, keys) if isinstance(entry, dict) else (None, None)
-        if not (isinstance(text, str) and text.strip() and isinstance(dimensions, list)):
-            raise UserError(
-                f"prompts: {file}, entry {number}: expected prompt_en (a text) and dimension (a "
-                f"list), as in VBench_full_info.json, got {str(entry)[:60]}"
-            )
+        ok = isinstance(text, str) and text.strip() and isinstance(dimensions, list)
+        expected = "prompt_en (a text) and dimension (a list), as in VBench_full_info.json"
+        require(ok, f"prompts: {file}, entry {number}", expected, entry)
         samples = FLICKERING_SAMPLES if "temporal_flickering" in dimensions else SAMPLES
         counts[text] = max(counts.get(text, 0), samples)
-    if not counts:
-        raise UserError(f"prompts: expected at least one prompt in {file}, found none")
+    require(counts, f"prompts: {file}", "at least one prompt", entries)
     return [EvaluationPrompt(text, count) for text, count in counts.items()]
 
 

@@ -8,15 +8,13 @@ environment of its own.
 
 from __future__ import annotations
 
-import json
-import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from fastgrpo.errors import UserError, require
+from fastgrpo.errors import require
+from fastgrpo.evaluation.json_rows import read_json
 
 
 @dataclass(frozen=True)
@@ -64,7 +62,6 @@ DIMENSIONS = (
 TOTALS = ("quality", "semantic", "total")
 SUFFIX = "_eval_results.json"
 """Ending of the names of VBench's result files."""
-Scale = Literal["auto", "fraction", "percent"]
 
 
 @dataclass(frozen=True)
@@ -118,87 +115,39 @@ def _group_score(group: str, normalized: Mapping[str, float]) -> float | None:
     return sum(d.weight * normalized[d.name] for d in members) / sum(d.weight for d in members)
 
 
-def read_results(path: Path, scale: Scale = "auto") -> dict[str, float]:
-    """Read one result file, or all *_eval_results.json of a folder and the folders in it.
-
-    A file is either VBench's, {dimension: [score, [per video]]}, always in fractions; or plain,
-    {dimension: score}.
+def read_results(path: Path) -> dict[str, float]:
+    """Read one result file of VBench, or all *_eval_results.json of a folder and the folders in it.
 
     Args:
-        path: A file or a folder.
-        scale: Of plain files. auto: fractions if no score is above 1, percent if all are (a 0 is a
-            0 either way). What could be either is refused: scores above 1 beside some in (0, 1], or
-            none above 1 and none of the four dimensions that never come below 1 %.
+        path: A file {dimension: [score, [per video]]} with scores in [0, 1]; or a folder of them.
 
     Returns:
-        Fractions by name of the dimension.
+        Scores by name of the dimension.
 
     Raises:
         FileNotFoundError, UserError: Nothing is there, or not such a file; a name is no dimension;
             a score is out of range or given twice.
     """
-    if not path.is_dir():
-        return _read_file(path, scale)
-    files = sorted(path.rglob(f"*{SUFFIX}"))
+    files = sorted(path.rglob(f"*{SUFFIX}")) if path.is_dir() else [path]
     if not files:
         raise FileNotFoundError(
             f"{path}: expected VBench's result files, *{SUFFIX}, found none in this folder"
         )
-    source: dict[str, tuple[float, Path]] = {}
+    found: dict[str, float] = {}
     for file in files:
-        for name, score in _read_file(file, scale).items():
-            first, where = source.setdefault(name, (score, file))
-            if first != score:
-                got = f"{first} in {where.name} and {score} in {file.name}"
-                raise UserError(f"{path}: expected one score of {name}, got {got}")
-    return {name: score for name, (score, _) in source.items()}
+        for name, score in _read_file(file).items():
+            first = found.setdefault(name, score)
+            require(first == score, str(file), f"one score of {name}, {first}", score)
+    return found
 
 
-def _read_file(file: Path, scale: Scale) -> dict[str, float]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError as error:
-        raise FileNotFoundError(
-            f"{file}: expected a result file of VBench or a folder of them, found none"
-        ) from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: cannot be read as JSON in UTF-8: {error}") from error
-    expected = "{dimension: score} or VBench's {dimension: [score, [...]]}"
+def _read_file(file: Path) -> dict[str, float]:
+    content = read_json(file, "results")
+    expected = "VBench's {dimension: [score, [...]]}"
     require(isinstance(content, dict) and content, str(file), expected, content)
-    known = {d.name for d in DIMENSIONS}
-    vbench: dict[str, float] = {}
-    plain: dict[str, float] = {}
-    for key, value in content.items():
-        name = re.sub(r"[\s_-]+", "_", key.strip().lower())
-        require(name in known, str(file), f"VBench's dimensions, such as {DIMENSIONS[0].name}", key)
-        if name in vbench | plain:
-            raise UserError(f"{file}: expected one score of {name}, got two")
-        whole = isinstance(value, list) and bool(value)
-        score = value[0] if whole else value
-        is_number = isinstance(score, int | float) and not isinstance(score, bool)
-        require(is_number and math.isfinite(score), f"{file}: {key}", "a finite number", score)
-        (vbench if whole else plain)[name] = float(score)
-    plain_scale = _guess_scale(plain, file) if scale == "auto" else scale
-    return _as_fractions(vbench, "fraction", file) | _as_fractions(plain, plain_scale, file)
-
-
-def _guess_scale(scores: Mapping[str, float], file: Path) -> Scale:
-    above = [name for name, score in scores.items() if score > 1]
-    up_to_one = [name for name, score in scores.items() if 0 < score <= 1]
-    if above and up_to_one:
-        got = " beside ".join(f"{name} {scores[name]}" for name in (above[0], up_to_one[0]))
-        raise UserError(f"{file}: expected fractions or percent, got {got}; --scale says which")
-    never_small = [d.name for d in DIMENSIONS if d.minimum > 0.01]
-    if up_to_one and not any(name in scores for name in never_small):
-        raise UserError(
-            f"{file}: whether {up_to_one[0]} {scores[up_to_one[0]]} is a fraction or percent cannot"
-            f" be told without {', '.join(never_small)}; --scale says which"
-        )
-    return "percent" if above else "fraction"
-
-
-def _as_fractions(scores: Mapping[str, float], scale: Scale, file: Path) -> dict[str, float]:
-    most, word = (100, "percent") if scale == "percent" else (1, "a fraction")
-    for name, score in scores.items():
-        require(0 <= score <= most, f"{file}: {name}", f"{word} in [0, {most}]", score)
-    return {name: score / most for name, score in scores.items()}
+    known = [d.name for d in DIMENSIONS]
+    for name, value in content.items():
+        require(name in known, str(file), f"VBench's dimensions, such as {known[0]}", name)
+        ok = isinstance(value, list) and value and type(value[0]) in (int, float)
+        require(ok and 0 <= value[0] <= 1, f"{file}: {name}", "[a score in [0, 1], [...]]", value)
+    return {name: float(value[0]) for name, value in content.items()}

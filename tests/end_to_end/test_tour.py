@@ -96,19 +96,9 @@ def test_from_training_to_report(
         ]["2"]["kappa_of_means"]
         assert told == pytest.approx(100 * np.std(means) / np.mean(means), abs=1e-9)
 
-    (tmp_path / "results.json").write_text(json.dumps({"imaging_quality": 0.62, "scene": 0.2}))
-    given = json.loads(
-        call(
-            "evaluate",
-            "vbench",
-            tmp_path / "results.json",
-            "--json",
-            "--values",
-            "raw",
-            "--scale",
-            "fraction",
-        )
-    )
+    results = tmp_path / "results.json"
+    results.write_text(json.dumps({"imaging_quality": [0.62, []], "scene": [0.2, []]}))
+    given = json.loads(call("evaluate", "vbench", results, "--json", "--values", "raw"))
     assert given["total"] is None
     assert given["dimensions"]["scene"] == pytest.approx(20.0)
     page = Path(
