@@ -1,3 +1,3 @@
 """fastgrpo: Self-Paced GRPO for video diffusion models."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
