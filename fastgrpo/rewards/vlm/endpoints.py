@@ -8,7 +8,6 @@ from __future__ import annotations
 import ipaddress
 import math
 import os
-import random
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -30,10 +29,9 @@ class Endpoint:
         client: `openai.AsyncOpenAI`.
         in_flight: Requests that are being answered.
         requests: Requests in all.
-        failures: Failures in a row.
+        failures: Failures in a row, those while it rests not counted.
         refusing: It answers, but refuses us (a wrong key, another model).
-        rests: How often in a row it was set aside.
-        set_aside_at, rest_until: Seconds of the pool's clock.
+        rest_until: Seconds of the pool's clock.
         last_error: Never with the key.
     """
 
@@ -43,8 +41,6 @@ class Endpoint:
     requests: int = 0
     failures: int = 0
     refusing: bool = False
-    rests: int = 0
-    set_aside_at: float = -math.inf
     rest_until: float = -math.inf
     last_error: str = ""
 
@@ -56,9 +52,8 @@ class EndpointPool:
 
     Args:
         endpoints: The servers.
-        set_aside: Seconds of rest after FAILURES failures in a row, doubled at every further one,
-            with a quarter of jitter either way.
-        longest: Seconds of rest at most, before the jitter.
+        set_aside: Seconds of rest after FAILURES failures in a row, doubled at every further one.
+        longest: Seconds of rest at most.
         clock: Seconds.
 
     Attributes:
@@ -101,38 +96,34 @@ class EndpointPool:
 
     def answered(self, endpoint: Endpoint) -> None:
         """Note that it answered a question."""
-        endpoint.failures, endpoint.rests, endpoint.refusing = 0, 0, False
+        endpoint.failures, endpoint.refusing = 0, False
         self.down_since = None
 
-    def failed(
-        self, endpoint: Endpoint, sent: float, at_once: bool = False, refusing: bool = False
-    ) -> bool:
+    def failed(self, endpoint: Endpoint, refusing: bool = False, at_once: bool = False) -> bool:
         """Note that a request failed or was refused.
 
         Args:
             endpoint: Where.
-            sent: When it was sent.
+            refusing: The endpoint refuses us.
             at_once: Set the endpoint aside without waiting for a second failure.
-            refusing: The endpoint refuses us; implies `at_once`.
 
         Returns:
             True if the endpoint is set aside now.
         """
         now = self._note_failure()
-        if sent <= endpoint.set_aside_at:  # in flight when the endpoint was set aside: no news
+        if now < endpoint.rest_until:  # sent before the endpoint was set aside: no news
             return False
         endpoint.refusing = refusing
-        endpoint.failures = max(endpoint.failures + 1, FAILURES if at_once or refusing else 0)
-        if endpoint.failures < FAILURES:
+        endpoint.failures = max(endpoint.failures + 1, FAILURES if at_once else 0)
+        doublings = endpoint.failures - FAILURES
+        if doublings < 0:
             return False
-        rest = min(self.set_aside * 2**endpoint.rests, self.longest) * random.uniform(0.75, 1.25)
-        endpoint.rests += 1
-        endpoint.set_aside_at, endpoint.rest_until = now, now + rest
+        endpoint.rest_until = now + min(self.set_aside * 2.0 ** min(doublings, 30), self.longest)
         return True
 
     def busy(self, endpoint: Endpoint, seconds: float) -> None:
         """Note that it lives but is overloaded: it gets no request for so many seconds."""
-        endpoint.failures, endpoint.rests, endpoint.refusing = 0, 0, False
+        endpoint.failures, endpoint.refusing = 0, False
         endpoint.rest_until = max(endpoint.rest_until, self._note_failure() + seconds)
 
     def _note_failure(self) -> float:

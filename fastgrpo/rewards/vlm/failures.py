@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import email.utils
-import math
-import time
+import re
 
 import openai
 
@@ -20,13 +18,12 @@ class TryAgain(Exception):
     """A request failed, but may pass at another endpoint, or later.
 
     Attributes:
-        busy: The server lives but asks for fewer requests.
-        pause: Seconds for which it asks so.
+        pause: Seconds for which a server that lives asks for fewer requests; None for others.
     """
 
-    def __init__(self, message: str = "", busy: bool = False, pause: float = 0.0) -> None:
+    def __init__(self, message: str = "", pause: float | None = None) -> None:
         super().__init__(message)
-        self.busy, self.pause = busy, pause
+        self.pause = pause
 
 
 class Refused(Exception):
@@ -61,22 +58,15 @@ def failure_of(error: Exception, url: str, key: str) -> TryAgain | Refused:
         if status < 500 and status not in TRY_AGAIN:
             return Refused(message, status)
         pause = retry_after(error.response.headers.get("retry-after", ""))
-        return TryAgain(message, busy=status == 429 or pause > 0, pause=pause)
+        return TryAgain(message, pause if status == 429 or pause else None)
     cause = f" ({error.__cause__})" if error.__cause__ else ""
     words = f"{type(error).__name__}: {str(error) or 'no answer in time'}{cause}"
     return TryAgain(_clean(words, url, key))
 
 
 def retry_after(header: str) -> float:
-    """Seconds that a Retry-After header asks for, as a number or a date; 0 for others."""
-    try:
-        seconds = float(header)
-    except ValueError:
-        try:
-            seconds = email.utils.parsedate_to_datetime(header).timestamp() - time.time()
-        except (TypeError, ValueError):
-            return 0.0
-    return max(seconds, 0.0) if math.isfinite(seconds) else 0.0
+    """Seconds that a Retry-After header asks for; 0 for none, or for a date."""
+    return float(header) if re.fullmatch(r"\d{1,9}(\.\d+)?", header, re.ASCII) else 0.0
 
 
 def _clean(error: str, url: str, key: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
+import random
 import re
 import threading
 import time
@@ -17,7 +18,6 @@ from typing import Any, TypeVar
 import openai
 import torch
 from openai import AsyncOpenAI
-from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_random_exponential
 
 from fastgrpo.errors import UserError, require
 from fastgrpo.rewards.vlm.answers import NUMBER
@@ -75,8 +75,8 @@ class ServerEngine(Engine):
             endpoint has answered any question for so long, the waiting questions fail too: `ask`
             then ends within another `timeout`.
         set_aside: Seconds for which an endpoint rests after two failures in a row. Doubled at every
-            further one, up to a quarter of `patience`, with jitter. The wait before a question's
-            second try is at most a twentieth of it, doubled at every further try.
+            further one, up to a quarter of `patience`. The wait before a question's second try is
+            at most a twentieth of it, doubled at every further try.
     """
 
     def __init__(
@@ -246,8 +246,7 @@ class ServerEngine(Engine):
             )
         for endpoint in endpoints:
             if endpoint.url not in self._servers:
-                refusing = endpoint in refused
-                self._set_aside_after(endpoint, time.monotonic(), at_once=True, refusing=refusing)
+                self._note_failure(endpoint, refusing=endpoint in refused, at_once=True)
 
     async def _look(self, endpoint: Endpoint) -> dict[str, str]:
         """What a server says of itself: its version and where its model lies, if it does.
@@ -385,7 +384,6 @@ class ServerEngine(Engine):
                 endpoint = self._pool.pick(home, refused)
                 if endpoint is None:
                     raise TryAgain
-                sent = time.monotonic()
                 try:
                     completion = await self._request(
                         endpoint,
@@ -394,17 +392,17 @@ class ServerEngine(Engine):
                     )
                 except TryAgain as error:
                     errors.append(str(error))
-                    if error.busy:
-                        self._pool.busy(endpoint, min(error.pause, self._patience))
+                    if error.pause is None:
+                        self._note_failure(endpoint)
                     else:
-                        self._set_aside_after(endpoint, sent)
+                        self._pool.busy(endpoint, min(error.pause, self._patience))
                     raise
                 except Refused as error:
                     errors.append(str(error))
                     if not error.by_endpoint:
                         raise
                     refused.add(endpoint)
-                    self._set_aside_after(endpoint, sent, refusing=True)
+                    self._note_failure(endpoint, refusing=True, at_once=True)
                     if len(refused) == len(self._pool.endpoints):
                         raise
                     raise TryAgain from None
@@ -426,20 +424,19 @@ class ServerEngine(Engine):
 
         The waits have jitter and are no shorter than the rest of the endpoints.
         """
-        start = time.monotonic()
-        backoff = wait_random_exponential(multiplier=self._set_aside / 20, max=self._set_aside)
-
-        def left() -> float:
-            down = self._pool.down_since
-            return (start if down is None else min(start, down)) + self._patience - time.monotonic()
-
-        def wait(state: RetryCallState) -> float:
-            return max(min(max(backoff(state), self._pool.wait(without)), left()), 0.0)
-
-        again = retry_if_exception_type(TryAgain)
-        return await AsyncRetrying(
-            retry=again, wait=wait, stop=lambda _: left() <= 0, sleep=asyncio.sleep, reraise=True
-        )(attempt)
+        start, longest = time.monotonic(), self._set_aside / 20
+        while True:
+            try:
+                return await attempt()
+            except TryAgain:
+                since = min(start, self._pool.down_since or start)
+                left = since + self._patience - time.monotonic()
+                if left <= 0:
+                    raise
+            await asyncio.sleep(
+                min(max(random.uniform(0, longest), self._pool.wait(without)), left)
+            )
+            longest = min(2 * longest, self._set_aside)
 
     async def _request(
         self,
@@ -469,10 +466,10 @@ class ServerEngine(Engine):
         endpoint.last_error = str(failure)
         raise failure
 
-    def _set_aside_after(
-        self, endpoint: Endpoint, sent: float, at_once: bool = False, refusing: bool = False
+    def _note_failure(
+        self, endpoint: Endpoint, refusing: bool = False, at_once: bool = False
     ) -> None:
-        if self._pool.failed(endpoint, sent, at_once, refusing):
+        if self._pool.failed(endpoint, refusing, at_once):
             self._count("endpoints_set_aside")
 
     def _count(self, name: str) -> None:

@@ -84,7 +84,7 @@ def test_our_server_serves_a_folder_and_ends_at_a_signal(
     qwen_folder: Path, random_clip, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As a process, in which what the trainer has beyond the server cannot be imported."""
-    missing = ("diffusers", "peft", "av", "datasets", "openai", "tenacity")
+    missing = ("diffusers", "peft", "av", "datasets", "openai")
     code = f"import sys; sys.modules.update(dict.fromkeys({missing}))\n"
     code += "from fastgrpo.cli import serve_judge; serve_judge.main(sys.argv[1:])"
     with socket.create_server(("127.0.0.1", 0)) as free:
