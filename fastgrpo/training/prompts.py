@@ -47,7 +47,12 @@ def read_prompts(path: str, key: str) -> list[str]:
         prompts, source = _read_hub(path, key), path
     else:
         file = find_file(path, key)
-        prompts, source = _read_file(file, key), str(file)
+        suffix, source = file.suffix.lower(), str(file)
+        # As text these would give prompts full of braces and commas.
+        is_other_table = suffix in (".json", ".csv", ".tsv")
+        require(not is_other_table, key, "a text file, .jsonl or .parquet", source)
+        reader = {".jsonl": _read_jsonl, ".parquet": _read_parquet}.get(suffix, _read_text)
+        prompts = reader(file, key)
     prompts = [prompt for prompt in prompts if prompt]
     if not prompts:
         raise ValueError(f"{key}: expected at least one prompt in {source}, got none")
@@ -82,15 +87,6 @@ def _order(length: int, epoch: int, seed: int) -> list[int]:
     return order
 
 
-def _read_file(file: Path, key: str) -> list[str]:
-    suffix = file.suffix.lower()
-    # As text these would give prompts full of braces and commas.
-    is_other_table = suffix in (".json", ".csv", ".tsv")
-    require(not is_other_table, key, "a text file, .jsonl or .parquet", str(file))
-    reader = {".jsonl": _read_jsonl, ".parquet": _read_parquet}.get(suffix, _read_text)
-    return reader(file, key)
-
-
 def _read_text(file: Path, key: str) -> list[str]:
     try:
         return [line.strip() for line in file.read_text(encoding="utf-8-sig").split("\n")]
@@ -111,7 +107,7 @@ def _read_jsonl(file: Path, key: str) -> list[str]:
         require(isinstance(row, dict), where, "a JSON object", line[:80])
         column = column or _column(row, where)
         require(column in row, where, f"the column {column!r} as in the lines before", list(row))
-        prompts.append(_prompt(row[column], f"{where}, column {column!r}"))
+        prompts.append(_prompt(row[column], where, column))
     return prompts
 
 
@@ -158,11 +154,11 @@ def _column(names: Iterable[str], where: str) -> str:
 
 
 def _rows(values: Iterable[Any], where: str, column: str) -> list[str]:
-    rows = enumerate(values, start=1)
-    return [_prompt(value, f"{where}, row {row}, column {column!r}") for row, value in rows]
+    return [
+        _prompt(value, f"{where}, row {row}", column) for row, value in enumerate(values, start=1)
+    ]
 
 
-def _prompt(value: Any, where: str) -> str:
-    require(isinstance(value, str), where, "a text", value)
-    text: str = value.strip()
-    return text
+def _prompt(value: Any, where: str, column: str) -> str:
+    require(isinstance(value, str), f"{where}, column {column!r}", "a text", value)
+    return str(value).strip()

@@ -19,7 +19,7 @@ import yaml
 from fastgrpo.config import TrainConfig
 from fastgrpo.distributed import collectives
 from fastgrpo.files import atomic_write_text
-from fastgrpo.training.tracking import MetricsLog
+from fastgrpo.training.tracking import MetricsLog, flatten
 
 logger = logging.getLogger("fastgrpo")
 
@@ -116,16 +116,14 @@ def log_changes(folder: Path, config_yaml: str) -> None:
             logger.info(f"resume: changed since the run began: {line}")
 
 
-def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """One line for each key whose value differs between two nested mappings."""
-    lines = []
-    for key in sorted({*before, *now}):
-        old, new = before.get(key), now.get(key)
-        if isinstance(old, dict) and isinstance(new, dict):
-            lines += differences(old, new, f"{prefix}{key}.")
-        elif old != new:
-            lines.append(f"{prefix}{key}: {old!r} -> {new!r}")
-    return lines
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """One line for each dotted key whose value differs between two nested mappings."""
+    old, new = flatten(before), flatten(now)
+    return [
+        f"{key}: {old.get(key)!r} -> {new.get(key)!r}"
+        for key in sorted({*old, *new})
+        if old.get(key) != new.get(key)
+    ]
 
 
 def resume_command(folder: Path) -> str:

@@ -11,9 +11,9 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -182,14 +182,9 @@ def stage_names(rows: Sequence[Row]) -> tuple[str, ...]:
     first row that has any.
     """
     for row in rows:
-        keys = [key.removeprefix("eval/") for key in row if key.endswith("/mean")]
-        names = [
-            key.removeprefix("rewards/").removesuffix("/mean")
-            for key in keys
-            if key.startswith("rewards/")
-        ]
-        if names:
-            return tuple(dict.fromkeys(names))
+        found = (re.fullmatch("(?:eval/)?rewards/(.*)/mean", key) for key in row)
+        if names := dict.fromkeys(match[1] for match in found if match):
+            return tuple(names)
     return ()
 
 
@@ -201,32 +196,39 @@ def console_line(row: Row, stages: Sequence[str]) -> str:
     long. |ratio-1| is the largest before the first update. Skipped updates and groups, and videos
     without a score, are added if there are any.
     """
-    parts = [f"reward {_number(row.get('reward'), '.3f')}"]
-    for name, stage in zip(_short_names(stages), stages, strict=True):
-        weight = _number(row.get(f"weights/{stage}"), ".2f")
-        parts.append(f"{name} {_number(row.get(f'rewards/{stage}/mean'), '.3f')} ({weight})")
-    drift = row.get("ratio_drift")
-    parts.append(f"|ratio-1| {'0' if drift == 0 else _number(drift, '.0e'):>5}")
-    parts.append(f"clip {_number(row.get('clip_ratio'), '.2f')}")
-    parts.append(f"grad {_number(row.get('grad_norm'), '.3g'):>7}")
-    phases = ("rollout", "reward", "update")
-    seconds = "/".join(_number(row.get(f"time/{phase}"), ".2f") for phase in phases)
-    parts.append(f"rollout/reward/update {seconds} s")
-    parts += [f"{row[key]} {words} skipped" for key, words in SKIPS.items() if row.get(key)]
-    return _line(row, parts)
+
+    def number(key: str, spec: str) -> str:
+        return _number(row.get(key), spec)
+
+    drift = "0" if row.get("ratio_drift") == 0 else number("ratio_drift", ".0e")
+    times = [number(f"time/{phase}", ".2f") for phase in ("rollout", "reward", "update")]
+    return _line(
+        row,
+        f"reward {number('reward', '.3f')}",
+        *(
+            f"{name} {number(f'rewards/{stage}/mean', '.3f')} ({number(f'weights/{stage}', '.2f')})"
+            for name, stage in zip(_short_names(stages), stages, strict=True)
+        ),
+        f"|ratio-1| {drift:>5}",
+        f"clip {number('clip_ratio', '.2f')}",
+        f"grad {number('grad_norm', '.3g'):>7}",
+        f"rollout/reward/update {'/'.join(times)} s",
+        *(f"{row[key]} {words} skipped" for key, words in SKIPS.items() if row.get(key)),
+    )
 
 
 def validation_line(row: Row, stages: Sequence[str]) -> str:
     """One line (< 200 characters) with the validation stage means of an evaluation."""
-    parts = ["validation"]
-    for name, stage in zip(_short_names(stages), stages, strict=True):
-        parts.append(f"{name} {_number(row.get(f'eval/rewards/{stage}/mean'), '.3f')}")
-    if count := row.get("eval/num_invalid_videos"):
-        parts.append(f"{count} videos without a score")
-    return _line(row, parts)
+    scores = [
+        f"{name} {_number(row.get(f'eval/rewards/{stage}/mean'), '.3f')}"
+        for name, stage in zip(_short_names(stages), stages, strict=True)
+    ]
+    count = row.get("eval/num_invalid_videos")
+    invalid = [f"{count} videos without a score"] if count else []
+    return _line(row, "validation", *scores, *invalid)
 
 
-def _line(row: Row, parts: Sequence[str]) -> str:
+def _line(row: Row, *parts: str) -> str:
     line = "  ".join([f"iteration {row['iteration']:>5}", *parts])
     return line if len(line) < 200 else line[:198] + "…"
 
@@ -249,16 +251,24 @@ def _start_tracker(
 ) -> Any:
     from accelerate import PartialState
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+    from accelerate.utils import patch_environment
 
-    with _without_launcher_variables():
-        PartialState(cpu=True)  # does nothing if the process has a state already
+    # Without torchrun's variables, from which it would open a process group of its own: only rank 0
+    # has trackers, so a state of one process is right. Does nothing if the process has a state.
+    with patch_environment(local_rank=-1, pmi_size=1, accelerate_use_sagemaker=False):
+        PartialState(cpu=True)
     # Accelerate joins TensorBoard's folder and the run's name.
     project = "tensorboard" if name == "tensorboard" else project
     try:
         tracker = LOGGER_TYPE_TO_CLASS[name](project, **_arguments(name, run, last_iteration))
         tracker.start()
         if config and name != "tensorboard":
-            tracker.store_init_configuration(_flatten(config))
+            tracker.store_init_configuration(
+                {
+                    key: value if isinstance(value, int | float | str) else str(value)
+                    for key, value in flatten(config).items()
+                }
+            )
     except Exception as error:
         raise RuntimeError(
             f"tracker {name!r} could not start: {type(error).__name__}: {error}"
@@ -293,27 +303,6 @@ def _arguments(name: str, run: Path, last_iteration: int | None) -> dict[str, An
     return {}
 
 
-@contextmanager
-def _without_launcher_variables() -> Iterator[None]:
-    """Hide torchrun's variables, from which accelerate would open a process group of its own.
-
-    Only rank 0 has trackers, so a state of one process is right.
-    """
-    names = (
-        "LOCAL_RANK",
-        "WORLD_SIZE",
-        "PMI_SIZE",
-        "OMPI_COMM_WORLD_SIZE",
-        "MV2_COMM_WORLD_SIZE",
-        "ACCELERATE_USE_SAGEMAKER",
-    )
-    hidden = {name: os.environ.pop(name) for name in names if name in os.environ}
-    try:
-        yield
-    finally:
-        os.environ.update(hidden)
-
-
 def _tracker_id(run: Path) -> str:
     """A name that follows the run folder: resumed, it is the same; in a new folder, another."""
     path = run / "tracker_id"
@@ -322,12 +311,10 @@ def _tracker_id(run: Path) -> str:
     return path.read_text().strip()
 
 
-def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, bool | int | float | str]:
-    flat: dict[str, bool | int | float | str] = {}
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of nested mappings by their dotted keys."""
+    flat = {}
     for key, value in config.items():
-        if isinstance(value, Mapping):
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            simple = isinstance(value, bool | int | float | str)
-            flat[f"{prefix}{key}"] = value if simple else str(value)
+        is_section = isinstance(value, Mapping) and value
+        flat |= flatten(value, f"{prefix}{key}.") if is_section else {f"{prefix}{key}": value}
     return flat

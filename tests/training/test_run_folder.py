@@ -64,7 +64,8 @@ def test_differences_between_two_configurations() -> None:
         "a: 1 -> 2",
         "section.new: None -> 3",
         "section.y.z: 't' -> 'u'",
-        "turned: {'k': 1} -> 4",
+        "turned: None -> 4",
+        "turned.k: 1 -> None",
     ]
     assert differences(before, before) == []
 
