@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -42,3 +43,20 @@ def server_engine() -> Iterator[Callable[..., Any]]:
     yield make
     for engine in made:
         engine.close()
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """torch on one thread: its bits do not depend on the machine, and tiny models lose no time."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def published(qwen_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A tiny VideoAlign as it is published (modules/published_video_align.py)."""
+    from published_video_align import publish
+
+    return publish(qwen_folder, tmp_path_factory.mktemp("video_align"))
