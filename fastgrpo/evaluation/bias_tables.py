@@ -5,13 +5,14 @@ scores by cluster (Fig. 4).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from textwrap import shorten
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 
 from fastgrpo.evaluation import figures
-from fastgrpo.evaluation.figures import COLORS, FAINT, INK, MARKERS
+from fastgrpo.evaluation.figures import COLORS, FAINT, MARKERS
 from fastgrpo.evaluation.kappa import JudgeBias, Labels
 from fastgrpo.evaluation.tables import number, render_table
 
@@ -23,21 +24,29 @@ def bias_table(judges: Judges) -> str:
     """κ over the cluster means by k and judge, with its range over seeds and what chance reaches;
     then κ within clusters.
     """
-    over, within = [["clusters", *judges]], [["clusters", *judges]]
-    for k in _first(judges).by_k:
-        over.append([str(k)])
-        within.append([str(k)])
-        for judge in judges.values():
-            bias = judge.by_k[k]
-            over[-1].append(
-                f"{_percent(bias.of_means)}  {_range(judge.band(k))}  {_percent(bias.chance)}"
-            )
-            defined = [value for value in bias.within if np.isfinite(value)]
-            within[-1].append(f"{np.mean(defined):.2f}  {_range(defined)}" if defined else "–")
+
+    def over(judge: JudgeBias, k: int) -> str:
+        bias = judge.by_k[k]
+        return f"{_percent(bias.of_means)}  {_range(judge.band(k))}  {_percent(bias.chance)}"
+
+    def within(judge: JudgeBias, k: int) -> str:
+        defined = [value for value in judge.by_k[k].within if np.isfinite(value)]
+        return f"{np.mean(defined):.2f}  {_range(defined)}" if defined else "–"
+
+    over_table, within_table = (
+        render_table(
+            [["clusters", *judges]]
+            + [
+                [str(k), *(cell(judge, k) for judge in judges.values())]
+                for k in _first(judges).by_k
+            ]
+        )
+        for cell in (over, within)
+    )
     return (
         "κ over the cluster means, %  [lowest, highest over seeds]  "
-        f"95 % of shuffled scores stay below\n{render_table(over)}\n\n"
-        f"κ within clusters, %: mean over clusters  [lowest, highest]\n{render_table(within)}"
+        f"95 % of shuffled scores stay below\n{over_table}\n\n"
+        f"κ within clusters, %: mean over clusters  [lowest, highest]\n{within_table}"
     )
 
 
@@ -46,8 +55,7 @@ def cluster_table(judges: Judges, k: int, typical: Sequence[str]) -> str:
     rows = [["cluster", "videos", *judges, "typical prompt"]]
     for i, (size, prompt) in enumerate(zip(_first(judges).by_k[k].sizes, typical, strict=True)):
         means = [f"{judge.by_k[k].means[i]:.3f}" for judge in judges.values()]
-        short = prompt if len(prompt) <= 60 else prompt[:59] + "…"
-        rows.append([cluster_name(i, k), str(size), *means, short])
+        rows.append([cluster_name(i, k), str(size), *means, shorten(prompt, 60, placeholder="…")])
     return f"mean score in each of {k} clusters\n" + render_table(rows, left=(0, len(rows[0]) - 1))
 
 
@@ -55,20 +63,19 @@ def warnings_about(judges: Judges) -> list[str]:
     """One line for each thing that makes a κ mean less than it seems."""
     lines = []
     for name, judge in judges.items():
-        below, above = int((judge.scores < 0).sum()), int((judge.scores > 0).sum())
+        below = int((judge.scores < 0).sum())
         if below:
-            signs = f"of both signs ({below} below zero, {above} above)" if above else "below zero"
             lines.append(
-                f"{name}: its scores are {signs}, and κ, a share of the mean, needs a scale whose "
-                "zero means no quality at all; scores normalised to mean 0, such as VideoAlign's, "
-                "are not on one: another zero would give another κ"
+                f"{name}: {below} of its {len(judge.scores)} scores are below zero, and κ, a share "
+                "of the mean, needs a scale whose zero means no quality at all; scores normalised "
+                "to mean 0, such as VideoAlign's, are not on one"
             )
-        withheld = [str(k) for k, bias in judge.by_k.items() if np.isnan(bias.of_means)]
-        if withheld:
-            lines.append(
-                f"{name}: κ over the cluster means is withheld at k = {', '.join(withheld)}: "
-                "they change sign or lie near zero"
-            )
+        for k, bias in judge.by_k.items():
+            if np.isnan(bias.of_means):
+                lines.append(
+                    f"{name}: κ over the cluster means is withheld at k = {k}: they change sign or "
+                    "lie near zero"
+                )
         unclear = sum(
             int(np.isnan(bias.within).sum()) - bias.sizes.count(1) for bias in judge.by_k.values()
         )
@@ -77,66 +84,42 @@ def warnings_about(judges: Judges) -> list[str]:
                 f"{name}: κ is withheld within {unclear} clusters, over all k, where scores change "
                 "sign or their mean is near zero"
             )
-    single = {k: bias.sizes.count(1) for k, bias in _first(judges).by_k.items()}
-    where = ", ".join(f"{count} at k = {k}" for k, count in single.items() if count)
-    if where:
+    single = sum(bias.sizes.count(1) for bias in _first(judges).by_k.values())
+    if single:
         lines.append(
-            "clusters of one video, within which there is no κ, and whose mean is one score: "
-            f"{where}; fewer clusters avoid them"
+            f"{single} clusters, over all k, have one video: there is no κ within them, and their "
+            "mean is one score; fewer clusters avoid them"
         )
     return lines
 
 
-def bias_json(judges: Judges, typical: Mapping[int, Sequence[str]]) -> dict[str, Any]:
-    """All numbers, for JSON: null for a κ that is withheld.
+def bias_rows(
+    judges: Judges, typical: Mapping[int, Sequence[str]]
+) -> dict[str, list[dict[str, Any]]]:
+    """All numbers, as rows for JSON and CSV: None for a κ that is withheld.
 
     Args:
         judges: By name.
         typical: A prompt for each cluster, by number of clusters.
 
     Returns:
-        {judge: {"score", "clusters": {k: {"kappa_of_means", "range", "chance", "clusters"}}}}
+        "kappa": a row per judge and k; "clusters": a row per judge, k and cluster.
     """
-    return {
-        name: {
-            "score": judge.score,
-            "clusters": {
-                str(k): {
-                    "kappa_of_means": number(bias.of_means),
-                    "range": [number(end) for end in judge.band(k)],
-                    "chance": number(bias.chance),
-                    "clusters": [
-                        {
-                            "cluster": cluster_name(i, k),
-                            "videos": bias.sizes[i],
-                            "mean": bias.means[i],
-                            "kappa": number(bias.within[i]),
-                            "caption": prompt,
-                        }
-                        for i, prompt in enumerate(typical[k])
-                    ],
-                }
-                for k, bias in judge.by_k.items()
-            },
-        }
-        for name, judge in judges.items()
-    }
-
-
-def bias_rows(content: Mapping[str, Any]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """`bias_json` as rows of two CSV files: one per k and judge, one per k, judge and cluster."""
     over, within = [], []
-    for name, entry in content.items():
-        for k, found in entry["clusters"].items():
+    for name, judge in judges.items():
+        for k, bias in judge.by_k.items():
             key = {"clusters": k, "judge": name}
-            low, high = found["range"]
+            low, high = map(number, judge.band(k))
             over.append(
                 key
-                | {"score": entry["score"], "kappa_of_means": found["kappa_of_means"]}
-                | {"lowest": low, "highest": high, "chance": found["chance"]}
+                | {"score": judge.score, "kappa_of_means": number(bias.of_means)}
+                | {"lowest": low, "highest": high, "chance": number(bias.chance)}
             )
-            within += [key | one for one in found["clusters"]]
-    return over, within
+            for i, prompt in enumerate(typical[k]):
+                row = {"cluster": cluster_name(i, k), "videos": bias.sizes[i]}
+                row |= {"mean": bias.means[i], "kappa": number(bias.within[i]), "caption": prompt}
+                within.append(key | row)
+    return {"kappa": over, "clusters": within}
 
 
 def kappa_figure(judges: Judges) -> Figure:
@@ -144,25 +127,16 @@ def kappa_figure(judges: Judges) -> Figure:
     is shaded, what chance reaches is dotted.
     """
     figure, (axes,) = figures.new_figure(1, 8.0, 4.2)
-    dotted: dict[str, Any] = {"linestyle": ":", "linewidth": 1.2}
     for index, (name, judge) in enumerate(judges.items()):
         color, marker = COLORS[index % len(COLORS)], MARKERS[index % len(MARKERS)]
         ks, biases = list(judge.by_k), list(judge.by_k.values())
         means = [bias.of_means for bias in biases]
-        axes.plot(
-            *(ks, means, marker),
-            linestyle="-",
-            color=color,
-            label=f"{name} (withheld)" if np.isnan(means).all() else name,
-            gid=f"kappa/{name}",
-            markersize=6,
-            markeredgecolor="white",
-            linewidth=2,
-        )
+        label = f"{name} (withheld)" if np.isnan(means).all() else name
+        axes.plot(ks, means, marker=marker, color=color, label=label, gid=f"kappa/{name}")
         lows, highs = zip(*map(judge.band, ks), strict=True)
         axes.fill_between(ks, lows, highs, color=color, alpha=0.18, linewidth=0)
-        axes.plot(ks, [b.chance for b in biases], color=color, gid=f"chance/{name}", **dotted)
-    axes.plot([], [], color=FAINT, label="95 % of shuffled scores stay below", **dotted)
+        axes.plot(ks, [bias.chance for bias in biases], ":", color=color, gid=f"chance/{name}")
+    axes.plot([], [], ":", color=FAINT, label="95 % of shuffled scores stay below")
     axes.set_ylim(bottom=0)
     ylabel = "coefficient of variation of cluster means, %"
     figures.finish(axes, "Bias by content", ylabel, "number of clusters")
@@ -175,39 +149,19 @@ def cluster_figure(judges: Judges, labels: Labels) -> Figure:
     """
     k = int(labels.max()) + 1
     figure, panels = figures.new_figure(len(judges), 8.0, 1.2 + 2.3 * len(judges), sharex=True)
-    positions = list(range(1, k + 1))
+    positions = range(1, k + 1)
     for index, (axes, (name, judge)) in enumerate(zip(panels, judges.items(), strict=True)):
         color, bias = COLORS[index % len(COLORS)], judge.by_k[k]
-        thin = {"color": color, "linewidth": 1}
-        axes.boxplot(
-            [judge.scores[labels == i] for i in range(k)],
-            positions=positions,
-            widths=0.6,
-            showfliers=False,
-            patch_artist=True,
-            boxprops={"facecolor": color, "alpha": 0.25, "linewidth": 0},
-            medianprops=thin,
-            whiskerprops=thin,
-            capprops={"linewidth": 0},
-        )
-        axes.plot(
-            *(positions, bias.means, MARKERS[index % len(MARKERS)]),
-            color=color,
-            zorder=4,
-            gid=f"means/{name}",
-            markersize=6.5,
-            markeredgecolor="white",
-        )
-        dashed: dict[str, Any] = {"linestyle": (0, (5, 3)), "linewidth": 0.9}
-        axes.axhline(float(np.mean(bias.means)), color=INK, gid=f"threshold/{name}", **dashed)
+        axes.boxplot([judge.scores[labels == i] for i in range(k)], showfliers=False)
+        axes.plot(positions, bias.means, "o", color=color, gid=f"means/{name}")
+        axes.axhline(float(np.mean(bias.means)), ls="--", color=color, gid=f"threshold/{name}")
         if judge.scores.min() >= 0:
             # κ is a share of the mean: from 0 on, differences look as large as κ says.
-            axes.set_ylim(0, 1.06 * float(judge.scores.max()) or 1)
+            axes.set_ylim(bottom=0)
         kappa = f"{bias.of_means:.1f} %" if np.isfinite(bias.of_means) else "withheld"
         xlabel = "cluster of prompts (dashed: the mean of their means)"
         figures.finish(axes, f"{name}: κ over the means {kappa}", "score", xlabel)
-        axes.set_xticks(positions, [cluster_name(i, k) for i in range(k)])
-        axes.set_xlim(0.4, k + 0.6)
+        axes.set_xticks(positions, [cluster_name(i - 1, k) for i in positions])
     return figure
 
 

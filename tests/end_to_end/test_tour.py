@@ -91,9 +91,8 @@ def test_from_training_to_report(
             for prompt in captions(judges[0])
         }
         means = [np.mean(scores) for scores in of.values()]
-        told = json.loads((tmp_path / "bias" / "bias.json").read_text())["judges"][path.stem][
-            "clusters"
-        ]["2"]["kappa_of_means"]
+        bias = json.loads((tmp_path / "bias" / "bias.json").read_text())
+        (told,) = (r["kappa_of_means"] for r in bias["kappa"] if r["judge"] == path.stem)
         assert told == pytest.approx(100 * np.std(means) / np.mean(means), abs=1e-9)
 
     results = tmp_path / "results.json"
@@ -102,7 +101,7 @@ def test_from_training_to_report(
     assert given["total"] is None
     assert given["dimensions"]["scene"] == pytest.approx(20.0)
     page = Path(
-        call("report", *runs, "--attach", tmp_path / "bias", "--out", tmp_path / "page")
+        call("report", *runs, "--attach", tmp_path / "bias", "--output", tmp_path / "page")
         .strip()
         .splitlines()[-1]
     )

@@ -1,5 +1,5 @@
-"""The curves of a report: of one run with its stages beside each other, of several runs with a line
-per run.
+"""The curves of a report: of one run with its stages beside each other, of several runs with a
+line per run.
 
 Rows are those of metrics.jsonl; a value that is missing or was not finite is left out of its
 curve.
@@ -19,6 +19,7 @@ from fastgrpo.evaluation.report.run_record import RunRecord
 from fastgrpo.training.tracking import Row
 
 Runs = Sequence[RunRecord]
+Levels = tuple[tuple[float, str], ...]
 PHASES = ("rollout", "reward", "update")
 NO_TROUBLE = ("judge/answers", "judge/requests", "judge/vision_passes", "judge/prefix_passes")
 """Counters of a judge's work; its other counters are of trouble."""
@@ -33,10 +34,8 @@ class Topic:
     panels: tuple[Panel, ...]
     words: str
 
-    def draw(self, narrow: bool = False) -> Figure:
-        """For a page or a paper, or, `narrow`, one panel above the other for a phone."""
-        if narrow:
-            return draw(self.panels, 1, 4.3, 2.6)
+    def draw(self) -> Figure:
+        """For a page or a paper."""
         count = len(self.panels)
         columns = count if count <= 3 else 2 if count == 4 else 3
         return draw(self.panels, columns, 8.6, {1: 3.4, 2: 2.9, 3: 2.6}[columns])
@@ -61,171 +60,118 @@ def title_of(stage: str) -> str:
     return stage.replace("_", " ")
 
 
-def _smoothed(points: Series, window: int) -> Series:
-    return points[0], smooth(points[1], window)
-
-
-def _over_stages(
-    title: str, ylabel: str, run: RunRecord, metric: str, window: int = 0, **options: Any
-) -> Panel:
-    """A line for each stage, whose name replaces the {} of `metric`; with a window, smoothed over a
-    faint line as measured.
+def _panels(
+    runs: Runs, title: str, ylabel: str, keys: Mapping[str, str], window: int = 1, **options: Any
+) -> list[Panel]:
+    """Several metrics (key -> label): of one run a panel with a line per metric, of several runs a
+    panel per metric with a line per run.
     """
-    names = {metric.format(stage): title_of(stage) for stage in run.stages}
-    return Panel(title, ylabel, _solid_lines(run.rows, names, window), **options)
+    if len(runs) > 1:
+        return [_panel(runs, label, ylabel, key, window, **options) for key, label in keys.items()]
+    curves = [(label, runs[0].rows, key) for key, label in keys.items()]
+    lines = [line for index, curve in enumerate(curves) for line in _lines(index, *curve, window)]
+    return [Panel(title, ylabel, tuple(lines), **options)]
 
 
-def _solid_lines(rows: Sequence[Row], names: Mapping[str, str], window: int) -> tuple[Line, ...]:
-    """A line for each metric (key -> its label); with a window, smoothed over a faint one."""
-    lines = []
-    for index, (key, name) in enumerate(names.items()):
-        line = indexed_line(index, name, series(rows, key), key, solid=True)
-        if window:
-            lines.append(Line("", line.points, line.color, "faint", gid=f"raw/{key}"))
-            line = replace(line, points=_smoothed(line.points, window))
-        lines.append(line)
-    return tuple(lines)
-
-
-def _over_runs(
-    title: str, ylabel: str, runs: Runs, key: str, window: int = 1, **options: Any
-) -> Panel:
-    """One metric: of one run as measured and smoothed, of several runs smoothed."""
+def _panel(runs: Runs, title: str, ylabel: str, key: str, window: int = 1, **options: Any) -> Panel:
+    """One metric with a line per run."""
     if len(runs) == 1:
-        line = Line("", series(runs[0].rows, key), COLORS[0], gid=key)
-        faint = replace(line, kind="faint", gid=f"raw/{key}")
-        lines = [faint, replace(line, points=_smoothed(line.points, window))]
+        lines = _lines(0, "", runs[0].rows, key, window)
     else:
         lines = [
-            indexed_line(
-                index, run.label, _smoothed(series(run.rows, key), window), f"{key}/{index}"
-            )
+            replace(line, gid=f"{line.gid}/{index}")
             for index, run in enumerate(runs)
+            for line in _lines(index, run.label, run.rows, key, window)
+            if line.kind != "faint"
         ]
     return Panel(title, ylabel, tuple(lines), **options)
 
 
-def _with_validation(
-    panel: Panel, rows: Sequence[Sequence[Row]], keys: Sequence[str]
-) -> tuple[Line, ...]:
-    """The panel's lines without markers, and the validation scores of each as dots in its look."""
-    bold = [line for line in panel.lines if line.kind == "line"]
-    dots = [
-        replace(line, points=series(found, f"eval/{key}"), kind="dots", gid=f"eval/{line.gid}")
-        for line, found, key in zip(bold, rows, keys, strict=True)
-    ]
-    return *(replace(line, marker="") for line in panel.lines), *dots
+def _lines(index: int, label: str, rows: Sequence[Row], key: str, window: int) -> list[Line]:
+    """A metric as measured (faint), its moving average, and its validation values as dots."""
+    iterations, values = points = series(rows, key)
+    line = indexed_line(index, label, (iterations, smooth(values, window)), key)
+    faint = replace(line, label="", points=points, kind="faint", gid=f"raw/{key}")
+    validation = series(rows, f"eval/{key}")
+    dots = replace(line, label="", points=validation, kind="dots", gid=f"eval/{key}")
+    return [faint, line, *([dots] if validation[0] else [])]
 
 
-def _stage_rewards(run: RunRecord, window: int) -> Panel:
-    """Mean score of each stage: as measured (faint), smoothed over `window` iterations, and on the
-    validation prompts (markers).
+def _per_stage(runs: Runs, pattern: str) -> dict[str, str]:
+    """Keys and labels for `_panels`: the pattern with each stage's name for its {}."""
+    return {pattern.format(stage): title_of(stage) for stage in stages_of(runs)}
 
-    The j-th threshold is a dashed line in the j-th stage's colour. The weighted reward, from which
-    the group advantages are computed, is dotted.
+
+def _levels(runs: Runs, stage: str = "") -> Levels:
+    """Thresholds: of one run each in its stage's colour, of several runs those of one stage, each
+    in its run's colour, or in black where all are the same.
     """
-    panel = _over_stages(
-        "Stage rewards", "mean score (0 to 1)", run, "rewards/{}/mean", window, levels=_levels(run)
-    )
-    keys = [f"rewards/{stage}/mean" for stage in run.stages]
-    weighted = _smoothed(series(run.rows, "reward"), window)
-    dotted = Line("weighted reward", weighted, INK, style=(0, (1, 1.3)), gid="reward")
-    return replace(panel, lines=(*_with_validation(panel, [run.rows] * len(keys), keys), dotted))
-
-
-def _levels(run: RunRecord) -> tuple[tuple[float, str], ...]:
-    """Thresholds in the colours of their stages; one more than there are stages is not drawn."""
-    return tuple(
-        (float(threshold), COLORS[index % len(COLORS)])
-        for index, threshold in enumerate(run.thresholds[: len(run.stages)])
-    )
+    if len(runs) == 1:
+        return tuple(zip(runs[0].thresholds[: len(runs[0].stages)], COLORS, strict=False))
+    found = [dict(zip(run.stages, run.thresholds, strict=False)).get(stage) for run in runs]
+    levels = {
+        (value, COLORS[index % len(COLORS)])
+        for index, value in enumerate(found)
+        if value is not None
+    }
+    values = {value for value, _ in levels}
+    return tuple(sorted(levels)) if len(values) > 1 else tuple((value, INK) for value in values)
 
 
 def _reward(runs: Runs, window: int) -> Topic:
+    keys = _per_stage(runs, "rewards/{}/mean")
+    panels = _panels(runs, "Stage rewards", "mean score (0 to 1)", keys, window)
+    weighted = _panel(runs, "weighted reward", "mean (0 to 1)", "reward", window)
     if len(runs) == 1:
-        words = (
-            "Mean score of the judge at each stage, `rewards/<stage>/mean`: thin lines are single "
-            f"iterations, bold ones the mean over {window}. Markers: validation prompts, "
-            "`eval/rewards/<stage>/mean`. Dashed: thresholds, `pacing.thresholds`. Dotted: the "
-            "weighted `reward` that training climbs; it dips where weight moves to a harder stage, "
-            "which is no setback."
-        )
-        panels = [_stage_rewards(runs[0], window)]
-        return Topic("reward", "Does it get better?", tuple(panels), words)
-    panels = []
-    for stage in stages_of(runs):
-        key = f"rewards/{stage}/mean"
-        panel = _over_runs(title_of(stage), "mean score (0 to 1)", runs, key, window)
-        levels = [
-            (float(run.thresholds[run.stages.index(stage)]), COLORS[index % len(COLORS)])
-            for index, run in enumerate(runs)
-            if stage in run.stages[: len(run.thresholds)]
-        ]
-        if len({value for value, _ in levels}) == 1:
-            levels = [(levels[0][0], INK)]
-        lines = _with_validation(panel, [run.rows for run in runs], [key] * len(runs))
-        panels.append(replace(panel, lines=lines, levels=tuple(levels)))
-    panels.append(_over_runs("weighted reward", "mean (0 to 1)", runs, "reward", window))
+        black = replace(weighted.lines[1], label="weighted reward", color=INK)
+        lines = (*panels[0].lines, black)
+        panels = [replace(panels[0], lines=lines, levels=_levels(runs))]
+    else:
+        stages = zip(panels, stages_of(runs), strict=True)
+        panels = [replace(panel, levels=_levels(runs, stage)) for panel, stage in stages]
+        panels.append(weighted)
     words = (
-        f"Mean score of the judge at each stage, `rewards/<stage>/mean`, over {window} iterations. "
-        "Markers: validation prompts, `eval/rewards/<stage>/mean`. Dashed: thresholds, "
-        "`pacing.thresholds`, in a run's colour where the runs differ. The weighted `reward` is "
-        "what each run climbs: its weights differ from run to run, so compare runs by the stages."
+        "Mean score of the judge at each stage, `rewards/<stage>/mean`: thin lines are single "
+        f"iterations, bold ones the mean over {window}. Markers: validation prompts, "
+        "`eval/rewards/<stage>/mean`. Dashed: thresholds, `pacing.thresholds`. The weighted "
+        "`reward` is what training climbs: it dips where weight moves to a harder stage, which is "
+        "no setback, and its weights differ from run to run, so compare runs by the stages."
     )
-    return Topic("reward", "Which run gets better, and at what?", tuple(panels), words)
+    return Topic("reward", "Does it get better?", tuple(panels), words)
 
 
 def _weights(runs: Runs, window: int) -> Topic:
-    words = "Share of each stage in the reward, `weights/<stage>` (Eq. 6), one panel per stage."
-    ylim = (-0.03, 1.03)
-    if len(runs) > 1:
-        panels = [
-            _over_runs(title_of(stage), "weight", runs, f"weights/{stage}", ylim=ylim)
-            for stage in stages_of(runs)
-        ]
-        return Topic("weights", "What is being taught?", tuple(panels), words)
-    (run,) = runs
-    panels = [_over_stages("Stage weights", "weight (they sum to 1)", run, "weights/{}", ylim=ylim)]
-    competence = _over_stages(
-        "Competence and thresholds",
-        "running mean score",
-        run,
-        "competence/{}",
-        levels=_levels(run),
+    weights, competence = (_per_stage(runs, key) for key in ("weights/{}", "competence/{}"))
+    panels = _panels(runs, "Stage weights", "weight (they sum to 1)", weights, ylim=(-0.03, 1.03))
+    if len(runs) == 1:
+        title, ylabel = "Competence and thresholds", "running mean score"
+        panels += _panels(runs, title, ylabel, competence, levels=_levels(runs))
+    words = (
+        "Share of each stage in the reward, `weights/<stage>` (Eq. 6). What moves it is the "
+        "competence, `competence/<stage>`: when that of a stage passes its threshold, weight moves "
+        "on to the next stage."
     )
-    if competence.values:
-        panels.append(competence)
-        words = (
-            "Share of each stage in the reward, `weights/<stage>` (Eq. 6), and the competence that "
-            "moves it, `competence/<stage>`: when a stage's competence passes its dashed "
-            "threshold, weight moves on to the next stage."
-        )
-    return Topic("weights", "What is being taught?", tuple(panels), words)
+    return Topic("weights", "What is being taught?", _not_empty(panels), words)
 
 
 def _hoyer(runs: Runs, window: int) -> Topic:
+    hoyer, saturation = (_per_stage(runs, key) for key in ("hoyer/{}", "saturation/{}"))
+    panels = _panels(runs, "Hoyer index of a group's scores", "index (0 to 1)", hoyer, window)
+    if len(runs) == 1:
+        panels += _panels(runs, "Saturation that the gates see", "saturation (0 to 1)", saturation)
     words = (
         f"`hoyer/<stage>` (Eq. 8), mean over groups and over {window} iterations: 0 where all "
         "videos of a group score alike, so that there is nothing left to choose between at that "
-        "stage."
+        "stage. `saturation/<stage>` is the running mean of what `pacing.saturation` makes of it, "
+        "an input of the gates (Eq. 9)."
     )
-    if len(runs) == 1:
-        title, ylabel = "Hoyer index of a group's scores", "index (0 to 1)"
-        panels = [_over_stages(title, ylabel, runs[0], "hoyer/{}", window)]
-        title, ylabel = "Saturation that the gates see", "saturation (0 to 1)"
-        saturation = _over_stages(title, ylabel, runs[0], "saturation/{}")
-        if saturation.values:
-            panels.append(saturation)
-            words += (
-                " Beside it `saturation/<stage>`, the running mean of what `pacing.saturation` "
-                "makes of it, an input of the gates (Eq. 9)."
-            )
-    else:
-        panels = [
-            _over_runs(title_of(stage), "Hoyer index (0 to 1)", runs, f"hoyer/{stage}", window)
-            for stage in stages_of(runs)
-        ]
-    return Topic("hoyer", "Can the judge still tell the videos apart?", tuple(panels), words)
+    title = "Can the judge still tell the videos apart?"
+    return Topic("hoyer", title, _not_empty(panels), words)
+
+
+def _not_empty(panels: Sequence[Panel]) -> tuple[Panel, ...]:
+    """The first panel, and the others that have values: not every mode measures all."""
+    return *panels[:1], *(panel for panel in panels[1:] if panel.values)
 
 
 def _drift_by_step(rows: Sequence[Row]) -> Series:
@@ -238,77 +184,53 @@ def _drift_by_step(rows: Sequence[Row]) -> Series:
 
 
 def _ratio_drift(runs: Runs, window: int) -> Topic:
+    ylabel, options = "max |ratio − 1|", {"scale": "symlog", "ylim": (0, None)}
+    over_time = _panel(runs, "Ratio drift by iteration", ylabel, "ratio_drift", **options)
     by_step = [
         indexed_line(index, run.label, _drift_by_step(run.rows), f"ratio_drift/by_step/{index}")
         for index, run in enumerate(runs)
     ]
-    over_time = _over_runs(
-        "Ratio drift by iteration", "max |ratio − 1|", runs, "ratio_drift", scale="symlog"
-    )
     if len(runs) == 1:
-        points = by_step[0].points
-        by_step = [Line("", points, COLORS[1], "stems", gid="ratio_drift/by_step")]
-        over_time = replace(over_time, lines=over_time.lines[1:])  # as measured is all there is
-    panels = (
-        over_time,
-        replace(
-            over_time,
-            title="Ratio drift by denoising step",
-            lines=tuple(by_step),
-            xlabel="denoising step",
-        ),
+        by_step = [replace(by_step[0], label="")]
+    steps = Panel(
+        "Ratio drift by denoising step", ylabel, tuple(by_step), "denoising step", **options
     )
     words = (
         "`ratio_drift` and `ratio_drift/step_<i>`, the largest of any iteration. Before the first "
         "update of an iteration, training recomputes the rollout's probabilities with the very "
         "same weights, so each ratio should be 1: far from 0 means lost precision or a bug."
     )
-    return Topic("ratio_drift", "Is the arithmetic right?", panels, words)
+    return Topic("ratio_drift", "Is the arithmetic right?", (over_time, steps), words)
 
 
 def _stability(runs: Runs, window: int) -> Topic:
-    norm = _over_runs("Gradient norm before clipping", "2-norm", runs, "grad_norm", window)
-    # A logarithmic scale for a wide range, unless it would hide a zero.
-    wide = bool(norm.values) and min(norm.values) > 0 and max(norm.values) > 30 * min(norm.values)
-    norm = replace(norm, scale="log") if wide else replace(norm, ylim=(0, None))
-    clip = _over_runs(
-        "Clip fraction", "fraction of loss terms", runs, "clip_ratio", window, ylim=(0, None)
+    norm = _panel(runs, "Gradient norm before clipping", "2-norm", "grad_norm", window)
+    if norm.values and min(norm.values) > 0:  # a logarithmic scale would hide a zero
+        norm = replace(norm, scale="log")
+    clip = _panel(
+        runs, "Clip fraction", "fraction of loss terms", "clip_ratio", window, ylim=(0, None)
     )
     words = (
-        f"`grad_norm` and `clip_ratio`{', thin as measured and bold' if len(runs) == 1 else ','} "
-        f"as mean over {window} iterations. Healthy training keeps the norm bounded and the share "
-        "of trained transitions whose gradient the clip removed well below one."
+        f"`grad_norm` and `clip_ratio`, mean over {window} iterations. Healthy training keeps the "
+        "norm bounded and the share of trained transitions whose gradient the clip removed well "
+        "below one."
     )
     return Topic("stability", "Is training stable?", (norm, clip), words)
 
 
 def _time(runs: Runs, window: int) -> Topic:
-    keys = {phase: f"time/{phase}" for phase in PHASES}
-    what = "sampling videos, waiting for the judge, updating the weights."
-    if len(runs) == 1:
-        rows = [
-            row for row in runs[0].rows if all(row.get(key) is not None for key in keys.values())
-        ]
-        areas = [
-            Line(phase, series(rows, key), color, "area", gid=key)
-            for (phase, key), color in zip(keys.items(), COLORS, strict=False)
-        ]
-        panels = [Panel("Time of an iteration", "seconds", tuple(areas), ylim=(0, None))]
-        words = f"`time/rollout`, `time/reward` and `time/update`, on top of each other: {what}"
-    else:
-        panels = [
-            _over_runs(title, "seconds", runs, key, window, ylim=(0, None))
-            for title, key in (keys | {"whole iteration": "step_time"}).items()
-        ]
-        words = (
-            f"`time/<phase>` and `step_time`, mean over {window} iterations: {what} Runs on "
-            "different machines, or beside other work, do not compare."
-        )
+    keys = {f"time/{phase}": phase for phase in PHASES} | {"step_time": "whole iteration"}
+    panels = _panels(runs, "Time of an iteration", "seconds", keys, window, ylim=(0, None))
+    words = (
+        f"`time/<phase>` and `step_time`, mean over {window} iterations: sampling videos, waiting "
+        "for the judge, updating the weights. Runs on different machines, or beside other work, do "
+        "not compare."
+    )
     return Topic("time", "Where does time go?", tuple(panels), words)
 
 
 def _memory(runs: Runs, window: int) -> Topic:
-    panel = _over_runs("Largest GPU memory of a rank", "GB", runs, "memory/peak_gb", ylim=(0, None))
+    panel = _panel(runs, "Largest GPU memory of a rank", "GB", "memory/peak_gb", ylim=(0, None))
     words = (
         "`memory/peak_gb`: the most memory that PyTorch held on the GPU at any moment of the "
         "iteration, on the rank that held most."
@@ -319,27 +241,20 @@ def _memory(runs: Runs, window: int) -> Topic:
 
 def _judge(runs: Runs, window: int) -> Topic:
     """Counts that are 0 throughout are left to the table of totals."""
-    rows = [row for run in runs for row in run.rows]
-    found = {key: None for run in runs for row in run.trained for key in row}
+    found = dict.fromkeys(key for run in runs for row in run.trained for key in row)
     counts = {
         key: key.removeprefix("judge/").removeprefix("num_").replace("_", " ")
-        for key in [*found, "num_invalid_videos"]
+        for key in found
         if key.startswith(("judge/", "num_invalid")) and key not in NO_TROUBLE
-        if any(series(rows, key)[1])
     }
-    ylabel = "count per iteration"
     options: dict[str, Any] = {"ylim": (0, None)}
     panels = []
-    if len(runs) == 1 and counts:
-        lines = _solid_lines(rows, counts, window)
-        panels.append(Panel("Trouble with the judge", ylabel, lines, **options))
-    else:
-        panels += [
-            _over_runs(name, ylabel, runs, key, window, **options) for key, name in counts.items()
-        ]
-    if any(series(rows, "time/backpressure")[1]):
+    if troubles := {key: label for key, label in counts.items() if _is_seen(runs, key)}:
+        title = "Trouble with the judge"
+        panels += _panels(runs, title, "count per iteration", troubles, window, **options)
+    if _is_seen(runs, "time/backpressure"):
         title, key = "Sampling stood still for the judge", "time/backpressure"
-        panels.append(_over_runs(title, "seconds", runs, key, window, **options))
+        panels.append(_panel(runs, title, "seconds", key, window, **options))
     words = (
         f"`judge/<counter>` and `num_invalid_videos`, summed over ranks, mean over {window} "
         "iterations: questions asked again, answers without a number, requests that failed, videos "
@@ -347,3 +262,7 @@ def _judge(runs: Runs, window: int) -> Topic:
         "the queue. Counts that are 0 throughout are not drawn."
     )
     return Topic("judge", "Does the judge keep up?", tuple(panels), words)
+
+
+def _is_seen(runs: Runs, key: str) -> bool:
+    return any(any(series(run.rows, key)[1]) for run in runs)

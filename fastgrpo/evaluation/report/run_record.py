@@ -105,8 +105,8 @@ class Scores:
     last: dict[str, float | None]
 
 
-class Missing:
-    """Stands for the value of a key that a configuration does not have."""
+MISSING = "–"
+"""Stands for the value of a key that a configuration does not have."""
 
 
 def read_runs(folders: Sequence[Path]) -> list[RunRecord]:
@@ -144,10 +144,10 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def config_differences(configs: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
-    """Keys (dotted) whose values differ -> the value in each configuration, or `Missing`."""
+    """Keys (dotted) whose values differ -> the value in each configuration, or `MISSING`."""
     flat = [flatten(config) for config in configs]
     rows = {
-        key: [config.get(key, Missing) for config in flat]
+        key: [config.get(key, MISSING) for config in flat]
         for config in flat
         for key in config
         if key not in NAMES_OF_THE_RUN

@@ -1,18 +1,11 @@
-"""Small run folders, the report's page as a parser sees it, and a browser that looks at it where
-there is one.
-"""
+"""Small run folders, and the report's page as a parser sees it."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import re
-import select
-import shutil
-import subprocess
 from collections.abc import Callable
-from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -45,9 +38,6 @@ update:
   - 0.999
 """
 VOID = {"meta", "img", "br", "link", "input", "hr", "source"}
-CHROMIUM = (
-    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-)
 
 
 @pytest.fixture(scope="session")
@@ -193,147 +183,3 @@ class Page(HTMLParser):
 def parse() -> Callable[[Path], Page]:
     """parse(path): the page as a parser sees it."""
     return Page
-
-
-@dataclass
-class Visit:
-    """What a browser saw: the value of the script, what the console said, and every address that
-    was asked for, data: left out.
-    """
-
-    value: Any
-    console: list[str]
-    requests: list[str]
-
-
-@pytest.fixture(scope="session")
-def browse() -> Callable[..., Visit]:
-    """browse(path, script, width=1280, scheme="light"): a script's value in a page in headless
-    Chromium; skips where there is none.
-    """
-    if CHROMIUM is None:
-        pytest.skip("no chromium here: the page was not looked at in a browser")
-
-    def visit(path: Path, script: str, width: int = 1280, scheme: str = "light") -> Visit:
-        with Browser(path.parent / ".chromium") as browser:
-            browser.call(
-                "Emulation.setDeviceMetricsOverride",
-                width=width,
-                height=900,
-                deviceScaleFactor=1,
-                mobile=width < 600,
-            )
-            browser.call(
-                "Emulation.setEmulatedMedia",
-                features=[{"name": "prefers-color-scheme", "value": scheme}],
-            )
-            for domain in ("Page", "Runtime", "Log", "Network"):
-                browser.call(f"{domain}.enable")
-            browser.call("Page.navigate", url=path.as_uri())
-            browser.wait_for("Page.loadEventFired")
-            # Two frames drawn, so that what the page has started is under way.
-            frames = "requestAnimationFrame(() => requestAnimationFrame(done))"
-            script = f"new Promise(done => {frames}).then(async () => {{ {script} }})"
-            result = browser.call(
-                "Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True
-            )
-            assert "exceptionDetails" not in result, result
-            said = [
-                e
-                for e in browser.events
-                if e["method"]
-                in ("Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded")
-            ]
-            asked = [
-                e["params"]["request"]["url"]
-                for e in browser.events
-                if e["method"] == "Network.requestWillBeSent"
-            ]
-            return Visit(
-                result["result"].get("value"),
-                [json.dumps(e) for e in said],
-                [u for u in asked if not u.startswith("data:")],
-            )
-
-    return visit
-
-
-class Browser:
-    """Headless Chromium over two pipes (--remote-debugging-pipe: JSON messages that end with a zero
-    byte), with one empty page.
-    """
-
-    def __init__(self, profile: Path) -> None:
-        read_end, self._write = os.pipe()
-        self._read, write_end = os.pipe()
-
-        def as_three_and_four() -> None:
-            first, second = os.dup(read_end), os.dup(write_end)
-            os.dup2(first, 3)
-            os.dup2(second, 4)
-
-        quiet = [
-            "--no-first-run",
-            "--disable-background-networking",
-            "--disable-component-update",
-            "--disable-sync",
-            "--disable-quic",
-        ]
-        command = [
-            str(CHROMIUM),
-            "--headless",
-            "--no-sandbox",
-            "--disable-gpu",
-            *quiet,
-            f"--user-data-dir={profile}",
-        ]
-        self._process = subprocess.Popen(
-            [*command, "--remote-debugging-pipe", "about:blank"],
-            preexec_fn=as_three_and_four,
-            close_fds=False,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        os.close(read_end)
-        os.close(write_end)
-        self._rest, self._number, self._session = b"", 0, ""
-        self.events: list[dict[str, Any]] = []
-
-    def __enter__(self) -> Browser:
-        target = self.call("Target.createTarget", url="about:blank")["targetId"]
-        self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)[
-            "sessionId"
-        ]
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._process.kill()
-        self._process.wait()
-        os.close(self._write)
-        os.close(self._read)
-
-    def call(self, method: str, **parameters: Any) -> Any:
-        self._number += 1
-        message = {"id": self._number, "method": method, "params": parameters} | (
-            {"sessionId": self._session} if self._session else {}
-        )
-        os.write(self._write, json.dumps(message).encode() + b"\0")
-        while (answer := self._receive()).get("id") != self._number:
-            self.events.append(answer)
-        assert "error" not in answer, answer
-        return answer["result"]
-
-    def wait_for(self, event: str) -> None:
-        while not any(e["method"] == event for e in self.events):
-            self.events.append(self._receive())
-
-    def _receive(self) -> dict[str, Any]:
-        while b"\0" not in self._rest:
-            assert select.select([self._read], [], [], 60)[0], (
-                f"chromium said nothing for a minute; before: {self.events[-3:]}"
-            )
-            received = os.read(self._read, 1 << 20)
-            assert received, "chromium has ended"
-            self._rest += received
-        message, _, self._rest = self._rest.partition(b"\0")
-        return json.loads(message)

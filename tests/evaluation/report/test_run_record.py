@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fastgrpo.evaluation.report.run_record import (
-    Missing,
+    MISSING,
     RunRecord,
     Scores,
     config_differences,
@@ -114,11 +114,11 @@ def test_differences_of_configurations() -> None:
     assert flatten({"a": {"b": {"c": 1}, "d": {}}}) == {"a.b.c": 1, "a.d": {}}
     assert config_differences([first, second]) == {
         "pacing.thresholds": [[0.1], [0.2]],
-        "policy.init_args": [{}, Missing],
-        "policy.init_args.lora": [Missing, 8],
+        "policy.init_args": [{}, MISSING],
+        "policy.init_args.lora": [MISSING, 8],
     }
     assert config_differences([first, first, first]) == {}
-    assert config_differences([{"x": 1}, {"x": True}, {}])["x"] == [1, True, Missing]
+    assert config_differences([{"x": 1}, {"x": True}, {}])["x"] == [1, True, MISSING]
 
 
 def test_scores_compare_only_where_judge_captions_and_sampler_are_the_same() -> None:
