@@ -6,7 +6,6 @@ import gc
 import itertools
 import re
 import weakref
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +14,16 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from transformers import AttentionInterface, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
 from fastgrpo.rewards.media.frames import patches, seconds_per_grid
-from fastgrpo.rewards.vlm import qwen_windows
 from fastgrpo.rewards.vlm.answers import NUMBER, expected_answer
 from fastgrpo.rewards.vlm.engine import Clip, Decoding, Reply
 from fastgrpo.rewards.vlm.qwen import DTYPES, TransformersEngine
-from fastgrpo.rewards.vlm.qwen_chat import CHARACTERS, NEXT_CHARACTERS, NUMBERS, read_chat
-from fastgrpo.rewards.vlm.qwen_prefix import Prefix, draw, prefix_positions
+from fastgrpo.rewards.vlm.qwen_chat import CHARACTERS, read_chat
+from fastgrpo.rewards.vlm.qwen_prefix import Prefix, prefix_positions
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
 QUESTIONS = [
     "Rate the frames of this video.",
@@ -32,14 +31,6 @@ QUESTIONS = [
     "Does the video show «a red fox, 2 metres away»? 1 to 10.",
 ]
 DIGITS = CHARACTERS[:10]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def clip(seed: int, frames: int = 4, height: int = 84, width: int = 112, fps: float = 2.0) -> Clip:
@@ -192,11 +183,9 @@ def test_rows_of_other_lengths(engine: TransformersEngine) -> None:
 def test_a_clips_rate_reaches_the_answer(engine: TransformersEngine) -> None:
     """Time stands in the positions."""
     rates = [clip(3, frames=6, fps=fps) for fps in (0.5, 2.0, 4.0)]
-    told = [
-        engine.ask([video], [QUESTIONS[:1]], Decoding(max_tokens=1, probabilities=True))[0][0].ten
-        for video in rates
-    ]
-    assert min(abs(told[0] - told[1]), abs(told[1] - told[2])) > 1e-6
+    decoding = Decoding(max_tokens=1, probabilities=True)
+    slow, usual, fast = (row[0].ten for row in engine.ask(rates, [QUESTIONS[:1]] * 3, decoding))
+    assert min(abs(slow - usual), abs(usual - fast)) > 1e-6
 
 
 @pytest.mark.parametrize(
@@ -233,37 +222,14 @@ def test_positions_are_the_models_own(
     assert torch.equal(question, wanted[:, 0, count:])
 
 
-def test_windows_of_one_length_at_once() -> None:
-    """The same as one attention for each window, which is what transformers does; lengths as they
-    come, in 3 calls.
-    """
-    draw = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(1, 2, 23, 8, generator=draw) for _ in range(3))
-    bounds = torch.tensor([0, 4, 8, 9, 15, 19, 23], dtype=torch.int32)
-    parts = [slice(int(a), int(b)) for a, b in itertools.pairwise(bounds)]
-    by_window = [
-        torch.softmax(q[:, :, p] @ k[:, :, p].transpose(-1, -2) * 0.3, -1) @ v[:, :, p]
-        for p in parts
-    ]
-    out, _ = qwen_windows.attend_by_length(
-        None, q, k, v, cu_seq_lens_q=bounds, scaling=0.3, max_length_q=6
-    )
-    torch.testing.assert_close(out, torch.cat(by_window, 2).transpose(1, 2), rtol=1e-5, atol=1e-6)
-    assert (
-        AttentionInterface().get_interface(qwen_windows.NAME, None) is qwen_windows.attend_by_length
-    )
+def tens(engine: TransformersEngine) -> list[float]:
+    """`Reply.ten` of all questions about all clips."""
+    replies = engine.ask(MIXED, [QUESTIONS] * 6, Decoding(max_tokens=1, probabilities=True))
+    return [reply.ten for row in replies for reply in row]
 
 
 def test_eager_attention_says_the_same(qwen_folder: Path, engine: TransformersEngine) -> None:
-    decoding = Decoding(max_tokens=4, probabilities=True)
-    for ours, eager in zip(
-        engine.ask(MIXED[:2], [QUESTIONS] * 2, decoding),
-        loaded(qwen_folder, attention="eager").ask(MIXED[:2], [QUESTIONS] * 2, decoding),
-        strict=True,
-    ):
-        assert [reply.ten for reply in ours] == pytest.approx(
-            [reply.ten for reply in eager], abs=1e-5
-        )
+    assert tens(engine) == pytest.approx(tens(loaded(qwen_folder, attention="eager")), abs=1e-5)
 
 
 def test_probabilities_are_the_models(
@@ -272,6 +238,8 @@ def test_probabilities_are_the_models(
     """Each place's, and `ten`, against a forward of all the tokens; the expectation against its
     formula over those.
     """
+    (plain,) = engine.ask(MIXED[:1], [QUESTIONS[:1]], Decoding())[0]
+    assert (plain.digits, plain.ten) == ((), 0.0)
     replies = engine.ask(MIXED[:4], [QUESTIONS] * 4, Decoding(constrained=True, probabilities=True))
     ids = tokenizer.convert_tokens_to_ids(list(DIGITS))
 
@@ -306,28 +274,6 @@ def test_probabilities_are_the_models(
                 + (1 - share[0] * ten) * rest
             )
             assert expected_answer(reply) == pytest.approx(wanted, abs=1e-5)
-
-
-def test_no_probabilities_unless_asked_for(engine: TransformersEngine) -> None:
-    for probabilities in (False, True):
-        (reply,) = engine.ask(MIXED[:1], [QUESTIONS[:1]], Decoding(probabilities=probabilities))[0]
-        assert bool(reply.digits) == (reply.ten > 0) == probabilities
-        assert not probabilities or len(reply.digits) == 16  # a random model does not stop
-
-
-def test_every_path_of_the_automaton_is_a_number_and_back() -> None:
-    assert len(set(NUMBERS)) == 901
-    assert all(re.fullmatch(NUMBER, number) for number in NUMBERS)
-
-    def paths(written: str) -> list[str]:
-        following = NEXT_CHARACTERS[written]
-        return (
-            [written] if not following else [path for c in following for path in paths(written + c)]
-        )
-
-    assert sorted(paths("")) == sorted(NUMBERS)
-    assert not re.fullmatch(NUMBER, "0.50")
-    assert not re.fullmatch(NUMBER, "10.01")
 
 
 def test_a_constrained_answer_is_a_number(engine: TransformersEngine) -> None:
@@ -366,23 +312,6 @@ def test_ten_is_written_where_the_model_would(
             written
         ] * 3
         hook.remove()
-
-
-def test_draws_have_the_softmax_distribution() -> None:
-    """Over a fine grid of quantiles each token is drawn as often as its probability says, at any
-    temperature; -inf never.
-    """
-    logits = torch.tensor([0.3, -torch.inf, 2.0, -1.0, 0.0])
-    grid = (torch.arange(10_000, dtype=torch.float64) + 0.5) / 10_000
-    for temperature in (0.5, 1.0, 3.0):
-        drawn = draw(logits.expand(10_000, -1), temperature, grid)
-        share = torch.bincount(drawn, minlength=5) / 10_000
-        torch.testing.assert_close(
-            share, torch.softmax(logits / temperature, -1), rtol=0, atol=2e-4
-        )
-    assert draw(logits[None], 0.0, grid[:1]).tolist() == [2]
-    edges = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
-    assert draw(logits.expand(2, -1), 1.0, edges).tolist() == [0, 4]
 
 
 @pytest.mark.parametrize("constrained", [False, True])
@@ -545,17 +474,14 @@ def test_gradients_are_off_and_the_trainers_stay_as_they_are(engine: Transformer
     assert video.frames.dtype == torch.uint8
 
 
-def test_bfloat16(qwen_folder: Path) -> None:
+def test_bfloat16(qwen_folder: Path, engine: TransformersEngine) -> None:
     """The default: weights in bf16, the same bits again, probabilities near those of fp32."""
-    engine = TransformersEngine(str(qwen_folder))
-    engine.load(CPU)
+    half = TransformersEngine(str(qwen_folder))
+    half.load(CPU)
+    assert half.loaded is not None
     assert (
-        {p.dtype for p in engine.loaded[0].parameters()}
-        == {torch.bfloat16}
-        == {DTYPES[engine.dtype]}
-    )  # type: ignore[index]
-    decoding = Decoding(max_tokens=1, probabilities=True)
-    ours = engine.ask(MIXED, [QUESTIONS] * 6, decoding)
-    assert ours == engine.ask(MIXED, [QUESTIONS] * 6, decoding)
-    for a, b in zip(ours, loaded(qwen_folder).ask(MIXED, [QUESTIONS] * 6, decoding), strict=True):
-        assert [reply.ten for reply in a] == pytest.approx([reply.ten for reply in b], rel=0.2)
+        {p.dtype for p in half.loaded[0].parameters()} == {torch.bfloat16} == {DTYPES[half.dtype]}
+    )
+    found = tens(half)
+    assert found == tens(half)
+    assert found == pytest.approx(tens(engine), rel=0.2)

@@ -281,14 +281,10 @@ def test_what_is_wrong_with_a_checkpoint(
 def test_what_is_wrong_with_a_base(
     published: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(
-        ValueError, match=r"reward.init_args.base: expected the configuration of a Qwen2-VL"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"reward.init_args.base: expected a model in"):
         published.judge(base=str(tmp_path)).load(CPU)
     (tmp_path / "config.json").write_text('{"model_type": "clip"}')
-    with pytest.raises(
-        ValueError, match=r"reward.init_args.base: expected model_type qwen2_vl .* got clip"
-    ):
+    with pytest.raises(ValueError, match=r"args.base: .* expected qwen2_vl, got 'clip'"):
         published.judge(base=str(tmp_path)).load(CPU)
     with pytest.raises(
         ValueError,

@@ -1,12 +1,12 @@
 """Video files: every codec and container against the frames that went in, times, rotation, and bad
-files by the dozen. PyAV's side; DALI's own is in tests/dali.
+files by the dozen.
 """
 
 from __future__ import annotations
 
 import bisect
 import struct
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -17,47 +17,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numpy.typing import NDArray
+from written_videos import Frames, moving, write
 
-from fastgrpo.rewards.media import dali
 from fastgrpo.rewards.media.video_files import CONTAINERS, Limits, Video, constant_rate, read_video
-
-Frames = NDArray[np.uint8]
-
-
-def write(
-    path: Path,
-    frames: Iterable[Frames],
-    codec: str,
-    pixels: str = "yuv420p",
-    rate: int = 8,
-    times: Sequence[int] | None = None,
-    prepare: Callable[[Any], None] = lambda stream: None,
-    **container_options: str,
-) -> Path:
-    """Encode frames [H, W, 3 or 4]; times: of each frame in units of 1 / rate."""
-    with av.open(path, "w", container_options=container_options) as container:
-        stream: Any = None
-        for i, frame in enumerate(frames):
-            if stream is None:
-                stream = container.add_stream(codec, rate=rate)
-                stream.height, stream.width, stream.pix_fmt = frame.shape[0], frame.shape[1], pixels
-                stream.codec_context.time_base = Fraction(1, rate)
-                prepare(stream)
-            picture = av.VideoFrame.from_ndarray(
-                np.ascontiguousarray(frame), format="rgba" if frame.shape[2] == 4 else "rgb24"
-            )
-            picture.pts, picture.time_base = (i if times is None else times[i]), Fraction(1, rate)
-            container.mux(stream.encode(picture))
-        container.mux(stream.encode())
-    return path
-
-
-def moving(count: int = 12, height: int = 48, width: int = 64) -> Frames:
-    """Smooth waves that move by about a tenth of their length a frame."""
-    y, x, t = np.mgrid[0:height, 0:width, 0:count].astype(np.float64)
-    waves = [np.sin((x + 7 * t) / 11), np.cos((y - 6 * t) / 9), np.sin((x + y + 8 * t) / 15)]
-    return np.moveaxis((128 + 100 * np.stack(waves, -1)).round().astype(np.uint8), 2, 0)
 
 
 def grey(values: Iterable[int], height: int = 32, width: int = 48) -> list[Frames]:
@@ -450,10 +412,7 @@ def test_a_bad_file_is_one_line_with_its_name(tmp_path: Path, name: str) -> None
         (Limits(min_frames=13), "too short: 12 frames, min_frames is 13"),
         (Limits(max_frames=11), "too long: more than max_frames = 11"),
         (Limits(max_seconds=1.4), r"too long: 1.5 s, max_seconds is 1.4"),
-        (
-            Limits(max_pixels=48 * 64 - 1),
-            "too large: 64 x 48 pixels, max_pixels is 3071|beyond max_pixels",
-        ),
+        (Limits(max_pixels=48 * 64 - 1), "beyond max_pixels, 3071"),
         (Limits(max_bytes=1000), "too large: .* bytes, max_bytes is 1000"),
         (
             Limits(max_bytes=12 * 3 * 48 * 64 - 1),
@@ -473,148 +432,13 @@ def test_limits_are_kept_before_anything_is_decoded(
         pyav(path, limits=limits)
 
 
-@pytest.mark.parametrize(
-    "key", ["min_frames", "max_frames", "max_pixels", "max_seconds", "max_bytes"]
-)
-def test_limits_are_positive(key: str) -> None:
-    with pytest.raises(ValueError, match=f"limits.{key}: expected a positive number, got 0"):
-        Limits(**{key: 0})
-
-
-@pytest.mark.parametrize("indices", [[], [12], [-1]])
-def test_indices_that_the_file_does_not_have(tmp_path: Path, indices: list[int]) -> None:
-    path = write(tmp_path / "a.mp4", moving(), "libx264")
-    with pytest.raises(ValueError, match="expected indices of its 12 frames"):
-        pyav(path, lambda count, fps: indices)
+def test_limits_are_positive() -> None:
+    for key in ("min_frames", "max_frames", "max_pixels", "max_seconds", "max_bytes"):
+        with pytest.raises(ValueError, match=f"limits.{key}: expected a positive number, got 0"):
+            Limits(**{key: 0})
 
 
 def test_what_may_be_read_opens_no_other_file() -> None:
     assert not {"hls", "dash", "concat", "sdp", "rtsp", "image2", "tty", "rawvideo"} & set(
         CONTAINERS.split(",")
     )
-
-
-@pytest.fixture
-def no_dali(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dali, "version", lambda: "")
-
-
-@pytest.fixture
-def fake_dali(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
-    """A DALI that returns black frames; the indices that it was asked for."""
-    asked: list[list[int]] = []
-
-    def decode(file: Path, indices: list[int], device: torch.device, matrix: int) -> torch.Tensor:
-        asked.append(indices)
-        return torch.zeros(len(indices), 3, 48, 64, dtype=torch.uint8)
-
-    monkeypatch.setattr(dali, "version", lambda: "2.4.0")
-    monkeypatch.setattr(dali, "decode", decode)
-    return asked
-
-
-def test_without_dali(tmp_path: Path, no_dali: None) -> None:
-    path = write(tmp_path / "a.webm", moving(), "libvpx-vp9")
-    assert read_video(path, every(4)).decoder.startswith("pyav")
-    with pytest.raises(
-        ValueError, match=r"a\.webm: DALI does not decode it: DALI is not installed"
-    ):
-        read_video(path, every(4), decoder="dali")
-
-
-def test_auto_takes_dali_for_what_it_decodes(tmp_path: Path, fake_dali: list[list[int]]) -> None:
-    turned = write(
-        tmp_path / "a.mov",
-        moving(),
-        "mjpeg",
-        "yuvj420p",
-        prepare=lambda stream: stream.set_display_rotation(90),
-    )
-    video = read_video(turned, every(4))
-    assert (video.decoder, video.num_frames, video.frames.shape, video.frames.max()) == (
-        "dali 2.4.0 (cpu)",
-        12,
-        (3, 3, 64, 48),
-        0,
-    )
-    assert fake_dali == [[0, 4, 8]]
-    h264 = write(tmp_path / "a.mp4", moving(), "libx264")
-    assert read_video(h264, every(4)).decoder.startswith("pyav")
-    assert pyav(turned).decoder.startswith("pyav")
-    with pytest.raises(ValueError, match="the codec h264, on cpu"):
-        read_video(h264, every(4), decoder="dali")
-    assert len(fake_dali) == 1
-
-
-def test_where_dali_fails_auto_takes_pyav(
-    tmp_path: Path, fake_dali: list[list[int]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(*args: Any) -> None:
-        raise RuntimeError("Assert failed\nand a stack")
-
-    monkeypatch.setattr(dali, "decode", fail)
-    path = write(tmp_path / "a.webm", moving(), "libvpx-vp9")
-    assert read_video(path, every(4)).decoder.startswith("pyav")
-    with pytest.raises(ValueError, match=r"DALI does not decode it: Assert failed$"):
-        read_video(path, every(4), decoder="dali")
-
-
-@pytest.mark.parametrize(
-    ("changed", "device", "message"),
-    [
-        ({}, "cpu", ""),
-        ({"codec": "h264"}, "cuda", ""),
-        ({"codec": "h264"}, "cpu", "the codec h264, on cpu"),
-        ({"codec": "gif"}, "cuda", "the codec gif, on cuda"),
-        ({"pixels": "yuva420p"}, "cpu", "the pixel format yuva420p"),
-        ({"matrix": 9}, "cpu", ""),
-        ({"matrix": 8}, "cpu", "colour matrix 8"),
-        ({"size": (33, 48)}, "cpu", ""),
-        ({"size": (33, 48)}, "cuda", "the odd size 48 x 33"),
-        ({"file_bytes": 2**31}, "cpu", "2147483648 bytes"),
-    ],
-)
-def test_what_dali_refuses(
-    fake_dali: Any, changed: dict[str, Any], device: str, message: str
-) -> None:
-    usual: dict[str, Any] = {
-        "codec": "vp9",
-        "pixels": "yuv420p",
-        "matrix": 2,
-        "size": (32, 48),
-        "file_bytes": 1000,
-    }
-    said = dali.unsupported_reason(**(usual | changed), device=torch.device(device))
-    assert (message in said) if message else not said
-    assert usual["codec"] in dali.CODECS["cpu"]
-
-
-@pytest.mark.parametrize(
-    ("matrix", "coefficients"),
-    [(1, (1.5748, 0.1873, 0.4681, 1.8556)), (9, (1.4746, 0.1646, 0.5714, 1.8814))],
-)
-def test_another_matrix_than_bt601(matrix: int, coefficients: tuple[float, ...]) -> None:
-    """The coefficients are those printed in BT.709 and BT.2020, and for BT.601 in the JPEG
-    standard.
-    """
-    luma, blue, red = (
-        np.random.default_rng(0).uniform((0.3, -0.15, -0.15), (0.7, 0.15, 0.15), (500, 3)).T
-    )
-
-    def rgb(
-        to_red: float, blue_to_green: float, red_to_green: float, to_blue: float
-    ) -> NDArray[np.float64]:
-        return 255 * np.stack(
-            [
-                luma + to_red * red,
-                luma - blue_to_green * blue - red_to_green * red,
-                luma + to_blue * blue,
-            ]
-        )
-
-    wrong = torch.from_numpy(rgb(1.402, 0.344136, 0.714136, 1.772).round().astype(np.uint8)).view(
-        1, 3, 20, 25
-    )
-    right = dali.to_matrix(wrong.clone(), matrix).view(3, 500).double()
-    assert (right - torch.from_numpy(rgb(*coefficients))).abs().max() < 1.6
-    assert (wrong.view(3, 500) - right).abs().max() > 8

@@ -222,13 +222,11 @@ def _open(file: Path, limits: Limits) -> Iterator[tuple[Any, Any]]:
         if stream.codec_context is None:
             raise UserError("its video is of a codec that is not known here")
         height, width = stream.codec_context.height, stream.codec_context.width
-        if not height * width:
+        if not 0 < height * width <= limits.max_pixels:  # with `most`, a larger one may be 0 x 0
             raise UserError(
-                "its frames have no size that could be read: damaged, or beyond max_pixels"
+                f"frames of {width} x {height} pixels: damaged, or beyond max_pixels, "
+                f"{limits.max_pixels}"
             )
-        if height * width > limits.max_pixels:
-            most_pixels = f"max_pixels is {limits.max_pixels}"
-            raise UserError(f"too large: {width} x {height} pixels, {most_pixels}")
         stream.thread_type = "AUTO"
         yield container, stream
 
@@ -252,8 +250,6 @@ def _scan(file: Path, limits: Limits) -> _Timeline:
     shown: list[tuple[int | None, int | None]] = []
     lengths, plain = [], True
     with _open(file, limits) as (container, stream):
-        declared = (container.duration or 0) / av.time_base
-        _check_length(declared, limits)
         for packet in container.demux(stream):
             if not packet.size:  # the end
                 continue
@@ -267,25 +263,19 @@ def _scan(file: Path, limits: Limits) -> _Timeline:
             shown.append((packet.pts, packet.dts))
             lengths.append(packet.duration or 0)
         unit, nominal = float(stream.time_base), float(stream.average_rate or 0)
+        declared = (container.duration or 0) / av.time_base
         name, alone = container.format.name, len(container.streams) == 1
-    stamps = next((list(column) for column in zip(*shown, strict=True) if None not in column), None)
-    if stamps is None:  # none of the formats above, as far as seen: the file's own rate must do
-        count = len(shown)
-        times = [i / nominal for i in range(count)] if nominal else [0.0] * count
-        return _Timeline(times, 0.0, nominal, plain)
-    last = max(range(len(stamps)), key=stamps.__getitem__)
-    tail = lengths[last] * unit
+    stamps = next((column for column in zip(*shown, strict=True) if None not in column), ())
+    if not stamps:
+        raise UserError("its frames have no times")
+    tail = lengths[stamps.index(max(stamps))] * unit
     times = sorted(stamp * unit for stamp in stamps)
     seconds = times[-1] - times[0] + tail
-    _check_length(seconds, limits)
+    if seconds > limits.max_seconds:
+        raise UserError(f"too long: {seconds:.1f} s, max_seconds is {limits.max_seconds:g}")
     missing = declared - times[-1] - tail if alone else 0.0
     _check_end(file, name, missing, seconds / len(times))
     return _Timeline(times, tail, nominal, plain)
-
-
-def _check_length(seconds: float, limits: Limits) -> None:
-    if seconds > limits.max_seconds:
-        raise UserError(f"too long: {seconds:.1f} s, max_seconds is {limits.max_seconds:g}")
 
 
 def _check_end(file: Path, container: str, missing: float, gap: float) -> None:
@@ -334,8 +324,7 @@ def _select(
         raise UserError(f"too short: {n} frame{'s' * (n != 1)}, min_frames is {limits.min_frames}")
     fps, order = constant_rate(timeline.times, timeline.tail, timeline.nominal)
     indices = indices_of(n, fps)
-    if not indices or min(indices) < 0 or max(indices) >= n:
-        raise UserError(f"expected indices of its {n} frames, got {indices[:8]}")
+    assert 0 <= min(indices) <= max(indices) < n
     kept = len(indices) * 3 * format.height * format.width
     if kept > limits.max_bytes:
         raise UserError(
@@ -357,11 +346,7 @@ def _decode_with_dali(
         if fall_back:
             return None
         raise UserError(f"DALI does not decode it: {str(error).splitlines()[0]}") from error
-    height, width = frames.shape[2:]
-    if (height, width) != (format.height, format.width):
-        raise UserError(
-            f"expected frames of {format.width} x {format.height}, DALI made {width} x {height}"
-        )
+    assert frames.shape[2:] == (format.height, format.width)
     return frames
 
 
@@ -371,9 +356,8 @@ def _decode_with_pyav(
     """The wanted frames [n, 3, H, W] uint8, and the times of all. Decodes to the end, so that
     damage anywhere is found.
     """
-    offsets: dict[int, list[int]] = {}
-    for offset, index in enumerate(wanted):
-        offsets.setdefault(index, []).append(offset)
+    is_wanted = set(wanted)
+    indices = torch.tensor(wanted)
     frames = torch.empty(len(wanted), 3, format.height, format.width, dtype=torch.uint8)
     times: list[float] = []
     with _open(file, limits) as (container, stream):
@@ -385,8 +369,8 @@ def _decode_with_pyav(
                     f"its frames change size, from {format.width} x {format.height} to "
                     f"{frame.width} x {frame.height}"
                 )
-            if len(times) in offsets:
-                frames[offsets[len(times)]] = torch.from_numpy(_rgb(frame)).permute(2, 0, 1)
+            if len(times) in is_wanted:
+                frames[indices == len(times)] = torch.from_numpy(_rgb(frame)).permute(2, 0, 1)
             times.append(len(times) / 25 if frame.time is None else frame.time)
     return frames, times
 

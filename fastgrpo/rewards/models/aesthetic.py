@@ -22,18 +22,14 @@ import transformers
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn.functional import linear, normalize
-from transformers import AutoConfig, CLIPConfig, CLIPVisionConfig, CLIPVisionModelWithProjection
+from transformers import CLIPConfig, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from fastgrpo.errors import UserError, require
 from fastgrpo.files import find_file
 from fastgrpo.hub import fetch_files, require_weights
 from fastgrpo.rewards.media.frames import quantise
-from fastgrpo.rewards.models.per_video import (
-    PerVideoReward,
-    read_tensors,
-    resize,
-    spread,
-)
+from fastgrpo.rewards.models.per_video import PerVideoReward, read_tensors, resize, spread
+from fastgrpo.rewards.published import hub_commit, read_config, weight_shapes
 
 _KEY = "reward.init_args"
 _CONFIG_FILES = ("config.json",)
@@ -182,9 +178,7 @@ class Aesthetic(PerVideoReward):
 
     @cached_property
     def _shapes(self) -> dict[str, torch.Size]:
-        with torch.device("meta"):
-            state = CLIPVisionModelWithProjection(self._config).state_dict()
-        return {name: value.shape for name, value in state.items()}
+        return weight_shapes(CLIPVisionModelWithProjection, self._config)
 
     @cached_property
     def _folder(self) -> Path:
@@ -192,19 +186,7 @@ class Aesthetic(PerVideoReward):
 
     @cached_property
     def _config(self) -> CLIPVisionConfig:
-        path = self._folder / "config.json"
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"{_KEY}.model: expected a CLIP in transformers' format, found no {path}"
-            )
-        try:
-            config = AutoConfig.from_pretrained(self._folder, local_files_only=True)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"{_KEY}.model: expected the configuration of a CLIP in {self._folder}, got {error}"
-            ) from error
-        known = isinstance(config, CLIPConfig | CLIPVisionConfig)
-        self._expect(known, "model_type clip", config.model_type)
+        config = read_config(self._folder, (CLIPConfig, CLIPVisionConfig), f"{_KEY}.model")
         if isinstance(config, CLIPVisionConfig):
             return config
         # The whole model's configuration holds this beside its parts.
@@ -212,8 +194,7 @@ class Aesthetic(PerVideoReward):
         return config.vision_config
 
     def _expect(self, ok: bool, expected: str, got: object) -> None:
-        if not ok:
-            raise UserError(f"{_KEY}.model: expected {expected}, in {self._folder}, got {got}")
+        require(ok, f"{_KEY}.model", f"{expected}, in {self._folder}", got)
 
     def describe(self) -> dict[str, Any]:
         """What decides the scores, as JSON that is kept with them."""
@@ -222,7 +203,7 @@ class Aesthetic(PerVideoReward):
             "judge": "LAION aesthetic",
             "model": self.model,
             "revision": self.revision,
-            "commit": None if Path(self.model).expanduser().is_dir() else self._folder.name,
+            "commit": hub_commit(self.model, self._folder),
             "head_sha256": hashlib.sha256(head).hexdigest(),
             "layers": len(self.head),
             "frames": self.frames,

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +20,7 @@ from typing import Any, Literal
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoConfig, Qwen2VLConfig, Qwen2VLModel
+from transformers import Qwen2VLConfig, Qwen2VLModel
 
 from fastgrpo.errors import UserError, require
 from fastgrpo.hub import fetch_files
@@ -39,6 +38,7 @@ from fastgrpo.rewards.models.video_align_files import (
     read_settings,
     read_weights,
 )
+from fastgrpo.rewards.published import hub_commit, read_config, weight_shapes
 from fastgrpo.rewards.vlm.engine import Clip
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -141,7 +141,8 @@ class VideoAlign(PerVideoReward):
             ValueError: Refused by the hub, another model, or unreadable.
         """
         shapes, dtype = self._shapes, DTYPES[self.dtype]
-        folder = _fetch("model", self.model, self.revision, (*_FILES, "checkpoint-*/model.*"))
+        patterns = (*_FILES, "checkpoint-*/model.*")
+        folder = fetch_files(self.model, self.revision, patterns, KEY, "its publishers")
         weights = read_weights(checkpoint_of(folder))
         check_weights(weights, shapes, self._published.lora_rank)
         try:
@@ -172,7 +173,7 @@ class VideoAlign(PerVideoReward):
 
     @cached_property
     def _folder(self) -> Path:
-        return _fetch("model", self.model, self.revision, _FILES)
+        return fetch_files(self.model, self.revision, _FILES, KEY, "its publishers")
 
     @cached_property
     def _published(self) -> Published:
@@ -187,25 +188,18 @@ class VideoAlign(PerVideoReward):
         """The base's, with a row of the embedding for each token, to which the published model was
         cut.
         """
-        folder = _fetch("base", self.base or self._published.base, None, ("config.json",))
+        base = self.base or self._published.base
         try:
-            config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"{KEY}.base: expected the configuration of a Qwen2-VL in {folder}, got {error}"
-            ) from error
-        if not isinstance(config, Qwen2VLConfig):
-            raise UserError(
-                f"{KEY}.base: expected model_type qwen2_vl in {folder}, got {config.model_type}"
-            )
+            folder = fetch_files(base, None, ("config.json",), KEY, "transformers")
+        except (FileNotFoundError, ValueError) as error:
+            raise type(error)(str(error).replace(f"{KEY}.model:", f"{KEY}.base:")) from error
+        config: Qwen2VLConfig = read_config(folder, (Qwen2VLConfig,), f"{KEY}.base")
         config.text_config.vocab_size = self._request.vocabulary
         return config
 
     @cached_property
     def _shapes(self) -> dict[str, torch.Size]:
-        with torch.device("meta"):
-            state = Qwen2VLModel(self._config).state_dict()
-        return {name: value.shape for name, value in state.items()}
+        return weight_shapes(Qwen2VLModel, self._config)
 
     def describe(self) -> dict[str, Any]:
         """What decides the scores, as JSON that is kept with them; mean and std turn raw scores
@@ -215,7 +209,7 @@ class VideoAlign(PerVideoReward):
             "judge": "VideoAlign",
             "model": self.model,
             "revision": self.revision,
-            "commit": None if Path(self.model).expanduser().is_dir() else self._folder.name,
+            "commit": hub_commit(self.model, self._folder),
             "checkpoint": checkpoint_of(self._folder).name,
             "base": self.base or self._published.base,
             "prompt_sha256": hashlib.sha256(self.prompt.encode()).hexdigest(),
@@ -269,13 +263,3 @@ class VideoAlign(PerVideoReward):
         at = torch.stack([(ids[0] == token).nonzero()[0, 0] for token in self._request.rewards])
         # A head of one row serves all three tokens, one of three rows each its own.
         return (hidden[0, at].float() * head).sum(-1)
-
-
-def _fetch(key: str, model: str, revision: str | None, patterns: Sequence[str]) -> Path:
-    """`hub.fetch_files`, whose errors name the argument `key`."""
-    try:
-        return fetch_files(model, revision, patterns, f"{KEY}.{key}", "its publishers")
-    except (FileNotFoundError, ValueError) as error:
-        message = str(error).replace(f"{key}.model:", f"{key}:")
-        message = message.replace(f"{key}.revision:", "revision:")
-        raise type(error)(message) from error

@@ -110,23 +110,20 @@ class TensorRTLLMEngine(Engine):
     def _write(self, asked: list[dict[str, Any]]) -> list[Reply]:
         """The likeliest numbers, with the probabilities of the digits in their places."""
 
-        def likeliest(place: dict[str, float], allowed: str) -> str:
-            return max(allowed, key=place.__getitem__)
-
         first = self._places(asked, [""] * len(asked))
         after_one = self._places(asked, ["1"] * len(asked))
         digits: list[list[dict[str, float]]] = [[place] for place in first]
         texts = []
         for i, place in enumerate(first):
-            digit = likeliest(place, DIGITS[1:])
+            digit = max(DIGITS[1:], key=place.__getitem__)
             # Only "." can follow another digit than 1.
             digits[i].append(after_one[i] if digit == "1" else {})
-            ten = digit == "1" and likeliest(after_one[i], "0.") == "0"
+            ten = digit == "1" and after_one[i]["0"] >= after_one[i]["."]
             texts.append("10.00" if ten else f"{digit}.")
         for _ in range(2):
             for i, place in enumerate(self._places(asked, texts)):
                 ten = texts[i] == "10.00"
-                texts[i] += "" if ten else likeliest(place, DIGITS)
+                texts[i] += "" if ten else max(DIGITS, key=place.__getitem__)
                 digits[i].append({} if ten else place)
         replies = []
         for text, places, one in zip(texts, digits, after_one, strict=True):

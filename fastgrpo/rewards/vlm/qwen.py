@@ -12,7 +12,6 @@ published weights.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import replace
@@ -22,13 +21,13 @@ from typing import Any, Literal
 
 import torch
 import transformers
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from fastgrpo.errors import UserError, require
 from fastgrpo.hub import fetch_files, require_weights
+from fastgrpo.rewards.published import hub_commit, read_config
 from fastgrpo.rewards.vlm import qwen_windows
 from fastgrpo.rewards.vlm.engine import Clip, Decoding, Engine, Reply
 from fastgrpo.rewards.vlm.qwen_chat import NUMBERS, ChatTokens, read_chat
@@ -89,11 +88,8 @@ class TransformersEngine(Engine):
         config, chat = self._config, read_chat(self._folder)
         known, found = config.text_config.vocab_size, config.video_token_id
         self._expect(found == chat.video, f"video_token_id {chat.video}, the tokenizer's", found)
-        self._expect(
-            max(chat.characters) < known,
-            f"a vocabulary with the tokenizer's digits {chat.characters}",
-            known,
-        )
+        expected = f"a vocabulary with the tokenizer's digits {chat.characters}"
+        self._expect(max(chat.characters) < known, expected, known)
         own = device if self.device == "shared" else torch.device(self.device)
         gpus = torch.cuda.device_count()
         present = own.type != "cuda" or (own.index or 0) < gpus
@@ -148,29 +144,10 @@ class TransformersEngine(Engine):
 
     @cached_property
     def _config(self) -> Any:
-        """Of config.json."""
-        path = self._folder / "config.json"
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"{_KEY}.model: expected a model in transformers' format, found no {path}"
-            )
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UserError(f"{_KEY}.model: expected JSON in {path}, got {error}") from error
-        kind = content.get("model_type") if isinstance(content, dict) else type(content).__name__
-        wanted = Qwen2_5_VLConfig.model_type
-        self._expect(kind == wanted, f"model_type {wanted}", kind)
-        try:
-            return Qwen2_5_VLConfig.from_dict(content)
-        except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
-            raise UserError(
-                f"{_KEY}.model: expected a configuration of Qwen2.5-VL, in {path}, got {error}"
-            ) from error
+        return read_config(self._folder, (Qwen2_5_VLConfig,), f"{_KEY}.model")
 
     def _expect(self, ok: bool, expected: str, got: object) -> None:
-        if not ok:
-            raise UserError(f"{_KEY}.model: expected {expected}, in {self._folder}, got {got}")
+        require(ok, f"{_KEY}.model", f"{expected}, in {self._folder}", got)
 
     def describe(self) -> dict[str, Any]:
         """Model, revision, the hub's commit if it came from there, hash of config.json, precision,
@@ -181,7 +158,7 @@ class TransformersEngine(Engine):
             "engine": "transformers",
             "model": self.model,
             "revision": self.revision,
-            "commit": None if Path(self.model).expanduser().is_dir() else self._folder.name,
+            "commit": hub_commit(self.model, self._folder),
             "config_sha256": hashlib.sha256(config).hexdigest(),
             "dtype": self.dtype,
             "attention": self.attention,

@@ -181,17 +181,12 @@ class ServerEngine(Engine):
         """
         with self._lock:
             counts, self._counts = self._counts, Counter()
-        return {
-            name: counts[name] for name in ("requests", "failed_requests", "endpoints_set_aside")
-        }
+        names = ("requests", "failed_requests", "endpoints_set_aside")
+        return {name: counts[name] for name in names}
 
     def last_errors(self) -> dict[str, str]:
         """The last error of each endpoint that had one."""
-        return {
-            endpoint.url: endpoint.last_error
-            for endpoint in self._pool.endpoints
-            if endpoint.last_error
-        }
+        return {e.url: e.last_error for e in self._pool.endpoints if e.last_error}
 
     def _run(self, work: Callable[[], Coroutine[Any, Any, Result]]) -> Result:
         """Run a coroutine on the loop's thread, where all methods below live."""
@@ -255,9 +250,8 @@ class ServerEngine(Engine):
             Refused: It does not serve the model.
         """
         page = await self._request(endpoint, endpoint.client.models.list)
-        cards = {
-            card.id: card for card in getattr(page, "data", None) or [] if getattr(card, "id", None)
-        }
+        cards = {getattr(card, "id", None): card for card in getattr(page, "data", None) or []}
+        cards.pop(None, None)
         if not self._model and len(cards) == 1:
             (self._model,) = cards
         if self._model not in cards:
@@ -307,16 +301,11 @@ class ServerEngine(Engine):
         if not self._asking:
             self._pool.down_since = None  # failures before a pause say nothing of now
         self._asking += 1
-        tasks = [
-            asyncio.ensure_future(self._ask_clip(clip, row, decoding))
-            for clip, row in zip(clips, questions, strict=True)
-        ]
+        asked = zip(clips, questions, strict=True)
         try:
-            return await asyncio.gather(*tasks)
+            return await asyncio.gather(*(self._ask_clip(*one, decoding) for one in asked))
         finally:
             self._asking -= 1
-            for task in tasks:
-                task.cancel()
 
     async def _ask_clip(
         self, clip: Clip, questions: Sequence[str], decoding: Decoding
