@@ -12,7 +12,6 @@ import numpy as np
 
 from fastgrpo.errors import UserError, require
 from fastgrpo.evaluation.bias_tables import (
-    bias_json,
     bias_rows,
     bias_table,
     cluster_figure,
@@ -22,18 +21,11 @@ from fastgrpo.evaluation.bias_tables import (
 )
 from fastgrpo.evaluation.figures import save_figure
 from fastgrpo.evaluation.kappa import N_INIT, cluster_all, directions, measure_all, typical
-from fastgrpo.evaluation.prompt_embeddings import (
-    Encoder,
-    Vectors,
-    embed_prompts,
-    embeddings_in_order,
-    read_embeddings,
-)
+from fastgrpo.evaluation.prompt_embeddings import Encoder, Vectors, embed_prompts, read_matrix
 from fastgrpo.evaluation.score import Device, select_device
 from fastgrpo.evaluation.score_rows import (
     MEAN,
     ScoredRow,
-    ScoreFile,
     left_out_lines,
     match_rows,
     name_files,
@@ -41,8 +33,6 @@ from fastgrpo.evaluation.score_rows import (
     read_scores,
 )
 from fastgrpo.evaluation.tables import write_csv, write_json
-from fastgrpo.evaluation.video_prompts import look_up, named_prompts
-from fastgrpo.training.prompts import read_prompts
 
 
 @dataclass(frozen=True)
@@ -54,10 +44,7 @@ class BiasOptions:
         names: Names of the judges, in the same order; by default those of the files.
         score: A stage, a component, or `mean` of all stages; one for all judges, or one for each.
             The score of a row {"score": x} is the stage `score`.
-        prompts: File of the videos' prompts: by video name (.json, .jsonl with video and prompt),
-            or in the order of the first file's rows; by default the prompts in the rows.
-        embeddings: Of the prompts, .npy or .safetensors: a row for each row of the first file of
-            scores, or a file that this command wrote.
+        embeddings: Of the prompts, .npy: a row for each row of the first file of scores.
         text_encoder: Folder or hub id of a UMT5 encoder (a model of transformers, or a pipeline of
             diffusers, such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers); it embeds the prompts whose
             embeddings OUTPUT does not have yet.
@@ -73,7 +60,6 @@ class BiasOptions:
     scores: Sequence[Path]
     names: Sequence[str] | None = None
     score: Sequence[str] = (MEAN,)
-    prompts: str | None = None
     embeddings: Path | None = None
     text_encoder: str | None = None
     revision: str | None = None
@@ -120,17 +106,18 @@ def measure_bias(options: BiasOptions) -> str:
         np.array(pick(file, rows, score))
         for file, rows, score in zip(files, zip(*matched, strict=True), which, strict=True)
     ]
-    prompts = prompts_of(matched, files[0], options.prompts)
-    vectors = vectors_of(matched, files[0], prompts, options)
+    first = [rows[0] for rows in matched]
+    prompts = [next((row.prompt for row in rows if row.prompt), "") for rows in matched]
+    vectors = vectors_of(first, files[0].num_rows, prompts, options)
     labels = cluster_all(vectors, ks, range(seed, seed + options.num_seeds))
     judges = {
         name: measure_all(score, scores, labels, seed)
         for name, score, scores in zip(names, which, values, strict=True)
     }
-    shown = [text or rows[0].video or "" for text, rows in zip(prompts, matched, strict=True)]
+    shown = [text or row.video or "" for text, row in zip(prompts, first, strict=True)]
     typicals = {k: [shown[i] for i in typical(vectors, labels[k, seed])] for k in ks}
     notes = [*left_out_lines(names, files, len(matched)), *warnings_about(judges)]
-    content = bias_json(judges, typicals)
+    tables = bias_rows(judges, typicals)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(
         folder / "bias.json",
@@ -139,12 +126,12 @@ def measure_bias(options: BiasOptions) -> str:
             "num_seeds": options.num_seeds,
             "n_init": N_INIT,
             "notes": notes,
-            "judges": content,
-            "videos": [rows[0].video or rows[0].prompt for rows in matched],
+            **tables,
+            "videos": [row.video or row.prompt for row in first],
             "cluster_of_video": {str(k): labels[k, seed].tolist() for k in ks},
         },
     )
-    for stem, rows in zip(("kappa", "clusters"), bias_rows(content), strict=True):
+    for stem, rows in tables.items():
         write_csv(folder / f"{stem}.csv", rows)
     save_figure(kappa_figure(judges), folder / "kappa")
     save_figure(cluster_figure(judges, labels[ks[-1], seed]), folder / "clusters")
@@ -171,50 +158,29 @@ def read_range(text: str) -> list[int]:
     return list(range(int(ends[0]), int(ends[-1]) + 1))
 
 
-def prompts_of(
-    matched: Sequence[Sequence[ScoredRow]], first: ScoreFile, prompts: str | None
-) -> list[str]:
-    """The prompt of each matched video: from the file, or else that of the first judge that has
-    one, or "".
-    """
-    if prompts is None:
-        return [next((row.prompt for row in rows if row.prompt), "") for rows in matched]
-    rows = [of_judges[0] for of_judges in matched]
-    by_name = named_prompts(prompts)
-    if by_name is not None:
-        return look_up([row.video or "" for row in rows], by_name, prompts)
-    in_order = read_prompts(prompts, "prompts")
-    if len(in_order) != first.num_rows:
-        raise UserError(
-            f"prompts: expected one for each of {first.num_rows} rows of {first.path}, got "
-            f"{len(in_order)} in {prompts}"
-        )
-    return [in_order[row.row_index] for row in rows]
-
-
 def vectors_of(
-    matched: Sequence[Sequence[ScoredRow]],
-    first: ScoreFile,
-    prompts: Sequence[str],
-    options: BiasOptions,
+    first: Sequence[ScoredRow], num_rows: int, prompts: Sequence[str], options: BiasOptions
 ) -> Vectors:
     """A direction [D] for each matched video: of the given embeddings, or of those that OUTPUT
     keeps, to which an encoder adds.
+
+    Args:
+        first: The first judge's rows of the matched videos.
+        num_rows: Of the first file, and of the given embeddings.
+        prompts: Of the matched videos, for an encoder.
+        options: Which embeddings.
     """
+    if options.embeddings is not None:
+        given = read_matrix(options.embeddings)
+        expected = f"a row for each of the {num_rows} rows of {options.scores[0]}"
+        require(len(given) == num_rows, "embeddings", expected, len(given))
+        return directions(given[[row.row_index for row in first]])
+    without = sum(not prompt.strip() for prompt in prompts)
+    expected = f"one in a file's row for each of {len(prompts)} videos, or embeddings"
+    require(not without, "prompts", expected, f"{without} videos without")
+    encoder = None
+    if options.text_encoder is not None:
+        device = select_device(options.device)
+        encoder = Encoder(options.text_encoder, options.revision, device)
     kept = options.folder / "embeddings.safetensors"
-    if options.embeddings is None:
-        without = sum(not prompt.strip() for prompt in prompts)
-        if without:
-            raise UserError(
-                f"prompts: expected one for each of {len(prompts)} videos, got {without} without; "
-                "name a file of them, or embeddings"
-            )
-        if options.text_encoder is not None:
-            device = select_device(options.device)
-            encoder = Encoder(options.text_encoder, options.revision, device)
-            return directions(embed_prompts(prompts, kept, encoder, options.batch_size))
-        if not kept.is_file():
-            raise UserError(f"text_encoder: expected it, or embeddings, as {kept} is not there yet")
-    found = read_embeddings(options.embeddings or kept)
-    indices = [rows[0].row_index for rows in matched]
-    return directions(embeddings_in_order(found, indices, prompts, first.num_rows))
+    return directions(embed_prompts(prompts, kept, encoder, options.batch_size))

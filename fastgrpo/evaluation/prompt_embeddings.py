@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,28 +15,17 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from tqdm import tqdm
+from transformers import UMT5EncoderModel
 
 from fastgrpo.errors import UserError, require
 from fastgrpo.files import atomic_write, find_file
-from fastgrpo.hub import fetch_files, require_weights
+from fastgrpo.hub import fetch_files
+from fastgrpo.policies.model_files import load_part, load_tokenizer
 from fastgrpo.policies.text_cache import fingerprint
 
 MAX_TOKENS = 512
 """Of a prompt; the rest is cut off, with a warning."""
 Vectors = NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class Embeddings:
-    """Vectors [n, D] and, if the file has them, their prompts and what made them."""
-
-    vectors: Vectors
-    prompts: list[str] | None = None
-    encoder: dict[str, str] = field(default_factory=dict)
-
-    def by_prompt(self) -> dict[str, Vectors]:
-        """The vector [D] of each prompt; empty if the file has no prompts."""
-        return dict(zip(self.prompts or [], self.vectors, strict=False))
 
 
 @dataclass(frozen=True)
@@ -97,77 +86,67 @@ class Encoder:
         Raises:
             FileNotFoundError, UserError: There is none, or it is another model.
         """
-        from transformers import UMT5EncoderModel
-
-        from fastgrpo.policies.model_files import load_tokenizer
-
         folder, words = self.folders()
-        require_weights(folder, "text_encoder")
         try:
-            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-            if config.get("model_type") != "umt5":
-                raise ValueError(f"model_type {config.get('model_type')}")
-            # Tensors of a decoder may be beside those of the encoder; no others.
-            encoder, info = UMT5EncoderModel.from_pretrained(
-                folder, dtype=self.dtype, output_loading_info=True, local_files_only=True
-            )
-            missing, mismatched = list(info["missing_keys"]), list(info["mismatched_keys"])
-            if missing or mismatched:
-                raise ValueError(f"one without {missing[:3]}, of other sizes {mismatched[:3]}")
-            return encoder.eval().to(self.device), load_tokenizer(words)
-        except (OSError, RuntimeError, ValueError, AttributeError, SafetensorError) as error:
+            # A decoder's tensors may be beside the encoder's.
+            encoder = load_part(UMT5EncoderModel, folder, "", self.dtype, may_have_more=True)
+            return encoder.to(self.device), load_tokenizer(words)
+        except (OSError, ValueError) as error:
+            got = str(error).removeprefix("policy.model: ")
             raise UserError(
-                "text_encoder: expected a readable UMT5 encoder with its tokenizer in "
-                f"{folder}, got {error}"
+                f"text_encoder: expected a UMT5 encoder with its tokenizer, got {got}"
             ) from error
 
 
-def read_embeddings(path: Path) -> Embeddings:
-    """Read a matrix [n, D] from .npy, or from .safetensors with one tensor.
+def read_matrix(path: Path) -> Vectors:
+    """Read vectors [n, D] from .npy.
 
     Raises:
         FileNotFoundError, UserError: There is no such file, or its content is something else.
     """
     file = find_file(str(path), "embeddings")
-    header: dict[str, str] = {}
     try:
-        if file.suffix == ".npy":
-            vectors = np.load(file, allow_pickle=False)
-        elif file.suffix == ".safetensors":
-            with safe_open(file, framework="pt") as tensors:  # numpy has no bf16
-                names, header = list(tensors.keys()), tensors.metadata() or {}
-                if len(names) != 1:
-                    raise ValueError(f"expected one tensor, got {len(names)}")
-                vectors = tensors.get_tensor(names[0]).float().numpy()
-        else:
-            raise ValueError("expected .npy or .safetensors")
-        if vectors.ndim != 2 or vectors.dtype.kind not in "fiu":
-            got = f"{vectors.dtype} {list(vectors.shape)}"
-            raise ValueError(f"expected a matrix of numbers, a row for each prompt, got {got}")
-        prompts = json.loads(header.get("captions", "null"))
-        return Embeddings(
-            vectors.astype(np.float32), prompts, json.loads(header.get("encoder", "{}"))
-        )
-    except (OSError, ValueError, EOFError, SafetensorError) as error:
-        raise UserError(f"embeddings: cannot read {file}: {error}") from error
+        vectors = np.load(file, allow_pickle=False)
+        ok = isinstance(vectors, np.ndarray) and vectors.ndim == 2 and vectors.dtype.kind in "fiu"
+        require(ok, f"{file}", "a matrix of numbers, a row for each prompt", vectors)
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"embeddings: cannot read {file} as .npy: {error}") from error
+    return vectors.astype(np.float32)
 
 
-def write_embeddings(path: Path, embeddings: Embeddings) -> None:
-    """Write a .safetensors file, whole or not at all, that `read_embeddings` reads."""
+def read_kept(path: Path) -> tuple[dict[str, str], dict[str, Vectors]]:
+    """Read a file of `write_kept`: what made the vectors, and the vector [D] of each prompt.
+
+    Raises:
+        UserError: The file is damaged.
+    """
+    try:
+        with safe_open(path, framework="np") as file:
+            header = file.metadata()
+            prompts, vectors = json.loads(header["captions"]), file.get_tensor("embeddings")
+            return json.loads(header["encoder"]), dict(zip(prompts, vectors, strict=True))
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise UserError(f"embeddings: cannot read {path}: {error}") from error
+
+
+def write_kept(path: Path, identity: dict[str, str], table: dict[str, Vectors]) -> None:
+    """Write a .safetensors file, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    header = {"captions": json.dumps(embeddings.prompts), "encoder": json.dumps(embeddings.encoder)}
+    header = {"captions": json.dumps(list(table)), "encoder": json.dumps(identity)}
     with atomic_write(path) as partial:
-        save_file({"embeddings": np.ascontiguousarray(embeddings.vectors)}, partial, header)
+        save_file({"embeddings": np.stack(list(table.values()))}, partial, header)
 
 
-def embed_prompts(prompts: Sequence[str], path: Path, encoder: Encoder, batch_size: int) -> Vectors:
+def embed_prompts(
+    prompts: Sequence[str], path: Path, encoder: Encoder | None, batch_size: int
+) -> Vectors:
     """A vector for each prompt: from the file `path` if the same encoder made it, else made now and
     added to the file.
 
     Args:
         prompts: n prompts, none empty.
         path: The .safetensors file that keeps the embeddings; it may not exist yet.
-        encoder: What makes them.
+        encoder: What makes them; None if the file has them all, whichever encoder made them.
         batch_size: Prompts that the encoder gets at a time.
 
     Returns:
@@ -176,14 +155,20 @@ def embed_prompts(prompts: Sequence[str], path: Path, encoder: Encoder, batch_si
     Raises:
         UserError, FileNotFoundError: The encoder cannot be had, or the file is damaged.
     """
-    identity = encoder.identity()
-    known = read_embeddings(path) if path.is_file() else Embeddings(np.empty((0, 0), np.float32))
-    table = known.by_prompt() if known.encoder == identity else {}
+    made_by, table = read_kept(path) if path.is_file() else ({}, {})
+    identity = encoder.identity() if encoder else made_by
+    if identity != made_by:
+        table = {}
     missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in table]
     if missing:
+        if encoder is None:
+            raise UserError(
+                f"text_encoder: expected it, or embeddings, as {path} has none for "
+                f"{len(missing)} of {len(prompts)} prompts: {missing[0][:80]!r}"
+            )
         made = mean_embeddings(*encoder.load(), missing, batch_size)
         table |= dict(zip(missing, made, strict=True))
-        write_embeddings(path, Embeddings(np.stack(list(table.values())), list(table), identity))
+        write_kept(path, identity, table)
     return np.stack([table[prompt] for prompt in prompts])
 
 
@@ -219,29 +204,3 @@ def mean_embeddings(
             stacklevel=2,
         )
     return vectors
-
-
-def embeddings_in_order(
-    embeddings: Embeddings, row_indices: Sequence[int], prompts: Sequence[str], num_rows: int
-) -> Vectors:
-    """The vectors of n prompts: by their texts if the file has prompts, else by row.
-
-    Args:
-        embeddings: The file.
-        row_indices: n row numbers, for a file without prompts.
-        prompts: n prompts, for a file with prompts.
-        num_rows: The rows that a file without prompts must have.
-    """
-    if embeddings.prompts is None:
-        expected = f"a row for each of the {num_rows} rows of the first file of scores"
-        got = len(embeddings.vectors)
-        require(got == num_rows, "embeddings", expected, got)
-        return embeddings.vectors[list(row_indices)]
-    table = embeddings.by_prompt()
-    missing = [prompt for prompt in prompts if prompt not in table]
-    if missing:
-        raise UserError(
-            f"embeddings: expected one for each of {len(prompts)} prompts, got none for "
-            f"{len(missing)}: {missing[0][:80]!r}"
-        )
-    return np.stack([table[prompt] for prompt in prompts])

@@ -9,7 +9,6 @@ samples is read too.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections import Counter
@@ -18,12 +17,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fastgrpo.errors import UserError
-from fastgrpo.files import find_file
+from fastgrpo.errors import UserError, require
+from fastgrpo.evaluation.json_rows import read_json
 
 MEAN = "mean"
 """In place of a stage: the mean over a row's stages."""
-Key = tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -52,109 +50,59 @@ class ScoreFile:
     path: Path
     rows: list[ScoredRow]
     num_rows: int
-    errors: int
-    not_finite: int
-
-    def left_out(self) -> str:
-        """How many rows have no scores, and why; "" if all have."""
-        reasons = {
-            "with an error": self.errors,
-            "with a score that is no finite number": self.not_finite,
-        }
-        parts = [f"{count} {reason}" for reason, count in reasons.items() if count]
-        return f"{', '.join(parts)} of {self.num_rows}" if parts else ""
 
 
 def read_scores(path: Path) -> ScoreFile:
-    """Read a file of scores.
+    """Read a file of scores. Rows with an error or without finite scores are left out.
 
     Raises:
         FileNotFoundError, UserError: There is no such file, a line is no row, or no row has scores.
     """
-    file = find_file(str(path), "scores")
+    content = read_json(path, "scores")
+    if isinstance(content, dict):
+        content = _samples(content, path)
+    parsed = [_parse(row, index, path) for index, row in enumerate(content)]
+    rows = [row for row in parsed if row is not None]
+    require(rows, "scores", f"a row with scores in {path}", f"none in {len(parsed)} rows")
+    return ScoreFile(path, rows, len(parsed))
+
+
+def _samples(content: dict[str, Any], path: Path) -> list[dict[str, Any]]:
+    """The entries of a samples.json (`sample_files.save_samples`) as rows of scores."""
     try:
-        text = file.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"scores: cannot read {file} as UTF-8 text: {error}") from error
-    if file.suffix == ".json":
-        entries = [
-            (entry, f"{file}, sample {number}")
-            for number, entry in enumerate(_samples(text, file), start=1)
+        return [
+            {"video": sample["video"], "prompt": sample["prompt"]}
+            | (
+                {"rewards": dict(zip(content["stages"], sample["scores"], strict=True))}
+                if sample["scores"]
+                else {"error": "no scores"}
+            )
+            for sample in content["samples"]
         ]
-    else:
-        entries = [
-            (_json(line, f"{file}, line {number}"), f"{file}, line {number}")
-            for number, line in enumerate(text.split("\n"), start=1)
-            if line.strip()
-        ]
-    read = [_parse(entry, index, where) for index, (entry, where) in enumerate(entries)]
-    scored = [row for row in read if row is not None]
-    rows = [
-        row for row in scored if all(map(math.isfinite, (row.scores | row.components).values()))
-    ]
-    found = ScoreFile(file, rows, len(read), len(read) - len(scored), len(scored) - len(rows))
-    if not rows:
-        why = f": {found.left_out()}" if read else ""
-        raise UserError(f"scores: expected a row with scores in {file}, found none{why}")
-    return found
-
-
-def _json(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise UserError(f"scores: {where}: expected a JSON object, got {error}") from error
-
-
-def _samples(text: str, file: Path) -> list[dict[str, Any]]:
-    """The entries of a samples.json (`figures.save_samples`) as rows of scores."""
-    content = _json(text, str(file))
-    rows = []
-    try:
-        for sample in content["samples"]:
-            row = {"video": sample["video"], "prompt": sample["prompt"]}
-            if sample["scores"]:
-                row["rewards"] = dict(zip(content["stages"], sample["scores"], strict=True))
-            else:
-                row["error"] = "no scores"
-            rows.append(row)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
-            f"scores: {file}: expected .jsonl, or the samples.json of saved samples, got "
-            f"{text[:60]!r} ({error!r})"
+            f"scores: {path}: expected .jsonl, or the samples.json of saved samples, got {error!r}"
         ) from error
-    return rows
 
 
-def _parse(row: Any, index: int, where: str) -> ScoredRow | None:
-    """The row with null as NaN; None for a row with an error."""
+def _parse(row: Any, index: int, path: Path) -> ScoredRow | None:
+    where = f"scores: {path}, row {index + 1}"
     texts = [row.get(key) for key in ("video", "prompt")] if isinstance(row, dict) else []
-    if not any(texts) or not all(text is None or isinstance(text, str) for text in texts):
-        expected = "a JSON object with the text video or prompt"
-        raise UserError(f"scores: {where}: expected {expected}, got {_short(row)}")
+    named = any(texts) and all(text is None or isinstance(text, str) for text in texts)
+    require(named, where, "a JSON object with the text video or prompt", row)
     if row.get("error"):
         return None
     scores = row.get("rewards", {"score": row["score"]} if "score" in row else None)
     components = row.get("components", {})
-    if not scores or not (_are_numbers(scores) and _are_numbers(components)):
-        expected = "rewards, numbers by stage, or score, a number, or error"
-        raise UserError(f"scores: {where}: expected {expected}, got {_short(row)}")
-    scores, components = (
-        {name: math.nan if value is None else float(value) for name, value in values.items()}
-        for values in (scores, components)
+    are_numbers = bool(scores) and all(
+        isinstance(table, dict) and all(type(x) in (int, float, type(None)) for x in table.values())
+        for table in (scores, components)
     )
+    require(are_numbers, where, "rewards, numbers by stage, or score, a number, or error", row)
+    values = [*scores.values(), *components.values()]
+    if not all(value is not None and math.isfinite(value) for value in values):
+        return None
     return ScoredRow(texts[0], texts[1], scores, index, components)
-
-
-def _short(row: Any) -> str:
-    return json.dumps(row, ensure_ascii=False)[:80]
-
-
-def _are_numbers(values: Any) -> bool:
-    return isinstance(values, dict) and all(
-        value is None or (isinstance(value, int | float) and not isinstance(value, bool))
-        for value in values.values()
-    )
 
 
 def pick(file: ScoreFile, rows: Sequence[ScoredRow], score: str) -> list[float]:
@@ -168,54 +116,39 @@ def pick(file: ScoreFile, rows: Sequence[ScoredRow], score: str) -> list[float]:
         return [sum(row.scores.values()) / len(row.scores) for row in rows]
     tables = [row.components | row.scores for row in rows]
     for table in tables:
-        if score not in table:
-            raise UserError(
-                f"score: expected {MEAN} or one of {', '.join(table)} in {file.path}, got {score}"
-            )
+        names = ", ".join([MEAN, *table])
+        require(score in table, "score", f"one of {names} in {file.path}", score)
     return [table[score] for table in tables]
 
 
 def match_rows(files: Sequence[ScoreFile]) -> list[list[ScoredRow]]:
     """For each video that all files have, sorted by its name, its row in each file.
 
-    Videos are told apart by the first of these that is unique in every file: the name of the video
-    file, its path, path and prompt. If any row has no video, they are told apart by the prompt.
+    Videos are told apart by the name of the video file or, if that is not unique in a file, by path
+    and prompt. If any row has no video, they are told apart by the prompt.
 
     Raises:
         UserError: A file has a video or a prompt twice, or no video is in all files.
     """
-    kinds: list[Callable[[ScoredRow], Key]] = [
-        lambda row: (Path(row.video or "").name,),
-        lambda row: (row.video or "",),
-        lambda row: (row.video or "", row.prompt or ""),
+    kinds: list[Callable[[ScoredRow], Any]] = [
+        lambda row: Path(row.video or "").name,
+        lambda row: (row.video, row.prompt or ""),
     ]
     if any(row.video is None for file in files for row in file.rows):
-        kinds = [lambda row: (row.prompt or "",)]
+        for file in files:
+            prompts = [row.prompt or "" for row in file.rows]
+            require(all(prompts), "scores", f"a video or a prompt in all rows of {file.path}", "")
+        kinds = [lambda row: row.prompt]
     for kind in kinds:
-        keyed = [[kind(row) for row in file.rows] for file in files]
-        if all(len(set(keys)) == len(keys) for keys in keyed):
+        tables = [{kind(row): row for row in file.rows} for file in files]
+        if all(len(table) == len(file.rows) for table, file in zip(tables, files, strict=True)):
             break
-    for file, keys in zip(files, keyed, strict=True):
-        if ("",) in keys:
-            raise UserError(
-                "scores: expected a video or a prompt in every row of all files, got a row without "
-                f"in {file.path}"
-            )
-        key, times = Counter(keys).most_common(1)[0]
-        if times > 1:
-            raise UserError(
-                f"scores: expected each video once in {file.path}, got "
-                f"{' with the prompt '.join(key)} {times} times"
-            )
-    common = sorted(set(keyed[0]).intersection(*keyed[1:]))
-    if not common:
-        examples = " and ".join(
-            f"{keys[0][0]} in {file.path}" for file, keys in zip(files, keyed, strict=True)
-        )
-        raise UserError(f"scores: expected a video that all files have, got none: {examples}")
-    tables = [
-        dict(zip(keys, file.rows, strict=True)) for file, keys in zip(files, keyed, strict=True)
-    ]
+    for file in files:
+        key, times = Counter(map(kind, file.rows)).most_common(1)[0]
+        require(times == 1, "scores", f"each video once in {file.path}", f"{key} {times} times")
+    common = sorted(set(tables[0]).intersection(*tables[1:]))
+    examples = [next(iter(table)) for table in tables]
+    require(common, "scores", "a video that all files have", examples)
     return [[table[key] for table in tables] for key in common]
 
 
@@ -239,18 +172,18 @@ def name_files(
     for found in choices:
         if len(set(found)) == len(found) == len(paths):
             return found
-    raise UserError(
-        f"{key}: expected {len(paths)} names, all different, got {', '.join(choices[-1])}"
-    )
+    got = ", ".join(choices[-1])
+    raise UserError(f"{key}: expected {len(paths)} names, all different, got {got}")
 
 
 def left_out_lines(names: Sequence[str], files: Sequence[ScoreFile], matched: int) -> list[str]:
     """For each judge whose file has more rows than were used, how many were left out and why."""
     lines = []
     for name, file in zip(names, files, strict=True):
-        if file.left_out():
-            lines.append(f"{name}: left out {file.left_out()} rows")
-        if len(file.rows) > matched:
-            others = len(file.rows) - matched
+        without, others = file.num_rows - len(file.rows), len(file.rows) - matched
+        if without:
+            why = "with an error or without finite scores"
+            lines.append(f"{name}: left out {without} of {file.num_rows} rows, {why}")
+        if others > 0:
             lines.append(f"{name}: left out {others} videos that another judge has no score for")
     return lines

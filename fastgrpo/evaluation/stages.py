@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from fastgrpo.errors import UserError, require
 from fastgrpo.evaluation import figures
-from fastgrpo.evaluation.figures import COLORS, FAINT, INK, MARKERS
+from fastgrpo.evaluation.figures import COLORS, MARKERS
 from fastgrpo.evaluation.score_rows import (
     ScoredRow,
     ScoreFile,
@@ -67,7 +67,7 @@ def compare_stages(
     for name, file in zip(names, files, strict=True):
         sets[name] = score_matrix(file.rows, stages)
         summaries = summarize(sets[name], prompts_of(file.rows), seed)
-        differences: list[Numbers] = []
+        differences: dict[str, Numbers] = {}
         try:
             if file is not files[0]:
                 differences = compare(files[0], file, stages, seed)
@@ -77,16 +77,17 @@ def compare_stages(
         content[name] = {
             "videos": len(file.rows),
             "stages": dict(zip(stages, summaries, strict=True)),
-            "difference": dict(zip(stages, differences, strict=True)) if differences else None,
+            "difference": differences or None,
         }
     folder = output or scores[0].parent / "stages"
     folder.mkdir(parents=True, exist_ok=True)
     settings = {"stages": stages, "seed": seed, "resamples": RESAMPLES, "first": names[0]}
     write_json(folder / "stages.json", settings | {"notes": notes, "sets": content})
-    write_csv(folder / "stages.csv", stage_rows(content))
+    rows = stage_rows(content)
+    write_csv(folder / "stages.csv", rows)
     figures.save_figure(stage_figure(sets, content), folder / "stages")
     lines = [
-        stage_table(content),
+        stage_table(rows),
         "",
         f"95 % intervals: bootstrap over prompts, {RESAMPLES} resamples",
         *(f"note: {note}" for note in notes),
@@ -97,11 +98,8 @@ def compare_stages(
 
 def with_components(file: ScoreFile) -> ScoreFile:
     """The file with each row's components as its scores."""
-    if not all(row.components for row in file.rows):
-        raise UserError(
-            f"scores: expected rows with components in {file.path}, which a published model's have,"
-            " got none in some"
-        )
+    ok = all(row.components for row in file.rows)
+    require(ok, "scores", f"rows with components in {file.path}", "none in some")
     return replace(file, rows=[replace(row, scores=row.components) for row in file.rows])
 
 
@@ -110,11 +108,8 @@ def common_stages(files: Sequence[ScoreFile]) -> list[str]:
     stages = list(files[0].rows[0].scores)
     for file in files:
         for row in file.rows:
-            if row.scores.keys() != set(stages):
-                raise UserError(
-                    f"scores: expected the stages {', '.join(stages)} in all rows, got "
-                    f"{', '.join(row.scores)} in {file.path} for {row.video or row.prompt}"
-                )
+            ok, got = row.scores.keys() == set(stages), list(row.scores)
+            require(ok, f"scores: {file.path}", f"the stages {', '.join(stages)} in all rows", got)
     return stages
 
 
@@ -138,30 +133,32 @@ def summarize(values: Floats, groups: Sequence[str], seed: int) -> list[Numbers]
 
     Returns:
         Of each stage the mean; low and high, the ends of its 95 % interval, None with fewer than
-        two prompts; std, the sample standard deviation, None with one video; and the quartiles.
+        two prompts; std, the sample standard deviation, None with one video; and the quartiles
+        q25, median and q75.
     """
     low, high = bootstrap_interval(values, groups, seed)
     std = values.std(0, ddof=1) if len(values) > 1 else np.full_like(low, np.nan)
-    numbers = np.stack([values.mean(0), low, high, std], axis=1)
-    quartiles = np.percentile(values, (25, 50, 75), axis=0).T.tolist()
-    return [
-        dict(zip(("mean", "low", "high", "std"), map(number, row), strict=True)) | {"quartiles": q}
-        for row, q in zip(numbers, quartiles, strict=True)
-    ]
+    quartiles = np.percentile(values, (25, 50, 75), axis=0)
+    table = np.stack([values.mean(0), low, high, std, *quartiles], axis=1)
+    keys = ("mean", "low", "high", "std", "q25", "median", "q75")
+    return [dict(zip(keys, map(number, row), strict=True)) for row in table]
 
 
-def compare(first: ScoreFile, other: ScoreFile, stages: Sequence[str], seed: int) -> list[Numbers]:
+def compare(
+    first: ScoreFile, other: ScoreFile, stages: Sequence[str], seed: int
+) -> dict[str, Numbers]:
     """The paired difference other - first of each stage, over the videos of both.
 
     Returns:
-        Of each stage the number of videos, and mean, low and high as `summarize` has them.
+        By stage the number of videos, and mean, low and high as `summarize` has them.
     """
     pairs = match_rows([first, other])
     before, after = (score_matrix(rows, stages) for rows in zip(*pairs, strict=True))
     found = summarize(after - before, prompts_of([row for row, _ in pairs]), seed)
-    return [
-        {"videos": len(pairs)} | {key: one[key] for key in ("mean", "low", "high")} for one in found
-    ]
+    return {
+        stage: {"videos": len(pairs)} | {key: one[key] for key in ("mean", "low", "high")}
+        for stage, one in zip(stages, found, strict=True)
+    }
 
 
 def bootstrap_interval(values: Floats, groups: Sequence[str], seed: int) -> tuple[Floats, Floats]:
@@ -195,41 +192,43 @@ def bootstrap_interval(values: Floats, groups: Sequence[str], seed: int) -> tupl
     return low, high
 
 
-def stage_table(content: Mapping[str, Any]) -> str:
-    """One line per stage and set of stages.json."""
-    first, several = next(iter(content)), len(content) > 1
-    head = ["stage", "set", "videos", "mean", "95 % interval", "std"]
-    rows = [head + [f"minus {first}", "95 % interval", "in both"] * several]
-    for stage in content[first]["stages"]:
-        for name, entry in content.items():
-            s = entry["stages"][stage]
-            std = "–" if s["std"] is None else f"{s['std']:.4f}"
-            row = [stage, name, str(entry["videos"]), f"{s['mean']:.4f}", _interval(s), std]
-            if entry["difference"]:
-                d = entry["difference"][stage]
-                row += [f"{d['mean']:+.4f}", _interval(d, "+"), str(d["videos"])]
-            elif several:
-                row += ["", "", ""]
-            rows.append(row)
-    return render_table(rows, left=(0, 1))
-
-
-def _interval(of: Numbers, sign: str = "") -> str:
-    return "–" if of["low"] is None else f"[{of['low']:{sign}.4f}, {of['high']:{sign}.4f}]"
-
-
 def stage_rows(content: Mapping[str, Any]) -> list[dict[str, Any]]:
     """stages.json as rows of a CSV file, one per set and stage."""
     absent = dict.fromkeys(("videos", "mean", "low", "high"))
-    rows = []
-    for name, entry in content.items():
-        for stage, summary in entry["stages"].items():
-            numbers = {key: value for key, value in summary.items() if key != "quartiles"}
-            numbers |= zip(("q25", "median", "q75"), summary["quartiles"], strict=True)
-            difference = (entry["difference"] or {}).get(stage, absent)
-            row = {"set": name, "stage": stage, "videos": entry["videos"], **numbers}
-            rows.append(row | {f"difference_{key}": value for key, value in difference.items()})
-    return rows
+    return [
+        {"set": name, "stage": stage, "videos": entry["videos"], **summary}
+        | {
+            f"difference_{k}": v
+            for k, v in ((entry["difference"] or {}).get(stage, absent)).items()
+        }
+        for name, entry in content.items()
+        for stage, summary in entry["stages"].items()
+    ]
+
+
+def stage_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows of `stage_rows` as text, by stage."""
+    sets, stages = ([*dict.fromkeys(row[key] for row in rows)] for key in ("set", "stage"))
+    head = ["stage", "set", "videos", "mean", "95 % interval", "std"]
+    head += [f"minus {sets[0]}", "95 % interval", "in both"] if len(sets) > 1 else []
+    lines = [head]
+    for row in sorted(rows, key=lambda row: stages.index(row["stage"])):
+        line = [row["stage"], row["set"], str(row["videos"]), _number(row["mean"])]
+        line += [_interval(row["low"], row["high"]), _number(row["std"])]
+        if row["difference_videos"]:
+            line += [_number(row["difference_mean"], "+")]
+            line += [_interval(row["difference_low"], row["difference_high"], "+")]
+            line += [str(row["difference_videos"])]
+        lines.append(line + [""] * (len(head) - len(line)))
+    return render_table(lines, left=(0, 1))
+
+
+def _number(value: float | None, sign: str = "") -> str:
+    return "–" if value is None else f"{value:{sign}.4f}"
+
+
+def _interval(low: float | None, high: float | None, sign: str = "") -> str:
+    return "–" if low is None else f"[{_number(low, sign)}, {_number(high, sign)}]"
 
 
 def stage_figure(sets: Mapping[str, Floats], content: Mapping[str, Any]) -> Figure:
@@ -240,35 +239,19 @@ def stage_figure(sets: Mapping[str, Floats], content: Mapping[str, Any]) -> Figu
     width = 0.8 / len(sets)
     figure, (axes,) = figures.new_figure(1, max(5.0, 1.5 + 0.9 * len(stages) * len(sets)), 4.2)
     for index, (name, values) in enumerate(sets.items()):
-        color = COLORS[index % len(COLORS)]
-        positions = np.arange(len(stages)) + (index - (len(sets) - 1) / 2) * width
-        bodies = axes.violinplot(
-            list(values.T), positions=positions, widths=0.9 * width, showextrema=False
-        )["bodies"]
-        for body in bodies:  # type: ignore[attr-defined]
-            body.set(facecolor=color, alpha=0.3, linewidth=0)
+        color, marker = COLORS[index % len(COLORS)], MARKERS[index % len(MARKERS)]
+        places = np.arange(len(stages)) + (index - (len(sets) - 1) / 2) * width
+        violins = axes.violinplot(values, places, widths=0.9 * width, showextrema=False)
+        for body in violins["bodies"]:  # type: ignore[attr-defined]
+            body.set(facecolor=color, alpha=0.3)
         summaries = content[name]["stages"].values()
         means, low, high = (
             np.array([s[key] for s in summaries], dtype=np.float64)  # None is NaN
             for key in ("mean", "low", "high")
         )
         ends = np.maximum(np.nan_to_num([means - low, high - means]), 0)
-        drawn = axes.errorbar(
-            *(positions, means, ends),
-            fmt=MARKERS[index % len(MARKERS)],
-            color=color,
-            label=name,
-            markersize=4,
-            capsize=6,
-            elinewidth=1.6,
-            zorder=4,
-        )
+        drawn = axes.errorbar(places, means, ends, fmt=marker, color=color, label=name, capsize=6)
         drawn.lines[0].set_gid(f"means/{name}")
-        look: dict[str, Any] = {"textcoords": "offset points", "fontsize": 8, "color": INK}
-        for x, mean in zip(positions, means, strict=True):
-            axes.annotate(f"{mean:.3f}", (x, mean), (7, 4), **look)
     figures.finish(axes, "Stage scores", "score", "")
-    labels = [stage.replace("_", " ") for stage in stages]
-    axes.set_xticks(range(len(stages)), labels, color=FAINT)
-    axes.set_xlim(-0.6, len(stages) - 0.4)
+    axes.set_xticks(range(len(stages)), [stage.replace("_", " ") for stage in stages])
     return figure

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from fastgrpo.errors import UserError
+from fastgrpo.errors import require
+from fastgrpo.evaluation.json_rows import read_json
 from fastgrpo.files import find_file
 from fastgrpo.training.prompts import HUB, read_prompts
 
@@ -39,8 +38,7 @@ def list_videos(videos: str) -> list[str]:
             "videos: expected a folder, a .txt file with a path a line, or a video, found none at "
             f"{videos}"
         )
-    if not names:
-        raise UserError(f"videos: expected at least one, got none in {videos} (by name: {ENDINGS})")
+    require(names, "videos", f"at least one in {videos} (by name: {ENDINGS})", names)
     return names
 
 
@@ -52,24 +50,15 @@ def match_prompts(names: Sequence[str], prompts: str) -> list[str]:
     """
     by_name = named_prompts(prompts)
     if by_name is not None:
-        return look_up(names, by_name, prompts)
+        short = [name if name in by_name else Path(name).name for name in names]
+        missing = [name for name in short if name not in by_name]
+        expected = f"one for each of {len(names)} videos in {prompts}"
+        require(not missing, "prompts", expected, f"none for {len(missing)}: {missing[:1]}")
+        return [by_name[name] for name in short]
     found = read_prompts(prompts, "prompts")
-    if len(found) != len(names):
-        raise UserError(
-            f"prompts: expected one for each of {len(names)} videos, got {len(found)} in {prompts}"
-        )
+    expected = f"one for each of {len(names)} videos in {prompts}"
+    require(len(found) == len(names), "prompts", expected, len(found))
     return found
-
-
-def look_up(names: Sequence[str], by_name: dict[str, str], source: str) -> list[str]:
-    """The prompt of each video by its path, or else by the name of its file."""
-    missing = [name for name in names if not {name, Path(name).name} & by_name.keys()]
-    if missing:
-        raise UserError(
-            f"prompts: expected one for each of {len(names)} videos, got {len(by_name)} in "
-            f"{source}, none for {len(missing)} such as {missing[0]}"
-        )
-    return [by_name[name if name in by_name else Path(name).name] for name in names]
 
 
 def named_prompts(prompts: str) -> dict[str, str] | None:
@@ -85,12 +74,7 @@ def named_prompts(prompts: str) -> dict[str, str] | None:
     suffix = Path(prompts).suffix.lower()
     if prompts.startswith(HUB) or suffix not in (".json", ".jsonl"):
         return None
-    try:
-        text = find_file(prompts, "prompts").read_text(encoding="utf-8-sig")
-        lines = [line for line in text.split("\n") if line.strip()]
-        values: Any = json.loads(text) if suffix == ".json" else list(map(json.loads, lines))
-    except ValueError as error:
-        raise UserError(f"prompts: cannot read {prompts} as JSON in UTF-8: {error}") from error
+    values = read_json(prompts, "prompts")
     if suffix == ".jsonl" and not any(isinstance(one, dict) and "video" in one for one in values):
         return None
     if isinstance(values, dict):
@@ -100,9 +84,9 @@ def named_prompts(prompts: str) -> dict[str, str] | None:
     for number, value in enumerate(values if isinstance(values, list) else [values], start=1):
         keys = ("video", "prompt")
         video, prompt = map(value.get, keys) if isinstance(value, dict) else (None, None)
-        if not (isinstance(video, str) and isinstance(prompt, str)):
-            where, got = f"prompts: {prompts}, entry {number}", str(value)[:80]
-            raise UserError(f"{where}: expected the texts video and prompt, got {got}")
-        if found.setdefault(video, prompt.strip()) != prompt.strip():
-            raise UserError(f"prompts: {prompts}: expected one for {video}, got two")
+        ok = isinstance(video, str) and isinstance(prompt, str)
+        key = f"prompts: {prompts}, entry {number}"
+        require(ok, key, "the texts video and prompt", value)
+        first = found.setdefault(video, prompt.strip())
+        require(first == prompt.strip(), key, f"one prompt for {video}, {first!r}", prompt)
     return found
