@@ -86,15 +86,12 @@ def score(options: ScoreOptions, arguments: Mapping[str, Any] | None = None) -> 
         JudgeLostError: The judge was lost on the way.
     """
     reward, size = options.reward, options.batch_size
-    require(size >= 1, "batch_size", "at least 1", size)
-    require(options.readers >= 1, "readers", "at least 1", options.readers)
+    for key in ("batch_size", "readers"):
+        require(getattr(options, key) >= 1, key, "at least 1", getattr(options, key))
     names = list_videos(options.videos)
     keys = list(zip(names, match_prompts(names, options.prompts), strict=True))
     (name, _), times = Counter(keys).most_common(1)[0]
-    if times > 1:
-        raise UserError(
-            f"videos: expected each video once with the same prompt, got {name} {times} times"
-        )
+    require(times == 1, "videos", "each video once with a prompt", f"{name} {times} times")
     device = select_device(options.device)
     try:
         reward.load(device)
@@ -167,11 +164,11 @@ def see(name: str, options: ScoreOptions, device: torch.device) -> Seen:
             return Clip(video.frames, video.fps), video.decoder
         fps = len(video.frames) / video.num_frames * video.fps
         return clip_of_frames(video.frames, fps, settings), video.decoder
-    except (ValueError, OSError) as error:
-        return _one_line(error)
     # One file must not stop the others, whatever it does to a decoder or to the GPU's memory.
     except Exception as error:
-        return f"{name}: {type(error).__name__}: {_one_line(error)}"
+        text = " ".join(str(error).split())
+        is_plain = isinstance(error, ValueError | OSError)
+        return text if is_plain else f"{name}: {type(error).__name__}: {text}"
 
 
 def read_ahead(
@@ -207,18 +204,18 @@ def score_batch(reward: RewardModel, batch: Sequence[tuple[Key, Seen]]) -> list[
 
 def ask(reward: RewardModel, clips: list[Clip], prompts: list[str]) -> list[Row]:
     """What the judge says of each clip. If it fails on several at once it gets them one by one."""
+    pairs = list(zip(clips, prompts, strict=True))
     try:
         if isinstance(reward, StageJudge):
             answers = reward.answers(clips, prompts)
             return [stage_row(reward.stages, readings) for readings in answers]
-        pairs = zip(clips, prompts, strict=True)
         return [plain_row(reward, clip, prompt) for clip, prompt in pairs]
     # One video must not stop the others; GIVE_UP finds a judge that is lost altogether.
     except Exception as error:
         if len(clips) == 1:
-            return [{"error": f"{FAILED}{type(error).__name__}: {_one_line(error)}"}]
-        pairs = zip(clips, prompts, strict=True)
-        return [row for clip, prompt in pairs for row in ask(reward, [clip], [prompt])]
+            text = " ".join(str(error).split())
+            return [{"error": f"{FAILED}{type(error).__name__}: {text}"}]
+        return [row for pair in pairs for row in ask(reward, *([item] for item in pair))]
 
 
 def stage_row(stages: Sequence[str], readings: Sequence[Reading]) -> Row:
@@ -251,7 +248,3 @@ def plain_row(reward: RewardModel, clip: Clip, prompt: str) -> Row:
     row["rewards"] = dict(zip(reward.stages, scores[0].tolist(), strict=True))
     # A score that is not a number is none, even if the judge calls it valid; JSON cannot hold it.
     return row if valid[0] and scores[0].isfinite().all() else {"error": "the judge gave no score"}
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from fastgrpo.errors import UserError
+from fastgrpo.errors import UserError, require
 from fastgrpo.files import atomic_write
 
 Row = dict[str, Any]
@@ -103,10 +103,9 @@ def _read(file: BinaryIO, path: Path, judge: str) -> dict[Key, Row]:
             data += b"\n"
     rows: dict[Key, Row] = {}
     for number, line in enumerate(data.split(b"\n")[:-1], start=1):
-        row, where = _parse(line), f"output: {path}, line {number}"
-        if row is None:
-            got = line[:80].decode(errors="replace")
-            raise UserError(f"{where}: expected a row of scores, got {got!r}")
+        row: Any = _parse(line)
+        where = f"output: {path}, line {number}"
+        require(row is not None, where, "a row of scores", line[:80].decode(errors="replace"))
         if row["judge"] != judge:
             raise UserError(
                 f"{where} is by another judge, {row['judge']}, described in "
@@ -114,10 +113,7 @@ def _read(file: BinaryIO, path: Path, judge: str) -> dict[Key, Row]:
                 " settings"
             )
         key = row["video"], row["prompt"]
-        if key in rows:
-            raise UserError(
-                f"{where}: expected one row per video and prompt, got a second one of {key[0]}"
-            )
+        require(key not in rows, where, "one row per video and prompt", key)
         rows[key] = row
     return rows
 

@@ -210,16 +210,16 @@ def stage_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """The rows of `stage_rows` as text, by stage."""
     sets, stages = ([*dict.fromkeys(row[key] for row in rows)] for key in ("set", "stage"))
     head = ["stage", "set", "videos", "mean", "95 % interval", "std"]
-    head += [f"minus {sets[0]}", "95 % interval", "in both"] if len(sets) > 1 else []
-    lines = [head]
+    several = len(sets) > 1
+    lines = [head + [f"minus {sets[0]}", "95 % interval", "in both"] * several]
     for row in sorted(rows, key=lambda row: stages.index(row["stage"])):
         line = [row["stage"], row["set"], str(row["videos"]), _number(row["mean"])]
         line += [_interval(row["low"], row["high"]), _number(row["std"])]
-        if row["difference_videos"]:
+        if several:
             line += [_number(row["difference_mean"], "+")]
             line += [_interval(row["difference_low"], row["difference_high"], "+")]
-            line += [str(row["difference_videos"])]
-        lines.append(line + [""] * (len(head) - len(line)))
+            line += [str(row["difference_videos"] or "–")]
+        lines.append(line)
     return render_table(lines, left=(0, 1))
 
 

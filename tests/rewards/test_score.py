@@ -458,18 +458,18 @@ def test_captions_by_name(tmp_path: Path, videos: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("p.txt", "one\ntwo\nthree\n", "for each of 4 videos, got 3 in"),
-        ("p.jsonl", '{"prompt": "one"}\n', "for each of 4 videos, got 1 in"),
+        ("p.txt", "one\ntwo\nthree\n", "for each of 4 videos in .*, got 3"),
+        ("p.jsonl", '{"prompt": "one"}\n', "for each of 4 videos in .*, got 1"),
         (
             "p.json",
             '{"a.mp4": "one", "c.mp4": "two", "d.mp4": "three"}',
-            "for each of 4 videos, got 3 in .*none for 1 such as .*b.mp4",
+            "for each of 4 videos in .*none for 1: .*b.mp4",
         ),
         ("p.json", '[{"video": "a.mp4"}]', "entry 1: expected the texts video and prompt"),
         (
             "p.json",
             '[{"video": "a.mp4", "prompt": "x"}, {"video": "a.mp4", "prompt": "y"}]',
-            "expected one for a.mp4, got two",
+            "expected one prompt for a.mp4",
         ),
         ("p.json", "3", "entry 1: expected the texts"),
         ("p.json", "{", "cannot read .* as JSON"),
@@ -528,7 +528,7 @@ def test_no_gpu_and_no_videos(
         capsys, tmp_path / "a.mp4", "--device", "cuda", prompts="p.txt"
     )
     (tmp_path / "none").mkdir()
-    assert "expected at least one, got none" in refused(capsys, tmp_path / "none", prompts="p.txt")
+    assert "videos: expected at least one in" in refused(capsys, tmp_path / "none", prompts="p.txt")
     (tmp_path / "list.txt").write_text(f"{tmp_path}/a.mp4\n{tmp_path}/a.mp4\n")
     (tmp_path / "two.txt").write_text("same\nsame\n")
     assert "a.mp4 2 times" in refused(capsys, tmp_path / "list.txt", prompts="two.txt")
