@@ -215,7 +215,7 @@ def ask(reward: RewardModel, clips: list[Clip], prompts: list[str]) -> list[Row]
         if len(clips) == 1:
             text = " ".join(str(error).split())
             return [{"error": f"{FAILED}{type(error).__name__}: {text}"}]
-        return [row for pair in pairs for row in ask(reward, *([item] for item in pair))]
+        return [row for clip, prompt in pairs for row in ask(reward, [clip], [prompt])]
 
 
 def stage_row(stages: Sequence[str], readings: Sequence[Reading]) -> Row:

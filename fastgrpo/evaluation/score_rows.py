@@ -61,6 +61,7 @@ def read_scores(path: Path) -> ScoreFile:
     content = read_json(path, "scores")
     if isinstance(content, dict):
         content = _samples(content, path)
+    require(isinstance(content, list), f"scores: {path}", "rows of scores", content)
     parsed = [_parse(row, index, path) for index, row in enumerate(content)]
     rows = [row for row in parsed if row is not None]
     require(rows, "scores", f"a row with scores in {path}", f"none in {len(parsed)} rows")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from fastgrpo.errors import require
 from fastgrpo.evaluation.json_rows import read_json
@@ -82,8 +83,8 @@ def named_prompts(prompts: str) -> dict[str, str] | None:
         values = values.get("samples", pairs)
     found: dict[str, str] = {}
     for number, value in enumerate(values if isinstance(values, list) else [values], start=1):
-        keys = ("video", "prompt")
-        video, prompt = map(value.get, keys) if isinstance(value, dict) else (None, None)
+        row: Any = value if isinstance(value, dict) else {}
+        video, prompt = row.get("video"), row.get("prompt")
         ok = isinstance(video, str) and isinstance(prompt, str)
         key = f"prompts: {prompts}, entry {number}"
         require(ok, key, "the texts video and prompt", value)

@@ -136,6 +136,9 @@ def test_what_is_no_row_is_told_by_its_line(tmp_path: Path, row: Any, message: s
 
 
 def test_files_without_scores(tmp_path: Path) -> None:
+    (tmp_path / "s.json").write_text("3")
+    with pytest.raises(ValueError, match=r"scores: .*s.json: expected rows of scores, got 3"):
+        read_scores(tmp_path / "s.json")
     with pytest.raises(FileNotFoundError, match="scores: expected a file"):
         read_scores(tmp_path / "none.jsonl")
     for rows in ([], [{"video": "a", "error": "cut"}]):
