@@ -5,7 +5,7 @@ given number of iterations?
     python benchmarks/ablation.py --judge rounded_0.25  # under a judge that rounds; or
                                                         # rounded_0.1, or noisy
 
-Every row is a real run of fastgrpo/train.py with the shipped recipe; rows differ in the `pacing`
+Every row is a real run of `train` with the shipped recipe; rows differ in the `pacing`
 section alone. What is compared is not the reward that was trained on: visual quality (VQ),
 motion quality (MQ) and text alignment (TA) of validation captions by the clean judge, on videos
 sampled with noise that is the same for every row. Writes benchmarks/data/ablation_<judge>.csv
@@ -14,7 +14,6 @@ and .png; runs go to runs/ablation/<revision of the code>/, where finished ones 
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import math
 import os
@@ -31,9 +30,9 @@ from typing import Literal
 import jsonargparse
 import torch
 from matplotlib.figure import Figure
-from tabulate import tabulate
 
 from fastgrpo.config import TrainConfig
+from fastgrpo.evaluation.tables import render_table, write_csv
 from fastgrpo.shapes.captions import COLOURS, DIRECTIONS, SHAPES
 from fastgrpo.shapes.judge import ShapesJudge
 from fastgrpo.shapes.policy import ShapesPolicy
@@ -112,7 +111,8 @@ def main(
     table_file, figure_file = (
         ROOT / "benchmarks" / "data" / f"ablation_{judge}.{kind}" for kind in ("csv", "png")
     )
-    write_csv(table_file, results, iterations)
+    table_file.parent.mkdir(exist_ok=True)
+    write_csv(table_file, records(results, iterations))
     draw(results, judge, iterations).savefig(figure_file, dpi=160)
     runs = f"{judge} judge, {iterations} iterations, {len(seeds)} seeds, {seconds / 60:.1f} minutes"
     print(f"\n{runs}; mean ± standard deviation over seeds\n")
@@ -131,7 +131,7 @@ def train_and_measure(
     options = [*overrides, *JUDGES[judge], f"--seed={seed}", f"--iterations={iterations}"]
     options += [f"--name={name}", f"--output_dir={folder}", *UNATTENDED.split()]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-    command = [sys.executable, str(ROOT / "fastgrpo" / "train.py"), "--config", str(RECIPE)]
+    command = [sys.executable, "-m", "fastgrpo", "train", "--config", str(RECIPE)]
     done = subprocess.run(
         [*command, *options], env=environment, cwd=ROOT, capture_output=True, text=True
     )
@@ -205,23 +205,19 @@ def table(results: list[Result]) -> str:
         metrics.append([row, *map(spread, zip(*(r.metrics for r in found), strict=True))])
         means = (statistics.mean(r.shares[name] for r in found) for name in names)
         shares.append([row, *(f"{mean:.2f}" for mean in means)])
-    tables = ((metrics, ["reward", *METRICS]), (shares, ["share drawn", *names]))
-    return "\n\n".join(
-        tabulate(lines, headers, tablefmt="pipe", disable_numparse=True)
-        for lines, headers in tables
-    )
+    tables = [["reward", *METRICS], *metrics], [["share drawn", *names], *shares]
+    return "\n\n".join(render_table(rows, "markdown") for rows in tables)
 
 
-def write_csv(path: Path, results: list[Result], iterations: int) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(
-            ["reward", "seed", "iterations", *METRICS, *results[0].shares, "torch", "commit"]
-        )
-        for r in results:
-            values = [f"{v:.4f}" for v in (*r.metrics, *r.shares.values())]
-            writer.writerow([r.row, r.seed, iterations, *values, torch.__version__, REVISION])
+def records(results: list[Result], iterations: int) -> list[dict[str, object]]:
+    """A row of the CSV file for each trained generator."""
+    rows = []
+    for r in results:
+        values = dict(zip(METRICS, r.metrics, strict=True)) | r.shares
+        row: dict[str, object] = {"reward": r.row, "seed": r.seed, "iterations": iterations}
+        row |= {name: f"{value:.4f}" for name, value in values.items()}
+        rows.append(row | {"torch": torch.__version__, "commit": REVISION})
+    return rows
 
 
 def draw(results: list[Result], judge: str, iterations: int) -> Figure:

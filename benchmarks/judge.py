@@ -3,13 +3,12 @@ transformers' own `generate` (goal G5).
 
     python benchmarks/judge.py                            # Qwen2.5-VL-7B's size, random weights
     python benchmarks/judge.py --scale tiny --device cpu  # seconds: whether it runs, not how fast
-    python benchmarks/judge.py --model FOLDER_OR_HUB_ID   # own weights and tokenizer; not yet run
 
 Videos lie on the device as a rollout leaves them (float in [0, 1]); everything from them to the
 texts is timed. Peers: `generate` once for each video and question, and `generate` on the batch
 of videos, once for each question; both take the frames that the judge takes. First the tokens
 are compared: they may differ where the peers' own logits leave it open which is the larger,
-nowhere else; otherwise there is no number. With random weights there is no tokenizer: every five
+nowhere else; otherwise there is no number. There is no tokenizer: every five
 characters are a token, about as many as the real one makes of English. Rows go to
 benchmarks/data/<GPU or cpu>_judge.csv. Not yet run on a GPU.
 """
@@ -17,7 +16,6 @@ benchmarks/data/<GPU or cpu>_judge.csv. Not yet run on a GPU.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import functools
 import re
 import sys
@@ -57,63 +55,59 @@ _IDS = {
     "image_token_id": 151655,
     "video_token_id": 151656,
 }
+
+
+def _config(text: dict[str, Any], vision: dict[str, Any], mrope: list[int]) -> dict[str, Any]:
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": mrope}
+    text |= {"vocab_size": 152064, "rms_norm_eps": 1e-6, "rope_parameters": rope}
+    return {
+        "text_config": text,
+        "vision_config": vision | {"window_size": 112, "tokens_per_second": 2},
+        **_IDS,
+    }
+
+
 CONFIGS: dict[str, dict[str, Any]] = {
-    "qwen2.5-vl-7b": {  # config.json of Qwen/Qwen2.5-VL-7B-Instruct
-        "text_config": {
+    "qwen2.5-vl-7b": _config(  # config.json of Qwen/Qwen2.5-VL-7B-Instruct
+        {
             "hidden_size": 3584,
             "intermediate_size": 18944,
             "num_hidden_layers": 28,
             "num_attention_heads": 28,
             "num_key_value_heads": 4,
-            "vocab_size": 152064,
             "max_position_embeddings": 128000,
             "max_window_layers": 28,
-            "rms_norm_eps": 1e-6,
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": 1e6,
-                "mrope_section": [16, 24, 24],
-            },
         },
-        "vision_config": {
+        {
             "depth": 32,
             "hidden_size": 1280,
             "intermediate_size": 3420,
             "num_heads": 16,
             "out_hidden_size": 3584,
-            "window_size": 112,
             "fullatt_block_indexes": [7, 15, 23, 31],
-            "tokens_per_second": 2,
         },
-    },
-    "tiny": {
-        "text_config": {
+        [16, 24, 24],
+    ),
+    "tiny": _config(
+        {
             "hidden_size": 64,
             "intermediate_size": 128,
             "num_hidden_layers": 2,
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
-            "vocab_size": 152064,
-            "rms_norm_eps": 1e-6,
             "initializer_range": 0.1,
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": 1e6,
-                "mrope_section": [2, 3, 3],
-            },
         },
-        "vision_config": {
+        {
             "depth": 2,
             "hidden_size": 32,
             "intermediate_size": 48,
             "num_heads": 2,
             "out_hidden_size": 64,
-            "window_size": 112,
             "fullatt_block_indexes": [1],
-            "tokens_per_second": 2,
             "initializer_range": 0.1,
         },
-    },
+        [2, 3, 3],
+    ),
 }
 
 
@@ -168,25 +162,16 @@ COLUMNS: list[rows.Column] = [
 ]
 
 
-# -------- the model
-
-
-def five_characters(text: str) -> list[int]:
-    """Ids of a text, five characters each, where random weights have no tokenizer."""
-    return [
-        1000 + zlib.crc32(part.encode()) % 150_000
-        for part in re.findall(r".{1,5}", text, re.DOTALL)
-    ]
-
-
-@dataclass(frozen=True)
 class Ids:
-    """In a tokenizer's place: an answer's text is its ids, which are what is compared."""
-
-    encode: Callable[[str], list[int]]
+    """In a tokenizer's place: five characters are a token, and an answer's text is its ids, which
+    are what is compared.
+    """
 
     def __call__(self, text: str, **_: object) -> SimpleNamespace:
-        return SimpleNamespace(input_ids=self.encode(text))
+        parts = re.findall(r".{1,5}", text, re.DOTALL)
+        return SimpleNamespace(
+            input_ids=[1000 + zlib.crc32(part.encode()) % 150_000 for part in parts]
+        )
 
     def decode(self, ids: Sequence[int], **_: object) -> str:
         return " ".join(map(str, ids))
@@ -197,7 +182,7 @@ def stand_in_chat() -> ChatTokens:
     one after it, 5 after the question.
     """
     return ChatTokens(
-        tokenizer=Ids(five_characters),
+        tokenizer=Ids(),
         before=tuple(range(200, 215)),
         video=_IDS["video_token_id"],
         after=(_IDS["vision_end_token_id"],),
@@ -207,19 +192,6 @@ def stand_in_chat() -> ChatTokens:
     )
 
 
-def own_chat(chat: ChatTokens) -> ChatTokens:
-    """A real model's, with ids for texts and answers that do not end: all ways of asking then
-    compute as many tokens.
-    """
-    tokenizer = chat.tokenizer
-    encode = Ids(
-        lambda text: list(
-            tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
-        )
-    )
-    return dataclasses.replace(chat, tokenizer=encode, stops=frozenset())
-
-
 def random_model(name: str, device: torch.device, dtype: torch.dtype) -> Any:
     """A model of that size with random weights, made on the device."""
     before = torch.get_default_dtype()
@@ -227,12 +199,9 @@ def random_model(name: str, device: torch.device, dtype: torch.dtype) -> Any:
     try:
         with torch.device(device):
             torch.manual_seed(0)
-            return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**CONFIGS[name], **_IDS))
+            return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**CONFIGS[name]))
     finally:
         torch.set_default_dtype(before)
-
-
-# -------- the peers
 
 
 @contextmanager
@@ -320,9 +289,6 @@ def differences(
     return "\n".join(wrong)
 
 
-# -------- measuring
-
-
 def goals(
     seconds: float, single: float, batched: float, device: str, model: str, scale: Scale
 ) -> str:
@@ -343,12 +309,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = _parse(arguments)
     device, scale = torch.device(chosen.device), SCALES[chosen.scale]
     engine = TransformersEngine(chosen.model, dtype=chosen.dtype, batch_size=scale.batch)
-    if chosen.model in CONFIGS:
-        module, chat = random_model(chosen.model, device, DTYPES[chosen.dtype]), stand_in_chat()
-    else:
-        engine.load(device)
-        assert engine.loaded is not None
-        module, chat = engine.loaded[0], own_chat(engine.loaded[1])
+    module, chat = random_model(chosen.model, device, DTYPES[chosen.dtype]), stand_in_chat()
     engine.adopt(module, chat, device)
     module.generation_config.eos_token_id = None
     draw = torch.Generator(device).manual_seed(0)
@@ -411,7 +372,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         figures = (usage.seconds, single_x, batched_x)
         measured.append(
             JudgeMeasurement(
-                model=Path(chosen.model).name,
+                model=chosen.model,
                 work=work,
                 implementation=name,
                 dtype=chosen.dtype,
@@ -448,8 +409,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         default="full",
         help="of the videos, and of the model if none is named",
     )
-    models = f"{' or '.join(CONFIGS)} with random weights"
-    parser.add_argument("--model", help=f"{models}, or a folder or hub id (default: by scale)")
+    parser.add_argument("--model", choices=list(CONFIGS), help="default: by scale")
     parser.add_argument("--dtype", choices=list(DTYPES), help="default: bf16 on a GPU, else fp32")
     parser.add_argument("--rounds", type=int, default=3, help="of each way, after an uncounted one")
     parser.add_argument(

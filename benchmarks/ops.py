@@ -68,7 +68,6 @@ class OpMeasurement(Measurement):
     host_us: float
     method: str
     bytes: int
-    flops: int
     gb_per_s: float
     copy_percent: float
     """Share of the copy bandwidth measured in the same run."""
@@ -228,7 +227,6 @@ def _row(
         host_us=taken.host_us,
         method=taken.method,
         bytes=case.bytes[direction],
-        flops=case.flops[direction],
         gb_per_s=rate,
         copy_percent=100.0 * rate / bandwidth,
         speedup_eager=eager,

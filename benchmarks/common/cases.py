@@ -1,4 +1,4 @@
-"""The operations at the sizes that matter: inputs, what computes them, bytes and FLOPs. To measure
+"""The operations at the sizes that matter: inputs, what computes them, and bytes. To measure
 a new operation, add its entry here.
 
 `ops.py` measures these cases, `ahead_of_time.py` compiles what they launch, `gpu_check.py` calls
@@ -20,8 +20,6 @@ from torch import Tensor
 
 from benchmarks.common import peers
 from benchmarks.common.peers import GUIDANCE, Inputs
-
-# -------- sizes
 
 
 @dataclass(frozen=True)
@@ -69,8 +67,6 @@ SIZES = {
 }
 A, B, STD = 0.99432, -0.03883, 0.09731  # step 8 of 16, docs/method.md's table
 
-# -------- registry
-
 Draw = Callable[[tuple[int, ...], torch.dtype], Tensor]
 Outputs = tuple[Tensor, ...]
 
@@ -91,8 +87,6 @@ class Case:
     eager: Callable[[Inputs], Outputs]
     bytes: dict[str, int]
     """By direction: every large input once and every large output once."""
-    flops: dict[str, int]
-    """By direction: additions, multiplications and special functions, each counted as one."""
     wrt: tuple[str, ...] = ()
     """Inputs that have a gradient; where there is none, there is no backward row."""
     log_prob: Callable[[Inputs, Outputs], tuple[Tensor, Tensor]] | None = None
@@ -109,7 +103,6 @@ def cases(name: str, dtype: torch.dtype | None = None) -> list[Case]:
 
 def _transition_cases(name: str, size: Size) -> list[Case]:
     n, velocities = size.elements, (2 if size.guided else 1) * size.dtype.itemsize
-    extra = 3 if size.guided else 0  # additions and multiplications of the guidance
     guidance = ("velocity", "velocity_uncond") if size.guided else ("velocity",)
     read = n * (8 + velocities)  # x and x' or, in a step, x read and x' written
     backward, both = read + n * velocities, 2 * read + n * velocities
@@ -122,7 +115,6 @@ def _transition_cases(name: str, size: Size) -> list[Case]:
             fused=_sde_step,
             eager=peers.sde_step,
             bytes={"forward": read},
-            flops={"forward": n * (15 + extra)},
             log_prob=lambda inputs, out: (out[1], _exact_log_prob(inputs, out[0])),
         ),
         case(
@@ -132,7 +124,6 @@ def _transition_cases(name: str, size: Size) -> list[Case]:
             eager=peers.sde_log_prob,
             wrt=guidance,
             bytes={"forward": read, "backward": backward},
-            flops={"forward": n * (8 + extra), "backward": n * (7 + 2 * extra)},
             log_prob=lambda inputs, out: (out[0], _exact_log_prob(inputs, inputs["next_latents"])),
         ),
         case(
@@ -142,7 +133,6 @@ def _transition_cases(name: str, size: Size) -> list[Case]:
             eager=peers.clipped_ratio_loss,
             wrt=("log_probs",),
             bytes={"forward": vectors, "backward": 8 * size.batch},
-            flops={"forward": 12 * size.batch, "backward": size.batch},
         ),
         case(
             "grpo_loss",
@@ -151,11 +141,6 @@ def _transition_cases(name: str, size: Size) -> list[Case]:
             eager=peers.grpo_loss,
             wrt=guidance,
             bytes={"forward": read, "backward": backward, "forward+backward": both},
-            flops={
-                "forward": n * (8 + extra),
-                "backward": n * (7 + 2 * extra),
-                "forward+backward": n * (15 + 3 * extra),
-            },
             log_prob=lambda inputs, out: (out[1], _exact_log_prob(inputs, inputs["next_latents"])),
         ),
         case(
@@ -164,7 +149,6 @@ def _transition_cases(name: str, size: Size) -> list[Case]:
             fused=_branch_gradient,
             eager=peers.branch_gradient,
             bytes={"forward": n * velocities},
-            flops={"forward": n * (6 + extra)},
         ),
     ]
 
@@ -182,7 +166,6 @@ def _token_cases(name: str, size: Size) -> list[Case]:
             eager=getattr(peers, f"ln_modulate_{backend}"),
             wrt=("x", "scale", "shift"),
             bytes={"forward": 2 * wide, "backward": 3 * wide},
-            flops={"forward": 8 * n, "backward": 14 * n},
         ),
         # The gradient of x is that of the result: nothing is read or written for it.
         case(
@@ -192,7 +175,6 @@ def _token_cases(name: str, size: Size) -> list[Case]:
             eager=getattr(peers, f"gate_residual_{backend}"),
             wrt=("x", "y", "gate"),
             bytes={"forward": 3 * wide, "backward": 3 * wide},
-            flops={"forward": 2 * n, "backward": 3 * n},
         ),
         case(
             "gate_residual_ln_modulate",
@@ -201,7 +183,6 @@ def _token_cases(name: str, size: Size) -> list[Case]:
             eager=getattr(peers, f"gate_residual_ln_modulate_{backend}"),
             wrt=("x", "y", "gate", "scale", "shift"),
             bytes={"forward": 4 * wide, "backward": 6 * wide},
-            flops={"forward": 10 * n, "backward": 18 * n},
         ),
         case(
             "qk_norm_rope",
@@ -210,7 +191,6 @@ def _token_cases(name: str, size: Size) -> list[Case]:
             eager=getattr(peers, f"qk_norm_rope_{backend}"),
             wrt=("q", "k", "q_weight", "k_weight"),
             bytes={"forward": 4 * wide + tables, "backward": 6 * wide + tables},
-            flops={"forward": 2 * 7 * n, "backward": 2 * 14 * n},
         ),
     ]
 

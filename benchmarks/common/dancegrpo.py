@@ -11,7 +11,6 @@ numbers up to rounding (tests/benchmarks/test_iteration.py).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
@@ -20,6 +19,7 @@ import torch
 from fastgrpo_kernels import gaussian_noise
 from torch import Tensor
 
+from benchmarks.common import peers
 from fastgrpo.algorithm.sde import x0_prediction
 from fastgrpo.algorithm.seeds import derive_seed
 from fastgrpo.config import UpdateConfig
@@ -122,13 +122,9 @@ def log_prob(
     velocity: under guidance.
     """
     prompt = video // rollout.num_generations
-    a, b, std = (float(table[prompt, step]) for table in (rollout.a, rollout.b, rollout.std))
-    mean = a * latents + b * velocity
-    return (
-        (-((following - mean) ** 2) / (2 * std**2) - math.log(std) - 0.5 * math.log(2 * math.pi))
-        .flatten(1)
-        .mean(1)
-    )
+    tables = rollout.a, rollout.b, rollout.std
+    a, b, std = (table[prompt, step].to(latents.device, torch.float32)[None] for table in tables)
+    return peers.log_prob(std, following, a * latents + b * velocity)
 
 
 @torch.no_grad()

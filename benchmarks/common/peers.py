@@ -39,26 +39,27 @@ def _mean(inputs: Inputs) -> Tensor:
     return _per_sample(inputs["a"], x) * x + _per_sample(inputs["b"], x) * velocity
 
 
-def _log_prob(inputs: Inputs, next_latents: Tensor, mean: Tensor) -> Tensor:
-    std = _per_sample(inputs["std"], next_latents)
-    log_prob = (
+def log_prob(std: Tensor, next_latents: Tensor, mean: Tensor) -> Tensor:
+    """Log-probability of each sample's transition as a mean over elements (Eq. 2)."""
+    std = _per_sample(std, next_latents)
+    found = (
         -((next_latents.detach() - mean) ** 2) / (2 * std**2)
         - torch.log(std)
         - math.log(math.sqrt(2 * math.pi))
     )
-    return log_prob.mean(dim=tuple(range(1, log_prob.dim())))
+    return found.flatten(1).mean(1)
 
 
 def sde_step(inputs: Inputs) -> tuple[Tensor, ...]:
     """Guidance, mean, torch's own noise, log-probability."""
     mean = _mean(inputs)
     next_latents = mean + _per_sample(inputs["std"], mean) * torch.randn_like(mean)
-    return next_latents, _log_prob(inputs, next_latents, mean)
+    return next_latents, log_prob(inputs["std"], next_latents, mean)
 
 
 def sde_log_prob(inputs: Inputs) -> tuple[Tensor, ...]:
     """The log-probability of a stored transition."""
-    return (_log_prob(inputs, inputs["next_latents"], _mean(inputs)),)
+    return (log_prob(inputs["std"], inputs["next_latents"], _mean(inputs)),)
 
 
 def clipped_ratio_loss(inputs: Inputs) -> tuple[Tensor, ...]:

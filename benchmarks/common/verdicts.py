@@ -3,17 +3,12 @@ with the device's settings.
 
     python benchmarks/common/verdicts.py                        # every file under tests/ops
     python benchmarks/common/verdicts.py tests/ops/test_sde_step.py
-
-A green verdict is remembered in build/verified.json under a fingerprint of all that it rests on:
-the sources, the tests, the built library, device and versions. A red one is not.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-import hashlib
-import json
 import os
 import re
 import subprocess
@@ -25,12 +20,8 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-STAMPS = ROOT / "build" / "verified.json"
 BACKENDS = ("cuda", "cpp", "triton", "reference")
 
 
@@ -52,28 +43,11 @@ class Verdict:
     """Not green, for every test was skipped."""
 
 
-def verdict(tests: Path, timeout: float = 600.0) -> Verdict:
-    """The verdict on one file of tests; once a process, and from an earlier process if that was
-    green and nothing has changed since.
-    """
-    return _verdict(tests.resolve(), timeout)
-
-
 @functools.cache
-def _verdict(tests: Path, timeout: float) -> Verdict:
+def verdict(tests: Path, timeout: float = 600.0) -> Verdict:
+    """The verdict on one file of tests; once a process."""
     if not tests.exists():
         return Verdict(False, f"no file {tests.name}", (), 0.0)
-    remembered = tests.is_relative_to(ROOT)
-    key = f"{tests.name} {fingerprint()}"
-    if remembered and (stamp := _stamps().get(key)):
-        return Verdict(True, stamp["note"], tuple(stamp["backends"]), stamp["seconds"])
-    found = _run(tests, timeout)
-    if remembered and found.green:
-        _remember(key, found)
-    return found
-
-
-def _run(tests: Path, timeout: float) -> Verdict:
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
@@ -134,50 +108,6 @@ def environment() -> dict[str, str]:
         **values,
         "PYTHONPATH": os.pathsep.join(paths),
     }
-
-
-@functools.cache
-def fingerprint() -> str:
-    """Of all that a verdict rests on."""
-    digest = hashlib.sha256()
-    kernels = ROOT / "kernels" / "fastgrpo_kernels"
-    files = [
-        *kernels.rglob("*.py"),
-        *kernels.glob("*.so"),
-        *(ROOT / "csrc").rglob("*"),
-        *(ROOT / "tests" / "ops").rglob("*.py"),
-    ]
-    for path in sorted({*files, ROOT / "tests" / "conftest.py", ROOT / "pyproject.toml"}):
-        if path.is_file():
-            digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes())
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    digest.update(f"{device} {torch.__version__} {sys.version}".encode())
-    return digest.hexdigest()
-
-
-def _stamps() -> dict[str, dict[str, Any]]:
-    try:
-        stamps: dict[str, dict[str, Any]] = json.loads(STAMPS.read_text())
-    except (OSError, ValueError):
-        return {}
-    return stamps
-
-
-def _remember(key: str, found: Verdict) -> None:
-    STAMPS.parent.mkdir(exist_ok=True)
-    # Those of other fingerprints are of no use any more.
-    kept = {name: stamp for name, stamp in _stamps().items() if name.endswith(fingerprint())}
-    fresh = STAMPS.with_suffix(f".{os.getpid()}.tmp")
-    fresh.write_text(
-        json.dumps(
-            {
-                **kept,
-                key: {"note": found.note, "backends": found.backends, "seconds": found.seconds},
-            },
-            indent=1,
-        )
-    )
-    os.replace(fresh, STAMPS)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

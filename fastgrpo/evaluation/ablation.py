@@ -78,22 +78,17 @@ def read_modes(text: str) -> list[str]:
     modes = [word.strip() for word in text.split(",")]
     for mode in modes:
         require(mode in MODES, "modes", f"some of {','.join(MODES)}", mode)
-    return _each_once("modes", modes)
+    require(len(set(modes)) == len(modes), "modes", "each once", text)
+    return modes
 
 
 def read_seeds(text: str) -> list[int]:
     """Seeds from a comma-separated option."""
     whole = re.fullmatch(r"\s*-?\d+\s*(,\s*-?\d+\s*)*", text)
     require(whole, "seeds", "whole numbers by commas, such as 0,1,2", text)
-    return _each_once("seeds", [int(word) for word in text.split(",")])
-
-
-def _each_once(key: str, values: list[Any]) -> list[Any]:
-    for value in values:
-        count = values.count(value)
-        if count > 1:
-            raise UserError(f"{key}: expected each once, got {value} {count} times")
-    return values
+    seeds = [int(word) for word in text.split(",")]
+    require(len(set(seeds)) == len(seeds), "seeds", "each once", text)
+    return seeds
 
 
 def check_ablation(config: TrainConfig, arguments: Sequence[str]) -> None:
@@ -195,23 +190,26 @@ def collect(cells: Sequence[Cell]) -> str:
     found, config = [read_result(cell) for cell in cells], cells[0].config
     stages, folder = config.reward.stages, cells[0].folder.parent
     iteration = results.compared_iteration(found, config.iterations)
-    rows = results.table_rows(found, stages, iteration)
+    records = results.mode_records(found, stages, iteration)
     absent = results.absences(found, config.iterations, iteration)
-    words, table = results.caption(iteration), results.table_cells(rows, stages)
+    words, table = results.caption(iteration), results.table_cells(records, stages)
     folder.mkdir(parents=True, exist_ok=True)
     paragraphs = [render_table(table, "markdown"), words, "\n".join(f"- {a}" for a in absent)]
     text = "\n\n".join(filter(None, paragraphs))
     (folder / "table.md").write_text(text + "\n", encoding="utf-8")
-    write_csv(folder / "table.csv", results.mode_records(rows, stages, iteration))
-    write_csv(folder / "cells.csv", results.cell_records(found, stages, iteration))
-    written = ["table.md", "table.csv", "cells.csv"]
+    cell_records = results.cell_records(found, stages, iteration)
+    for name, rows in (("table.csv", records), ("cells.csv", cell_records)):
+        write_csv(folder / name, [{key: _digits(row[key]) for key in row} for row in rows])
     for name in ("curves.png", "curves.svg"):  # those of an earlier call belong to another table
         (folder / name).unlink(missing_ok=True)
     if iteration is not None:
         save_figure(results.curves(found, stages, iteration), folder / "curves")
-        written += ["curves.png", "curves.svg"]
-    files = f"{', '.join(written)}: {folder}"
-    return "\n".join(["", render_table(table), "", words, *absent, files])
+    return "\n".join(["", render_table(table), "", words, *absent, f"tables and curves: {folder}"])
+
+
+def _digits(value: Any) -> Any:
+    """A number to six digits, for a CSV file; anything else as it is."""
+    return f"{value:.6g}" if isinstance(value, float) else value
 
 
 def run_cells(

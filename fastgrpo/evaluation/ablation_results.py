@@ -22,6 +22,8 @@ from fastgrpo.training.tracking import Row
 LAST_ITERATIONS = 10
 """Iterations over which the training reward is averaged: one iteration has only a few prompts."""
 UNTRAINED = "untrained"
+Record = dict[str, Any]
+"""Column -> value."""
 
 
 @dataclass(frozen=True)
@@ -61,17 +63,6 @@ class CellResult:
         return statistics.fmean(finite) if finite else None
 
 
-@dataclass(frozen=True)
-class ModeRow:
-    """A line of the table: for each stage, and last for the training reward, the values of the
-    seeds that have one.
-    """
-
-    mode: str
-    num_seeds: int
-    values: list[list[float]]
-
-
 def compared_iteration(cells: Sequence[CellResult], iterations: int) -> int | None:
     """The iteration at which cells are compared.
 
@@ -80,46 +71,69 @@ def compared_iteration(cells: Sequence[CellResult], iterations: int) -> int | No
     """
     if any(iterations in cell.evaluated for cell in cells):
         return iterations
-    return max(_shared(cells, iterations), default=None)
-
-
-def _shared(cells: Sequence[CellResult], iterations: int) -> set[int]:
-    """Iterations, after the start, at which all cells that have begun were evaluated."""
     begun = [cell.evaluated for cell in cells if cell.rows]
-    return {i for i in set.intersection(*begun) if 0 < i <= iterations} if begun else set()
+    shared = set.intersection(*begun) if begun else set[int]()
+    return max((i for i in shared if 0 < i <= iterations), default=None)
 
 
-def table_rows(
+def cell_records(
     cells: Sequence[CellResult], stages: Sequence[str], iteration: int | None
-) -> list[ModeRow]:
-    """The untrained model, then each mode over its cells that were evaluated at `iteration`, in the
-    order in which modes first come.
+) -> list[Record]:
+    """A record for each cell: how far it is, and its own numbers at the compared iteration."""
+    records = []
+    for cell in cells:
+        at = iteration if iteration in cell.evaluated else None
+        record: Record = {"mode": cell.mode, "seed": cell.seed}
+        record |= {"last_iteration": cell.last if cell.rows else None, "iteration": at}
+        for stage in stages:
+            record[stage] = None if at is None else cell.score(stage, at)
+        record["training_reward"] = None if at is None else cell.training_reward(at)
+        records.append(record)
+    return records
+
+
+def mode_records(
+    cells: Sequence[CellResult], stages: Sequence[str], iteration: int | None
+) -> list[Record]:
+    """A record for the untrained model and for each mode, over the cells that were evaluated.
+
+    For each column, <column> is the mean over seeds and <column>_std the sample standard
+    deviation; None where there is no value, or only one.
     """
     # The untrained model is the same in all modes, and so is the noise of its evaluation: one cell
     # per seed.
     untrained = {cell.seed: cell for cell in reversed(cells) if 0 in cell.evaluated}
-    rows = [_mode_row(UNTRAINED, list(untrained.values()), stages, 0)] if untrained else []
-    for mode in dict.fromkeys(cell.mode for cell in cells):
-        there = [cell for cell in cells if cell.mode == mode and iteration in cell.evaluated]
-        rows.append(_mode_row(mode, there, stages, iteration or 0))
-    return rows
+    groups: dict[str, tuple[int | None, list[CellResult]]] = {}
+    if untrained:
+        groups[UNTRAINED] = 0, list(untrained.values())
+    for cell in cells:
+        groups.setdefault(cell.mode, (iteration, []))[1].append(cell)
+    records = []
+    for mode, (at, members) in groups.items():
+        found = [row for row in cell_records(members, stages, at) if row["iteration"] is not None]
+        record: Record = {"mode": mode, "seeds": len(found), "iteration": at}
+        for name in (*stages, "training_reward"):
+            values = [row[name] for row in found if row[name] is not None]
+            record[name] = statistics.fmean(values) if values else None
+            record[f"{name}_std"] = statistics.stdev(values) if len(values) > 1 else None
+        records.append(record)
+    return records
 
 
-def _mode_row(
-    mode: str, cells: Sequence[CellResult], stages: Sequence[str], iteration: int
-) -> ModeRow:
-    columns = [[cell.score(stage, iteration) for cell in cells] for stage in stages]
-    columns.append([cell.training_reward(iteration) for cell in cells])
-    values = [[value for value in column if value is not None] for column in columns]
-    return ModeRow(mode, len(cells), values)
-
-
-def spread(values: Sequence[float]) -> str:
-    """'0.884 ± 0.010': mean and sample standard deviation; one value alone, or a dash for none."""
-    if not values:
-        return "–"
-    deviation = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.3f}{deviation}"
+def table_cells(records: Sequence[Record], stages: Sequence[str]) -> list[list[str]]:
+    """The records of the modes for `render_table`: the head, then "0.884 ± 0.010" for each number,
+    without the deviation for one value alone, or a dash for none.
+    """
+    names = *stages, "training_reward"
+    table = [["reward", "seeds", *(name.replace("_", " ") for name in names)]]
+    for record in records:
+        cells = [record["mode"], str(record["seeds"])]
+        for name in names:
+            mean, deviation = record[name], record[f"{name}_std"]
+            spread = "" if deviation is None else f" ± {deviation:.3f}"
+            cells.append("–" if mean is None else f"{mean:.3f}{spread}")
+        table.append(cells)
+    return table
 
 
 def caption(iteration: int | None) -> str:
@@ -134,74 +148,15 @@ def caption(iteration: int | None) -> str:
     )
 
 
-def table_cells(rows: Sequence[ModeRow], stages: Sequence[str]) -> list[list[str]]:
-    """The table for `render_table`: the head, then a row per mode."""
-    head = ["reward", "seeds", *(stage.replace("_", " ") for stage in stages), "training reward"]
-    return [head, *([row.mode, str(row.num_seeds), *map(spread, row.values)] for row in rows)]
-
-
-def mode_records(
-    rows: Sequence[ModeRow], stages: Sequence[str], iteration: int | None
-) -> list[dict[str, Any]]:
-    """The table for `write_csv`, six digits: <column> and <column>_std, None where there is no
-    value, or only one.
-    """
-    records = []
-    for row in rows:
-        at = 0 if row.mode == UNTRAINED else iteration
-        record: dict[str, Any] = {"mode": row.mode, "seeds": row.num_seeds, "iteration": at}
-        for name, values in zip((*stages, "training_reward"), row.values, strict=True):
-            record[name] = _digits(statistics.fmean(values) if values else None)
-            record[f"{name}_std"] = _digits(statistics.stdev(values) if len(values) > 1 else None)
-        records.append(record)
-    return records
-
-
-def cell_records(
-    cells: Sequence[CellResult], stages: Sequence[str], iteration: int | None
-) -> list[dict[str, Any]]:
-    """Each cell for `write_csv`: how far it is, and its own numbers at the compared iteration."""
-    records = []
-    for cell in cells:
-        at = iteration if iteration in cell.evaluated else None
-        last = None if cell.last < 0 else cell.last
-        record = {"mode": cell.mode, "seed": cell.seed, "last_iteration": last, "iteration": at}
-        for stage in stages:
-            record[stage] = None if at is None else _digits(cell.score(stage, at))
-        record["training_reward"] = None if at is None else _digits(cell.training_reward(at))
-        records.append(record)
-    return records
-
-
-def _digits(number: float | None) -> str | None:
-    return None if number is None else f"{number:.6g}"
-
-
 def absences(cells: Sequence[CellResult], iterations: int, iteration: int | None) -> list[str]:
-    """A line for each cell that is missing, unfinished, or not in the table; and how to compare all
-    cells that have begun, if that differs.
-    """
+    """A line for each cell that is missing, unfinished, or not in the table."""
     lines = []
     for cell in cells:
         out = "" if iteration in cell.evaluated else ", not in the table"
-        if cell.last < 0:
+        if not cell.rows:
             lines.append(f"{cell.name}: missing")
-        elif cell.last < iterations:
+        elif out or cell.last < iterations:
             lines.append(f"{cell.name}: at iteration {cell.last} of {iterations}{out}")
-        elif out:
-            lines.append(f"{cell.name}: not evaluated at iteration {iteration}{out}")
-    longer = [cell.last for cell in cells if cell.last > iterations]
-    if longer:
-        lines.append(
-            f"{len(longer)} cells have up to {max(longer)} iterations; what comes after the "
-            f"{iterations} asked for is left out"
-        )
-    best = max(_shared(cells, iterations), default=0)
-    if iteration is not None and 0 < best < iteration:
-        lines.append(
-            f"all that have begun were evaluated at iteration {best}: --iterations {best} "
-            "--collect compares them there"
-        )
     return lines
 
 
@@ -209,30 +164,31 @@ def curves(cells: Sequence[CellResult], stages: Sequence[str], iteration: int) -
     """Validation mean of each stage over iterations: for each mode the mean over the seeds of the
     table, and a band of one standard deviation.
     """
+    modes: dict[str, list[CellResult]] = {}
+    for cell in cells:
+        if iteration in cell.evaluated:
+            modes.setdefault(cell.mode, []).append(cell)
     panels = []
     for stage in stages:
         lines = [
-            _mean_curve(index, mode, cells, stage, iteration)
-            for index, mode in enumerate(dict.fromkeys(cell.mode for cell in cells))
+            _mean_curve(index, mode, members, stage, iteration)
+            for index, (mode, members) in enumerate(modes.items())
         ]
-        drawn = tuple(line for line in lines if line.points[0])
         title = stage.replace("_", " ")
-        panels.append(figures.Panel(title, "validation mean score", drawn))
+        panels.append(figures.Panel(title, "validation mean score", tuple(lines)))
     return figures.draw(panels, columns=len(stages), width=3.7 * len(stages), height=3.2)
 
 
 def _mean_curve(
     index: int, mode: str, cells: Sequence[CellResult], stage: str, iteration: int
 ) -> figures.Line:
-    """Mean over the mode's cells in the table, at the iterations where all of them have a value."""
-    there = [cell for cell in cells if cell.mode == mode and iteration in cell.evaluated]
+    """Mean over the mode's cells, at the iterations where all of them have a value."""
     points: dict[int, list[float]] = {}
     for i in range(iteration + 1):
-        values = [value for cell in there if (value := cell.score(stage, i)) is not None]
-        if there and len(values) == len(there):
+        values = [value for cell in cells if (value := cell.score(stage, i)) is not None]
+        if len(values) == len(cells):
             points[i] = values
     means = [statistics.fmean(values) for values in points.values()]
+    band = [statistics.stdev(values) for values in points.values() if len(values) > 1]
     line = figures.indexed_line(index, mode, (list(points), means), f"{mode}/{stage}")
-    if len(there) < 2:
-        return line
-    return replace(line, band=[statistics.stdev(values) for values in points.values()])
+    return replace(line, band=band)

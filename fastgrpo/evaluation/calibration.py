@@ -83,7 +83,7 @@ def write_thresholds(
     config: TrainConfig, options: CalibrateOptions, curves: Mapping[str, Sequence[float | None]]
 ) -> Path:
     """Write `<output_dir>/<name>-calibrate/thresholds.yaml`, which `--config` takes after the
-    recipe, with the curves as comments and as a figure.
+    recipe, and the curves as a figure.
 
     Args:
         config: Of the training to come. The difference gate takes K - 1 thresholds, the literal
@@ -115,11 +115,8 @@ def write_thresholds(
         *(f"# {stage} DID NOT RISE: its threshold is passed from the start." for stage in falling),
         "pacing:",
         f"  thresholds: {used}",
-        "# Where they come from, a mean reward per iteration:",
+        *(f"# {stage} (threshold {threshold:.4f})" for stage, threshold in thresholds.items()),
     ]
-    for stage, curve in curves.items():
-        values = ["-" if value is None else round(value, 4) for value in curve]
-        lines.append(f"#   {stage} (threshold {thresholds[stage]:.4f}): {values}")
     folder.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(lines) + "\n")
     means = {f"rewards/{stage}/mean": curve for stage, curve in curves.items()}

@@ -221,7 +221,7 @@ def _draw_panel(axes: Axes, panel: Panel) -> None:
     finish(axes, panel.title, panel.ylabel, panel.xlabel, legend=False)
     if not drawn:
         axes.set(xticks=[], yticks=[])
-        middle = {"transform": axes.transAxes, "ha": "center", "va": "center"}
+        middle: dict[str, Any] = {"transform": axes.transAxes, "ha": "center", "va": "center"}
         axes.text(0.5, 0.5, "no training iteration yet", color=FAINT, **middle)
         return
     if len(drawn) == 1:  # a whole number on each side of it, and so whole numbers as ticks

@@ -50,14 +50,11 @@ def save_samples(
     """
     frames = _to_uint8(videos)
     table = None if scores is None else torch.as_tensor(scores, dtype=torch.float64).tolist()
-    if len(prompts) != len(frames) or (table is not None and len(table) != len(frames)):
-        counts = f"{len(prompts)} prompts"
-        counts += "" if table is None else f" and {len(table)} rows of scores"
-        raise UserError(f"samples: expected one for each of {len(frames)} videos, got {counts}")
+    require(len(prompts) == len(frames), "samples", f"{len(frames)} prompts", len(prompts))
     if table is not None:
-        lengths = [len(row) for row in table]
-        fits = stages is not None and set(lengths) <= {len(stages)}
-        require(fits, "samples", f"one score for each stage of {stages}", lengths)
+        shape = len(frames), len(stages or ())
+        fits = len(table) == shape[0] and all(len(row) == shape[1] for row in table)
+        require(fits, "samples", f"scores {list(shape)} [videos, stages]", [len(r) for r in table])
     folder.mkdir(parents=True, exist_ok=True)
     digits = max(2, len(str(len(frames) - 1)))
     entries = []

@@ -62,7 +62,7 @@ def test_ties_are_told_from_errors() -> None:
 
 def test_the_7b_model_has_its_published_size() -> None:
     """8.29 billion parameters (the hub's figure for Qwen/Qwen2.5-VL-7B-Instruct)."""
-    config = Qwen2_5_VLConfig(**judge.CONFIGS["qwen2.5-vl-7b"], **judge._IDS)
+    config = Qwen2_5_VLConfig(**judge.CONFIGS["qwen2.5-vl-7b"])
     with torch.device("meta"):
         module = Qwen2_5_VLForConditionalGeneration(config)
     assert sum(p.numel() for p in module.parameters()) == 8_292_166_656

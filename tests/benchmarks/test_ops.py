@@ -50,7 +50,6 @@ def test_counted_bytes_are_those_of_the_tensors(size: str) -> None:
             if case.op == "gate_residual":  # x's gradient is the arriving one, and x is not read
                 read -= large.pop("x")
             assert case.bytes["backward"] == read + written + sum(large.values()), case.op
-        assert case.flops.keys() == case.bytes.keys()
 
 
 def test_counted_bytes_are_those_of_the_goals() -> None:
@@ -145,29 +144,12 @@ def test_it(backend):
 RED = "def test_it():\n    assert 1 == 2, 'the reason'\n"
 
 
-def test_a_verdict_is_remembered_until_something_changes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(verdicts, "ROOT", tmp_path)
-    monkeypatch.setattr(verdicts, "STAMPS", tmp_path / "build" / "verified.json")
-    tests, runs, run = tmp_path / "tests" / "ops", [], verdicts._run
-    tests.mkdir(parents=True)
-    (tests / "test_green.py").write_text(GREEN)
-    monkeypatch.setattr(verdicts, "_run", lambda *given: (runs.append(given), run(*given))[1])
-
-    def again() -> verdicts.Verdict:
-        verdicts._verdict.cache_clear()  # as another process
-        verdicts.fingerprint.cache_clear()
-        return verdicts.verdict(tests / "test_green.py")
-
-    assert again() == again()
-    assert (again().green, again().note, again().backends) == (
-        *(True, "2 passed, 2 skipped", ("cpp", "reference")),
-    )
-    assert len(runs) == 1
-    (tests / "conftest.py").write_text("# changed\n")
-    assert again().green
-    assert len(runs) == 2
+def test_a_verdict_names_the_backends_that_were_tested(tmp_path: Path) -> None:
+    (tmp_path / "test_green.py").write_text(GREEN)
+    found = verdicts.verdict(tmp_path / "test_green.py")
+    assert (found.green, found.note) == (True, "2 passed, 2 skipped")
+    assert found.backends == ("cpp", "reference")
+    assert verdicts.verdict(tmp_path / "test_missing.py").note == "no file test_missing.py"
 
 
 def test_ops_on_the_cpu(

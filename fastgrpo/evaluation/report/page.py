@@ -72,7 +72,6 @@ def write_report(
         "lines": [figures.indexed_line(index, run.label) for index, run in enumerate(records)],
         "notices": list(_notices(records)),
         "figures": list(_write_figures(folder, records, smoothing_window)),
-        "judge_totals": _judge_totals(records),
         "differences": run_record.config_differences(judged),
         "changes": list(_changes(records)),
         "configurations": [run_record.flatten(config) for config in judged],
@@ -135,10 +134,7 @@ def _notices_of(run: RunRecord) -> Iterator[str]:
 
 
 def _scores(runs: Sequence[RunRecord], window: int) -> dict[str, Any]:
-    """A table of mean scores: of one run its first and last, of several the last of each.
-
-    A cell is a score and its difference to the first row.
-    """
+    """A table of mean scores: of one run its first and last, of several the last of each."""
     found = [run_record.scores_of(run, window) for run in runs]
     validation = any(scores and scores.validation for scores in found)
     # Scores on the training prompts do not compare with those on the validation prompts.
@@ -162,14 +158,7 @@ def _scores(runs: Sequence[RunRecord], window: int) -> dict[str, Any]:
         if validation and len({run.config.get("seed") for run in runs}) > 1:
             note += " The seeds of the runs differ, and so does that noise."
         note += " One number per run says nothing of how far seeds scatter: `ablate` measures that."
-    rows = []
-    for label, iteration, scores in entries:
-        pairs = [(scores.get(stage), entries[0][2].get(stage)) for stage in stages]
-        cells = [
-            (value, None if rows == [] or None in (value, first) else value - first)
-            for value, first in pairs
-        ]
-        rows.append({"label": label, "iteration": iteration, "cells": cells})
+    rows = [dict(zip(("label", "iteration", "scores"), entry, strict=True)) for entry in entries]
     return {"score_rows": rows, "scores_note": note, "stages": stages}
 
 
@@ -187,16 +176,6 @@ def _write_figures(
             "alt": figures.describe(topic.panels),
             "words": topic.words,
         }
-
-
-def _judge_totals(runs: Sequence[RunRecord]) -> dict[str, list[float | None]]:
-    """What the judges counted over whole runs: a row for each counter that any run has; none if all
-    counts are 0.
-    """
-    totals = [run_record.judge_totals(run) for run in runs]
-    if not any(value for total in totals for value in total.values()):
-        return {}
-    return {key: [total.get(key) for total in totals] for one in totals for key in one}
 
 
 def _changes(runs: Sequence[RunRecord]) -> Iterator[list[Any]]:

@@ -7,6 +7,7 @@ curve.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,7 +20,6 @@ from fastgrpo.evaluation.report.run_record import RunRecord
 from fastgrpo.training.tracking import Row
 
 Runs = Sequence[RunRecord]
-Levels = tuple[tuple[float, str], ...]
 PHASES = ("rollout", "reward", "update")
 NO_TROUBLE = ("judge/answers", "judge/requests", "judge/vision_passes", "judge/prefix_passes")
 """Counters of a judge's work; its other counters are of trouble."""
@@ -102,20 +102,15 @@ def _per_stage(runs: Runs, pattern: str) -> dict[str, str]:
     return {pattern.format(stage): title_of(stage) for stage in stages_of(runs)}
 
 
-def _levels(runs: Runs, stage: str = "") -> Levels:
+def _levels(runs: Runs, stage: str = "") -> tuple[tuple[float, str], ...]:
     """Thresholds: of one run each in its stage's colour, of several runs those of one stage, each
-    in its run's colour, or in black where all are the same.
+    in its run's colour.
     """
     if len(runs) == 1:
         return tuple(zip(runs[0].thresholds[: len(runs[0].stages)], COLORS, strict=False))
     found = [dict(zip(run.stages, run.thresholds, strict=False)).get(stage) for run in runs]
-    levels = {
-        (value, COLORS[index % len(COLORS)])
-        for index, value in enumerate(found)
-        if value is not None
-    }
-    values = {value for value, _ in levels}
-    return tuple(sorted(levels)) if len(values) > 1 else tuple((value, INK) for value in values)
+    colors = itertools.cycle(COLORS)
+    return tuple((value, color) for value, color in zip(found, colors) if value is not None)  # noqa: B905
 
 
 def _reward(runs: Runs, window: int) -> Topic:
@@ -184,7 +179,8 @@ def _drift_by_step(rows: Sequence[Row]) -> Series:
 
 
 def _ratio_drift(runs: Runs, window: int) -> Topic:
-    ylabel, options = "max |ratio − 1|", {"scale": "symlog", "ylim": (0, None)}
+    ylabel = "max |ratio − 1|"
+    options: dict[str, Any] = {"scale": "symlog", "ylim": (0, None)}
     over_time = _panel(runs, "Ratio drift by iteration", ylabel, "ratio_drift", **options)
     by_step = [
         indexed_line(index, run.label, _drift_by_step(run.rows), f"ratio_drift/by_step/{index}")
@@ -240,7 +236,6 @@ def _memory(runs: Runs, window: int) -> Topic:
 
 
 def _judge(runs: Runs, window: int) -> Topic:
-    """Counts that are 0 throughout are left to the table of totals."""
     found = dict.fromkeys(key for run in runs for row in run.trained for key in row)
     counts = {
         key: key.removeprefix("judge/").removeprefix("num_").replace("_", " ")

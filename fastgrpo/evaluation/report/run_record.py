@@ -81,12 +81,6 @@ class RunRecord:
         """The time of all training iterations."""
         return sum(row.get("step_time") or 0.0 for row in self.trained)
 
-    def class_of(self, part: str) -> str:
-        """Class name of `policy` or `reward`; "" if the configuration does not say."""
-        described = self.config.get(part)
-        path = described.get("class_path") if isinstance(described, Mapping) else None
-        return str(path or "").rpartition(".")[2]
-
 
 @dataclass(frozen=True)
 class Scores:
@@ -185,18 +179,6 @@ def scores_of(run: RunRecord, window: int) -> Scores | None:
             first, last = ({s: curve.get(end) for s, curve in curves.items()} for end in ends)
             return Scores(ends, validation, first, last)
     return None
-
-
-def judge_totals(run: RunRecord) -> dict[str, float]:
-    """Sums over the run of the judge's counters (`judge/...`) and of the videos without a score, in
-    the order of the rows.
-    """
-    totals: dict[str, float] = {}
-    for row in run.trained:
-        for key, value in row.items():
-            if key.startswith("judge/") or key == "num_invalid_videos":
-                totals[key] = totals.get(key, 0) + (value or 0)
-    return totals
 
 
 def _read_run(folder: Path, label: str) -> RunRecord:

@@ -270,8 +270,8 @@ def test_several_runs_have_a_panel_a_stage_and_a_line_a_run() -> None:
         )
         assert lines(panel)[f"eval/rewards/{stage}/mean/2"].points[0] == [0]
     assert [panel.levels for panel in stages] == [
-        ((0.54, figures.COLORS[0]), (0.6, figures.COLORS[1])),  # they differ: in the runs' colours
-        ((0.35, figures.INK),),
+        ((0.54, figures.COLORS[0]), (0.6, figures.COLORS[1])),
+        ((0.35, figures.COLORS[0]), (0.35, figures.COLORS[1])),
         (),
     ]
     assert [line.label for line in weighted.lines] == ["a", "b", "c"]

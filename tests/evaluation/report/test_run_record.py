@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +14,6 @@ from fastgrpo.evaluation.report.run_record import (
     Scores,
     config_differences,
     flatten,
-    judge_totals,
     judged_alike,
     read_runs,
     scores_of,
@@ -164,25 +162,3 @@ def test_scores_are_the_first_and_the_last_validation_ones() -> None:
     assert (scores.first["a"], scores.last["a"]) == pytest.approx((0.3, 0.7))
     assert scores_of(record(rows[:1]), 3) is None
     assert scores_of(record([]), 3) is None
-
-
-def test_totals_of_the_judge() -> None:
-    rows = [
-        {"iteration": 0, "judge/answers": 100},  # the evaluation's, before any training
-        {"iteration": 1, "reward": 0.1, "judge/answers": 10, "num_invalid_videos": 0},
-        {
-            "iteration": 2,
-            "reward": 0.1,
-            "judge/answers": 12,
-            "judge/failed": 1,
-            "num_invalid_videos": 2,
-            "judge/requests": None,
-        },
-    ]
-    assert judge_totals(record(rows)) == {
-        "judge/answers": 22,
-        "num_invalid_videos": 2,
-        "judge/failed": 1,
-        "judge/requests": 0,
-    }
-    assert json.dumps(judge_totals(record([]))) == "{}"
