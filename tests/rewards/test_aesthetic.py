@@ -20,7 +20,6 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 from fastgrpo.rewards.media.frames import quantise
 from fastgrpo.rewards.models.aesthetic import Aesthetic, clip_pixels, read_head
 from fastgrpo.rewards.models.per_video import PerVideoReward, resize, spread
-from fastgrpo.rewards.queue import ScoringQueue
 
 CPU = torch.device("cpu")
 SIZE, WIDTH = 28, 24
@@ -192,30 +191,6 @@ class Echo(PerVideoReward):
 def test_a_score_that_is_not_finite_is_invalid() -> None:
     raw, valid = Echo().components(torch.ones(2, 1, 3, 2, 2), ["2", "inf"], 8.0)
     assert (raw.tolist(), valid.tolist()) == ([[2.0], [0.0]], [True, False])
-
-
-@pytest.mark.parametrize(
-    ("videos", "captions", "problem"),
-    [
-        (VIDEOS.int(), CAPTIONS, "of uint8 or float, got .*int32"),
-        (VIDEOS[:, :, :2], CAPTIONS, r"expected \[T, 3, H, W\]"),
-        (VIDEOS.float(), CAPTIONS, r"expected finite values in \[0, 1\], got 0.0 to 255.0"),
-    ],
-)
-def test_videos_that_are_none(
-    judge: Aesthetic, videos: torch.Tensor, captions: list[str], problem: str
-) -> None:
-    with pytest.raises(ValueError, match=problem):
-        judge.score(videos, captions, 8.0)
-
-
-def test_through_the_queue(judge: Aesthetic) -> None:
-    queue = ScoringQueue(judge)
-    queue.submit(VIDEOS, CAPTIONS, 8.0)
-    scores, valid = queue.collect(3)
-    queue.close()
-    assert scores == [judge.score(VIDEOS, CAPTIONS, 8.0)[0].tolist()]
-    assert valid == [[True] * 3]
 
 
 def test_what_it_is_and_takes(

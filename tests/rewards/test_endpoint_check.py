@@ -16,7 +16,6 @@ from fastgrpo.rewards.vlm.endpoint_check import (
     CHECKS,
     Finding,
     check_endpoint,
-    needed_checks,
     synthetic_clip,
 )
 from fastgrpo.rewards.vlm.engine import Decoding
@@ -123,19 +122,6 @@ def test_a_request_that_is_refused_fails_and_one_that_may_pass_tells_nothing(
         ((finding,),) = engine.check(["frames"]).values()
         assert finding.holds is verdict
         assert f"status {status}" in finding.evidence
-
-
-@pytest.mark.parametrize(
-    ("decoding", "needed"),
-    [
-        (Decoding(), ["frames", "frame rate"]),
-        (Decoding(constrained=True), ["frames", "frame rate", "constraint"]),
-        (EXPECTED, ["frames", "frame rate", "constraint", "probabilities"]),
-    ],
-)
-def test_needed_checks(decoding: Decoding, needed: list[str]) -> None:
-    assert needed_checks(decoding) == needed
-    assert set(needed) <= set(CHECKS)
 
 
 @pytest.mark.parametrize(

@@ -383,18 +383,13 @@ def test_what_is_no_video(video: Tensor, fps: float, words: str) -> None:
         make_clip(video, fps, DEFAULT)
 
 
-@pytest.mark.parametrize(
-    ("frames", "fps", "words"),
-    [
-        (torch.zeros(4, 3, 30, 30), 2.0, r"uint8.*torch\.float32"),
-        (torch.zeros(0, 3, 30, 30, dtype=torch.uint8), 2.0, "n > 0"),
-        (torch.zeros(4, 1, 30, 30, dtype=torch.uint8), 2.0, r"got \[4, 1, 30, 30\]"),
-        (torch.zeros(4, 3, 56, 56, dtype=torch.uint8), math.inf, "positive number"),
-    ],
-)
-def test_what_are_no_frames(frames: Tensor, fps: float, words: str) -> None:
-    with pytest.raises(ValueError, match=words):
-        clip_of_frames(frames, fps, DEFAULT)
+def test_what_are_no_frames() -> None:
+    frames = picture(4, 56, 56)
+    for wrong in (frames.float(), frames[:0], frames[:, :1]):
+        with pytest.raises(ValueError, match="of uint8 with n > 0, got"):
+            clip_of_frames(wrong, 2.0, DEFAULT)
+    with pytest.raises(ValueError, match="positive number"):
+        clip_of_frames(frames, math.inf, DEFAULT)
 
 
 @pytest.mark.parametrize(

@@ -63,17 +63,6 @@ def test_frames_arrive_bit_equal_and_before_the_text(
         }
 
 
-def test_a_constraint_is_sent_only_if_it_is_asked_for(
-    fake_endpoint: Any, server_engine: Engines, random_clip: Clips
-) -> None:
-    server = fake_endpoint()
-    judge = server_engine(server)
-    judge.ask([random_clip()], [["?"]], Decoding(constrained=True))
-    judge.ask([random_clip()], [["?"]], Decoding())
-    fields = [request.body.get("structured_outputs") for request in server.requests]
-    assert fields == [{"regex": NUMBER}, None]
-
-
 def test_numbers_that_begin_with_one() -> None:
     numbers = [f"{hundredths / 100:.2f}" for hundredths in range(0, 1200)]
     assert [n for n in numbers if re.fullmatch(FROM_ONE, n)] == [

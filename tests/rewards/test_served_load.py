@@ -269,13 +269,6 @@ def test_options_are_checked(options: dict[str, Any], words: str) -> None:
         ServerEngine(**{"endpoints": ("http://a/v1",), "model": "judge", **options})
 
 
-def test_ask_needs_load(random_clip: Clips) -> None:
-    judge = ServerEngine(("http://127.0.0.1:1",), "judge", concurrency=3)
-    assert judge.concurrency == 3
-    with pytest.raises(RuntimeError, match="call load"):
-        judge.ask([random_clip()], [["a"]], Decoding())
-
-
 @pytest.mark.timeout(60)
 def test_python_ends_while_a_thread_of_it_waits(fake_endpoint: Any, fault: Any) -> None:
     """With a daemon thread; Python waits for one of a ThreadPoolExecutor, which needs `close`."""

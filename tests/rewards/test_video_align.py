@@ -18,7 +18,6 @@ from torch.nn.functional import interpolate
 
 from fastgrpo.rewards.models.video_align import VideoAlign, sampled_frames, seen_clip
 from fastgrpo.rewards.models.video_align_files import REWARD_TOKENS
-from fastgrpo.rewards.queue import ScoringQueue
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
@@ -223,15 +222,6 @@ def test_the_published_file_has_room_for_these_tensors_and_no_others(
     lora = 28 * 64 * (2 * (1536 + 1536) + 2 * (1536 + 256) + 3 * (1536 + 8960))
     zipped = 5_031_072_529 - taken - 2 * (lora + 1536 + 151660 * 1536)
     assert 0 < zipped < 1123 * 512  # names and alignment of so many tensors
-
-
-def test_through_the_queue(judge: VideoAlign) -> None:
-    queue = ScoringQueue(judge)
-    queue.submit(VIDEOS, CAPTIONS, FPS)
-    scores, valid = queue.collect(3)
-    queue.close()
-    assert scores == [judge.score(VIDEOS, CAPTIONS, FPS)[0].tolist()]
-    assert valid == [[True] * 3]
 
 
 def test_what_it_is_and_takes(judge: VideoAlign, published: Source, tmp_path: Path) -> None:

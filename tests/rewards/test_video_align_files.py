@@ -239,14 +239,6 @@ HEAD = "base_model.model.rm_head.weight"
             "1 problems: no .*q_proj.lora_B.weight",
         ),
         (
-            retensor(lambda w: w.update({f"{Q}.lora_A.default.weight": torch.zeros(4, 9)})),
-            r"q_proj.lora_A.weight of \[4, 9\] instead of \[4, 64\]",
-        ),
-        (
-            retensor(lambda w: [w.pop(f"{Q}.lora_{which}.default.weight") for which in "AB"]),
-            "2 problems: no .*q_proj.lora_A.weight, no .*q_proj.lora_B.weight",
-        ),
-        (
             edit("peft_lora_config", lora_r=8),
             r"of \[4, 64\] instead of \[8, 64\]",
         ),

@@ -26,7 +26,7 @@ from starlette.requests import ClientDisconnect
 
 from fastgrpo.rewards.vlm.answers import NUMBER
 from fastgrpo.rewards.vlm.engine import Clip, Decoding, Engine, Reply
-from fastgrpo.rewards.vlm.transport import FROM_ONE, VIDEO_TYPE, chat_request, video_part
+from fastgrpo.rewards.vlm.transport import FROM_ONE, VIDEO_TYPE, Video, chat_request
 
 logger = logging.getLogger("fastgrpo")
 NO_LOGPROB = -9999.0  # OpenAI's, of what is impossible or not known
@@ -90,7 +90,7 @@ def read_question(body: bytes, model: str, limits: Limits) -> Question:
             temperature=float(request["temperature"]),
             seed=int(request["seed"]),
         )
-        known = chat_request(model, video_part(url, fps), text, decoding, regex)
+        known = chat_request(model, Video(url, fps), text, decoding, regex)
         known |= known.pop("extra_body") | {"max_tokens": tokens}
     except Exception as error:  # a strange request raises many kinds
         raise ValueError(f"expected a request of ServerEngine, got {error!r}") from error

@@ -12,8 +12,7 @@ import base64
 import io
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from PIL import Image
 
@@ -28,21 +27,15 @@ VIDEO_TYPE = "data:video/jpeg;base64"
 _DIGITS = tuple("0123456789")
 
 
-@dataclass(frozen=True)
-class Video:
-    """An encoded clip.
+class Video(NamedTuple):
+    """An encoded clip: the data URL of its frames, and how many of them are a second."""
 
-    Attributes:
-        part: The content part of a chat message.
-        extra: The fields of the request that belong to it, beyond OpenAI's own.
-    """
-
-    part: dict[str, Any]
-    extra: dict[str, Any]
+    url: str
+    fps: float
 
 
 def encode_clip(clip: Clip) -> Video:
-    """Encode a clip, whose frames are on the CPU, as one video part: PNGs in a data URL."""
+    """Encode a clip, whose frames are on the CPU, as PNGs in a data URL."""
     pictures = []
     for frame in clip.frames:
         file = io.BytesIO()
@@ -51,18 +44,7 @@ def encode_clip(clip: Clip) -> Video:
         # third of the time.
         image.save(file, "PNG", compress_level=1, compress_type=3)
         pictures.append(base64.b64encode(file.getvalue()).decode("ascii"))
-    return video_part(f"{VIDEO_TYPE},{','.join(pictures)}", clip.fps)
-
-
-def video_part(url: str, fps: float) -> Video:
-    """The video of a data URL whose frames are all seen, `fps` of them per second."""
-    return Video(
-        {"type": "video_url", "video_url": {"url": url}},
-        {
-            "mm_processor_kwargs": {"fps": fps},
-            "media_io_kwargs": {"video": {"num_frames": -1, "fps": fps}},
-        },
-    )
+    return Video(f"{VIDEO_TYPE},{','.join(pictures)}", clip.fps)
 
 
 def chat_request(
@@ -79,13 +61,23 @@ def chat_request(
         decoding: How the answer is drawn.
         regex: What the answer has to match; "" leaves it free.
     """
+    content = [
+        {"type": "video_url", "video_url": {"url": video.url}},
+        {"type": "text", "text": question},
+    ]
+    extra: dict[str, Any] = {
+        "mm_processor_kwargs": {"fps": video.fps},
+        "media_io_kwargs": {"video": {"num_frames": -1, "fps": video.fps}},  # all frames
+    }
+    if regex:
+        extra["structured_outputs"] = {"regex": regex}
     arguments: dict[str, Any] = {
         "model": model,
-        "messages": [{"role": "user", "content": [video.part, {"type": "text", "text": question}]}],
+        "messages": [{"role": "user", "content": content}],
         "max_tokens": decoding.max_tokens,
         "temperature": decoding.temperature,
         "seed": decoding.seed,
-        "extra_body": video.extra | ({"structured_outputs": {"regex": regex}} if regex else {}),
+        "extra_body": extra,
     }
     if decoding.probabilities:
         arguments |= {"logprobs": True, "top_logprobs": TOP_LOGPROBS}

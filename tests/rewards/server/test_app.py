@@ -37,9 +37,9 @@ from fastgrpo.rewards.vlm.served import ServerEngine
 from fastgrpo.rewards.vlm.transport import (
     FROM_ONE,
     VIDEO_TYPE,
+    Video,
     chat_request,
     encode_clip,
-    video_part,
 )
 
 TOKEN = "a-token-of-the-test"
@@ -303,7 +303,7 @@ def test_a_request_of_the_client_is_read(regex: str, random_clip: Any) -> None:
     decoding = Decoding(9, bool(regex), probabilities=True, temperature=0.5, seed=3)
     made = chat_request("judge", encode_clip(clip), "Why?", decoding, regex)
     (url_of_clip,) = re.findall("data:[^']*", str(made["messages"]))
-    assert encode_clip(clip) == video_part(url_of_clip, clip.fps)
+    assert encode_clip(clip) == Video(url_of_clip, clip.fps)
     body = json.dumps(made | made.pop("extra_body")).encode()
     question = read_question(body, "judge", Limits())
     assert (question.text, question.decoding) == ("Why?", decoding)
