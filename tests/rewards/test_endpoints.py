@@ -48,7 +48,7 @@ def make(
 
 def kill(pool: EndpointPool, endpoint: Endpoint) -> None:
     for _ in range(FAILURES):
-        pool.failed(endpoint)
+        pool.failed(endpoint, pool.clock())
 
 
 def test_the_least_busy_then_the_least_used_is_next() -> None:
@@ -63,12 +63,12 @@ def test_the_least_busy_then_the_least_used_is_next() -> None:
 
 
 def test_one_failure_is_forgiven_and_two_are_not() -> None:
-    pool, (a, b), _ = make()
-    assert not pool.failed(a)
+    pool, (a, b), clock = make()
+    assert not pool.failed(a, clock.now)
     assert pool.pick(home=a) is a
     pool.answered(a)
-    assert not pool.failed(a)
-    assert pool.failed(a)
+    assert not pool.failed(a, clock.now)
+    assert pool.failed(a, clock.now)
     assert pool.pick(home=a) is b
     assert pool.pick(without=[b]) is None
     assert pool.wait(without=[b]) == 10.0
@@ -77,9 +77,9 @@ def test_one_failure_is_forgiven_and_two_are_not() -> None:
 
 def test_rests_grow_to_the_longest_and_an_answer_ends_them() -> None:
     pool, (a,), clock = make(1)
-    pool.failed(a)
+    pool.failed(a, clock.now)
     for rest in (10, 20, 40, 80, 100, 100):
-        assert pool.failed(a)
+        assert pool.failed(a, clock.now)
         assert pool.wait() == rest
         clock.now += rest
     pool.answered(a)
@@ -101,18 +101,19 @@ def test_after_a_rest_one_request_tries_it() -> None:
 
 def test_what_was_in_flight_when_it_was_set_aside_is_no_news() -> None:
     pool, (a,), clock = make(1)
-    kill(pool, a)
-    clock.now += 9
-    assert not pool.failed(a)
-    assert pool.wait() == 1
+    sent = clock.now
     clock.now += 1
-    assert pool.failed(a)
+    kill(pool, a)
+    clock.now += 30
+    assert not pool.failed(a, sent)
+    assert pool.wait() == 0
+    assert pool.failed(a, clock.now)
     assert pool.wait() == 20
 
 
 def test_one_that_refuses_is_asked_only_where_nothing_else_is_left() -> None:
     pool, (a, b), clock = make()
-    assert pool.failed(a, refusing=True, at_once=True)
+    assert pool.failed(a, clock.now, refusing=True, at_once=True)
     assert pool.pick(home=a) is b
     kill(pool, b)
     assert pool.pick() is a  # says no at once
@@ -125,7 +126,7 @@ def test_one_that_refuses_is_asked_only_where_nothing_else_is_left() -> None:
 
 def test_a_busy_one_lives() -> None:
     pool, (a, b), clock = make()
-    pool.failed(a)
+    pool.failed(a, clock.now)
     pool.busy(a, 5.0)
     assert pool.pick(home=a) is b
     pool.busy(b, 3.0)
@@ -134,13 +135,13 @@ def test_a_busy_one_lives() -> None:
     clock.now += 5
     a.in_flight = 7
     assert pool.pick(home=a) is a
-    assert not pool.failed(a)
+    assert not pool.failed(a, clock.now)
 
 
 def test_down_since_is_the_first_failure_since_an_answer() -> None:
     pool, (a, b), clock = make()
     assert pool.down_since is None
-    pool.failed(a)
+    pool.failed(a, clock.now)
     clock.now += 7
     pool.busy(b, 1.0)
     assert pool.down_since == 1000.0

@@ -29,9 +29,9 @@ class Endpoint:
         client: `openai.AsyncOpenAI`.
         in_flight: Requests that are being answered.
         requests: Requests in all.
-        failures: Failures in a row, those while it rests not counted.
+        failures: Failures in a row, of requests sent after it was last set aside.
         refusing: It answers, but refuses us (a wrong key, another model).
-        rest_until: Seconds of the pool's clock.
+        set_aside_at, rest_until: Seconds of the pool's clock.
         last_error: Never with the key.
     """
 
@@ -41,6 +41,7 @@ class Endpoint:
     requests: int = 0
     failures: int = 0
     refusing: bool = False
+    set_aside_at: float = -math.inf
     rest_until: float = -math.inf
     last_error: str = ""
 
@@ -99,11 +100,14 @@ class EndpointPool:
         endpoint.failures, endpoint.refusing = 0, False
         self.down_since = None
 
-    def failed(self, endpoint: Endpoint, refusing: bool = False, at_once: bool = False) -> bool:
+    def failed(
+        self, endpoint: Endpoint, sent: float, refusing: bool = False, at_once: bool = False
+    ) -> bool:
         """Note that a request failed or was refused.
 
         Args:
             endpoint: Where.
+            sent: When it was sent.
             refusing: The endpoint refuses us.
             at_once: Set the endpoint aside without waiting for a second failure.
 
@@ -111,14 +115,15 @@ class EndpointPool:
             True if the endpoint is set aside now.
         """
         now = self._note_failure()
-        if now < endpoint.rest_until:  # sent before the endpoint was set aside: no news
+        if sent <= endpoint.set_aside_at:  # in flight when the endpoint was set aside: no news
             return False
         endpoint.refusing = refusing
         endpoint.failures = max(endpoint.failures + 1, FAILURES if at_once else 0)
         doublings = endpoint.failures - FAILURES
         if doublings < 0:
             return False
-        endpoint.rest_until = now + min(self.set_aside * 2.0 ** min(doublings, 30), self.longest)
+        rest = min(self.set_aside * 2.0 ** min(doublings, 30), self.longest)
+        endpoint.set_aside_at, endpoint.rest_until = now, now + rest
         return True
 
     def busy(self, endpoint: Endpoint, seconds: float) -> None:

@@ -241,7 +241,7 @@ class ServerEngine(Engine):
             )
         for endpoint in endpoints:
             if endpoint.url not in self._servers:
-                self._note_failure(endpoint, refusing=endpoint in refused, at_once=True)
+                self._note_failure(endpoint, time.monotonic(), endpoint in refused, at_once=True)
 
     async def _look(self, endpoint: Endpoint) -> dict[str, str]:
         """What a server says of itself: its version and where its model lies, if it does.
@@ -373,6 +373,7 @@ class ServerEngine(Engine):
                 endpoint = self._pool.pick(home, refused)
                 if endpoint is None:
                     raise TryAgain
+                sent = time.monotonic()
                 try:
                     completion = await self._request(
                         endpoint,
@@ -382,7 +383,7 @@ class ServerEngine(Engine):
                 except TryAgain as error:
                     errors.append(str(error))
                     if error.pause is None:
-                        self._note_failure(endpoint)
+                        self._note_failure(endpoint, sent)
                     else:
                         self._pool.busy(endpoint, min(error.pause, self._patience))
                     raise
@@ -391,7 +392,7 @@ class ServerEngine(Engine):
                     if not error.by_endpoint:
                         raise
                     refused.add(endpoint)
-                    self._note_failure(endpoint, refusing=True, at_once=True)
+                    self._note_failure(endpoint, sent, refusing=True, at_once=True)
                     if len(refused) == len(self._pool.endpoints):
                         raise
                     raise TryAgain from None
@@ -456,9 +457,9 @@ class ServerEngine(Engine):
         raise failure
 
     def _note_failure(
-        self, endpoint: Endpoint, refusing: bool = False, at_once: bool = False
+        self, endpoint: Endpoint, sent: float, refusing: bool = False, at_once: bool = False
     ) -> None:
-        if self._pool.failed(endpoint, refusing, at_once):
+        if self._pool.failed(endpoint, sent, refusing, at_once):
             self._count("endpoints_set_aside")
 
     def _count(self, name: str) -> None:
