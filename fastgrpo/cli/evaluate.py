@@ -1,8 +1,9 @@
 """VBench: sample the videos that it judges, and turn its result files into scores, tables and a
 figure.
 
-python -m fastgrpo evaluate sample RUN --prompts vbench   (alone, or under torchrun, one process per
-GPU) python -m fastgrpo evaluate vbench RESULTS [RESULTS ...]
+python -m fastgrpo evaluate sample RUN --prompts VBench_full_info.json   (alone, or under torchrun,
+one process per GPU)
+python -m fastgrpo evaluate vbench RESULTS [RESULTS ...]
 
 Between the two VBench's own command line runs, in its own environment: `vbench evaluate
 --videos_path OUTPUT/videos --dimension NAME`.
@@ -61,13 +62,7 @@ def sample_parser() -> jsonargparse.ArgumentParser:
         description="Sample the videos that VBench judges, or those of other prompts, with one "
         "model; videos that are there already are kept.",
     )
-    parser.add_argument(
-        "run",
-        nargs="?",
-        type=str,
-        metavar="RUN",
-        help="a run folder; or else --config names a recipe",
-    )
+    parser.add_argument("run", type=str, metavar="RUN", help="a run folder")
     parser.add_class_arguments(EvaluationOptions, as_group=False, skip={"run"})
     return parser
 

@@ -68,7 +68,6 @@ def compare_weights(options: ComparisonOptions) -> Path:
         ValueError, FileNotFoundError: There is no such run or checkpoint, or it is damaged, or the
             policy cannot take the prompts or sizes.
     """
-    assert options.run is not None
     config, path = open_run(options.run, options.checkpoint)
     policy, files = config.policy, config.prompts
     source = options.prompts or files.validation or files.train

@@ -34,7 +34,7 @@ from fastgrpo.evaluation.vbench_prompts import (
     read_evaluation_prompts,
     video_name,
 )
-from fastgrpo.files import atomic_write_text, find_file
+from fastgrpo.files import atomic_write_text
 from fastgrpo.interfaces import Policy
 from fastgrpo.training import run_folder
 from fastgrpo.training.decode import decode
@@ -47,7 +47,7 @@ from fastgrpo.training.sampling import (
     joined,
     load_base,
     load_trained,
-    read_without_judge,
+    read_run,
 )
 
 logger = logging.getLogger("fastgrpo")
@@ -64,9 +64,8 @@ class EvaluationOptions(SamplingOptions):
         run: A run folder.
         checkpoint: Name of one of the run's checkpoints, or the path of one; its average of the
             weights is sampled if it has one. Or `base`, the weights that training starts from.
-        prompts: vbench: the list of the installed package vbench; or the path of its
-            VBench_full_info.json; or prompts of your own (text, .jsonl, .parquet). A name that no
-            file can have is changed: slashes to underscores, cut, and a hash added.
+        prompts: VBench's VBench_full_info.json; or prompts of your own (text, .jsonl, .parquet). A
+            name that no file can have is changed: slashes to underscores, cut, and a hash added.
         num_videos: Videos of each prompt; by default 5, and 25 of the prompts of
             temporal_flickering, as VBench asks.
         num_inference_steps: Steps of the sampler; by default the recipe's.
@@ -76,11 +75,9 @@ class EvaluationOptions(SamplingOptions):
         sde: Sampler on the training schedule.
         seed: All videos' seeds follow from it; by default the recipe's.
         output: Folder to write to; by default <run>/evaluation/<checkpoint>_<prompts>.
-        config: A recipe, instead of a run.
     """
 
-    prompts: str = "vbench"
-    config: str | None = None
+    prompts: str = "VBench_full_info.json"
 
 
 @dataclass(frozen=True)
@@ -100,15 +97,11 @@ def sample_evaluation(options: EvaluationOptions) -> str:
         One line: how many videos there are, how many of them are new, and where.
 
     Raises:
-        ValueError, OSError: There is no such run, recipe, checkpoint or prompts; or the folder
+        ValueError, OSError: There is no such run, checkpoint or prompts; or the folder
             holds other videos, or is in use.
     """
-    path, config_path = find_recipe(options.run, options.config)
-    config = read_without_judge(config_path)
-    folder = path or config.run_folder
-    weights = None
-    if options.checkpoint != BASE:
-        weights = find_checkpoint(options.checkpoint, folder)
+    folder, config = Path(options.run), read_run(options.run)
+    weights = None if options.checkpoint == BASE else find_checkpoint(options.checkpoint, folder)
     prompts = [
         dataclasses.replace(prompt, num_videos=options.num_videos or prompt.num_videos)
         for prompt in read_evaluation_prompts(options.prompts)
@@ -122,7 +115,7 @@ def sample_evaluation(options: EvaluationOptions) -> str:
     with joined(config.runtime) as device:
         dtype = compute_dtype(config.runtime, device)
         lock = claim(output)
-        policy = yaml.safe_load(config_path.read_text(encoding="utf-8"))["policy"]
+        policy = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))["policy"]
         keep_settings(output, settings(policy, cfg, weights, dtype, seed))
         if collectives.rank() == 0:
             write_lists(output, videos)
@@ -137,23 +130,6 @@ def sample_evaluation(options: EvaluationOptions) -> str:
             lock.close()
     new = sum(video.name not in there for video in videos)
     return f"{len(videos)} videos, {new} of them new: {output / 'videos'}"
-
-
-def find_recipe(run: str | None, config: str | None) -> tuple[Path | None, Path]:
-    """The run folder, if there is one, and the file of the configuration."""
-    if (run is None) == (config is None):
-        got = "both" if run else "neither"
-        raise UserError(f"evaluate sample: expected a run folder or --config, got {got}")
-    given = Path(run or config or "")
-    path = given / "config.yaml"
-    if config and not given.is_dir():
-        path = find_file(config, "config")
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"run: expected a run folder with config.yaml, found none at {path.parent}"
-        )
-    is_run = path.name == "config.yaml" and (path.parent / "checkpoints").is_dir()
-    return path.parent if is_run else None, path
 
 
 def list_videos(prompts: Sequence[EvaluationPrompt], seed: int) -> list[Video]:

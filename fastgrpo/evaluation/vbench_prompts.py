@@ -7,10 +7,9 @@ vbench/__init__.py (names of files). None of its data is copied here.
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import re
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 from fastgrpo.errors import require
 from fastgrpo.evaluation.json_rows import read_json
@@ -35,41 +34,25 @@ def read_evaluation_prompts(prompts: str) -> list[EvaluationPrompt]:
     """The prompts to sample, each once.
 
     Args:
-        prompts: `vbench`, the list of the installed package; the path of such a list
-            (VBench_full_info.json, or any .json like it); or prompts of one's own, as
+        prompts: VBench's VBench_full_info.json, or any .json like it; or prompts of one's own, as
             `fastgrpo.training.prompts.read_prompts` takes them.
 
     Raises:
-        FileNotFoundError, UserError: There is no such file or package, or nothing in it that can
+        FileNotFoundError, UserError: There is no such file, or nothing in it that can
             be read.
     """
-    if prompts == "vbench":
-        return _read_info(_packaged_info())
     if prompts.lower().endswith(".json"):
         return _read_info(prompts)
     texts = dict.fromkeys(read_prompts(prompts, "prompts"))
     return [EvaluationPrompt(text, SAMPLES) for text in texts]
 
 
-def _packaged_info() -> Path:
-    # The package is found, not imported: importing it needs more than its list does.
-    spec = importlib.util.find_spec("vbench")
-    for folder in (spec.submodule_search_locations if spec else None) or []:
-        if (info := Path(folder) / "VBench_full_info.json").is_file():
-            return info
-    raise FileNotFoundError(
-        "prompts: vbench needs the prompt list of the package vbench, which is not installed here; "
-        "give the path of its VBench_full_info.json (in the package's folder, or "
-        "https://github.com/Vchitect/VBench/blob/master/vbench/VBench_full_info.json)"
-    )
-
-
-def _read_info(file: Path | str) -> list[EvaluationPrompt]:
+def _read_info(file: str) -> list[EvaluationPrompt]:
     entries = read_json(file, "prompts")
     counts: dict[str, int] = {}
     for number, entry in enumerate(entries if isinstance(entries, list) else [entries], start=1):
-        keys = ("prompt_en", "dimension")
-        text, dimensions = map(entry.get, keys) if isinstance(entry, dict) else (None, None)
+        row: Any = entry if isinstance(entry, dict) else {}
+        text, dimensions = row.get("prompt_en"), row.get("dimension")
         ok = isinstance(text, str) and text.strip() and isinstance(dimensions, list)
         expected = "prompt_en (a text) and dimension (a list), as in VBench_full_info.json"
         require(ok, f"prompts: {file}, entry {number}", expected, entry)

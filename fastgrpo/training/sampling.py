@@ -40,7 +40,7 @@ logger = logging.getLogger("fastgrpo")
 class SamplingOptions:
     """What a command samples. Whatever is None is as the run or recipe has it."""
 
-    run: str | None = None
+    run: str
     checkpoint: str = "latest"
     prompts: str | None = None
     num_videos: int | None = None
@@ -88,12 +88,7 @@ def open_run(run: str, name: str) -> tuple[TrainConfig, Path]:
         FileNotFoundError, ValueError: There is no such run or checkpoint, or it is damaged.
         SystemExit: The configuration does not parse.
     """
-    path = Path(run) / "config.yaml"
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"run: expected a run folder with config.yaml, found none at {Path(run)}"
-        )
-    return read_without_judge(path), find_checkpoint(name, Path(run))
+    return read_run(run), find_checkpoint(name, Path(run))
 
 
 def find_checkpoint(name: str, folder: Path) -> Path:
@@ -108,13 +103,19 @@ def find_checkpoint(name: str, folder: Path) -> Path:
     )
 
 
-def read_without_judge(path: Path) -> TrainConfig:
-    """Read a recipe with an Unscored in place of its judge, which need not be installed.
+def read_run(run: str) -> TrainConfig:
+    """The configuration of a run, with an Unscored in place of its judge, which need not be
+    installed.
 
     Raises:
-        UserError: It is no YAML of keys and values.
+        FileNotFoundError, UserError: There is no config.yaml, or it is no YAML of keys and values.
         SystemExit: The configuration does not parse.
     """
+    path = Path(run) / "config.yaml"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"run: expected a run folder with config.yaml, found none at {path.parent}"
+        )
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:

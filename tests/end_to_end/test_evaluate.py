@@ -329,29 +329,17 @@ def test_a_video_is_not_begun_in_its_place(
 def test_base_and_checkpoints(
     sampled: Path, run: Path, info: Path, evaluate: Command, tmp_path: Path
 ) -> None:
-    """base is the model before training; the recipe with it, or with a checkpoint's path, gives
-    what the run folder gives.
-    """
+    """base is the model before training; a checkpoint may be named by its path."""
     few = ("--prompts", info, "--num_videos", 1)
+    latest = run / "checkpoints" / "iteration_000002"
     for argv in (
         (run, "--checkpoint", "base", "--output", tmp_path / "base"),
-        ("--config", run / "config.yaml", "--checkpoint", "base", "--output", tmp_path / "again"),
         (run, "--checkpoint", "iteration_000001", "--output", tmp_path / "first"),
-        (
-            "--config",
-            run,
-            "--checkpoint",
-            run / "checkpoints" / "iteration_000002",
-            "--output",
-            tmp_path / "last",
-        ),
+        (run, "--checkpoint", latest, "--output", tmp_path / "last"),
         (run, "--checkpoint", "base"),
     ):
         assert evaluate(*argv, *few).code == 0
-    base, again, first, last = (
-        contents(tmp_path / name) for name in ("base", "again", "first", "last")
-    )
-    assert base == again
+    base, first, last = (contents(tmp_path / name) for name in ("base", "first", "last"))
     assert base == contents(run / "evaluation" / "base_info")
     assert last.items() <= contents(sampled).items()
     assert last.keys() == {f"{prompt}-0.mp4" for prompt in (STILL, MOVING, OTHER)}
@@ -360,24 +348,21 @@ def test_base_and_checkpoints(
     assert json.loads((tmp_path / "base" / "sampling.json").read_text())["weights"] == BASE
 
 
-def test_a_recipe_without_a_run(
-    evaluate: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_prompts_and_settings_of_ones_own(
+    run: Path, evaluate: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The shipped recipe, whose judge is not loaded; captions of one's own, other steps; into the
-    folder that its run would have.
-    """
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.txt").write_text(f"{MOVING}\n")
     options = ("--prompts", "mine.txt", "--num_videos", 2, "--num_inference_steps", 3, "--seed", 7)
-    outcome = evaluate("--config", "fastgrpo/recipes/shapes.yaml", "--checkpoint", "base", *options)
+    outcome = evaluate(run, "--output", "out", *options)
     assert outcome.code == 0, outcome.err
-    (folder,) = (tmp_path / "runs").glob("*/evaluation/base_mine")
-    assert contents(folder).keys() == {f"{MOVING}-0.mp4", f"{MOVING}-1.mp4"}
-    assert json.loads((folder / "prompts.json").read_text()) == {
-        f"{MOVING}-0.mp4": MOVING,
-        f"{MOVING}-1.mp4": MOVING,
-    }
-    assert json.loads((folder / "sampling.json").read_text())["sampler"]["num_inference_steps"] == 3
+    names = {f"{MOVING}-0.mp4", f"{MOVING}-1.mp4"}
+    assert contents(tmp_path / "out").keys() == names
+    assert json.loads((tmp_path / "out" / "prompts.json").read_text()) == dict.fromkeys(
+        names, MOVING
+    )
+    made_with = json.loads((tmp_path / "out" / "sampling.json").read_text())
+    assert made_with["sampler"]["num_inference_steps"] == 3
 
 
 @pytest.mark.slow
@@ -400,8 +385,8 @@ def test_a_model_sharded_over_ranks(
         recipe[section] = {**recipe.get(section, {}), **values} | (
             {"init_args": init_args} if init_args else {}
         )
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    options = ["--config=recipe.yaml", "--checkpoint=base", "--prompts=mine.txt", "--output=out"]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(recipe))
+    options = [".", "--checkpoint=base", "--prompts=mine.txt", "--output=out"]
     made = []
     for count in (1, 2):
         job = on_two_ranks(tmp_path, environment, *options, f"--num_videos={count}")
@@ -421,14 +406,12 @@ def test_refusals(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.txt").write_text("\n")
     (tmp_path / "strange.txt").write_text("a dog runs\n")
-    (tmp_path / "list.yaml").write_text("- 1\n")
+    (tmp_path / "config.yaml").write_text("- 1\n")
     out = ("--output", tmp_path / "out")
     for argv, words in (
-        ((), "a run folder or --config, got neither"),
-        ((run, "--config", run), "got both"),
+        ((), "run"),
         ((tmp_path / "nowhere",), "nowhere"),
-        (("--config", "nowhere.yaml"), "nowhere.yaml"),
-        (("--config", "list.yaml"), "list.yaml"),
+        ((".",), "config.yaml: expected keys and their values"),
         ((run, "--checkpoint", "iteration_000009"), "iteration_000009"),
         ((run, "--prompts", "empty.txt"), "at least one prompt"),
         ((run, "--prompts", "strange.txt"), "a dog runs"),
