@@ -250,8 +250,8 @@ class ServerEngine(Engine):
             Refused: It does not serve the model.
         """
         page = await self._request(endpoint, endpoint.client.models.list)
-        cards = {getattr(card, "id", None): card for card in getattr(page, "data", None) or []}
-        cards.pop(None, None)
+        listed = getattr(page, "data", None) or []
+        cards = {card.id: card for card in listed if getattr(card, "id", None)}
         if not self._model and len(cards) == 1:
             (self._model,) = cards
         if self._model not in cards:
