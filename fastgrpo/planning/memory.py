@@ -12,7 +12,7 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -63,8 +63,7 @@ class Counts:
     fixed: int
 
 
-@dataclass(frozen=True)
-class Work:
+class Work(NamedTuple):
     """FLOP of one rank in one iteration.
 
     Attributes:
@@ -79,7 +78,7 @@ class Work:
 
     @property
     def flop(self) -> float:
-        return self.linear + self.attention_forward + self.attention_backward
+        return sum(self)
 
     @property
     def bound(self) -> float:
@@ -180,21 +179,18 @@ def memory(config: TrainConfig, counts: Counts, cfg: ParallelConfig, world_size:
     graphs = 1 if update.branchwise else branches
     pending = roll.micro_batch_size * max(config.scoring.max_pending, config.reward.concurrency)
     waiting = {"frames that wait for the judge": min(pending, videos) * counts.decode.kept}
-    return {
+    phases = {
         "rollout": {
-            **state,
             "gathered weights": max(passing, everything),
             "forward": forward.kept + forward.work + (branches + 2) * counts.latent,
             **waiting,
         },
         "decode": {
-            **state,
             "gathered weights": everything,
             "decode": counts.decode.kept + counts.decode.work,
             **waiting,
         },
         "update": {
-            **state,
             "gradients": trained,
             "gathered weights": passing,
             # In bf16, and in fp32 on their way to the ranks.
@@ -205,30 +201,17 @@ def memory(config: TrainConfig, counts: Counts, cfg: ParallelConfig, world_size:
             "activations": graphs * train.kept + train.work,
         },
         "step": {
-            **state,
             "gradients": trained,
             "gradients' reduction": 4 * network.trained * (not sharded and world_size > 1),
         },
     }
+    return {phase: state | parts for phase, parts in phases.items()}
 
 
 def peak(phases: Phases) -> tuple[str, float]:
     """The phase that needs most, and its bytes."""
     sums = {name: sum(parts.values()) for name, parts in phases.items()}
     return max(sums.items(), key=lambda item: item[1])
-
-
-def host_bytes(config: TrainConfig, counts: Counts, cfg: ParallelConfig, world_size: int) -> float:
-    """Bytes in the host's memory of one rank under `cpu_offload`: weights, gradients, Adam and
-    copies.
-    """
-    if not cfg.cpu_offload:
-        return 0.0
-    on_gpu, off_gpu = (
-        memory(config, counts, dataclasses.replace(cfg, cpu_offload=offload), world_size)["step"]
-        for offload in (False, True)
-    )
-    return sum(on_gpu.values()) - sum(off_gpu.values())
 
 
 def work(config: TrainConfig, counts: Counts, activations: str, world_size: int) -> dict[str, Work]:
@@ -278,17 +261,17 @@ def candidates(
     """Settings to choose from, best first: the least that is computed twice, then the least
     communication, offloading last.
     """
-    base = ParallelConfig(compile=config.parallel.compile)
-    copies, full = (dataclasses.replace(base, shard=shard) for shard in ("none", "full"))
     nodes = max(1, world_size // gpus_per_node)
     replicas = dict.fromkeys((config.parallel.replicas, nodes, 1))
-    spread = [
-        dataclasses.replace(full, replicas=r, keep_gathered=keep)
-        for keep in (True, False)
-        for r in replicas
-        if world_size % r == 0
-    ]
-    layouts = [*spread, copies] if world_size > 1 else [copies]
+    full = ParallelConfig(shard="full", compile=config.parallel.compile)
+    layouts = [dataclasses.replace(full, shard="none")]
+    if world_size > 1:
+        layouts[:0] = [
+            dataclasses.replace(full, replicas=r, keep_gathered=keep)
+            for keep in (True, False)
+            for r in replicas
+            if world_size % r == 0
+        ]
     return [
         dataclasses.replace(cfg, activations=activations)
         for group in (layouts, [dataclasses.replace(full, cpu_offload=True)])
@@ -297,10 +280,15 @@ def candidates(
     ]
 
 
+def settings(cfg: ParallelConfig) -> dict[str, str]:
+    """The settings that decide what fits, as on the command line."""
+    names = ("activations", "shard", "replicas", "keep_gathered", "cpu_offload")
+    return {name: str(getattr(cfg, name)).lower() for name in names}
+
+
 def describe(cfg: ParallelConfig) -> str:
     """The settings as options of the command line."""
-    names = ("activations", "shard", "replicas", "keep_gathered", "cpu_offload")
-    return " ".join(f"--parallel.{name} {str(getattr(cfg, name)).lower()}" for name in names)
+    return " ".join(f"--parallel.{name} {value}" for name, value in settings(cfg).items())
 
 
 def check_fits(config: TrainConfig, gpu_memory_bytes: float, world_size: int) -> None:
@@ -321,11 +309,9 @@ def check_fits(config: TrainConfig, gpu_memory_bytes: float, world_size: int) ->
     phase, needed = needs(resolve(config.parallel, world_size))
     if needed <= gpu_memory_bytes:
         return
-    advice = f"{NOTHING_FITS}: no settings of `parallel` are enough"
-    for cfg in candidates(config, world_size):
-        if needs(cfg)[1] + RESERVE <= gpu_memory_bytes:
-            advice = describe(cfg)
-            break
+    room = gpu_memory_bytes - RESERVE
+    fitting = (describe(cfg) for cfg in candidates(config, world_size) if needs(cfg)[1] <= room)
+    advice = next(fitting, f"{NOTHING_FITS}: no settings of `parallel` are enough")
     if phase == "decode":
         advice = f"{SMALLER_DECODE}, or {advice}"
     raise UserError(

@@ -13,10 +13,11 @@ from __future__ import annotations
 import copy
 import functools
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from fastgrpo_kernels import dispatch
@@ -47,8 +48,7 @@ class NotPlannableError(UserError):
     """The policy has no networks on the meta device (`Policy.load_meta`)."""
 
 
-@dataclass(frozen=True)
-class Cost:
+class Cost(NamedTuple):
     """What a computation costs.
 
     Attributes:
@@ -151,16 +151,14 @@ def velocity_cost(
                 backward=activations is not None,
             )
 
-    one = cost(dict.fromkeys(lists, 1))
-    linear, attention, kept, work = one.linear, one.attention, one.kept, one.work
+    total = one = cost(dict.fromkeys(lists, 1))
     for name, length in lists.items():
         if length > 1:
             two = cost(dict.fromkeys(lists, 1) | {name: 2})
-            linear += (length - 1) * (two.linear - one.linear)
-            attention += (length - 1) * (two.attention - one.attention)
-            kept += (length - 1) * (two.kept - one.kept)
-            work = max(work, two.work)
-    return Cost(linear, attention, kept, work)
+            sums = [t + (length - 1) * (b - a) for t, a, b in zip(total, one, two, strict=True)]
+            # One block is at work at a time.
+            total = Cost(*sums)._replace(work=max(total.work, two.work))
+    return total
 
 
 def decode_cost(policy: Any, latent_shape: tuple[int, ...]) -> Cost:
@@ -227,7 +225,7 @@ def measure(call: Callable[[], Tensor], given: list[Tensor], backward: bool) -> 
     finally:
         for hook in hooks:
             hook.remove()
-    return Cost(float(count.linear), float(count.attention), float(kept), float(count.peak - kept))
+    return Cost(count.flop["linear"], count.flop["attention"], kept, count.peak - kept)
 
 
 class _Count(TorchDispatchMode):
@@ -238,7 +236,8 @@ class _Count(TorchDispatchMode):
 
     def __init__(self, given: list[Tensor]) -> None:
         super().__init__()
-        self.linear = self.attention = self.bytes = self.peak = 0
+        self.flop: Counter[str] = Counter()
+        self.bytes = self.peak = 0
         # Held, so that no other storage gets their addresses.
         self._given = [tensor.untyped_storage() for tensor in given]
         self._known = {storage._cdata for storage in self._given}
@@ -248,14 +247,9 @@ class _Count(TorchDispatchMode):
         out = func(*args, **kwargs)
         formula = flop_registry.get(func._overloadpacket)
         if formula is not None:
-            flop = formula(*args, **kwargs, out_val=out)
-            if "attention" in func._overloadpacket.__name__:
-                self.attention += flop
-            else:
-                self.linear += flop
-        for tensor in tree_leaves(out):
-            if not isinstance(tensor, Tensor):
-                continue
+            kind = "attention" if "attention" in func._overloadpacket.__name__ else "linear"
+            self.flop[kind] += formula(*args, **kwargs, out_val=out)
+        for tensor in filter(torch.is_tensor, tree_leaves(out)):
             storage = tensor.untyped_storage()
             if storage._cdata not in self._known:
                 self._known.add(storage._cdata)

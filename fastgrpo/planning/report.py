@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass, replace
 
 from tabulate import tabulate
 
@@ -81,7 +81,8 @@ def memory_table(config: TrainConfig, counts: Counts, cfg: ParallelConfig, world
     title = f"GB on each GPU as configured ({memory.describe(cfg)})"
     text = table(title, ("", *phases), rows)
     if cfg.cpu_offload:
-        host = giga(memory.host_bytes(config, counts, cfg, world_size))
+        on_gpu = memory.memory(config, counts, replace(cfg, cpu_offload=False), world_size)
+        host = giga(sum(on_gpu["step"].values()) - sum(phases["step"].values()))
         text += f"\n  and {host} GB of the host's memory for each GPU"
     return text
 
@@ -89,7 +90,7 @@ def memory_table(config: TrainConfig, counts: Counts, cfg: ParallelConfig, world
 def work_table(config: TrainConfig, counts: Counts, world_size: int) -> str:
     """TFLOP and seconds of an iteration, under the recipe's own settings."""
     phases = memory.work(config, counts, config.parallel.activations, world_size)
-    phases["all"] = memory.Work(*map(sum, zip(*map(astuple, phases.values()), strict=True)))
+    phases["all"] = memory.Work(*map(sum, zip(*phases.values(), strict=True)))
     rows = [
         (name, tera(work.flop), f"{work.bound:,.1f}", f"{work.expected:,.1f}")
         for name, work in phases.items()
@@ -109,19 +110,14 @@ def settings_table(config: TrainConfig, counts: Counts, cluster: Cluster) -> str
             best = best or cfg
         rows.append(
             (
-                cfg.activations,
-                cfg.shard,
-                cfg.replicas,
-                str(cfg.keep_gathered).lower(),
-                str(cfg.cpu_offload).lower(),
+                *memory.settings(cfg).values(),
                 giga(needed),
                 phase,
                 f"{sum(w.bound for w in work.values()):,.1f}",
                 "fits" if needed <= 0.9 * room else "fits, closely" if needed <= room else "-",
             )
         )
-    settings = ["activations", "shard", "replicas", "keep_gathered", "cpu_offload"]
-    head = [*settings, "peak GB", "in", "bound s", ""]
+    head = [*memory.settings(config.parallel), "peak GB", "in", "bound s", ""]
     lines = [table(f"settings, against {giga(room)} GB", head, rows), ""]
     own = memory.resolve(config.parallel, world_size)
     phase, needed = memory.peak(memory.memory(config, counts, own, world_size))
@@ -129,9 +125,8 @@ def settings_table(config: TrainConfig, counts: Counts, cluster: Cluster) -> str
         lines.append(
             f"as configured, the decode needs most: {memory.SMALLER_DECODE} would lower it\n"
         )
-    if best is None:
-        return "\n".join([*lines, f"nothing fits: {memory.NOTHING_FITS}"])
-    return "\n".join([*lines, f"recommended: {memory.describe(best)}"])
+    advice = f"recommended: {memory.describe(best)}" if best else ""
+    return "\n".join([*lines, advice or f"nothing fits: {memory.NOTHING_FITS}"])
 
 
 def assumptions(config: TrainConfig) -> str:

@@ -27,21 +27,10 @@ from diffusers import (
     WanPipeline,
     WanTransformer3DModel,
 )
-from fastgrpo_kernels import gaussian_noise
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 from fastgrpo import __main__ as command_line
-from fastgrpo.algorithm.seeds import derive_seed
-from fastgrpo.config import RolloutConfig
-from fastgrpo.policies.hunyuan_video import HunyuanVideoPolicy
-from fastgrpo.policies.wan import WanPolicy
-from fastgrpo.rewards.queue import ScoringQueue
-from fastgrpo.training import sampling
-from fastgrpo.training.config_file import parse_config
-from fastgrpo.training.export import model_card
-from fastgrpo.training.rollout import start_rollout
-from fastgrpo.training.sampling import Unscored, pipeline_scheduler, sample_with_scheduler
 
 PROMPTS = [
     "a red square moving right",
@@ -240,42 +229,6 @@ def test_export_refuses(wan_run: Path, start: Any, tmp_path: Path) -> None:
         assert refused.err.count("\n") == 1
         assert words in refused.err
     assert not (wan_run / "export").exists()
-
-
-def test_export_of_the_embedded_world(train: Any, start: Any, tmp_path: Path) -> None:
-    """A policy that names no model: its transformer and how to load it. An earlier checkpoint gives
-    its own weights and rows.
-    """
-    run = train(tmp_path / "run", "--checkpoint.interval", "1")
-    for name in ("latest", "iteration_000001"):
-        assert (
-            start(
-                tmp_path, ["export", str(run.folder), "--checkpoint", name], main=command_line.main
-            ).code
-            == 0
-        )
-    last, first = (run.folder / "export" / f"iteration_00000{number}" for number in (3, 1))
-    kept = weights(run.folder / "transformer")
-    assert all(torch.equal(tensor, kept[name]) for name, tensor in weights(last).items())
-    assert any(not torch.equal(tensor, kept[name]) for name, tensor in weights(first).items())
-    assert "(iteration 3)" in (last / "README.md").read_text()
-    assert "(iteration 3)" not in (first / "README.md").read_text()
-    assert (
-        'WanTransformer3DModel.from_pretrained("THIS_FOLDER")' in (first / "README.md").read_text()
-    )
-
-
-def test_a_card_says_whose_scores_it_shows() -> None:
-    """The evaluations of a run with an average are those of the average."""
-    config, _, _ = parse_config(
-        ["--config", "fastgrpo/recipes/shapes.yaml", "--update.ema_decay", "0.5"]
-    )
-    config.policy.load(torch.device("cpu"))
-    rows = [{"iteration": 0, "eval/rewards/first/mean": 0.5, "rewards/first/mean": 0.25}]
-    cards = [model_card(config, rows, 3, ema).text for ema in (False, True)]
-    assert all("0.500 (iteration 0)" in card for card in cards)
-    assert ["export --ema`" in card for card in cards] == [True, False]
-    assert ["averaged with decay 0.5" in card for card in cards] == [False, True]
 
 
 @pytest.mark.slow
@@ -523,79 +476,3 @@ def test_hunyuan_video(
 
 
 # The pipeline's own scheduler
-
-
-@pytest.mark.parametrize("kind", ["wan", "hunyuan_video"])
-def test_the_pipelines_scheduler_makes_the_pipelines_video(
-    kind: str,
-    request: pytest.FixtureRequest,
-    one_rank: Any,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """With the memory of one video's rollout at a time."""
-    folder: Path = request.getfixturevalue("wan_folder" if kind == "wan" else "hunyuan_folder")
-    policy_class, pipeline_class = (
-        (WanPolicy, WanPipeline) if kind == "wan" else (HunyuanVideoPolicy, HunyuanVideoPipeline)
-    )
-    policy = policy_class(
-        str(folder), text_cache=str(tmp_path), text_dtype="fp32", max_sequence_length=64
-    )
-    policy.embed(PROMPTS[:2], one_rank)
-    policy.load(one_rank)
-    cfg = RolloutConfig(
-        height=32,
-        width=32,
-        num_frames=5,
-        num_inference_steps=3,
-        num_generations=1,
-        guidance_scale=5.0 if kind == "wan" else 1.0,
-    )
-    num_latents: list[int] = []
-
-    def counted(*args: Any, **options: Any) -> Any:
-        rollout = start_rollout(*args, **options)
-        num_latents.append(len(rollout.latents))
-        return rollout
-
-    monkeypatch.setattr(sampling, "start_rollout", counted)
-    judge, pipe = ScoringQueue(Unscored()), pipeline_class.from_pretrained(folder)
-    scheduler = pipeline_scheduler(policy, "ode")
-    made = sample_with_scheduler(
-        policy,
-        judge,
-        PROMPTS[:2],
-        cfg,
-        scheduler,
-        seed=7,
-        device=one_rank,
-        compute_dtype=torch.float32,
-    )
-    judge.close()
-    pipe.set_progress_bar_config(disable=True)
-    guidance = (
-        {"guidance_scale": 5.0, "negative_prompt": policy.negative_prompt}
-        if isinstance(policy, WanPolicy)
-        else {"guidance_scale": 6.0}
-    )
-    for slot, prompt in enumerate(PROMPTS[:2]):
-        seed = derive_seed(derive_seed(7, "validation"), "first", 0, slot, 0)
-        noise = gaussian_noise(torch.tensor([seed]), 0, policy.latent_shape(32, 32, 5), one_rank)
-        size = {
-            "height": 32,
-            "width": 32,
-            "num_frames": 5,
-            "num_inference_steps": 3,
-            "max_sequence_length": 64,
-        }
-        expected = pipe(prompt, **size, **guidance, latents=noise, output_type="pt").frames[0]
-        assert (made.videos[slot].float() / 255 - expected).abs().max() < 1.5 / 255
-    assert made.scores_PGK == [[[]], [[]]]
-    assert num_latents == [1, 1]
-
-
-def test_the_pipelines_scheduler_refuses(tiny_policy: Any, wan_folder: Path) -> None:
-    with pytest.raises(ValueError, match="which TinyPolicy is not"):
-        pipeline_scheduler(tiny_policy(), "ode")
-    with pytest.raises(ValueError, match="sde ode"):
-        pipeline_scheduler(WanPolicy(str(wan_folder)), "dance")
