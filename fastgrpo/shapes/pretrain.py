@@ -12,23 +12,17 @@ import argparse
 import copy
 import math
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from fastgrpo_kernels import Transition, gaussian_noise, sde_step
 from torch import Tensor
 from tqdm import tqdm
 
-from fastgrpo.algorithm.sde import sde_coefficients, sigma_schedule, timesteps, x0_prediction
 from fastgrpo.shapes.captions import all_captions, caption_indices, indices_to_tokens
 from fastgrpo.shapes.codec import CODEC_FILE, Codec, fit_codec
-from fastgrpo.shapes.judge import ShapesJudge
 from fastgrpo.shapes.policy import ShapesPolicy, new_transformer
 from fastgrpo.shapes.render import (
-    NUM_FRAMES,
-    SIZE,
     render_clips,
     render_corrupted,
     replace_attributes,
@@ -44,7 +38,6 @@ REPLACED = 0.2  # probability that an attribute of the clip is drawn anew, again
 UNCONDITIONAL = 0.1  # share of samples without a prompt, for classifier-free guidance
 SHIFT = 3.0  # training noise levels lean towards sigma = 1, where RL's schedule spends its steps
 POOL = 24_576  # clips that are rendered once and then drawn from
-NUM_STEPS = 16  # of `sample`
 _CHUNK = 128
 
 
@@ -75,9 +68,9 @@ def _train_transformer(codec: Codec, seed: int, steps: int = STEPS) -> ShapesPol
     torch.manual_seed(seed)  # the initial weights
     generator = torch.Generator().manual_seed(seed + 1)
     latents, tokens = make_pool(codec, generator)
-    policy, average = ShapesPolicy(), ShapesPolicy()
+    policy = ShapesPolicy()
     policy.use(new_transformer(), codec, torch.device("cpu"))
-    average.use(copy.deepcopy(policy.transformer), codec, torch.device("cpu"))
+    average = copy.deepcopy(policy)
     parameters = list(policy.transformer.parameters())
     averages = list(average.transformer.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=1e-2)
@@ -104,41 +97,12 @@ def _train_transformer(codec: Codec, seed: int, steps: int = STEPS) -> ShapesPol
         schedule.step()
         decay = min(EMA_DECAY, (step + 1) / (step + 10))
         with torch.no_grad():
-            for mean, parameter in zip(averages, parameters, strict=True):
-                mean.lerp_(parameter, 1.0 - decay)
+            torch._foreach_lerp_(averages, parameters, 1.0 - decay)
     return average
 
 
-@torch.no_grad()
-def sample(policy: ShapesPolicy, prompts: Sequence[str], seed: int) -> Tensor:
-    """Clips [B, 8, 3, 16, 16] of B prompts by the stochastic sampler that RL starts from
-    (docs/method.md, section 1, `dance`). As in training, the last step's estimate of the clean
-    latent is decoded.
-    """
-    seeds = torch.arange(len(prompts)) + 1_000_003 * seed
-    shape = policy.latent_shape(SIZE, SIZE, NUM_FRAMES)
-    latents = gaussian_noise(seeds, NUM_STEPS, shape, torch.device("cpu"))
-    conditioning = policy.encode(prompts)
-    sigmas = sigma_schedule(NUM_STEPS, shift=5.0)
-    table = sde_coefficients(sigmas, "dance", eta=0.5)
-    clean = latents
-    for step, timestep in enumerate(timesteps(sigmas)):
-        velocity = policy.velocity(latents, timestep.float().expand(len(prompts)), conditioning)
-        clean = x0_prediction(latents, velocity, sigmas[step])
-        a, b, std = (column[step] for column in (table.a, table.b, table.std))
-        latents, _ = sde_step(Transition(latents, velocity, a, b, std), seeds=seeds, step=step)
-    return policy.decode(clean)
-
-
-def start_scores(policy: ShapesPolicy, seed: int, repeats: int = 8) -> Tensor:
-    """Mean VQ, MQ and TA [3] of `repeats` samples of each of the 48 prompts."""
-    prompts = [str(caption) for caption in all_captions()]
-    samples = (sample(policy, prompts, seed + i) for i in range(repeats))
-    return torch.cat([ShapesJudge().qualities(clips, prompts) for clips in samples]).mean(0)
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Fit, train, write, and print the start scores."""
+    """Fit, train and write."""
     parser = argparse.ArgumentParser(
         prog="python -m fastgrpo.shapes.pretrain", description=__doc__.splitlines()[0]
     )
@@ -150,16 +114,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.steps < 1:
         parser.error(f"--steps: expected at least 1, got {options.steps}")
-    begin = time.perf_counter()
     codec = make_codec(options.seed)
     policy = _train_transformer(codec, options.seed, options.steps)
     options.output.mkdir(parents=True, exist_ok=True)
     codec.save(options.output / CODEC_FILE)
     policy.save_pretrained(options.output / "transformer", policy.transformer.state_dict())
-    elapsed = time.perf_counter() - begin
-    quality, motion, alignment = start_scores(policy, options.seed).tolist()
-    scores = f"VQ {quality:.2f}, MQ {motion:.2f}, TA {alignment:.2f}"
-    print(f"wrote {options.output} in {elapsed:.0f} s; start scores {scores}")
+    print(f"wrote {options.output}")
 
 
 if __name__ == "__main__":

@@ -313,7 +313,7 @@ def _tracker_id(run: Path) -> str:
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """The values of nested mappings by their dotted keys."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, value in config.items():
         is_section = isinstance(value, Mapping) and value
         flat |= flatten(value, f"{prefix}{key}.") if is_section else {f"{prefix}{key}": value}

@@ -13,7 +13,6 @@ from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastgrpo.config import TrainConfig
 from fastgrpo.distributed import sharding
 from fastgrpo.planning import memory, meta_model
 from fastgrpo.shapes.policy import ShapesPolicy
@@ -49,9 +48,7 @@ def test_attention_keeps_no_scores_and_its_backward_computes_them_again() -> Non
     assert meta_model.measure(attend, [q, k], backward=False).work < cost.work
 
 
-def test_what_a_network_keeps_is_what_saved_tensors_hooks_see(
-    shapes: tuple[TrainConfig, memory.Counts],
-) -> None:
+def test_what_a_network_keeps_is_what_saved_tensors_hooks_see() -> None:
     policy, conditioning = meta_model.load_meta(ShapesPolicy())
     latents = torch.empty(4, 96, 8, 1, 1, device=META)
     cost = meta_model.velocity_cost(

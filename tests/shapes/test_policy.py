@@ -11,11 +11,11 @@ import pytest
 import torch
 from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file, save_file
+from shapes_samples import sample, start_scores
 
 from fastgrpo.shapes.captions import all_captions
 from fastgrpo.shapes.judge import ShapesJudge
 from fastgrpo.shapes.policy import SHIPPED_CHECKPOINT, ShapesPolicy, frame_positions
-from fastgrpo.shapes.pretrain import sample, start_scores
 
 PROMPTS = [str(caption) for caption in all_captions()]
 CPU = torch.device("cpu")
