@@ -71,7 +71,9 @@ def test_the_top_level_is_small() -> None:
 def test_a_file_has_at_most_500_lines_of_100_characters(path: Path) -> None:
     lines = path.read_text(encoding="utf-8").splitlines()
     assert len(lines) <= 500
-    assert [i for i, line in enumerate(lines, 1) if len(line) > 100] == []
+    # As ruff counts: without a marker for a checker at the end.
+    code = [re.sub(r"  # (type: ignore|noqa).*", "", line) for line in lines]
+    assert [i for i, line in enumerate(code, 1) if len(line) > 100] == []
     assert [i for i, line in enumerate(lines, 1) if "fmt: " + "skip" in line] == []
 
 
@@ -129,13 +131,23 @@ def test_every_command_has_a_main(path: Path) -> None:
     assert "main" in public_definitions(path)
 
 
+IMPORTED_BY_COMMANDS = {
+    alias.name
+    for path, tree in TREES.items()
+    if path.parent.name == "cli"
+    for node in ast.walk(tree)
+    if isinstance(node, ast.ImportFrom)
+    for alias in node.names
+}
+
+
 def promised(path: Path) -> set[str]:
     """The public names that a test must mention.
 
-    Tests reach the commands through the command line. Of the kernels' files it is the names that
-    the package exports, and everything in dispatch.py and philox.py.
+    Tests reach the commands, and what the commands import, through the command line. Of the
+    kernels' files it is the names that the package exports, and all of dispatch.py and philox.py.
     """
-    names = set(public_definitions(path))
+    names = set(public_definitions(path)) - IMPORTED_BY_COMMANDS
     if path.parent.name == "cli":
         return set()
     if "fastgrpo_kernels" in path.parts and path.stem not in ("dispatch", "philox"):

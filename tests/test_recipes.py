@@ -1,5 +1,5 @@
-"""The recipes: every value is that of docs/method.md, section 4, and overlays change what they say and
-nothing else.
+"""The recipes: every value is that of docs/method.md, section 4, and overlays change what they say
+and nothing else.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from fastgrpo.algorithm.self_paced import check_pacing
 from fastgrpo.config import TrainConfig
 from fastgrpo.policies.hunyuan_video import HunyuanVideoPolicy
 from fastgrpo.policies.wan import WanPolicy
-from fastgrpo.rewards.vlm.qwen import TransformersEngine
 from fastgrpo.rewards.vlm.judge import StageJudge
+from fastgrpo.rewards.vlm.qwen import TransformersEngine
 from fastgrpo.rewards.vlm.served import ServerEngine
 from fastgrpo.training.config_file import parse_config
 

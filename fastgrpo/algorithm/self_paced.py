@@ -32,8 +32,8 @@ def hoyer(scores: Sequence[float]) -> float:
 
     ``(sqrt(G) - norm1 / norm2) / (sqrt(G) - 1)``, computed as
     ``sqrt(G) / (sqrt(G) - 1) (1 - 1 / sqrt(1 + CV^2))``, where CV is the population coefficient of
-    variation of the scores' absolute values. Both are the same number, but the second form does not cancel for nearly
-    equal scores and is exactly 0.0 for equal ones.
+    variation of the scores' absolute values. Both are the same number, but the second form does
+    not cancel for nearly equal scores and is exactly 0.0 for equal ones.
 
     Args:
         scores: G finite scores.

@@ -46,7 +46,7 @@ checkpoint before torchrun kills its workers.
 
 
 @dataclass(frozen=True)
-class Cell:
+class _Cell:
     """One run of the matrix.
 
     Attributes:
@@ -122,7 +122,7 @@ def make_cells(
     arguments: Sequence[str],
     modes: Sequence[str],
     seeds: Sequence[int],
-) -> list[Cell]:
+) -> list[_Cell]:
     """The cells, seed by seed, so that all modes have one before any has two.
 
     Raises:
@@ -143,12 +143,12 @@ def make_cells(
             values["pacing"]["mode"] = mode
             options = names | {"seed": str(seed), "pacing.mode": mode, "resume": "auto"}
             words = [word for key, value in options.items() for word in (f"--{key}", value)]
-            cells.append(Cell(mode, seed, changed, values, [*arguments, *words]))
+            cells.append(_Cell(mode, seed, changed, values, [*arguments, *words]))
             read_result(cells[-1])
     return cells
 
 
-def read_result(cell: Cell) -> results.CellResult:
+def read_result(cell: _Cell) -> results.CellResult:
     """The cell's metrics up to the iterations that are asked for.
 
     Raises:
@@ -169,7 +169,7 @@ def read_result(cell: Cell) -> results.CellResult:
     return results.CellResult(cell.mode, cell.seed, rows)
 
 
-def is_finished(cell: Cell) -> bool:
+def is_finished(cell: _Cell) -> bool:
     """True if all iterations are done and the report, the last that a run writes, is newer than the
     last checkpoint.
     """
@@ -181,7 +181,7 @@ def is_finished(cell: Cell) -> bool:
     return reported and read_result(cell).last >= cell.config.iterations
 
 
-def collect(cells: Sequence[Cell]) -> str:
+def collect(cells: Sequence[_Cell]) -> str:
     """Write table.md, table.csv, cells.csv and the curves beside the cells.
 
     Returns:
@@ -213,7 +213,7 @@ def _digits(value: Any) -> Any:
 
 
 def run_cells(
-    cells: Sequence[Cell], launcher: Sequence[str], jobs: int
+    cells: Sequence[_Cell], launcher: Sequence[str], jobs: int
 ) -> tuple[dict[str, str], bool]:
     """Train the cells, `jobs` side by side.
 
@@ -224,7 +224,7 @@ def run_cells(
         The reason of each cell that failed, by name, and whether a signal ended the ablation.
     """
     waiting, failures, told = list(cells), dict[str, str](), False
-    running: list[tuple[Cell, subprocess.Popen[bytes]]] = []
+    running: list[tuple[_Cell, subprocess.Popen[bytes]]] = []
     try:
         with stop_on_signals() as stop:
             while running or (waiting and not stop.requested):
@@ -252,7 +252,7 @@ def run_cells(
     return failures, stop.requested
 
 
-def start_cell(cell: Cell, launcher: Sequence[str]) -> subprocess.Popen[bytes]:
+def start_cell(cell: _Cell, launcher: Sequence[str]) -> subprocess.Popen[bytes]:
     """Start the cell's process.
 
     Raises:
@@ -272,7 +272,7 @@ def start_cell(cell: Cell, launcher: Sequence[str]) -> subprocess.Popen[bytes]:
         )
 
 
-def _why_unfinished(cell: Cell, code: int | None) -> str:
+def _why_unfinished(cell: _Cell, code: int | None) -> str:
     """Exit code or signal of a cell that has ended, and the last line that it printed."""
     if not code:
         return f"stopped before its end, see {cell.log}"

@@ -97,7 +97,7 @@ def measure_bias(options: BiasOptions) -> str:
     Raises:
         UserError, OSError: Something cannot be read, matched, embedded or clustered.
     """
-    ks, seed, folder = read_range(options.clusters), options.seed, options.folder
+    ks, seed, folder = _read_range(options.clusters), options.seed, options.folder
     names = name_files(options.scores, options.names)
     files = [read_scores(path) for path in options.scores]
     matched = match_rows(files)
@@ -108,7 +108,7 @@ def measure_bias(options: BiasOptions) -> str:
     ]
     first = [rows[0] for rows in matched]
     prompts = [next((row.prompt for row in rows if row.prompt), "") for rows in matched]
-    vectors = vectors_of(first, files[0].num_rows, prompts, options)
+    vectors = _vectors_of(first, files[0].num_rows, prompts, options)
     labels = cluster_all(vectors, ks, range(seed, seed + options.num_seeds))
     judges = {
         name: measure_all(score, scores, labels, seed)
@@ -149,7 +149,7 @@ def measure_bias(options: BiasOptions) -> str:
     return "\n".join(lines)
 
 
-def read_range(text: str) -> list[int]:
+def _read_range(text: str) -> list[int]:
     """`10:20` as 10, 11, ..., 20; `10` as only 10."""
     ends = text.split(":")
     ok = len(ends) in (1, 2) and all(end.isdecimal() for end in ends)
@@ -158,7 +158,7 @@ def read_range(text: str) -> list[int]:
     return list(range(int(ends[0]), int(ends[-1]) + 1))
 
 
-def vectors_of(
+def _vectors_of(
     first: Sequence[ScoredRow], num_rows: int, prompts: Sequence[str], options: BiasOptions
 ) -> Vectors:
     """A direction [D] for each matched video: of the given embeddings, or of those that OUTPUT

@@ -63,7 +63,7 @@ def calibrate(config: TrainConfig, config_yaml: str, options: CalibrateOptions) 
         trained = [row for row in rows if 0 < row["iteration"] <= options.iterations]
         curves[stage] = [row[f"rewards/{stage}/mean"] for row in trained]
     if collectives.rank() == 0:
-        write_thresholds(config, options, curves)
+        _write_thresholds(config, options, curves)
     return 0
 
 
@@ -79,7 +79,7 @@ def _only_stage(
     return alone, yaml.safe_dump(tree, sort_keys=False)
 
 
-def write_thresholds(
+def _write_thresholds(
     config: TrainConfig, options: CalibrateOptions, curves: Mapping[str, Sequence[float | None]]
 ) -> Path:
     """Write `<output_dir>/<name>-calibrate/thresholds.yaml`, which `--config` takes after the

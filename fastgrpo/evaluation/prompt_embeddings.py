@@ -115,7 +115,7 @@ def read_matrix(path: Path) -> Vectors:
 
 
 def read_kept(path: Path) -> tuple[dict[str, str], dict[str, Vectors]]:
-    """Read a file of `write_kept`: what made the vectors, and the vector [D] of each prompt.
+    """Read a file of `_write_kept`: what made the vectors, and the vector [D] of each prompt.
 
     Raises:
         UserError: The file is damaged.
@@ -129,7 +129,7 @@ def read_kept(path: Path) -> tuple[dict[str, str], dict[str, Vectors]]:
         raise UserError(f"embeddings: cannot read {path}: {error}") from error
 
 
-def write_kept(path: Path, identity: dict[str, str], table: dict[str, Vectors]) -> None:
+def _write_kept(path: Path, identity: dict[str, str], table: dict[str, Vectors]) -> None:
     """Write a .safetensors file, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     header = {"captions": json.dumps(list(table)), "encoder": json.dumps(identity)}
@@ -168,7 +168,7 @@ def embed_prompts(
             )
         made = mean_embeddings(*encoder.load(), missing, batch_size)
         table |= dict(zip(missing, made, strict=True))
-        write_kept(path, identity, table)
+        _write_kept(path, identity, table)
     return np.stack([table[prompt] for prompt in prompts])
 
 

@@ -110,7 +110,7 @@ def score(options: ScoreOptions, arguments: Mapping[str, Any] | None = None) -> 
             closing(files),
             tqdm(total=len(keys), initial=kept, unit="video", disable=None) as progress,
         ):
-            failed += score_all(reward, files, size, add, progress)
+            failed += _score_all(reward, files, size, add, progress)
     done = f"{options.output}: {len(keys) - failed} videos with scores, {failed} with an error"
     return f"{done}; {kept} rows were there before", failed
 
@@ -122,7 +122,7 @@ def select_device(device: Device) -> torch.device:
     return torch.device(("cuda" if found else "cpu") if device == "auto" else device)
 
 
-def score_all(
+def _score_all(
     reward: RewardModel,
     files: Iterator[tuple[Key, Seen]],
     batch_size: int,
@@ -132,7 +132,7 @@ def score_all(
     """Add a row for each file, in order; returns how many have an error."""
     failed = silent = 0
     while batch := list(islice(files, batch_size)):
-        for row in score_batch(reward, batch):
+        for row in _score_batch(reward, batch):
             add(row)
             failed += "error" in row
             if "decoder" in row:  # a file that could not be read says nothing about the judge
@@ -191,7 +191,7 @@ def read_ahead(
         pool.shutdown(cancel_futures=True)
 
 
-def score_batch(reward: RewardModel, batch: Sequence[tuple[Key, Seen]]) -> list[Row]:
+def _score_batch(reward: RewardModel, batch: Sequence[tuple[Key, Seen]]) -> list[Row]:
     """A row for each video, in order: with scores, or with an error."""
     read = [(prompt, seen[0]) for (_, prompt), seen in batch if not isinstance(seen, str)]
     results = iter(ask(reward, [clip for _, clip in read], [prompt for prompt, _ in read]))
@@ -208,7 +208,7 @@ def ask(reward: RewardModel, clips: list[Clip], prompts: list[str]) -> list[Row]
     try:
         if isinstance(reward, StageJudge):
             answers = reward.answers(clips, prompts)
-            return [stage_row(reward.stages, readings) for readings in answers]
+            return [_stage_row(reward.stages, readings) for readings in answers]
         return [plain_row(reward, clip, prompt) for clip, prompt in pairs]
     # One video must not stop the others; GIVE_UP finds a judge that is lost altogether.
     except Exception as error:
@@ -218,7 +218,7 @@ def ask(reward: RewardModel, clips: list[Clip], prompts: list[str]) -> list[Row]
         return [row for clip, prompt in pairs for row in ask(reward, [clip], [prompt])]
 
 
-def stage_row(stages: Sequence[str], readings: Sequence[Reading]) -> Row:
+def _stage_row(stages: Sequence[str], readings: Sequence[Reading]) -> Row:
     """Answers as read and as written, and rewards, or an error if a stage has no number."""
     if all(reading.error.startswith(FAILED) for reading in readings):
         return {"error": readings[0].error}

@@ -60,13 +60,13 @@ def compare_stages(
     names = name_files(scores, names)
     files = [read_scores(path) for path in scores]
     if components:
-        files = [with_components(file) for file in files]
-    stages = common_stages(files)
+        files = [_with_components(file) for file in files]
+    stages = _common_stages(files)
     notes = left_out_lines(names, files, matched=max(len(file.rows) for file in files))
     sets, content = {}, {}
     for name, file in zip(names, files, strict=True):
-        sets[name] = score_matrix(file.rows, stages)
-        summaries = summarize(sets[name], prompts_of(file.rows), seed)
+        sets[name] = _score_matrix(file.rows, stages)
+        summaries = summarize(sets[name], _prompts_of(file.rows), seed)
         differences: dict[str, Numbers] = {}
         try:
             if file is not files[0]:
@@ -83,11 +83,11 @@ def compare_stages(
     folder.mkdir(parents=True, exist_ok=True)
     settings = {"stages": stages, "seed": seed, "resamples": RESAMPLES, "first": names[0]}
     write_json(folder / "stages.json", settings | {"notes": notes, "sets": content})
-    rows = stage_rows(content)
+    rows = _stage_rows(content)
     write_csv(folder / "stages.csv", rows)
     figures.save_figure(stage_figure(sets, content), folder / "stages")
     lines = [
-        stage_table(rows),
+        _stage_table(rows),
         "",
         f"95 % intervals: bootstrap over prompts, {RESAMPLES} resamples",
         *(f"note: {note}" for note in notes),
@@ -96,14 +96,14 @@ def compare_stages(
     return "\n".join(lines)
 
 
-def with_components(file: ScoreFile) -> ScoreFile:
+def _with_components(file: ScoreFile) -> ScoreFile:
     """The file with each row's components as its scores."""
     ok = all(row.components for row in file.rows)
     require(ok, "scores", f"rows with components in {file.path}", "none in some")
     return replace(file, rows=[replace(row, scores=row.components) for row in file.rows])
 
 
-def common_stages(files: Sequence[ScoreFile]) -> list[str]:
+def _common_stages(files: Sequence[ScoreFile]) -> list[str]:
     """The stages of all rows of all files, in the first row's order."""
     stages = list(files[0].rows[0].scores)
     for file in files:
@@ -113,12 +113,12 @@ def common_stages(files: Sequence[ScoreFile]) -> list[str]:
     return stages
 
 
-def score_matrix(rows: Sequence[ScoredRow], stages: Sequence[str]) -> Floats:
+def _score_matrix(rows: Sequence[ScoredRow], stages: Sequence[str]) -> Floats:
     """[n, K] scores."""
     return np.array([[row.scores[stage] for stage in stages] for row in rows])
 
 
-def prompts_of(rows: Sequence[ScoredRow]) -> list[str]:
+def _prompts_of(rows: Sequence[ScoredRow]) -> list[str]:
     """The group each row is resampled with: its prompt, or only itself if it has none."""
     return [f"prompt {row.prompt}" if row.prompt else f"video {row.video}" for row in rows]
 
@@ -153,8 +153,8 @@ def compare(
         By stage the number of videos, and mean, low and high as `summarize` has them.
     """
     pairs = match_rows([first, other])
-    before, after = (score_matrix(rows, stages) for rows in zip(*pairs, strict=True))
-    found = summarize(after - before, prompts_of([row for row, _ in pairs]), seed)
+    before, after = (_score_matrix(rows, stages) for rows in zip(*pairs, strict=True))
+    found = summarize(after - before, _prompts_of([row for row, _ in pairs]), seed)
     return {
         stage: {"videos": len(pairs)} | {key: one[key] for key in ("mean", "low", "high")}
         for stage, one in zip(stages, found, strict=True)
@@ -192,7 +192,7 @@ def bootstrap_interval(values: Floats, groups: Sequence[str], seed: int) -> tupl
     return low, high
 
 
-def stage_rows(content: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _stage_rows(content: Mapping[str, Any]) -> list[dict[str, Any]]:
     """stages.json as rows of a CSV file, one per set and stage."""
     absent = dict.fromkeys(("videos", "mean", "low", "high"))
     return [
@@ -206,8 +206,8 @@ def stage_rows(content: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def stage_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The rows of `stage_rows` as text, by stage."""
+def _stage_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows of `_stage_rows` as text, by stage."""
     sets, stages = ([*dict.fromkeys(row[key] for row in rows)] for key in ("set", "stage"))
     head = ["stage", "set", "videos", "mean", "95 % interval", "std"]
     several = len(sets) > 1

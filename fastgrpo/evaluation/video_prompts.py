@@ -44,12 +44,12 @@ def list_videos(videos: str) -> list[str]:
 
 
 def match_prompts(names: Sequence[str], prompts: str) -> list[str]:
-    """The prompt of each video: by name if the file has names (see `named_prompts`), else in order.
+    """The prompt of each video: by name if the file has names, else in order.
 
     Raises:
         FileNotFoundError, UserError: There is no such file, or it has not one prompt per video.
     """
-    by_name = named_prompts(prompts)
+    by_name = _named_prompts(prompts)
     if by_name is not None:
         short = [name if name in by_name else Path(name).name for name in names]
         missing = [name for name in short if name not in by_name]
@@ -62,7 +62,7 @@ def match_prompts(names: Sequence[str], prompts: str) -> list[str]:
     return found
 
 
-def named_prompts(prompts: str) -> dict[str, str] | None:
+def _named_prompts(prompts: str) -> dict[str, str] | None:
     """Prompts by video name; None for a file without names.
 
     Files with names are .json or .jsonl of {"video": name, "prompt": text}, .json of {name: text},

@@ -37,17 +37,17 @@ def plan(config: TrainConfig, cluster: Cluster) -> str:
     cfg = memory.resolve(config.parallel, cluster.world_size)
     return "\n\n".join(
         [
-            network_lines(config, counts, cluster.world_size),
-            activation_table(counts, cfg.shard == "full"),
+            _network_lines(config, counts, cluster.world_size),
+            _activation_table(counts, cfg.shard == "full"),
             memory_table(config, counts, cfg, cluster.world_size),
-            work_table(config, counts, cluster.world_size),
+            _work_table(config, counts, cluster.world_size),
             settings_table(config, counts, cluster),
-            assumptions(config),
+            _assumptions(config),
         ]
     )
 
 
-def network_lines(config: TrainConfig, counts: Counts, world_size: int) -> str:
+def _network_lines(config: TrainConfig, counts: Counts, world_size: int) -> str:
     """The recipe's size, and what one forward pass and one decode cost."""
     network, roll, forward = counts.network, config.rollout, counts.velocity(None, True)
     size, decode = roll.micro_batch_size, counts.decode
@@ -64,7 +64,7 @@ def network_lines(config: TrainConfig, counts: Counts, world_size: int) -> str:
     )
 
 
-def activation_table(counts: Counts, sharded: bool) -> str:
+def _activation_table(counts: Counts, sharded: bool) -> str:
     """What the backward pass keeps and computes under each setting of `parallel.activations`."""
     costs = {name: counts.velocity(name, sharded) for name in memory.ACTIVATIONS}
     rows = [(name, giga(c.kept), giga(c.work), tera(c.flop)) for name, c in costs.items()]
@@ -87,7 +87,7 @@ def memory_table(config: TrainConfig, counts: Counts, cfg: ParallelConfig, world
     return text
 
 
-def work_table(config: TrainConfig, counts: Counts, world_size: int) -> str:
+def _work_table(config: TrainConfig, counts: Counts, world_size: int) -> str:
     """TFLOP and seconds of an iteration, under the recipe's own settings."""
     phases = memory.work(config, counts, config.parallel.activations, world_size)
     phases["all"] = memory.Work(*map(sum, zip(*phases.values(), strict=True)))
@@ -129,7 +129,7 @@ def settings_table(config: TrainConfig, counts: Counts, cluster: Cluster) -> str
     return "\n".join([*lines, advice or f"nothing fits: {memory.NOTHING_FITS}"])
 
 
-def assumptions(config: TrainConfig) -> str:
+def _assumptions(config: TrainConfig) -> str:
     """What the numbers stand on."""
     judge = config.reward.memory_bytes
     dtype = "fp32" if config.runtime.compute_dtype == "fp32" else "bf16"

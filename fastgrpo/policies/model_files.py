@@ -58,14 +58,14 @@ def read_configs(folder: Path, pipeline: type, parts: Mapping[str, type]) -> dic
         FileNotFoundError: A file is missing.
         UserError: It is another pipeline, or a part has another class.
     """
-    key, index = f"policy.model: {folder}", read_json(folder, "model_index.json")
+    key, index = f"policy.model: {folder}", _read_json(folder, "model_index.json")
     got = index.get("_class_name")
     require(got == pipeline.__name__, key, f"a {pipeline.__name__}", got)
     configs: dict[str, Any] = {"index": index}
     for name, kind in parts.items():
         got = (index.get(name) or [None, None])[1]
         require(got == kind.__name__, key, f"a {kind.__name__} as {name}", got)
-        config = read_json(folder, f"{name}/config.json")
+        config = _read_json(folder, f"{name}/config.json")
         if hasattr(kind, "config_class"):
             configs[name] = kind.config_class.from_dict(config)
         else:
@@ -75,7 +75,7 @@ def read_configs(folder: Path, pipeline: type, parts: Mapping[str, type]) -> dic
     return configs
 
 
-def read_json(folder: Path, name: str) -> dict[str, Any]:
+def _read_json(folder: Path, name: str) -> dict[str, Any]:
     """Read one JSON object of a model."""
     try:
         content = json.loads((folder / name).read_text())
@@ -133,7 +133,7 @@ def load_text_pipeline(
     folder = fetch(model, revision, TEXT_FILES)
     # One by one: the pipeline would fill what the files lack with random numbers.
     parts: dict[str, Any] = {"transformer": None, "vae": None}
-    for name, part in read_json(folder, "model_index.json").items():
+    for name, part in _read_json(folder, "model_index.json").items():
         if name.startswith("text_encoder") and part[1]:
             kind = getattr(transformers, part[1])
             parts[name] = load_part(kind, folder, name, dtype, may_have_more=True)

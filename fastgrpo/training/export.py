@@ -95,7 +95,7 @@ def model_card(config: TrainConfig, rows: Sequence[Row], iteration: int, ema: bo
         "## How to load it",
         f"```python\n{loading_code(policy, shown, lora)}\n```",
         "## Recipe",
-        table(recipe_summary(config)),
+        table(_recipe_summary(config)),
         "## What the run measured",
         table(measured(rows)) if rows else "Nothing yet.",
     ]
@@ -131,7 +131,7 @@ def loading_code(policy: Any, base: str | None, lora: bool) -> str:
     )
 
 
-def recipe_summary(config: TrainConfig) -> dict[str, object]:
+def _recipe_summary(config: TrainConfig) -> dict[str, object]:
     """What a reader wants to know first of a recipe; the run's config.yaml has all of it."""
     roll, pacing, update = config.rollout, config.pacing, config.update
     return {

@@ -353,7 +353,7 @@ def known_gradients(
     # Only shape and dtype of the velocity are used, not its values.
     velocity = torch.empty_like(batch.latents, dtype=dtype)
     return branch_gradient(
-        kernel_transition(rollout, batch, velocity, None),
+        _kernel_transition(rollout, batch, velocity, None),
         batch.advantages,
         seeds=seeds,
         step=batch.steps.to(seeds.device),
@@ -384,7 +384,7 @@ def transition_loss(
         cfg: The `update` section.
     """
     loss, stats = grpo_loss(
-        kernel_transition(rollout, batch, velocity, uncond),
+        _kernel_transition(rollout, batch, velocity, uncond),
         batch.next_latents,
         batch.old_log_probs,
         batch.advantages,
@@ -402,7 +402,7 @@ def transition_loss(
     return loss, TransitionStats(stats.ratio, log_ratio, stats.clipped, kl.detach())
 
 
-def kernel_transition(
+def _kernel_transition(
     rollout: Rollout, batch: MicroBatch, velocity: Tensor, uncond: Tensor | None
 ) -> Transition:
     """The micro-batch as the kernels take it."""

@@ -185,7 +185,8 @@ def test_kernels_access_sixteen_bytes(cuda_objects: dict[str, tuple[Path, str]])
         for part in sass.split("Function : ")[1:]:
             symbol = part.split()[0]
             mangled = re.match(
-                r"_ZN8fastgrpo\d+(\w+?)_kernelI(f|13__nv_bfloat16|6__half)(f|13__nv_bfloat16|6__half|S\d_)Lb([01])E",
+                r"_ZN8fastgrpo\d+(\w+?)_kernelI(f|13__nv_bfloat16|6__half)"
+                r"(f|13__nv_bfloat16|6__half|S\d_)Lb([01])E",
                 symbol,
             )
             if not mangled:

@@ -55,7 +55,7 @@ def stages_of(runs: Runs) -> list[str]:
     return list(dict.fromkeys(stage for run in runs for stage in run.stages))
 
 
-def title_of(stage: str) -> str:
+def _title_of(stage: str) -> str:
     """A stage's name for readers."""
     return stage.replace("_", " ")
 
@@ -99,7 +99,7 @@ def _lines(index: int, label: str, rows: Sequence[Row], key: str, window: int) -
 
 def _per_stage(runs: Runs, pattern: str) -> dict[str, str]:
     """Keys and labels for `_panels`: the pattern with each stage's name for its {}."""
-    return {pattern.format(stage): title_of(stage) for stage in stages_of(runs)}
+    return {pattern.format(stage): _title_of(stage) for stage in stages_of(runs)}
 
 
 def _levels(runs: Runs, stage: str = "") -> tuple[tuple[float, str], ...]:

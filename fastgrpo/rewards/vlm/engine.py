@@ -105,7 +105,7 @@ class Engine(ABC):
     def describe(self) -> dict[str, Any]:
         """What decides the answers: model, revision, precision and the like, as JSON; no secret."""
 
-    def close(self) -> None:  # noqa: B027  (nothing to close by default)
+    def close(self) -> None:
         """Let go of the model or the connections; a call of `ask` that is waiting ends. Safe
         without `load`, and twice.
         """
