@@ -131,13 +131,12 @@ def test_every_command_has_a_main(path: Path) -> None:
     assert "main" in public_definitions(path)
 
 
+NODES_OF_COMMANDS = [
+    node for p, tree in TREES.items() if p.parent.name == "cli" for node in ast.walk(tree)
+]
 IMPORTED_BY_COMMANDS = {
-    alias.name
-    for path, tree in TREES.items()
-    if path.parent.name == "cli"
-    for node in ast.walk(tree)
-    if isinstance(node, ast.ImportFrom)
-    for alias in node.names
+    *(a.name for node in NODES_OF_COMMANDS if isinstance(node, ast.ImportFrom) for a in node.names),
+    *(node.attr for node in NODES_OF_COMMANDS if isinstance(node, ast.Attribute)),
 }
 
 
