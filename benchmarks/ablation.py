@@ -36,9 +36,9 @@ from fastgrpo.evaluation.tables import render_table, write_csv
 from fastgrpo.shapes.captions import COLOURS, DIRECTIONS, SHAPES
 from fastgrpo.shapes.judge import ShapesJudge
 from fastgrpo.shapes.policy import ShapesPolicy
-from fastgrpo.training.config_file import parse_config
 from fastgrpo.training.decode import decode
 from fastgrpo.training.prompts import read_prompts
+from fastgrpo.training.recipe_parser import parse_config
 from fastgrpo.training.rollout import sample_groups, start_rollout
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -2,7 +2,7 @@
 
 The defaults are the paper's common recipe (docs/method.md, section 4); a recipe names only what
 differs. Each section checks its values when it is built, so a wrong value is one clear line before
-any work starts. `fastgrpo.training.config_file` reads recipes.
+any work starts. `fastgrpo.training.recipe_parser` reads recipes.
 """
 
 from __future__ import annotations

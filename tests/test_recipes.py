@@ -18,7 +18,7 @@ from fastgrpo.policies.wan import WanPolicy
 from fastgrpo.rewards.vlm.judge import StageJudge
 from fastgrpo.rewards.vlm.qwen import TransformersEngine
 from fastgrpo.rewards.vlm.served import ServerEngine
-from fastgrpo.training.config_file import parse_config
+from fastgrpo.training.recipe_parser import parse_config
 
 RECIPES = Path(__file__).resolve().parents[1] / "fastgrpo" / "recipes"
 JUDGE = [

@@ -22,8 +22,8 @@ from torch import Tensor
 from fastgrpo.config import TrainConfig
 from fastgrpo.distributed import sharding
 from fastgrpo.policies.text_cache import embed_missing
-from fastgrpo.training.config_file import parse_config
 from fastgrpo.training.loop import compute_dtype
+from fastgrpo.training.recipe_parser import parse_config
 
 
 @dataclass(frozen=True)

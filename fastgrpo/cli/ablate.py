@@ -20,8 +20,8 @@ from typing import NoReturn
 
 from fastgrpo.errors import UserError, fail, require
 from fastgrpo.evaluation import ablation
-from fastgrpo.training.config_file import parse_config
 from fastgrpo.training.preflight import check_config
+from fastgrpo.training.recipe_parser import parse_config
 
 logger = logging.getLogger("fastgrpo")
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from fastgrpo.distributed import collectives
 from fastgrpo.errors import fail
 from fastgrpo.evaluation.calibration import CalibrateOptions, calibrate
-from fastgrpo.training.config_file import parse_config
+from fastgrpo.training.recipe_parser import parse_config
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 from fastgrpo.distributed import collectives
 from fastgrpo.errors import fail
-from fastgrpo.training.config_file import parse_config
 from fastgrpo.training.preflight import checked_prompts
+from fastgrpo.training.recipe_parser import parse_config
 
 logger = logging.getLogger("fastgrpo")
 

@@ -9,8 +9,8 @@ import argparse
 from collections.abc import Sequence
 
 from fastgrpo.errors import fail, require
-from fastgrpo.planning.report import Cluster, plan
-from fastgrpo.training.config_file import parse_config
+from fastgrpo.planning.plan import Cluster, plan
+from fastgrpo.training.recipe_parser import parse_config
 
 
 def main(argv: Sequence[str] | None = None) -> int:

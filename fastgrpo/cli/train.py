@@ -8,8 +8,8 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from fastgrpo.distributed.collectives import rank
 from fastgrpo.distributed.console import log_to_console
-from fastgrpo.training.config_file import parse_config
 from fastgrpo.training.loop import run
+from fastgrpo.training.recipe_parser import parse_config
 
 
 @record

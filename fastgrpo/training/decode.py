@@ -1,4 +1,4 @@
-"""Phase 3: latents to frames, which stay on their device."""
+"""Latents to frames, which stay on their device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Phase 1: the prompts of a run, and which of them an iteration takes.
+"""The prompts of a run, and which of them an iteration takes.
 
 The 50,000 prompts that the paper trains on are those that DanceGRPO publishes for text-to-video:
 the file `assets/video_prompts.txt` of its repository, https://github.com/XueZeyue/DanceGRPO, one

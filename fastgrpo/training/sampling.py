@@ -26,9 +26,9 @@ from fastgrpo.errors import UserError, require
 from fastgrpo.interfaces import Policy, RewardModel
 from fastgrpo.rewards.queue import ScoringQueue
 from fastgrpo.training import checkpoint
-from fastgrpo.training.config_file import parse_config
 from fastgrpo.training.decode import decode
 from fastgrpo.training.loop import compute_dtype
+from fastgrpo.training.recipe_parser import parse_config
 from fastgrpo.training.rollout import start_rollout
 from fastgrpo.training.trajectory import branch_velocities
 from fastgrpo.training.validation import ValidationSet

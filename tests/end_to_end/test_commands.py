@@ -21,7 +21,7 @@ import yaml
 from PIL import Image
 
 from fastgrpo import __main__ as command_line
-from fastgrpo.training.config_file import parse_config
+from fastgrpo.training.recipe_parser import parse_config
 
 STAGES = ("visual_quality", "temporal_smoothness", "text_alignment")
 SMOOTHING = 4

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from fastgrpo import __main__ as command_line
-from fastgrpo.training.config_file import parse_config
 from fastgrpo.training.export import model_card
+from fastgrpo.training.recipe_parser import parse_config
 
 
 def load_weights(folder: Path) -> dict[str, torch.Tensor]:

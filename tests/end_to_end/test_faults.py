@@ -353,7 +353,7 @@ FILES = {
     "strange.txt": "a red square moving right\n" * 40 + "a mauve square moving right\n",
     "twice.yaml": "rollout:\n  eta: 0.5\nseed: 1\nrollout:\n  eta: 0.6\n",
 }
-# One or two of each layer that refuses; test_config.py, test_config_file.py, test_prompts.py and
+# One or two of each layer that refuses; test_config.py, test_recipe_parser.py, test_prompts.py and
 # test_preflight.py have the others. What the line names, by the arguments.
 WITHOUT_WEIGHTS = {
     "--prompts.train empty.txt": ["prompts.train", "empty.txt", "at least one prompt"],

@@ -25,7 +25,7 @@ from fastgrpo.evaluation.ablation_results import (
     mode_records,
     table_cells,
 )
-from fastgrpo.training.config_file import parse_config
+from fastgrpo.training.recipe_parser import parse_config
 from fastgrpo.training.run_folder import differences
 
 RECIPES = Path(__file__).resolve().parents[2] / "fastgrpo" / "recipes"

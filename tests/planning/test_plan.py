@@ -25,8 +25,8 @@ from fastgrpo.policies.lora import LoRA
 from fastgrpo.policies.wan import WanPolicy
 from fastgrpo.shapes.judge import ShapesJudge
 from fastgrpo.shapes.policy import ShapesPolicy, new_transformer
-from fastgrpo.training.config_file import parse_config
 from fastgrpo.training.preflight import check_sharding
+from fastgrpo.training.recipe_parser import parse_config
 
 META = torch.device("meta")
 WAN = {

@@ -13,7 +13,7 @@ import pytest
 
 from fastgrpo import files
 from fastgrpo.config import PromptsConfig, RolloutConfig, TrainConfig
-from fastgrpo.training.config_file import RENAMED, find_recipes, parse_config
+from fastgrpo.training.recipe_parser import RENAMED, find_recipes, parse_config
 
 RECIPE = """
 policy: {class_path: fastgrpo.shapes.policy.ShapesPolicy}
