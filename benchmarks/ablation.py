@@ -39,7 +39,7 @@ from fastgrpo.shapes.policy import ShapesPolicy
 from fastgrpo.training.decode import decode
 from fastgrpo.training.prompts import read_prompts
 from fastgrpo.training.recipe_parser import parse_config
-from fastgrpo.training.rollout import sample_groups, start_rollout
+from fastgrpo.training.rollout import sample_videos, start_rollout
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = ROOT / "fastgrpo" / "recipes" / "shapes.yaml"
@@ -137,7 +137,7 @@ def train_and_measure(
     )
     if done.returncode:
         raise RuntimeError(f"{name} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
-    if "changed since the run began" in done.stdout:
+    if "changed since the last start" in done.stdout:
         raise RuntimeError(
             f"{folder / name} was made with another configuration; remove it:\n{done.stdout[:2000]}"
         )
@@ -172,7 +172,7 @@ def measure(transformer: Path | None, row: str, seed: int, config: TrainConfig) 
         policy, prompts, sampler, seed=10**6 + seed, iteration=0, first_slot=0, device=device
     )
     components, kinds = [], []
-    for sample in sample_groups(policy, rollout):
+    for sample in sample_videos(policy, rollout):
         videos = decode(policy, sample.latents)
         components.append(judge.qualities(videos, sample.prompts))
         kinds.append(torch.stack(judge.classify(videos), dim=1))

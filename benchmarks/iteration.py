@@ -6,7 +6,7 @@ next to a DanceGRPO-style loop.
         --parts g0 forward train decode
     python benchmarks/iteration.py --model hunyuanvideo --random-weights --scale tiny  # CPU
 
-The code that is measured is the trainer's own: the policies, sample_groups, decode, update. In
+The code that is measured is the trainer's own: the policies, sample_videos, decode, update. In
 this order:
 
     g0         the training forward against the rollout's, bit for bit, and the ratio of every

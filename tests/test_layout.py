@@ -39,7 +39,7 @@ def test_there_is_something_to_look_at() -> None:
     names = {name_of(path) for path in MODULES}
     assert {"fastgrpo/training/step.py", "kernels/fastgrpo_kernels/sde/reference.py"} <= names
     rollout = ROOT / "fastgrpo" / "training" / "rollout.py"
-    assert {"start_rollout", "sample_groups"} <= public_definitions(rollout).keys()
+    assert {"start_rollout", "sample_videos"} <= public_definitions(rollout).keys()
 
 
 def test_nothing_can_be_imported_as_kernels() -> None:

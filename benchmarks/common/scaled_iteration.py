@@ -33,7 +33,7 @@ from fastgrpo.config import UpdateConfig
 from fastgrpo.distributed.sharding import gathered
 from fastgrpo.planning import memory
 from fastgrpo.training.decode import decode
-from fastgrpo.training.rollout import sample_groups
+from fastgrpo.training.rollout import sample_videos
 from fastgrpo.training.update import TrainedTransition, backpropagate, update
 
 IMPLEMENTATIONS: dict[str, dict[str, Any]] = {
@@ -193,7 +193,7 @@ def our_iteration(bench: Bench) -> None:
 
     phases = {name: Usage() for name in ("rollout", "decode", "update", "optimizer")}
     rollout, roll = start(bench, policy, bench.options.videos), bench.config.rollout
-    samples = sample_groups(policy, rollout, share_first_step=roll.share_first_step)
+    samples = sample_videos(policy, rollout, share_first_step=roll.share_first_step)
     frames: list[Tensor] = []
     with gathered(policy.transformer, bench.config.parallel.keep_gathered):
         for _ in range(bench.options.videos):

@@ -29,7 +29,7 @@ from fastgrpo.config import TrainConfig, UpdateConfig
 from fastgrpo.planning import memory
 from fastgrpo.policies.pretrained import fused_serves
 from fastgrpo.training.loop import compute_dtype
-from fastgrpo.training.rollout import sample_groups, start_rollout
+from fastgrpo.training.rollout import sample_videos, start_rollout
 from fastgrpo.training.trajectory import Rollout, branch_velocity
 from fastgrpo.training.update import (
     TrainedTransition,
@@ -346,7 +346,7 @@ def sampled(bench: Bench, policy: Any) -> Rollout:
     """One sampled video, made by the first policy that comes: all have the same weights."""
     if bench.rollout is None:
         bench.rollout = start(bench, policy, 1)
-        for _ in sample_groups(policy, bench.rollout):
+        for _ in sample_videos(policy, bench.rollout):
             pass
     return bench.rollout
 
@@ -387,7 +387,7 @@ def check_bits(policy: Any, rollout: Rollout, cfg: UpdateConfig) -> Bits:
     """
     branches = 1 if rollout.unconditional is None else 2
     with recording(policy) as sampled_velocities:
-        for _ in sample_groups(policy, rollout):
+        for _ in sample_videos(policy, rollout):
             pass
     equal, ratios, mismatches = True, [], []
     for step in trained_steps(rollout, 0, cfg.timestep_fraction, seed=0):

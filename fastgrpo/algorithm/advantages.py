@@ -41,7 +41,7 @@ def group_advantages(rewards_G: Sequence[float], valid_G: Sequence[bool]) -> dic
     return {index: (reward - mean) / scale for index, reward in rewards.items()}
 
 
-def best_of_n(
+def choose_and_shuffle(
     advantages: Mapping[int, float], num_best: int, num_worst: int, seed: int
 ) -> list[int]:
     """The videos to train on: the highest and the lowest advantages, in shuffled order.

@@ -39,7 +39,7 @@ from fastgrpo.interfaces import Policy
 from fastgrpo.training import run_folder
 from fastgrpo.training.decode import decode
 from fastgrpo.training.loop import compute_dtype
-from fastgrpo.training.rollout import sample_groups, start_rollout
+from fastgrpo.training.rollout import sample_videos, start_rollout
 from fastgrpo.training.sample_files import write_video
 from fastgrpo.training.sampling import (
     SamplingOptions,
@@ -292,7 +292,7 @@ def make_batch(
     rollout.first_seeds = torch.tensor(seeds, device=device)
     noise_seeds = [derive_seed(seed, "sde") for seed in seeds]
     rollout.noise_seeds = torch.tensor(noise_seeds, device=device)
-    (done,) = sample_groups(policy, rollout, share_first_step=False)
+    (done,) = sample_videos(policy, rollout, share_first_step=False)
     return decode(policy, done.latents)
 
 

@@ -143,7 +143,7 @@ def loop(
     with tqdm(total=config.iterations, initial=done, unit="it", disable=hidden) as progress:
         while done < config.iterations and not (stopping or failed):
             try:
-                row = trainer.step(done + 1, stop.should_stop)
+                row = trainer.step(done + 1, stop.must_abort_rollout)
             except RolloutInterrupted:
                 # Nothing of that iteration has happened yet. A resume makes the same one.
                 if last_saved != done:
@@ -163,7 +163,7 @@ def loop(
             if finished or stopping or failed or done % config.checkpoint.interval == 0:
                 save(trainer, done)
                 last_saved = done
-    return close(trainer, done, failed)
+    return conclude(trainer, done, failed)
 
 
 def record(log: MetricsLog | None, row: dict[str, Any], trainer: Trainer) -> None:
@@ -186,7 +186,7 @@ def save(trainer: Trainer, done: int) -> None:
     checkpoint.save(folder, done, trainer.tensors(), trainer.state_dict(), keep)
 
 
-def close(trainer: Trainer, done: int, failed: bool) -> int:
+def conclude(trainer: Trainer, done: int, failed: bool) -> int:
     """Export the policy if all is done, and log what lies where or how to go on."""
     config, folder = trainer.config, trainer.config.run_folder
     command = run_folder.resume_command(folder)
@@ -201,7 +201,7 @@ def close(trainer: Trainer, done: int, failed: bool) -> int:
             f"stopped by a signal after iteration {done}, with a checkpoint. Go on with: {command}"
         )
         return 0
-    with using_weights(trainer.policy, trainer.sampling_weights):
+    with using_weights(trainer.policy, trainer.evaluation_weights):
         weights = sharding.full_state_dict(trainer.policy.transformer)
         if collectives.rank() == 0:
             trainer.policy.save_pretrained(folder / "transformer", weights)

@@ -24,7 +24,7 @@ Velocities = tuple[Tensor, Tensor | None]
 
 
 @dataclass(frozen=True)
-class Sample:
+class FinishedBatch:
     """One micro-batch of n finished videos.
 
     Attributes:
@@ -38,7 +38,7 @@ class Sample:
     latents: Tensor
 
 
-def stochastic_steps(cfg: RolloutConfig, seed: int, iteration: int, slot: int) -> tuple[int, ...]:
+def trainable_steps(cfg: RolloutConfig, seed: int, iteration: int, slot: int) -> tuple[int, ...]:
     """The steps of a prompt that are stochastic and may be trained (docs/method.md, section 2).
 
     The last step is never among them; the `all` window adds noise there, but does not train it.
@@ -94,7 +94,7 @@ def start_rollout(
     slots = range(first_slot, first_slot + P)
     sigmas = sigma_schedule(N, cfg.shift)
     table, ode = sde_coefficients(sigmas, cfg.sde, cfg.eta), sde_coefficients(sigmas, "ode")
-    trainable = [stochastic_steps(cfg, seed, iteration, slot) for slot in slots]
+    trainable = [trainable_steps(cfg, seed, iteration, slot) for slot in slots]
     # [P, N]: outside its window a prompt takes ODE steps.
     stochastic = torch.tensor(
         [[cfg.sde_window == "all" or i in steps for i in range(N)] for steps in trainable]
@@ -135,9 +135,9 @@ def start_rollout(
 
 
 @torch.no_grad()
-def sample_groups(
+def sample_videos(
     policy: Policy, rollout: Rollout, *, share_first_step: bool = True
-) -> Iterator[Sample]:
+) -> Iterator[FinishedBatch]:
     """Sample the rollout's videos micro-batch by micro-batch, filling latents and log_probs.
 
     Every micro-batch has the same size, because another size would give other bits. The last one
@@ -161,7 +161,7 @@ def sample_groups(
         one_prompt = indices[0] // G == indices[-1] // G
         shared_prompt = indices[0] // G if share and one_prompt else None
         clean = _sample(policy, rollout, filled, len(indices), first, shared_prompt)
-        yield Sample(indices, [rollout.prompts[i // G] for i in indices], clean)
+        yield FinishedBatch(indices, [rollout.prompts[i // G] for i in indices], clean)
 
 
 def _sample(

@@ -104,7 +104,7 @@ def write_judge(path: Path, judge: dict[str, Any], resumed: bool) -> None:
     """
     if resumed and path.exists():
         for line in differences(json.loads(path.read_text()), judge):
-            logger.info(f"resume: the judge has changed since the run began: {line}")
+            logger.info(f"resume: the judge has changed since the last start: {line}")
     atomic_write_text(path, json.dumps(judge, indent=1) + "\n")
 
 
@@ -113,7 +113,7 @@ def log_changes(folder: Path, config_yaml: str) -> None:
     path = folder / "config.yaml"
     if path.exists():
         for line in differences(yaml.safe_load(path.read_text()), yaml.safe_load(config_yaml)):
-            logger.info(f"resume: changed since the run began: {line}")
+            logger.info(f"resume: changed since the last start: {line}")
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

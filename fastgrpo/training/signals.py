@@ -22,7 +22,7 @@ class StopRequest:
         self.requested = False
         self.requested_at = 0.0
 
-    def should_stop(self) -> bool:
+    def must_abort_rollout(self) -> bool:
         """True if the signal is older than PATIENCE: abort the rollout instead of finishing it."""
         return self.requested and time.monotonic() - self.requested_at > PATIENCE
 

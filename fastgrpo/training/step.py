@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
-from fastgrpo.algorithm.advantages import best_of_n, group_advantages
+from fastgrpo.algorithm.advantages import choose_and_shuffle, group_advantages
 from fastgrpo.algorithm.seeds import derive_seed
 from fastgrpo.algorithm.self_paced import Pacer, group_statistics, mix
 from fastgrpo.config import TrainConfig
@@ -43,7 +43,7 @@ from fastgrpo.training.metrics import (
     update_metrics,
 )
 from fastgrpo.training.prompts import draw_prompts
-from fastgrpo.training.rollout import sample_groups, start_rollout
+from fastgrpo.training.rollout import sample_videos, start_rollout
 from fastgrpo.training.trajectory import Group
 from fastgrpo.training.update import UpdateStatistics, make_optimizer, update
 from fastgrpo.training.weights import WITHOUT_ADAPTERS, average_weights, copy_weights
@@ -71,8 +71,8 @@ class Trainer:
         self.config, self.policy, self.judge, self.prompts = config, policy, judge, prompts
         self.device, self.compute_dtype = device, compute_dtype
         self.pacer = Pacer(config.pacing, len(judge.reward.stages))
-        self.trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
-        self.optimizer = make_optimizer([*self.trained.values()], cfg)
+        self.trainable = {name: p for name, p in network.named_parameters() if p.requires_grad}
+        self.optimizer = make_optimizer([*self.trainable.values()], cfg)
         schedule = get_scheduler(
             cfg.lr_scheduler,
             self.optimizer,
@@ -86,27 +86,27 @@ class Trainer:
         self.reference: Mapping[str, Tensor] | None = None
         if cfg.kl_coef:
             has_adapters = getattr(network, "_hf_peft_config_loaded", False)
-            self.reference = WITHOUT_ADAPTERS if has_adapters else copy_weights(self.trained)
-        self.ema = copy_weights(self.trained) if cfg.ema_decay else None
+            self.reference = WITHOUT_ADAPTERS if has_adapters else copy_weights(self.trainable)
+        self.ema = copy_weights(self.trainable) if cfg.ema_decay else None
         self.prompts_drawn = 0
         self.skipped_in_a_row = 0
         self.invalid_share = 0.0
         self.make_optimizer_state()
 
     def step(
-        self, iteration: int, should_stop: Callable[[], bool] = lambda: False
+        self, iteration: int, must_abort_rollout: Callable[[], bool] = lambda: False
     ) -> dict[str, Any]:
         """Sample, score, mix, normalise, choose, update.
 
         Args:
             iteration: Counted from 1.
-            should_stop: Asked after every micro-batch of videos, on every rank.
+            must_abort_rollout: Asked after every micro-batch of videos, on every rank.
 
         Returns:
             The metrics over all ranks.
 
         Raises:
-            RolloutInterrupted: `should_stop` was true on at least one rank; raised on all.
+            RolloutInterrupted: `must_abort_rollout` was true on at least one rank; raised on all.
         """
         cfg, G, clock = self.config, self.config.rollout.num_generations, Stopwatch()
         self.set_learning_rate(iteration)
@@ -126,10 +126,10 @@ class Trainer:
         # Eq. 2: sample with the SDE. The judge scores one micro-batch while the next is sampled.
         with clock.phase("rollout"), gathered(self.policy.transformer, cfg.parallel.keep_gathered):
             share_first_step = cfg.rollout.share_first_step
-            for sample in sample_groups(self.policy, rollout, share_first_step=share_first_step):
+            for sample in sample_videos(self.policy, rollout, share_first_step=share_first_step):
                 frames = decode(self.policy, sample.latents)
                 self.judge.submit(frames, sample.prompts, self.policy.fps)
-                if any_rank(should_stop()):
+                if any_rank(must_abort_rollout()):
                     raise RolloutInterrupted
         with clock.phase("reward"):
             scores_PGK, valid_PG = self.judge.collect(G)
@@ -149,7 +149,7 @@ class Trainer:
             # Best-of-n, in an order of training that is drawn per prompt.
             order = derive_seed(cfg.seed, "order", iteration, slot)
             best, worst = cfg.update.num_best, cfg.update.num_worst
-            group.chosen = best_of_n(group.advantages, best, worst, order)
+            group.chosen = choose_and_shuffle(group.advantages, best, worst, order)
         # Eq. 11: the clipped update. From here on a video is known by its index in the rollout.
         with clock.phase("update"):
             stats = update(
@@ -166,7 +166,7 @@ class Trainer:
                 reference=self.reference,
                 after_step=self.update_ema,
             )
-        return self.finish(iteration, groups, stats) | clock.metrics()
+        return self.count_and_report(iteration, groups, stats) | clock.metrics()
 
     def next_prompts(self) -> tuple[range, list[str]]:
         """This rank's slots among the iteration's prompts, and the prompts there."""
@@ -196,9 +196,9 @@ class Trainer:
     def update_ema(self) -> None:
         """Take the weights of one optimizer step into the EMA, if there is one."""
         if self.ema is not None:
-            average_weights(self.ema, self.trained, self.config.update.ema_decay)
+            average_weights(self.ema, self.trainable, self.config.update.ema_decay)
 
-    def finish(
+    def count_and_report(
         self, iteration: int, groups: list[Group], stats: UpdateStatistics
     ) -> dict[str, Any]:
         """Move the counters on and return the iteration's metrics over all ranks."""
@@ -232,7 +232,7 @@ class Trainer:
         }
 
     @property
-    def sampling_weights(self) -> Mapping[str, Tensor] | None:
+    def evaluation_weights(self) -> Mapping[str, Tensor] | None:
         """For `using_weights`: the weights to evaluate and export, the EMA if there is one."""
         return self.ema
 
@@ -261,7 +261,7 @@ class Trainer:
         )
         if self.ema is not None:
             # An EMA that this resume switches on starts at the loaded weights.
-            self.ema = tensors.get("ema") or copy_weights(self.trained)
+            self.ema = tensors.get("ema") or copy_weights(self.trainable)
 
     def state_dict(self) -> dict[str, Any]:
         """The rest of the state, as JSON. Noise is counter-based, so there is no generator."""

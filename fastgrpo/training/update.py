@@ -30,7 +30,7 @@ class TrainedTransition:
     advantage: float
 
 
-class TransitionStats(NamedTuple):
+class _TransitionStats(NamedTuple):
     """What the forward pass of a micro-batch gave, each [micro_batch_size].
 
     Attributes:
@@ -164,7 +164,7 @@ def update(
         policy: Its weights must be those that sampled the rollout: until the first optimizer step
             `branchwise` takes every ratio for 1.
         optimizer: Holds the trained parameters.
-        rollout: From `sample_groups`.
+        rollout: From `sample_videos`.
         chosen: Sample indices of this rank's videos, in the order of training.
         advantages: By sample index.
         cfg: The `update` section.
@@ -267,7 +267,7 @@ def backpropagate(
     *,
     scale: float,
     on_policy: bool,
-) -> tuple[Tensor, TransitionStats]:
+) -> tuple[Tensor, _TransitionStats]:
     """Add the gradient of scale x (loss of one micro-batch) to the parameters' gradients.
 
     `branchwise` runs one branch of the guidance forward and backward before the other, so only one
@@ -370,7 +370,7 @@ def transition_loss(
     uncond: Tensor | None,
     fixed: tuple[Tensor, Tensor | None] | None,
     cfg: UpdateConfig,
-) -> tuple[Tensor, TransitionStats]:
+) -> tuple[Tensor, _TransitionStats]:
     """The loss of one micro-batch as a function of both branches' velocities (Eq. 11).
 
     The sum over transitions of -min(ratio A, clip(ratio, 1 - eps, 1 + eps) A) + kl_coef KL,
@@ -399,7 +399,7 @@ def transition_loss(
         kl = gaussian_kl(guided, guided_velocity(*fixed, w), batch.b, batch.std) * batch.valid_mask
         loss = loss + cfg.kl_coef * kl.mean()
     log_ratio = stats.log_probs - batch.old_log_probs
-    return loss, TransitionStats(stats.ratio, log_ratio, stats.clipped, kl.detach())
+    return loss, _TransitionStats(stats.ratio, log_ratio, stats.clipped, kl.detach())
 
 
 def _kernel_transition(

@@ -20,7 +20,7 @@ from fastgrpo.interfaces import Policy
 from fastgrpo.rewards.queue import ScoringQueue
 from fastgrpo.training.decode import decode
 from fastgrpo.training.metrics import Stopwatch
-from fastgrpo.training.rollout import sample_groups, start_rollout
+from fastgrpo.training.rollout import sample_videos, start_rollout
 from fastgrpo.training.sample_files import save_samples
 from fastgrpo.training.step import Trainer
 from fastgrpo.training.weights import using_weights
@@ -86,7 +86,7 @@ def evaluate(trainer: Trainer, prompts: list[str], iteration: int) -> dict[str, 
     with (
         clock.phase("evaluation"),
         gathered(policy.transformer, config.parallel.keep_gathered),
-        using_weights(policy, trainer.sampling_weights),
+        using_weights(policy, trainer.evaluation_weights),
     ):
         validation = sample_validation(
             policy,
@@ -160,7 +160,7 @@ def sample_validation(
             device=device,
             compute_dtype=compute_dtype,
         )
-        for sample in sample_groups(policy, rollout, share_first_step=cfg.share_first_step):
+        for sample in sample_videos(policy, rollout, share_first_step=cfg.share_first_step):
             frames = decode(policy, sample.latents)
             judge.submit(frames, sample.prompts, policy.fps)
             for index, video in zip(sample.sample_indices, frames, strict=True):

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastgrpo.algorithm.advantages import MIN_REWARD_RANGE, best_of_n, group_advantages
+from fastgrpo.algorithm.advantages import MIN_REWARD_RANGE, choose_and_shuffle, group_advantages
 from fastgrpo.algorithm.self_paced import mix, stage_weights
 
 unit = st.floats(0.0, 1.0)
@@ -80,7 +80,7 @@ def test_group_advantages_do_not_depend_on_the_order_of_videos(
 def test_a_few_valid_videos_are_enough(num_valid: int) -> None:
     rewards = [0.1 * video if video < num_valid else math.nan for video in range(16)]
     advantages = group_advantages(rewards, [video < num_valid for video in range(16)])
-    assert sorted(best_of_n(advantages, 4, 4, seed=3)) == list(range(num_valid))
+    assert sorted(choose_and_shuffle(advantages, 4, 4, seed=3)) == list(range(num_valid))
 
 
 def test_fifteen_equal_scores_in_fp32_are_no_signal() -> None:
@@ -121,18 +121,18 @@ def test_the_limit_of_the_signal_is_a_range_of_one_millionth() -> None:
     assert set(group_advantages([0.0, 1e-6], [True, True])) == {0, 1}
 
 
-def test_best_of_n_by_hand() -> None:
+def test_choose_and_shuffle_by_hand() -> None:
     advantages = {0: 0.3, 1: -1.2, 3: 2.0, 4: 0.1, 5: -0.4, 7: 1.1}  # videos 2 and 6 were not valid
-    assert sorted(best_of_n(advantages, 2, 1, seed=0)) == [1, 3, 7]
-    assert sorted(best_of_n(advantages, 1, 2, seed=0)) == [1, 3, 5]
-    assert sorted(best_of_n(advantages, 2, 0, seed=0)) == [3, 7]
-    assert sorted(best_of_n(advantages, 0, 2, seed=0)) == [1, 5]
-    assert sorted(best_of_n(advantages, 4, 4, seed=0)) == [0, 1, 3, 4, 5, 7]
-    assert best_of_n({}, 4, 4, seed=0) == []
+    assert sorted(choose_and_shuffle(advantages, 2, 1, seed=0)) == [1, 3, 7]
+    assert sorted(choose_and_shuffle(advantages, 1, 2, seed=0)) == [1, 3, 5]
+    assert sorted(choose_and_shuffle(advantages, 2, 0, seed=0)) == [3, 7]
+    assert sorted(choose_and_shuffle(advantages, 0, 2, seed=0)) == [1, 5]
+    assert sorted(choose_and_shuffle(advantages, 4, 4, seed=0)) == [0, 1, 3, 4, 5, 7]
+    assert choose_and_shuffle({}, 4, 4, seed=0) == []
     # Equal advantages: the lower index ranks higher, so of the equal 0, 1, 2, 3 the best is 0 and
     # the worst is 3.
-    assert sorted(best_of_n({3: 0.0, 1: 0.0, 2: 0.0, 0: 0.0}, 1, 1, seed=0)) == [0, 3]
-    assert sorted(best_of_n({0: 1.0, 1: 1.0, 2: -1.0, 3: -1.0}, 1, 1, seed=0)) == [0, 3]
+    assert sorted(choose_and_shuffle({3: 0.0, 1: 0.0, 2: 0.0, 0: 0.0}, 1, 1, seed=0)) == [0, 3]
+    assert sorted(choose_and_shuffle({0: 1.0, 1: 1.0, 2: -1.0, 3: -1.0}, 1, 1, seed=0)) == [0, 3]
 
 
 @given(
@@ -141,27 +141,28 @@ def test_best_of_n_by_hand() -> None:
     st.integers(1, 5),
     st.integers(0, 2**63),
 )
-def test_best_of_n_keeps_both_ends(
+def test_choose_and_shuffle_keeps_both_ends(
     advantages: dict[int, float], num_best: int, num_worst: int, seed: int
 ) -> None:
-    chosen = best_of_n(advantages, num_best, num_worst, seed)
+    chosen = choose_and_shuffle(advantages, num_best, num_worst, seed)
     assert len(set(chosen)) == len(chosen) == min(len(advantages), num_best + num_worst)
     values = np.sort(list(advantages.values()))
     if len(values) > num_best + num_worst:
         values = np.concatenate([values[:num_worst], values[len(values) - num_best :]])
     assert sorted(advantages[video] for video in chosen) == values.tolist()
-    assert best_of_n(dict(reversed(advantages.items())), num_best, num_worst, seed) == chosen
+    assert (
+        choose_and_shuffle(dict(reversed(advantages.items())), num_best, num_worst, seed) == chosen
+    )
 
 
-def test_best_of_n_shuffles_by_seed() -> None:
+def test_choose_and_shuffle_order_follows_the_seed() -> None:
     advantages = {video: float(video) for video in range(16)}
-    orders = [tuple(best_of_n(advantages, 4, 4, seed)) for seed in range(800)]
+    orders = [tuple(choose_and_shuffle(advantages, 4, 4, seed)) for seed in range(800)]
     assert {frozenset(order) for order in orders} == {frozenset([0, 1, 2, 3, 12, 13, 14, 15])}
     assert len(set(orders)) > 700  # of 40,320
     # The best video comes at every place alike: 100 times of 800 expected, standard deviation 9.4.
     places = np.bincount([order.index(15) for order in orders], minlength=8)
     assert places.min() > 55
     assert places.max() < 145
-    # Resumed runs and other Pythons must draw the same order: best_of_n(..., seed=0) on CPython
-    # 3.11.
+    # Resumed runs and other Pythons must draw the same order: that of seed=0 on CPython 3.11.
     assert orders[0] == (3, 14, 2, 13, 15, 12, 0, 1)

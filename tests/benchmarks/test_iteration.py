@@ -20,7 +20,7 @@ from fastgrpo.algorithm.sde import sde_coefficients, sigma_schedule
 from fastgrpo.config import RolloutConfig, RuntimeConfig, UpdateConfig
 from fastgrpo.distributed import collectives
 from fastgrpo.planning import meta_model
-from fastgrpo.training.rollout import sample_groups, start_rollout
+from fastgrpo.training.rollout import sample_videos, start_rollout
 from fastgrpo.training.update import update
 
 CPU = torch.device("cpu")
@@ -67,7 +67,7 @@ def test_the_peer_samples_and_trains_what_the_trainer_does(
         if is_peer:
             clean = torch.cat(dancegrpo.sample(policy, rollout, handicaps))
         else:
-            clean = torch.cat([sample.latents for sample in sample_groups(policy, rollout)])
+            clean = torch.cat([sample.latents for sample in sample_videos(policy, rollout)])
         before = [p.detach().clone() for p in policy.transformer.parameters()]
         optimizer = torch.optim.SGD(policy.transformer.parameters(), lr=1.0)
         given = (policy, optimizer, rollout, [0, 1], {0: 0.7, 1: -1.2}, cfg)

@@ -287,7 +287,7 @@ def test_what_a_judge_counts_and_says_of_itself_is_kept(tmp_path: Path, train: T
         "--reward.error lost --iterations 2 --resume auto",
     )
     assert (
-        "resume: the judge has changed since the run began: error: 'gone' -> 'lost'" in changed.out
+        "resume: the judge has changed since the last start: error: 'gone' -> 'lost'" in changed.out
     )
 
 

@@ -184,8 +184,8 @@ def test_more_iterations_than_first_asked_for(
     """
     train(tmp_path / "run", "--iterations 2")
     run = train(tmp_path / "run", "--iterations 4 --resume auto")
-    assert "changed since the run began: iterations: 2 -> 4" in run.out
-    assert run.out.count("changed since the run began") == 1
+    assert "changed since the last start: iterations: 2 -> 4" in run.out
+    assert run.out.count("changed since the last start") == 1
     expected = uninterrupted["plain"]
     rows, expected_rows = (
         [json.loads(row) for row in rows_without_times(folder)]
@@ -212,7 +212,7 @@ def test_a_changed_setting_takes_effect_and_is_said(
     changes = ["--update.learning_rate 1e-3 --update.weight_decay 0.25 --update.betas [0.5,0.75]"]
     run = train(tmp_path / "run", "--iterations 2 --resume auto", *changes)
     assert run.code == 0
-    assert "changed since the run began: update.learning_rate: 0.0002 -> 0.001" in run.out
+    assert "changed since the last start: update.learning_rate: 0.0002 -> 0.001" in run.out
     assert run.rows[-1]["learning_rate"] == 1e-3
     state = tensors(run.folder / "checkpoints" / "latest")
     groups = {

@@ -330,11 +330,11 @@ for name, layout in {LAYOUTS!r}.items():
         hashes.append(digest(state))
         if collectives.rank() == 0:
             torch.save(state, folder / f"{{name}}_{{i}}.pt")
-    with using_weights(trainer.policy, trainer.sampling_weights):
+    with using_weights(trainer.policy, trainer.evaluation_weights):
         export = sharding.full_state_dict(trainer.policy.transformer)
         if collectives.rank() == 0:
             torch.save(export, folder / f"{{name}}_export.pt")
-    weights = digest({{n: whole(p.detach()) for n, p in trainer.trained.items()}})
+    weights = digest({{n: whole(p.detach()) for n, p in trainer.trainable.items()}})
     answer[name] = [metrics, hashes, len(export), weights]
 """
 

@@ -11,7 +11,7 @@ from fastgrpo.config import RolloutConfig
 from fastgrpo.shapes.captions import all_captions
 from fastgrpo.shapes.judge import ShapesJudge
 from fastgrpo.shapes.policy import ShapesPolicy
-from fastgrpo.training.rollout import sample_groups, start_rollout
+from fastgrpo.training.rollout import sample_videos, start_rollout
 
 
 def sample(policy: ShapesPolicy, prompts: Sequence[str], seed: int) -> Tensor:
@@ -28,7 +28,7 @@ def sample(policy: ShapesPolicy, prompts: Sequence[str], seed: int) -> Tensor:
     rollout = start_rollout(
         policy, [*prompts], cfg, seed=seed, iteration=1, first_slot=0, device=device
     )
-    (videos,) = sample_groups(policy, rollout)
+    (videos,) = sample_videos(policy, rollout)
     return policy.decode(videos.latents)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastgrpo.config import RolloutConfig
-from fastgrpo.training.rollout import sample_groups, start_rollout
+from fastgrpo.training.rollout import sample_videos, start_rollout
 from fastgrpo.training.trajectory import Rollout
 
 CPU = torch.device("cpu")
@@ -43,7 +43,7 @@ def small_rollout(
     )
     rollout.latents.fill_(math.nan)  # what is not written shows
     if sample:
-        for _ in sample_groups(policy, rollout, share_first_step=share_first_step):
+        for _ in sample_videos(policy, rollout, share_first_step=share_first_step):
             pass
     return rollout
 

@@ -141,7 +141,7 @@ from torch.distributed.tensor import DTensor
 from fastgrpo.config import ParallelConfig, RolloutConfig, RuntimeConfig, UpdateConfig
 from fastgrpo.distributed import collectives
 from fastgrpo.distributed.sharding import prepare
-from fastgrpo.training.rollout import sample_groups, start_rollout
+from fastgrpo.training.rollout import sample_videos, start_rollout
 from fastgrpo.training.update import TrainedTransition, UpdateStatistics, accumulate_gradients
 
 device = collectives.start(RuntimeConfig(device="cpu"))
@@ -156,7 +156,7 @@ for shard in ("none", "full"):
     prepare(policy.transformer, ParallelConfig(shard=shard), device, torch.float32)
     at = {"seed": 3, "iteration": 1, "first_slot": 2 * rank, "device": device}
     rollout = start_rollout(policy, prompts, cfg, **at)
-    for _ in sample_groups(policy, rollout):
+    for _ in sample_videos(policy, rollout):
         pass
     for name, (branchwise, on_policy) in orders.items():
         policy.transformer.zero_grad(set_to_none=True)

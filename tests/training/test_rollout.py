@@ -16,7 +16,7 @@ from tiny_training import CPU, SMALL
 from torch import Tensor
 
 from fastgrpo.config import RolloutConfig
-from fastgrpo.training.rollout import Sample, sample_groups, start_rollout, stochastic_steps
+from fastgrpo.training.rollout import FinishedBatch, sample_videos, start_rollout, trainable_steps
 from fastgrpo.training.trajectory import Rollout
 
 
@@ -33,16 +33,16 @@ def sampled(
     iteration: int = 2,
     first_slot: int = 0,
     share: bool = True,
-) -> tuple[Rollout, list[Sample]]:
+) -> tuple[Rollout, list[FinishedBatch]]:
     rollout = start_rollout(
         policy, prompts, cfg, seed=seed, iteration=iteration, first_slot=first_slot, device=CPU
     )
     rollout.latents.fill_(math.nan)  # what is not written shows
     rollout.log_probs.fill_(math.inf)
-    return rollout, list(sample_groups(policy, rollout, share_first_step=share))
+    return rollout, list(sample_videos(policy, rollout, share_first_step=share))
 
 
-def clean(samples: list[Sample]) -> Tensor:
+def clean(samples: list[FinishedBatch]) -> Tensor:
     return torch.cat([s.latents for s in samples])
 
 
@@ -325,12 +325,12 @@ def test_the_window_slides_by_one_and_starts_over_before_the_last_step(
     iteration: int, steps: tuple[int, ...]
 ) -> None:
     assert {
-        stochastic_steps(sliding(), seed, iteration, slot) for seed in (0, 1) for slot in (0, 5)
+        trainable_steps(sliding(), seed, iteration, slot) for seed in (0, 1) for slot in (0, 5)
     } == {steps}
 
 
 def test_the_largest_window_stays_where_it_is() -> None:
-    assert {stochastic_steps(sliding(window_size=7), 0, i, 0) for i in range(1, 200)} == {
+    assert {trainable_steps(sliding(window_size=7), 0, i, 0) for i in range(1, 200)} == {
         tuple(range(7))
     }
 
@@ -339,7 +339,7 @@ def test_a_random_window_is_drawn_anew_at_every_interval_and_shared_by_the_promp
     cfg = sliding(window_order="random", window_interval=10)
     windows = [
         {
-            stochastic_steps(cfg, 4, i, slot)
+            trainable_steps(cfg, 4, i, slot)
             for i in range(10 * k + 1, 10 * k + 11)
             for slot in range(3)
         }
@@ -349,7 +349,7 @@ def test_a_random_window_is_drawn_anew_at_every_interval_and_shared_by_the_promp
     drawn = [window.pop() for window in windows]
     assert {*drawn} == {(i, i + 1, i + 2) for i in range(5)}
     assert any(after[0] - before[0] not in (0, 1) for before, after in itertools.pairwise(drawn))
-    assert drawn != [stochastic_steps(cfg, 5, 10 * k + 1, 0) for k in range(60)]
+    assert drawn != [trainable_steps(cfg, 5, 10 * k + 1, 0) for k in range(60)]
 
 
 @pytest.mark.parametrize(
@@ -357,9 +357,7 @@ def test_a_random_window_is_drawn_anew_at_every_interval_and_shared_by_the_promp
 )
 def test_the_single_step_comes_from_the_first_half(num_steps: int, first_half: set[int]) -> None:
     cfg = RolloutConfig(sde_window="single", num_inference_steps=num_steps)
-    drawn = {
-        (i, slot): stochastic_steps(cfg, 0, i, slot) for i in range(1, 21) for slot in range(8)
-    }
+    drawn = {(i, slot): trainable_steps(cfg, 0, i, slot) for i in range(1, 21) for slot in range(8)}
     assert set(drawn.values()) == {(i,) for i in first_half}
     if len(first_half) > 1:  # every prompt and every iteration has its own
         assert len({drawn[1, slot] for slot in range(8)}) > 1
@@ -368,7 +366,7 @@ def test_the_single_step_comes_from_the_first_half(num_steps: int, first_half: s
 
 @pytest.mark.parametrize("num_steps", [2, 3, 16])
 def test_all_steps_but_the_last_are_trained(num_steps: int) -> None:
-    assert stochastic_steps(RolloutConfig(num_inference_steps=num_steps), 0, 7, 3) == tuple(
+    assert trainable_steps(RolloutConfig(num_inference_steps=num_steps), 0, 7, 3) == tuple(
         range(num_steps - 1)
     )
 
@@ -382,7 +380,7 @@ def test_noise_and_log_probs_are_where_the_window_is(tiny_policy: Any, window: s
     rollout, _ = sampled(policy, ["a", "b", "c"], cfg, iteration=3)
     sigmas = [5 * t / (1 + 4 * t) for t in (1 - i / 6 for i in range(7))]
     for prompt in range(3):
-        expected = stochastic_steps(cfg, 5, 3, prompt)
+        expected = trainable_steps(cfg, 5, 3, prompt)
         assert rollout.trainable_steps[prompt] == expected
         for i in range(6):
             noisy = (

@@ -77,7 +77,7 @@ def test_changes_since_the_last_start_are_logged(
         log_changes(tmp_path, "a: 2\n")  # config.yaml was lost
         (tmp_path / "config.yaml").write_text("a: 1\nb: 1\n")
         log_changes(tmp_path, "a: 2\nb: 1\n")
-    assert caplog.messages == ["resume: changed since the run began: a: 1 -> 2"]
+    assert caplog.messages == ["resume: changed since the last start: a: 1 -> 2"]
 
 
 def test_the_log_holds_rows_and_the_configuration(config: Any) -> None:
@@ -117,7 +117,7 @@ def test_a_judge_that_changes_with_a_resume_is_told(
         # A new run has nothing to compare with.
         write_judge(path, {"engine": {"model": "c"}, "seed": 0}, resumed=False)
     assert caplog.messages == [
-        "resume: the judge has changed since the run began: engine.model: 'a' -> 'b'"
+        "resume: the judge has changed since the last start: engine.model: 'a' -> 'b'"
     ]
 
 

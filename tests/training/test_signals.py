@@ -23,14 +23,14 @@ def test_a_signal_is_a_request_and_a_second_one_changes_nothing(
         for _ in range(2):
             os.kill(os.getpid(), number)
             assert stop.requested is True
-        assert not stop.should_stop(), "the rollout is finished first"
+        assert not stop.must_abort_rollout(), "the rollout is finished first"
         monkeypatch.setattr(signals, "PATIENCE", -1.0)
-        assert stop.should_stop()
+        assert stop.must_abort_rollout()
     assert signal.getsignal(number) is before
     assert capsys.readouterr().out.count(number.name) == 1
     with stop_on_signals() as again:
         assert again.requested is False
-        assert not again.should_stop()
+        assert not again.must_abort_rollout()
 
 
 def test_signals_are_given_back_after_an_error() -> None:

@@ -352,10 +352,10 @@ def test_ema_is_taken_after_each_optimizer_step(
     assert len(seen) == 4
     for after in seen:
         expected = [0.75 * e + 0.25 * p for e, p in zip(expected, after, strict=True)]
-    assert trainer.sampling_weights is not None
-    for p, e in zip(trainer.sampling_weights.values(), expected, strict=True):
+    assert trainer.evaluation_weights is not None
+    for p, e in zip(trainer.evaluation_weights.values(), expected, strict=True):
         torch.testing.assert_close(p.detach(), e, rtol=1e-6, atol=1e-7)
-    assert make().sampling_weights is None
+    assert make().evaluation_weights is None
 
 
 def test_reference_is_a_frozen_copy_of_the_first_weights(
@@ -394,9 +394,9 @@ def test_a_trainer_goes_on_from_its_state_to_the_bit(
         assert without_times(other.step(iteration)) == without_times(one.step(iteration))
         assert same_bits(weights(other), weights(one))
     if ema_decay:
-        assert one.sampling_weights is not None
-        assert other.sampling_weights is not None
-        assert same_bits([*other.sampling_weights.values()], [*one.sampling_weights.values()])
+        assert one.evaluation_weights is not None
+        assert other.evaluation_weights is not None
+        assert same_bits([*other.evaluation_weights.values()], [*one.evaluation_weights.values()])
     # And it is the state that does it:
     fresh = make(**settings)
     assert without_times(fresh.step(5)) != without_times(one.step(5))

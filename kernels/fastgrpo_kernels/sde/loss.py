@@ -25,7 +25,7 @@ from .reference import GRPOStats
 from .transition import Transition, check_loss, check_stored, op_arguments
 from .triton_transition import LAUNCH, finishing_block, log_probs_of
 
-Loss = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+LossOutputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 """loss [], ratio [B], clipped [B] bool, clip_fraction [], approx_kl [], dloss/dlogp [B]"""
 
 
@@ -113,13 +113,13 @@ def _launch_loss(
     normalized: bool,
     clip_range: float,
     adv_clip: float,
-) -> Loss:
+) -> LossOutputs:
     """The loss of these log-probabilities.
 
     With tiles = (P, sums of the tiles [B, T], std) log_probs is an output: the log-probabilities
     that follow from the tiles are written into it.
     """
-    results = _clipped_fake(log_probs)
+    results = _empty_results(log_probs)
     P, partials, std = tiles or (1, log_probs[:, None], log_probs)
     batch, num_tiles = partials.shape
     with torch.cuda.device_of(log_probs):
@@ -181,7 +181,7 @@ def _grpo_loss(
     return results[0], log_probs, *results[1:]
 
 
-def _clipped_fake(log_probs: Tensor, *args: object) -> Loss:
+def _empty_results(log_probs: Tensor, *args: object) -> LossOutputs:
     loss, clip_fraction, approx_kl = (log_probs.new_empty(()) for _ in range(3))
     ratio, gradient = torch.empty_like(log_probs), torch.empty_like(log_probs)
     clipped = torch.empty_like(log_probs, dtype=torch.bool)
@@ -190,7 +190,7 @@ def _clipped_fake(log_probs: Tensor, *args: object) -> Loss:
 
 def _grpo_loss_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     std = args[8]
-    results = _clipped_fake(std)
+    results = _empty_results(std)
     return results[0], torch.empty_like(std), *results[1:]
 
 
@@ -225,7 +225,7 @@ def _only_the_loss_has_a_gradient(ctx: Any, output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
 
 
-register("clipped_ratio_loss", _clipped_fake, _clipped_backward, _save_clipped)
+register("clipped_ratio_loss", _empty_results, _clipped_backward, _save_clipped)
 register("grpo_loss", _grpo_loss_fake, _objective_backward, _save_objective)
 
 
@@ -265,7 +265,7 @@ def clipped_ratio_loss(
     check_loss(log_probs, old_log_probs, advantages, clip_range, adv_clip)
     new = log_probs.to(torch.float32).contiguous()
     loss, *stats, _ = operation(backend, "clipped_ratio_loss")(
-        new, *_as_data(new, old_log_probs, advantages), float(clip_range), float(adv_clip)
+        new, *_as_constants(new, old_log_probs, advantages), float(clip_range), float(adv_clip)
     )
     return loss, GRPOStats(new.detach(), *stats)
 
@@ -306,7 +306,7 @@ def grpo_loss(
         next_latents.detach().contiguous(),
         velocity,
         uncond,
-        *_as_data(x, old_log_probs, advantages),
+        *_as_constants(x, old_log_probs, advantages),
         *coefficients,
         float(transition.guidance_scale),
         transition.normalized,
@@ -316,7 +316,7 @@ def grpo_loss(
     return loss, GRPOStats(*stats)
 
 
-def _as_data(like: Tensor, *values: Tensor) -> list[Tensor]:
+def _as_constants(like: Tensor, *values: Tensor) -> list[Tensor]:
     return [
         value.detach().to(like.device, torch.float32, non_blocking=True).contiguous()
         for value in values
