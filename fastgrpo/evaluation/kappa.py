@@ -32,7 +32,7 @@ Labels = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Bias:
+class _Bias:
     """One judge under one partition into k clusters.
 
     Attributes:
@@ -65,7 +65,7 @@ class JudgeBias:
 
     score: str
     scores: Floats
-    by_k: dict[int, Bias]
+    by_k: dict[int, _Bias]
     by_seed: dict[int, list[float]]
 
     def band(self, k: int) -> tuple[float, float]:
@@ -95,7 +95,7 @@ def kappa(values: ArrayLike, scale: ArrayLike | None = None) -> Floats:
     return np.where(defined, 100 * x.std(-1) / np.where(defined, np.abs(mean), 1.0), np.nan)
 
 
-def measure(scores: ArrayLike, labels: Labels, seed: int = 0) -> Bias:
+def measure(scores: ArrayLike, labels: Labels, seed: int = 0) -> _Bias:
     """The bias of one judge under one partition.
 
     Args:
@@ -113,7 +113,7 @@ def measure(scores: ArrayLike, labels: Labels, seed: int = 0) -> Bias:
     shuffled = np.random.default_rng(seed).permuted(np.tile(x, (SHUFFLES, 1)), axis=1)
     by_chance = kappa(shuffled @ member.astype(np.float64) / sizes, scale)
     chance = float(np.percentile(by_chance, 95)) if np.isfinite(of_means) else np.nan
-    return Bias(of_means, sizes.tolist(), means, within, chance)
+    return _Bias(of_means, sizes.tolist(), means, within, chance)
 
 
 def measure_all(

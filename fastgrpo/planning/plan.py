@@ -57,17 +57,17 @@ def _network_lines(config: TrainConfig, counts: Counts, world_size: int) -> str:
         f"{roll.num_prompts} prompts x {roll.num_generations} videos\n"
         f"parameters        {network.parameters / 1e6:,.1f} M, "
         f"trained {network.trained / 1e6:,.1f} M, {network.num_blocks} blocks\n"
-        f"one forward       {tera(forward.linear / size)} TFLOP linear + "
-        f"{tera(forward.attention / size)} attention per video and branch\n"
-        f"VAE decode        {tera(decode.flop)} TFLOP and "
-        f"{giga(decode.kept + decode.work)} GB per video"
+        f"one forward       {_tera(forward.linear / size)} TFLOP linear + "
+        f"{_tera(forward.attention / size)} attention per video and branch\n"
+        f"VAE decode        {_tera(decode.flop)} TFLOP and "
+        f"{_giga(decode.kept + decode.work)} GB per video"
     )
 
 
 def _activation_table(counts: Counts, sharded: bool) -> str:
     """What the backward pass keeps and computes under each setting of `parallel.activations`."""
     costs = {name: counts.velocity(name, sharded) for name in memory.ACTIVATIONS}
-    rows = [(name, giga(c.kept), giga(c.work), tera(c.flop)) for name, c in costs.items()]
+    rows = [(name, _giga(c.kept), _giga(c.work), _tera(c.flop)) for name, c in costs.items()]
     title = "one branch, forward and backward pass of a micro-batch"
     return table(title, ("activations", "kept GB", "+ work GB", "TFLOP"), rows)
 
@@ -76,13 +76,13 @@ def memory_table(config: TrainConfig, counts: Counts, cfg: ParallelConfig, world
     """GB per GPU by phase, under the recipe's own settings."""
     phases = memory.memory(config, counts, cfg, world_size)
     names = dict.fromkeys(name for parts in phases.values() for name in parts)
-    rows = [(name, *(giga(parts.get(name, 0)) for parts in phases.values())) for name in names]
-    rows.append(("peak", *(giga(sum(parts.values())) for parts in phases.values())))
+    rows = [(name, *(_giga(parts.get(name, 0)) for parts in phases.values())) for name in names]
+    rows.append(("peak", *(_giga(sum(parts.values())) for parts in phases.values())))
     title = f"GB on each GPU as configured ({memory.describe(cfg)})"
     text = table(title, ("", *phases), rows)
     if cfg.cpu_offload:
         on_gpu = memory.memory(config, counts, replace(cfg, cpu_offload=False), world_size)
-        host = giga(sum(on_gpu["step"].values()) - sum(phases["step"].values()))
+        host = _giga(sum(on_gpu["step"].values()) - sum(phases["step"].values()))
         text += f"\n  and {host} GB of the host's memory for each GPU"
     return text
 
@@ -92,7 +92,7 @@ def _work_table(config: TrainConfig, counts: Counts, world_size: int) -> str:
     phases = memory.work(config, counts, config.parallel.activations, world_size)
     phases["all"] = memory.Work(*map(sum, zip(*phases.values(), strict=True)))
     rows = [
-        (name, tera(work.flop), f"{work.bound:,.1f}", f"{work.expected:,.1f}")
+        (name, _tera(work.flop), f"{work.bound:,.1f}", f"{work.expected:,.1f}")
         for name, work in phases.items()
     ]
     head = ("", "TFLOP", "bound s", "attention at its rates s")
@@ -111,14 +111,14 @@ def settings_table(config: TrainConfig, counts: Counts, cluster: Cluster) -> str
         rows.append(
             (
                 *memory.settings(cfg).values(),
-                giga(needed),
+                _giga(needed),
                 phase,
                 f"{sum(w.bound for w in work.values()):,.1f}",
                 "fits" if needed <= 0.9 * room else "fits, closely" if needed <= room else "-",
             )
         )
     head = [*memory.settings(config.parallel), "peak GB", "in", "bound s", ""]
-    lines = [table(f"settings, against {giga(room)} GB", head, rows), ""]
+    lines = [table(f"settings, against {_giga(room)} GB", head, rows), ""]
     own = memory.resolve(config.parallel, world_size)
     phase, needed = memory.peak(memory.memory(config, counts, own, world_size))
     if phase == "decode" and needed > room:
@@ -155,12 +155,12 @@ def table(title: str, head: Sequence[str], rows: Sequence[Sequence[object]]) -> 
     return "\n".join([title, *(f"  {line.rstrip()}" for line in text.splitlines())])
 
 
-def giga(value: float) -> str:
+def _giga(value: float) -> str:
     """In units of 1e9."""
     return number(value / 1e9, 2)
 
 
-def tera(value: float) -> str:
+def _tera(value: float) -> str:
     """In units of 1e12."""
     return number(value / 1e12, 1)
 

@@ -93,7 +93,7 @@ def model_card(config: TrainConfig, rows: Sequence[Row], iteration: int, ema: bo
         f"{shown or type(policy).__name__}, aligned with [Self-Paced GRPO]({PAPER}) by fastgrpo: "
         f"{weights}, after {iteration} iterations{average}.",
         "## How to load it",
-        f"```python\n{loading_code(policy, shown, lora)}\n```",
+        f"```python\n{_loading_code(policy, shown, lora)}\n```",
         "## Recipe",
         table(_recipe_summary(config)),
         "## What the run measured",
@@ -107,7 +107,7 @@ def model_card(config: TrainConfig, rows: Sequence[Row], iteration: int, ema: bo
     return ModelCard("\n\n".join(text) + "\n")
 
 
-def loading_code(policy: Any, base: str | None, lora: bool) -> str:
+def _loading_code(policy: Any, base: str | None, lora: bool) -> str:
     """Python that loads the exported weights into the pipeline that they belong to."""
     if base is None:
         kind = type(policy.transformer).__name__
