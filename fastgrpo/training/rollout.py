@@ -146,10 +146,10 @@ def sample_videos(
     Args:
         policy: The generator.
         rollout: From `start_rollout`; filled in place.
-        share_first_step: If a group starts from one noise, the rows of a micro-batch of one prompt
-            are equal at the first step, and so are all such micro-batches of that prompt. The
-            velocities of the first one serve them all. Which micro-batches these are depends only
-            on the numbers of prompts and videos, so every rank makes the same number of forwards.
+        share_first_step: Compute the first step's velocities once per prompt and reuse them for
+            every micro-batch of that prompt only, when its group starts from one noise. Which
+            micro-batches these are depends only on the numbers of prompts and videos, so every rank
+            makes the same number of forwards.
     """
     size, G = rollout.micro_batch_size, rollout.num_generations
     seeds_PG = rollout.first_seeds.view(-1, G)
@@ -201,6 +201,7 @@ def _sample(
         transition = Transition(
             previous, velocity, a, b, std, uncond, rollout.guidance_scale, rollout.normalized
         )
+        # Guidance is applied inside sde_step (fastgrpo_kernels/sde/transition.py).
         latents, log_probs = sde_step(transition, seeds=seeds, step=i)
         rollout.latents[kept, i + 1] = latents[:num_valid]
         rollout.log_probs[kept, i] = log_probs[:num_valid]

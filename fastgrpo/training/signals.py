@@ -16,14 +16,14 @@ PATIENCE = 5.0
 
 
 class StopRequest:
-    """Whether a signal has asked this process to stop, and how long ago."""
+    """Whether a signal has asked this process to stop (`requested`), and how long ago."""
 
     def __init__(self) -> None:
         self.requested = False
         self.requested_at = 0.0
 
     def must_abort_rollout(self) -> bool:
-        """True if the signal is older than PATIENCE: abort the rollout instead of finishing it."""
+        """True if the signal is older than PATIENCE seconds: abort the rollout."""
         return self.requested and time.monotonic() - self.requested_at > PATIENCE
 
     def receive(self, number: int, frame: FrameType | None) -> None:

@@ -50,7 +50,7 @@ from fastgrpo.training.weights import WITHOUT_ADAPTERS, average_weights, copy_we
 
 
 class RolloutInterrupted(Exception):
-    """A step was aborted during its rollout, before it had changed anything."""
+    """A step was aborted during its rollout, before any weight, counter or pacer state changed."""
 
 
 class Trainer:
@@ -100,7 +100,8 @@ class Trainer:
 
         Args:
             iteration: Counted from 1.
-            must_abort_rollout: Asked after every micro-batch of videos, on every rank.
+            must_abort_rollout: Asked after every micro-batch of videos, on every rank: true if a
+                signal is older than PATIENCE seconds (`signals.StopRequest`).
 
         Returns:
             The metrics over all ranks.
@@ -110,9 +111,11 @@ class Trainer:
         """
         cfg, G, clock = self.config, self.config.rollout.num_generations, Stopwatch()
         self.set_learning_rate(iteration)
-        # Each rank takes its block of the iteration's prompts; a slot is a prompt's number in it.
+        # Each rank takes its block of the iteration's prompts. A slot is a prompt's number among
+        # the iteration's prompts on all ranks.
         slots, prompts = self.next_prompts()
-        # Seeds, schedule and shared first noise follow from the slots, not from the rank.
+        # Seeds, stochastic steps and first noise follow from seed, iteration and slot, not from the
+        # rank.
         rollout = start_rollout(
             self.policy,
             prompts,
@@ -126,9 +129,9 @@ class Trainer:
         # Eq. 2: sample with the SDE. The judge scores one micro-batch while the next is sampled.
         with clock.phase("rollout"), gathered(self.policy.transformer, cfg.parallel.keep_gathered):
             share_first_step = cfg.rollout.share_first_step
-            for sample in sample_videos(self.policy, rollout, share_first_step=share_first_step):
-                frames = decode(self.policy, sample.latents)
-                self.judge.submit(frames, sample.prompts, self.policy.fps)
+            for batch in sample_videos(self.policy, rollout, share_first_step=share_first_step):
+                frames = decode(self.policy, batch.latents)
+                self.judge.submit(frames, batch.prompts, self.policy.fps)
                 if any_rank(must_abort_rollout()):
                     raise RolloutInterrupted
         with clock.phase("reward"):
@@ -138,7 +141,7 @@ class Trainer:
             Group(scores_GK, valid_G, group_statistics(scores_GK, valid_G, cfg.pacing.saturation))
             for scores_GK, valid_G in zip(scores_PGK, valid_PG, strict=True)
         ]
-        # Competence takes in the groups of all ranks, so every rank gets the same weights.
+        # Competence takes in the groups of all ranks, so the weights do not depend on the rank.
         self.pacer.observe([*chain.from_iterable(gather([g.statistics for g in groups]))])
         for slot, group in zip(slots, groups, strict=True):
             if group.statistics is None:
@@ -233,7 +236,10 @@ class Trainer:
 
     @property
     def evaluation_weights(self) -> Mapping[str, Tensor] | None:
-        """For `using_weights`: the weights to evaluate and export, the EMA if there is one."""
+        """The weights that evaluation, `sample` and the export at the end of a run use: the EMA if
+        there is one, else None, which `using_weights` takes for the raw weights. Rollouts use the
+        raw weights.
+        """
         return self.ema
 
     def tensors(self) -> dict[str, Any]:
