@@ -157,12 +157,13 @@ def update(
     """Train on the chosen videos: one optimizer step per `gradient_accumulation` of them.
 
     Every rank makes the same number of passes of the same size, or sharded ranks would wait
-    forever. A rank with fewer videos runs passes of weight zero, and so does the end of a
-    micro-batch. The loss of one transition is divided by (gradient_accumulation x steps trained).
+    forever. A rank with fewer videos runs passes of weight zero; unused rows of a micro-batch also
+    have weight zero. The loss of one transition is divided by (gradient_accumulation x steps
+    trained).
 
     Args:
         policy: Its weights must be those that sampled the rollout: until the first optimizer step
-            `branchwise` takes every ratio for 1.
+            `branchwise` assumes that every ratio is 1.
         optimizer: Holds the trained parameters.
         rollout: From `sample_videos`.
         chosen: Sample indices of this rank's videos, in the order of training.
@@ -230,9 +231,9 @@ def accumulate_gradients(
         divisor: Of the sum of losses.
         cfg: The `update` section.
         reference: Weights of the KL.
-        stats: Gets the new entries. While it is on-policy, which all ranks agree on, every ratio
-            is 1, and `branchwise` relies on it. A ratio that is not 1 is then neither weighted nor
-            clipped; `ratio_drift` shows it.
+        stats: Gets the new entries. While it is on-policy, which all ranks agree on, `branchwise`
+            assumes that every ratio is 1; if one is not, its gradient is computed as if it were,
+            and `ratio_drift` shows it.
 
     Returns:
         The loss.
@@ -271,30 +272,31 @@ def backpropagate(
     """Add the gradient of scale x (loss of one micro-batch) to the parameters' gradients.
 
     `branchwise` runs one branch of the guidance forward and backward before the other, so only one
-    branch's activations live at a time. What goes back into a branch must then be known without
-    the other branch's graph: from the noise while the ratio is 1, else from one more forward.
+    branch's activations live at a time. The gradient with respect to a branch's velocity must then
+    be known without the other branch's graph: from the noise while the ratio is 1, else from one
+    more forward.
 
     Returns:
         As `transition_loss`, without a graph.
     """
     batch = micro_batch(rollout, transitions)
     at = batch.latents, batch.sample_indices, batch.steps
-    fixed = None
+    reference_velocities = None
     if reference is not None:
         # Before the policy's own forward, whose graph must not see other weights pass through.
         with torch.no_grad(), using_weights(policy, reference):
-            fixed = branch_velocities(policy, rollout, *at)
+            reference_velocities = branch_velocities(policy, rollout, *at)
 
     if rollout.unconditional is None or not cfg.branchwise:
         # Both branches in one graph.
         velocities = branch_velocities(policy, rollout, *at)
-        loss, stats = transition_loss(rollout, batch, *velocities, fixed, cfg)
+        loss, stats = transition_loss(rollout, batch, *velocities, reference_velocities, cfg)
         (loss * scale).backward()
         return loss.detach(), stats
 
     both = cfg.cfg_grad == "both"
-    if both and on_policy and fixed is None:
-        # What goes back into both branches is known before any forward.
+    if both and on_policy and reference_velocities is None:
+        # The gradients with respect to both velocities are known before any forward.
         velocity = branch_velocity(policy, rollout, *at, conditional=True)
         gradients = known_gradients(rollout, batch, cfg, scale, velocity.dtype)
         velocity.backward(gradients[0])
@@ -303,12 +305,13 @@ def backpropagate(
         with torch.no_grad():
             return transition_loss(rollout, batch, velocity, uncond, None, cfg)
 
-    # One forward of the unconditional branch for its value, a second one for its graph.
+    # One forward of the unconditional branch for its value; if both branches are trained
+    # (cfg_grad), a second one for its graph.
     with torch.no_grad():
         uncond = branch_velocity(policy, rollout, *at, conditional=False)
     velocity = branch_velocity(policy, rollout, *at, conditional=True)
     leaf, uncond_leaf = velocity.detach().requires_grad_(), uncond.detach().requires_grad_(both)
-    loss, stats = transition_loss(rollout, batch, leaf, uncond_leaf, fixed, cfg)
+    loss, stats = transition_loss(rollout, batch, leaf, uncond_leaf, reference_velocities, cfg)
     (loss * scale).backward()
     velocity.backward(leaf.grad)
     if both:
@@ -368,7 +371,7 @@ def transition_loss(
     batch: MicroBatch,
     velocity: Tensor,
     uncond: Tensor | None,
-    fixed: tuple[Tensor, Tensor | None] | None,
+    reference_velocities: tuple[Tensor, Tensor | None] | None,
     cfg: UpdateConfig,
 ) -> tuple[Tensor, _TransitionStats]:
     """The loss of one micro-batch as a function of both branches' velocities (Eq. 11).
@@ -380,7 +383,8 @@ def transition_loss(
         rollout: Guidance and normalisation of the log-probability.
         batch: The stored transitions.
         velocity, uncond: [B, *latent_shape]; `uncond` is None without guidance.
-        fixed: Both velocities of the KL's reference, if there is one.
+        reference_velocities: Of both branches with the weights of the KL's reference, if there is
+            one.
         cfg: The `update` section.
     """
     loss, stats = grpo_loss(
@@ -393,10 +397,11 @@ def transition_loss(
         cfg_grad=cfg.cfg_grad,
     )
     kl = torch.zeros_like(stats.ratio)
-    if fixed is not None:
+    if reference_velocities is not None:
         w = rollout.guidance_scale
         guided = guided_velocity(velocity, uncond, w, cfg_grad=cfg.cfg_grad)
-        kl = gaussian_kl(guided, guided_velocity(*fixed, w), batch.b, batch.std) * batch.valid_mask
+        guided_reference = guided_velocity(*reference_velocities, w)
+        kl = gaussian_kl(guided, guided_reference, batch.b, batch.std) * batch.valid_mask
         loss = loss + cfg.kl_coef * kl.mean()
     log_ratio = stats.log_probs - batch.old_log_probs
     return loss, _TransitionStats(stats.ratio, log_ratio, stats.clipped, kl.detach())
