@@ -6,9 +6,9 @@
 
 Shapes: B samples of P elements, [B, ...] viewed as [B, P]; T tiles per sample; log-probabilities,
 advantages A and a, b, s [B]. Forward: the kernel of `sde_log_prob` leaves the sums of squares of
-the tiles, and one program makes of them the log-probabilities, the loss, its statistics and
-dL/dlogp. Backward: the kernel of `sde_log_prob`, which multiplies dL/dlogp by the gradient of the
-loss. bf16 velocities and fp32 latents move 28 bytes per element, forward and backward together.
+the tiles, and one program turns them into log-probabilities, the loss, its statistics and dL/dlogp.
+Backward: the kernel of `sde_log_prob`, which multiplies dL/dlogp by the gradient of the loss. bf16
+velocities and fp32 latents move 28 bytes per element, forward and backward together.
 """
 
 from __future__ import annotations
@@ -255,7 +255,8 @@ def clipped_ratio_loss(
         The loss [], fp32 (float64 for float64), 0 for an empty batch; and its statistics.
 
     Raises:
-        ValueError: As `sde_step`.
+        ValueError: log_probs, old_log_probs and advantages are not float tensors [B], clip_range or
+            adv_clip is out of its range, or the backend cannot serve.
     """
     backend = select_backend("clipped_ratio_loss", log_probs, backend)
     if backend == "reference":
@@ -284,8 +285,14 @@ def grpo_loss(
     """`sde_log_prob`, then `clipped_ratio_loss`: the objective of one training pass (Eq. 11), a
     mean over the batch.
 
-    Differentiable in both velocities. Arguments, results and errors are those of the two functions;
-    the log-probabilities have the bits that `sde_step` and `sde_log_prob` give.
+    Differentiable in both velocities. Arguments and results are those of the two functions; the
+    log-probabilities have the bits that `sde_step` and `sde_log_prob` give.
+
+    Raises:
+        ValueError: The shapes, dtypes or devices in the transition do not fit; next_latents has
+            another shape, dtype or device than the latents; old_log_probs or advantages is no float
+            tensor [B]; clip_range, adv_clip, guidance_scale or cfg_grad is out of its range; or the
+            backend cannot serve.
     """
     backend = select_backend("grpo_loss", transition.latents, backend)
     if backend == "reference":
