@@ -102,6 +102,8 @@ class ScoringQueue:
                 f"reward: expected scores {shapes[0]} and validity {shapes[1]} from {name}, "
                 f"got {tuple(got[0])} and {tuple(got[1])}"
             )
+        # An invalid video is left out of its group: algorithm/self_paced.py, advantages.py; see
+        # training/step.py, item 5.
         valid = valid.bool() & torch.isfinite(scores).all(dim=1)
         outside = valid & ((scores < 0) | (scores > 1)).any(dim=1)
         if outside.any():

@@ -27,7 +27,7 @@ from fastgrpo.rewards.vlm.engine import Clip, Decoding, Engine, Reply
 from fastgrpo.rewards.vlm.questions import DEFAULT_QUESTIONS, ask_about, read_questions
 
 FAILED = "no reply: "
-"""How the error of a question begins if no reply came; the engine has tried for as long as it was
+"""Prefix of the error of a question that got no reply; the engine has tried for as long as it was
 told to.
 """
 
@@ -59,7 +59,7 @@ class StageJudge(RewardModel):
         frames: Which frames are seen, and how large.
         answer: parsed takes the number as written; expected takes its expectation under the
             model's probabilities along a constrained answer, for judges whose written answers tie.
-        constrained: Let the engine write nothing but a number.
+        constrained: Force the engine to write only a number.
         attempts: How often a question is asked in all if the answer is no number.
         temperature: Of the attempts after the first, which is greedy: a greedy judge would repeat
             itself.
@@ -102,7 +102,8 @@ class StageJudge(RewardModel):
             ValueError: Also for an engine that cannot answer as this judge asks.
         """
         self.engine.load(device)
-        # About nothing: the engine refuses now, not after the first rollout, what it cannot decode.
+        # An empty request, so that an engine that cannot answer this way refuses before the first
+        # rollout.
         self.engine.ask([], [], self._greedy)
 
     def close(self) -> None:
@@ -123,7 +124,7 @@ class StageJudge(RewardModel):
             finite, or with a stage that got no number, is invalid and its row is 0.
 
         Raises:
-            ValueError: A size that the model cannot take.
+            ValueError: A size that the model cannot take, or values outside [0, 1].
         """
         assert len(videos) == len(prompts)
         finite = [i for i, video in enumerate(videos) if bool(torch.isfinite(video).all())]
@@ -185,7 +186,11 @@ class StageJudge(RewardModel):
         return self.engine.memory_bytes
 
     def counters(self) -> dict[str, int]:
-        """Counts since the last call: answers, asked_again, no_number, and the engine's."""
+        """Counts since the last call: answers, asked_again, no_number, and the engine's.
+
+        no_number counts the questions that were left without a number, also those that got no
+        reply.
+        """
         with self._lock:
             counts, self._counts = self._counts, Counter()
         return dict(counts) | self.engine.counters()

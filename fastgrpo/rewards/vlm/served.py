@@ -57,6 +57,13 @@ class ServerEngine(Engine):
     the others are asked; if all do, the reply is an error at once. Any other status is an error at
     the first endpoint.
 
+    When servers fail: an endpoint with two failures in a row is set aside, and questions go to the
+    others (`endpoints.py`). A question that got no answer within `patience` seconds gets a reply
+    with an error (`_until_patience_ends`). Its video then has no score (`judge.py`), is marked
+    invalid (`rewards/queue.py`) and is left out of its group (`algorithm/self_paced.py`,
+    `algorithm/advantages.py`). If more than `scoring.max_invalid_share` of an iteration's videos
+    have no score, the run stops with a checkpoint (`training/loop.py`).
+
     Probabilities are those of a number: an answer whose probabilities are requested is constrained.
     A digit that is not among the 20 likeliest tokens counts as 0. vLLM masks what the constraint
     forbids before it takes probabilities: the digits of one place keep their proportions, but
