@@ -45,9 +45,9 @@ def start(runtime: RuntimeConfig) -> torch.device:
     world of one.
 
     Raises:
-        UserError: A GPU is asked for and there is none.
-        RuntimeError: Names a rank that did not join within `timeout_minutes`, or that has other
-            sources, another Python, torch or diffusers.
+        UserError: A GPU is asked for and there is none. Or, on all ranks: names the ranks that have
+            other sources, another Python, torch or diffusers.
+        RuntimeError: Names a rank that did not join within `timeout_minutes`.
     """
     if runtime.num_threads:
         torch.set_num_threads(runtime.num_threads)
@@ -183,14 +183,15 @@ def require_agreement(name: str, value: object) -> None:
     """Check that all ranks have the same value.
 
     Raises:
-        RuntimeError: Names the ranks whose value differs from rank 0's; shows it if it is short.
+        UserError: On all ranks. Names those whose value differs from rank 0's; shows it if it is
+            short.
     """
     values = gather(value, f"{name} of all ranks")
     different = [r for r, other in enumerate(values) if other != values[0]]
     if different:
         first = different[0]
         shown = f": {values[0]!r} on rank 0, {values[first]!r} on rank {first}"
-        raise RuntimeError(
+        raise UserError(
             f"{name}: expected the same on every rank, but ranks {different} differ from rank 0"
             + (shown if len(shown) < 400 else "")
         )

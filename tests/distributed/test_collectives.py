@@ -147,7 +147,7 @@ answer["dtypes"] = [str(p.grad.dtype) for p in parameters if p.grad is not None]
 require_agreement("the same", {"a": [1, 2]})
 try:
     require_agreement("the configuration", "text" if r == 0 else "other")
-except RuntimeError as error:
+except UserError as error:
     answer["error"] = str(error)
 print(json.dumps(answer))
 stop()
@@ -178,13 +178,14 @@ import json, time
 import torch.distributed as dist
 from fastgrpo.distributed import collectives
 from fastgrpo.config import RuntimeConfig
+from fastgrpo.errors import UserError
 
 answer, runtime = {}, RuntimeConfig(device="cpu", timeout_minutes=0.03)
 
-def refused(action):
+def refused(action, kind=RuntimeError):
     try:
         action()
-    except RuntimeError as error:
+    except kind as error:
         return str(error)
 
 # Rank 1 joins, but stays away from the meeting at the start.
@@ -199,7 +200,7 @@ else:
 # All meet, with other code.
 own = collectives.code_version
 collectives.code_version = lambda: f"sources of rank {collectives.rank()}"
-answer["code"] = refused(lambda: collectives.start(runtime))
+answer["code"] = refused(lambda: collectives.start(runtime), UserError)
 collectives.code_version = own
 collectives.gather(None)
 
