@@ -198,8 +198,9 @@ class UpdateConfig:
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this 2-norm."""
     ema_decay: float = 0.0
-    """Decay of an exponential average of the weights, which is then what is sampled and exported; 0
-    keeps none.
+    """Decay of an exponential average of the weights (EMA); 0 keeps none. Evaluation, `sample` and
+    the export at the end of a run use the average; rollouts use the raw weights. `export` takes it
+    with --ema.
     """
     max_skipped_updates: int = 5
     """Updates in a row that could not be made (a loss or gradient not finite, no video with a

@@ -57,8 +57,9 @@ def saturation(scores: Sequence[float], kind: str) -> float:
 
     Args:
         scores: G scores of one stage.
-        kind: `one_minus_hoyer` is 1 if all videos score alike, the meaning that the paper states
-            (and for zeros only); `hoyer` is Eq. 8 as printed, 0 if all score alike; `off` is 0.
+        kind: `one_minus_hoyer`, the meaning that the paper states, is 1 if all videos score alike,
+            also if all scores are zero; `hoyer` is Eq. 8 as printed, 0 if all score alike; `off` is
+            0.
     """
     assert kind in ("one_minus_hoyer", "hoyer", "off")
     if kind == "off":
@@ -197,7 +198,7 @@ def check_pacing(config: PacingConfig, num_stages: int) -> None:
     """Check the `pacing` section for a judge of `num_stages` stages.
 
     `self_paced` takes K - 1 thresholds with the difference gate and K with the literal one.
-    `two_stage` reads the first one or two of those and also accepts only them. The other modes
+    `two_stage` uses the first one or two; a list of just those is accepted too. The other modes
     have no gate. They accept any number of thresholds, so that an ablation changes nothing but
     `mode`.
 
@@ -307,8 +308,8 @@ class Pacer:
     def weights(self, group: GroupStatistics) -> tuple[float, ...]:
         """The K weights of this group, in [0, 1] with sum one (Eq. 6).
 
-        With `ema` and `batch` they are the same for all groups, and a usable group has been
-        observed before.
+        With `ema` and `batch` they are the same for all groups; a usable group must have been
+        observed.
         """
         config, K = self._config, self._num_stages
         if config.mode == "joint":

@@ -32,8 +32,8 @@ def run(config: TrainConfig, config_yaml: str) -> int:
         config_yaml: The same as YAML, for the run folder.
 
     Returns:
-        0 if all iterations are done or a signal ended the run, 1 if updates failed too often; the
-        state is checkpointed in each case.
+        0 if all iterations are done or a signal ended the run, 1 if updates failed too often or too
+        many videos had no score; the state is checkpointed in each case.
 
     Raises:
         SystemExit: Code 2 after one line on stderr, for anything wrong that can be known before
@@ -119,11 +119,11 @@ def loop(
     validation_prompts: list[str],
     last_row: int | None,
 ) -> int:
-    """Iterate, evaluate and checkpoint until all is done, a signal asks to stop, or updates fail
-    too often.
+    """Iterate, evaluate and checkpoint until all is done, a signal asks to stop, updates fail too
+    often, or too many videos have no score.
 
     Args:
-        trainer: Its state is that after iteration `last_row`.
+        trainer: New, or restored by `resume`.
         log: On rank 0.
         stop: Asked after each iteration, and during a rollout.
         validation_prompts: Evaluated at the first and the last state, and in between.
@@ -167,8 +167,8 @@ def loop(
 
 
 def record(log: MetricsLog | None, row: dict[str, Any], trainer: Trainer) -> None:
-    """On the rank that has the log: write an iteration's metrics, and print a line of them and one
-    of an evaluation.
+    """On rank 0: write the iteration's metrics and print one line for them, and one for an
+    evaluation if there was one.
     """
     if log is None:
         return

@@ -59,8 +59,8 @@ def check_job(config: TrainConfig, config_yaml: str, device: torch.device) -> st
         The backend of fastgrpo_kernels that serves the SDE step and the loss.
 
     Raises:
-        ValueError: The configuration does not suit this machine.
-        RuntimeError: The ranks do not agree; names those that differ.
+        ValueError: The configuration does not suit this machine, or the ranks do not agree; then it
+            names those that differ.
     """
     collectives.require_agreement("the configuration", config_yaml)
     check_sharding(config, device)

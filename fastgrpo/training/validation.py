@@ -160,10 +160,10 @@ def sample_validation(
             device=device,
             compute_dtype=compute_dtype,
         )
-        for sample in sample_videos(policy, rollout, share_first_step=cfg.share_first_step):
-            frames = decode(policy, sample.latents)
-            judge.submit(frames, sample.prompts, policy.fps)
-            for index, video in zip(sample.sample_indices, frames, strict=True):
+        for batch in sample_videos(policy, rollout, share_first_step=cfg.share_first_step):
+            frames = decode(policy, batch.latents)
+            judge.submit(frames, batch.prompts, policy.fps)
+            for index, video in zip(batch.sample_indices, frames, strict=True):
                 prompt, generation = divmod(index, cfg.num_generations)
                 if generation == 0 and begin + prompt < num_kept:
                     videos.append((video.nan_to_num() * 255).round().to(torch.uint8).cpu())
