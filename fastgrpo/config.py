@@ -112,6 +112,7 @@ class RolloutConfig:
         )
         _require_at_least(2, self, "rollout.", "num_inference_steps")
         _require_positive(self, "rollout.", "shift", "eta")
+        require(self.shift <= 1e6, "rollout.shift", "at most 1e6", self.shift)
         require(self.sde != "cps" or self.eta <= 1, "rollout.eta", "at most 1 for cps", self.eta)
         scale = self.guidance_scale
         require(math.isfinite(scale), "rollout.guidance_scale", "a finite number", scale)

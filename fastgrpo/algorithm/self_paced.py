@@ -205,6 +205,7 @@ def check_pacing(config: PacingConfig, num_stages: int) -> None:
     Raises:
         UserError: Lists everything that is wrong.
     """
+    require(num_stages >= 1, "reward.stages", "at least one stage", num_stages)
     accepted = {_num_thresholds(config.gate, num_stages)}
     if config.mode == "two_stage":
         accepted.add(_num_thresholds(config.gate, 2))
@@ -342,12 +343,15 @@ class Pacer:
         """Continue from `state_dict()`; with `competence: group` only check it.
 
         Raises:
-            UserError: The state belongs to a judge with another number of stages.
+            UserError: The state belongs to a judge with another number of stages, or is damaged.
         """
         K = self._num_stages
         require(state["num_stages"] == K, "pacer state", f"num_stages {K}", state["num_stages"])
         self._running = None
         if state["competence"] is not None and self._config.competence != "group":
+            for key in ("competence", "saturations"):
+                finite = len(state[key]) == K and all(map(math.isfinite, state[key]))
+                require(finite, f"pacer state: {key}", f"{K} finite numbers", state[key])
             self._running = GroupStatistics(tuple(state["competence"]), tuple(state["saturations"]))
 
 

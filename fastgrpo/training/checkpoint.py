@@ -178,7 +178,9 @@ def _newest_whole(folder: Path) -> str | None:
         try:
             verify(checkpoint)
         except ValueError as error:
-            logger.info(f"checkpoint {checkpoint.name} refused: {error}; trying the one before it")
+            logger.warning(
+                f"checkpoint {checkpoint.name} refused: {error}; trying the one before it"
+            )
             os.replace(checkpoint, _free_name(checkpoint))
             continue
         _point_latest(folder, checkpoint.name)

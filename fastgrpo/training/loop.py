@@ -103,7 +103,7 @@ def resume(trainer: Trainer, config_yaml: str) -> int | None:
     except ValueError as error:
         fail(error)
     if found is None:
-        logger.info(f"resume: no checkpoint in {folder} yet; starting over")
+        logger.warning(f"resume: no checkpoint in {folder} yet; starting over")
         return -1
     iteration, state = found
     trainer.load_tensors(tensors)
@@ -191,13 +191,13 @@ def conclude(trainer: Trainer, done: int, failed: bool) -> int:
     config, folder = trainer.config, trainer.config.run_folder
     command = run_folder.resume_command(folder)
     if failed:
-        logger.info(
+        logger.warning(
             f"stopped after iteration {done}: {reason_to_stop(trainer)}. The state is in "
             f"{folder}/checkpoints. After a change go on with: {command}"
         )
         return 1
     if done < config.iterations:
-        logger.info(
+        logger.warning(
             f"stopped by a signal after iteration {done}, with a checkpoint. Go on with: {command}"
         )
         return 0

@@ -111,7 +111,7 @@ def warn_of_idle_accumulation(config: TrainConfig) -> None:
     update, ranks = config.update, collectives.world_size()
     most = config.rollout.num_prompts // ranks * (update.num_best + update.num_worst)
     if update.gradient_accumulation > most:
-        logger.info(
+        logger.warning(
             f"note: update.gradient_accumulation is {update.gradient_accumulation}, but a rank "
             f"trains at most {most} videos an iteration, so gradients are scaled by "
             f"{most / update.gradient_accumulation:.2g}; with {ranks} processes give it {most}"

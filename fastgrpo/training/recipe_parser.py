@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -17,16 +17,17 @@ from fastgrpo.errors import fail, require
 from fastgrpo.files import PACKAGED
 
 RENAMED = {
-    r"fastgrpo\.policies\.shapes\b": "fastgrpo.shapes.policy",
-    r"fastgrpo\.rewards\.judge\b": "fastgrpo.rewards.vlm.judge",
-    r"fastgrpo\.rewards\.in_process\b": "fastgrpo.rewards.vlm.qwen",
-    r"fastgrpo\.rewards\.served\b": "fastgrpo.rewards.vlm.served",
-    r"fastgrpo\.rewards\.aesthetic\b": "fastgrpo.rewards.models.aesthetic",
-    r"fastgrpo\.rewards\.video_align\b": "fastgrpo.rewards.models.video_align",
-    r"\bheldout:": "validation:",
-    r"\bheldout\.txt\b": "validation.txt",
+    "fastgrpo.policies.shapes": "fastgrpo.shapes.policy",
+    "fastgrpo.rewards.judge": "fastgrpo.rewards.vlm.judge",
+    "fastgrpo.rewards.in_process": "fastgrpo.rewards.vlm.qwen",
+    "fastgrpo.rewards.served": "fastgrpo.rewards.vlm.served",
+    "fastgrpo.rewards.aesthetic": "fastgrpo.rewards.models.aesthetic",
+    "fastgrpo.rewards.video_align": "fastgrpo.rewards.models.video_align",
 }
-"""Names of version 0.1.0 in configurations, as patterns, and what they are called now."""
+"""Modules that a `class_path` of version 0.1 names, and where their classes are now."""
+HELDOUT_FILE = "fastgrpo/shapes/heldout.txt"
+GONE = ("transport", "guided", "backoff")
+"""Arguments of version 0.1's ServerEngine that there is no need for any more."""
 
 
 def parse_config(
@@ -91,14 +92,17 @@ def find_recipes(argv: Sequence[str]) -> list[str]:
 
 
 def _name_base_class(message: str) -> str:
-    """Say in our words that a class has the wrong base class."""
-    wrong = re.search(
-        r'key "(\w+)".*path (\S+) does not correspond to a subclass of (\w+)', message, re.DOTALL
+    """Say in our words that a class has the wrong base class; the innermost key is the one."""
+    found = re.findall(
+        r'key "([\w.]+)"|path (\S+) does not correspond to a subclass of (\w+)', message
     )
-    if wrong is None:
+    wrong = [(given, base) for _, given, base in found if given]
+    if not wrong:
         return message
-    key, given, base = wrong.groups()
-    return f"{key}: expected a subclass of fastgrpo.interfaces.{base}, got {given}"
+    key = ".".join(key for key, _, _ in found if key)
+    given, base = wrong[-1]
+    module = "fastgrpo.rewards.vlm.engine" if base == "Engine" else "fastgrpo.interfaces"
+    return f"{key}: expected a subclass of {module}.{base}, got {given}"
 
 
 class _Loader(yaml.SafeLoader):
@@ -116,10 +120,26 @@ class _Loader(yaml.SafeLoader):
 
 
 def _load_yaml(text: str) -> Any:
-    renamed = {found[0]: new for old, new in RENAMED.items() if (found := re.search(old, text))}
-    if renamed:
+    content = yaml.load(text, _Loader)
+    if mends := [*_names_of_version_01(content)]:
         raise yaml.YAMLError(
-            "this was written for an earlier version of fastgrpo; replace in it "
-            + ", ".join(f"{old} by {new}" for old, new in renamed.items())
+            f"this was written for an earlier version of fastgrpo: {', '.join(mends)}"
         )
-    return yaml.load(text, _Loader)
+    return content
+
+
+def _names_of_version_01(content: Any) -> Iterator[str]:
+    """What to change in a configuration of version 0.1; nothing for a current one."""
+    if not isinstance(content, dict):
+        return
+    module, _, _ = str(content.get("class_path", "")).rpartition(".")
+    if module in RENAMED:
+        yield f"replace {module} by {RENAMED[module]}"
+    if module == "fastgrpo.rewards.served" and isinstance(content.get("init_args"), dict):
+        yield from (f"remove {key}" for key in GONE if key in content["init_args"])
+    for key, value in content.items():
+        if key == "prompts" and isinstance(value, dict) and "heldout" in value:
+            yield "replace prompts.heldout by prompts.validation"
+        if value == HELDOUT_FILE:
+            yield f"replace {HELDOUT_FILE} by fastgrpo/shapes/validation.txt"
+        yield from _names_of_version_01(value)

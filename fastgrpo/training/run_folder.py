@@ -85,7 +85,11 @@ def open_log(
         project=tracking.project,
     ) as log:
         path = folder / "config.yaml"
-        if last_row is not None and path.exists() and path.read_text() != config_yaml:
+        if (
+            last_row is not None
+            and path.exists()
+            and path.read_text(encoding="utf-8") != config_yaml
+        ):
             # This resume changes the configuration: keep the one that made the rows so far.
             shutil.copyfile(path, folder / f"config.until_{max(last_row, 0):06d}.yaml")
         atomic_write_text(path, config_yaml)
@@ -103,7 +107,7 @@ def write_judge(path: Path, judge: dict[str, Any], resumed: bool) -> None:
         resumed: Whether the file is an earlier start's.
     """
     if resumed and path.exists():
-        for line in differences(json.loads(path.read_text()), judge):
+        for line in differences(json.loads(path.read_text(encoding="utf-8")), judge):
             logger.info(f"resume: the judge has changed since the last start: {line}")
     atomic_write_text(path, json.dumps(judge, indent=1) + "\n")
 
@@ -112,7 +116,9 @@ def log_changes(folder: Path, config_yaml: str) -> None:
     """Log each key whose value differs from that of the run's last start."""
     path = folder / "config.yaml"
     if path.exists():
-        for line in differences(yaml.safe_load(path.read_text()), yaml.safe_load(config_yaml)):
+        for line in differences(
+            yaml.safe_load(path.read_text(encoding="utf-8")), yaml.safe_load(config_yaml)
+        ):
             logger.info(f"resume: changed since the last start: {line}")
 
 

@@ -137,9 +137,10 @@ def load_judge(path: Path, device: torch.device) -> RewardModel:
     try:
         with contextlib.redirect_stderr(errors):
             reward = parse_config(["--config", str(path)])[0].reward
-        reward.load(device)
     except SystemExit:  # only the judge can be wrong: the rest was parsed before
         problem = errors.getvalue().strip()
+    try:
+        reward.load(device)
     except Exception as error:  # a judge's own loading may raise anything, of a file or a server
         problem = f"{type(error).__name__}: {error}"
     problems = [text for text in collectives.gather(problem) if text is not None]
@@ -237,7 +238,7 @@ def sample_with_scheduler(
             policy,
             [prompt],
             cfg,
-            seed=derive_seed(seed, "validation"),
+            seed=derive_seed(seed, "held out"),
             iteration=0,
             first_slot=slot,
             device=device,

@@ -154,7 +154,7 @@ def sample_validation(
             policy,
             own[begin : begin + together],
             cfg,
-            seed=derive_seed(seed, "validation"),
+            seed=derive_seed(seed, "held out"),
             iteration=0,
             first_slot=first + begin,
             device=device,

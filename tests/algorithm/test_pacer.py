@@ -246,3 +246,11 @@ def test_check_pacing_by_number_of_stages() -> None:
         check_pacing(pacing(mode=mode), 5)  # no gate, no threshold read
     with pytest.raises(ValueError, match=r"pacing\.mode: .* a judge of 1 stage, got 'two_stage'"):
         check_pacing(pacing(mode="two_stage", thresholds=()), 1)
+
+
+@pytest.mark.parametrize("damaged", [[0.5], [0.5, 0.5, float("nan")], [0.5, 0.5, float("inf")]])
+def test_a_damaged_state_is_refused(damaged: list[float]) -> None:
+    pacer = Pacer(PacingConfig(thresholds=(0.5, 0.5)), 3)
+    state = {"num_stages": 3, "competence": damaged, "saturations": [0.9, 0.9, 0.9]}
+    with pytest.raises(ValueError, match="pacer state: competence: expected 3 finite numbers"):
+        pacer.load_state_dict(state)

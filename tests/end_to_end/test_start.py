@@ -82,7 +82,8 @@ def test_a_run_folder_of_an_earlier_version(
     assert refused.code == 2
     (line,) = refused.err.splitlines()
     assert "earlier version" in line
-    assert "fastgrpo.policies.shapes by fastgrpo.shapes.policy, heldout: by validation:" in line
+    assert "replace fastgrpo.policies.shapes by fastgrpo.shapes.policy" in line
+    assert "replace prompts.heldout by prompts.validation" in line
     on = train(folder, "--iterations 2 --resume auto")
     assert on.code == 0
     assert "resume: going on after iteration 1" in on.out

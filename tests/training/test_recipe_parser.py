@@ -200,8 +200,18 @@ def test_help_and_print_config_end_with_code_0(
             [
                 "earlier version",
                 "fastgrpo.policies.shapes by fastgrpo.shapes.policy",
-                "heldout: by validation:",
+                "prompts.heldout by prompts.validation",
             ],
+        ),
+        (
+            "reward: {class_path: fastgrpo.rewards.judge.StageJudge, init_args: {engine: "
+            "{class_path: fastgrpo.rewards.served.ServerEngine, init_args: {transport: mp4}}}}",
+            ["fastgrpo.rewards.judge by fastgrpo.rewards.vlm.judge", "remove transport"],
+        ),
+        (
+            "reward: {class_path: fastgrpo.rewards.vlm.judge.StageJudge, init_args: {engine: "
+            "{class_path: fastgrpo.config.RolloutConfig}}}",
+            ["expected a subclass of fastgrpo.rewards.vlm.engine.Engine, got fastgrpo.config."],
         ),
         ("{", ["line 1"]),
         ("- 1\n", ["config"]),
@@ -262,5 +272,14 @@ def test_a_recipe_is_found_beside_the_package_too(
 
 
 def test_the_names_of_today_exist() -> None:
-    modules = [new for new in RENAMED.values() if new.startswith("fastgrpo.")]
+    modules = list(RENAMED.values())
     assert all(importlib.util.find_spec(module) for module in modules)
+
+
+def test_old_names_in_values_and_comments_are_no_old_configuration(
+    tmp_path: Path, parse: Callable[..., Any]
+) -> None:
+    """A user's own file may be called heldout.txt."""
+    text = "# heldout: a note on fastgrpo.rewards.judge\nprompts: {validation: my/heldout.txt}"
+    config, _, _ = parse(text)
+    assert config.prompts.validation == "my/heldout.txt"
