@@ -18,7 +18,7 @@ import jsonargparse
 import yaml
 
 from fastgrpo.errors import UserError, fail
-from fastgrpo.evaluation.score import JudgeLostError, ScoreOptions, score
+from fastgrpo.evaluation.score import ScoreOptions, score
 from fastgrpo.files import find_file
 
 
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         done, failed = score(ScoreOptions(**values), given)
     except (jsonargparse.ArgumentError, yaml.YAMLError, ValueError, TypeError, OSError) as error:
         fail(error)
-    except JudgeLostError as error:
+    except RuntimeError as error:  # of a judge: lost on the way, or out of memory
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 1
     print(done)

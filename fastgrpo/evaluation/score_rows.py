@@ -125,14 +125,15 @@ def pick(file: ScoreFile, rows: Sequence[ScoredRow], score: str) -> list[float]:
 def match_rows(files: Sequence[ScoreFile]) -> list[list[ScoredRow]]:
     """For each video that all files have, sorted by its name, its row in each file.
 
-    Videos are told apart by the name of the video file or, if that is not unique in a file, by path
-    and prompt. If any row has no video, they are told apart by the prompt.
+    Videos are told apart by the name of the video file or, if that is not unique in a file, by its
+    path, or else by path and prompt. If any row has no video, they are told apart by the prompt.
 
     Raises:
         UserError: A file has a video or a prompt twice, or no video is in all files.
     """
     kinds: list[Callable[[ScoredRow], Any]] = [
         lambda row: Path(row.video or "").name,
+        lambda row: row.video,
         lambda row: (row.video, row.prompt or ""),
     ]
     if any(row.video is None for file in files for row in file.rows):

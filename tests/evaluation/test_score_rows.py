@@ -165,6 +165,8 @@ def test_videos_are_matched_by_the_first_name_that_tells_them_apart() -> None:
     assert places(names) == [[1], [0], [2]]  # sorted
     paths = score_file(("/x/a.mp4", "p"), ("/y/a.mp4", "p"))
     assert places(paths, score_file(("/y/a.mp4", "p"), ("/z/a.mp4", "p"))) == [[1, 0]]
+    without = score_file(("/y/a.mp4", None), ("/x/a.mp4", None))
+    assert places(paths, without) == [[0, 1], [1, 0]]
     prompts = score_file(("a.mp4", "p"), ("a.mp4", "q"))
     assert places(prompts, score_file(("a.mp4", "q"))) == [[1, 0]]
     assert places(score_file((None, "p"), (None, "q")), score_file(("a.mp4", "q"))) == [[1, 0]]

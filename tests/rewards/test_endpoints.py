@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import email.utils
+import time
+
 import openai
 import pytest
 
@@ -11,6 +14,7 @@ from fastgrpo.rewards.vlm.endpoints import (
     EndpointPool,
     check_urls,
     direct_client,
+    is_loopback,
     read_key,
 )
 from fastgrpo.rewards.vlm.failures import (
@@ -200,11 +204,19 @@ def test_an_error_is_one_short_line_without_the_key() -> None:
     assert "sec" not in str(failure_of(status_error(500, cut), "http://a/v1", "secret"))
 
 
-def test_retry_after_is_a_number() -> None:
+def test_retry_after_is_a_number_or_a_date() -> None:
     for header, seconds in (("2.5", 2.5), ("3", 3.0), ("0", 0.0)):
         assert retry_after(header) == seconds
-    for header in ("-3", "", "soon", "nan", "inf", "1e9", "Wed, 21 Oct 2099 07:28:00 GMT"):
+    far = "Wed, 21 Oct 99999999999999999999 07:28:00 GMT"
+    past = "Wed, 21 Oct 2015 07:28:00 GMT"
+    for header in ("-3", "", "soon", "nan", "inf", "1e9", far, past):
         assert retry_after(header) == 0.0
+    date = email.utils.formatdate(time.time() + 60, usegmt=True)
+    assert 50 < retry_after(date) <= 60
+    busy = failure_of(status_error(503, headers={"Retry-After": date}), "http://a/v1", "")
+    assert isinstance(busy, TryAgain)
+    assert busy.pause
+    assert 50 < busy.pause <= 60
 
 
 def test_urls_have_a_path() -> None:
@@ -235,6 +247,24 @@ def test_urls_have_a_path() -> None:
 )
 def test_only_this_machine_is_reached_around_the_proxies(url: str, direct: bool) -> None:
     assert (direct_client(url) is not None) == direct
+
+
+@pytest.mark.parametrize(
+    ("host", "loopback"),
+    [
+        ("localhost", True),
+        ("127.0.0.1", True),
+        ("127.255.0.9", True),
+        ("::1", True),
+        ("0.0.0.0", False),  # every interface: others reach it
+        ("::", False),
+        ("192.168.0.1", False),
+        ("localhost.org", False),
+        ("", False),
+    ],
+)
+def test_an_address_of_this_machine_only(host: str, loopback: bool) -> None:
+    assert is_loopback(host) is loopback
 
 
 def test_a_key_is_read_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -200,6 +200,10 @@ def test_a_video_that_is_not_finite_is_never_shown() -> None:
     assert valid.tolist() == [False, True, False]
     assert {bright for bright, _, _ in judge.engine.asked} == {1.0}
     assert scores[0].tolist() == scores[2].tolist() == [0.0] * 3
+    judge.counters()
+    assert not judge.score(broken[[0, 2]], ["a cat"] * 2, 2.0)[1].any()
+    counts = {"answers": 0, "asked_again": 0, "no_number": 0, "requests": 3}
+    assert judge.counters() == counts  # all of them, also when there was nothing to ask
 
 
 def test_the_expected_answer_is_read_from_probabilities() -> None:

@@ -271,6 +271,17 @@ def test_a_judge_that_is_lost_stops_the_command(
     assert len(rows_of(out)) == GIVE_UP + 1
 
 
+def test_a_judge_that_breaks_at_the_start_is_one_line(
+    videos: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def describe(judge: StageJudge) -> None:
+        raise RuntimeError("out of\nmemory")
+
+    monkeypatch.setattr(StageJudge, "describe", describe)
+    assert run(videos) == 1
+    assert capsys.readouterr().err == "error: out of memory\n"
+
+
 def test_rows_that_are_there_are_kept(
     tmp_path: Path, videos: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

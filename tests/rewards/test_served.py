@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import json
@@ -226,6 +227,36 @@ def test_what_may_pass_is_tried_again(
     assert (url, others) == (server.url, [])
     assert error.startswith(f"{url}: ")
     assert re.search(words, error)
+
+
+def test_an_error_cancels_the_other_questions(
+    fake_endpoint: Any,
+    server_engine: Engines,
+    monkeypatch: pytest.MonkeyPatch,
+    random_clip: Clips,
+) -> None:
+    """Of the same clip and of the others; the caller sees the error itself."""
+    waiting, cancelled = asyncio.Semaphore(0), []
+
+    async def answer(engine: ServerEngine, video: Any, question: str, *rest: Any) -> Any:
+        if question == "fail":
+            await waiting.acquire()
+            await waiting.acquire()
+            raise KeyError(question)
+        if question.startswith("wait"):
+            waiting.release()
+            try:
+                await asyncio.sleep(60)
+            except asyncio.CancelledError:
+                cancelled.append(question)
+                raise
+        return Reply(question), None
+
+    monkeypatch.setattr(ServerEngine, "_question", answer)
+    judge = server_engine(fake_endpoint())
+    with pytest.raises(KeyError, match="fail"):
+        judge.ask([random_clip()] * 2, [["a", "fail", "wait 1"], ["wait 2"]], Decoding())
+    assert sorted(cancelled) == ["wait 1", "wait 2"]
 
 
 def test_retry_after_is_waited_for(

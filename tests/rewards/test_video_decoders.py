@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from written_videos import moving, write
 
+from fastgrpo.errors import UserError
 from fastgrpo.rewards.media import dali
 from fastgrpo.rewards.media.video_files import read_video
 
@@ -83,6 +84,14 @@ def test_where_dali_fails_auto_takes_pyav(
     assert read_video(path, every(4)).decoder.startswith("pyav")
     with pytest.raises(ValueError, match=r"DALI does not decode it: Assert failed$"):
         read_video(path, every(4), decoder="dali")
+
+
+def test_frames_of_another_size_from_dali_are_refused(
+    tmp_path: Path, fake_dali: list[list[int]]
+) -> None:
+    path = write(tmp_path / "a.webm", moving(height=32), "libvpx-vp9")
+    with pytest.raises(UserError, match=r"a\.webm: expected frames of 64 x 32, DALI made 64 x 48$"):
+        read_video(path, every(4))
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,10 @@ from __future__ import annotations
 
 import bisect
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import av
@@ -18,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from written_videos import Frames, moving, write
 
+from fastgrpo.rewards.media import video_files
 from fastgrpo.rewards.media.video_files import Limits, Video, constant_rate, read_video
 
 
@@ -411,6 +414,46 @@ def test_limits_are_kept_before_anything_is_decoded(
     )
     with pytest.raises(ValueError, match=message):
         pyav(path, limits=limits)
+
+
+def test_a_file_that_names_hours_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    """Cut off, so that to read it would end in another error."""
+    times = [*range(11), 8 * 36_000]
+    path = write(tmp_path / "a.mkv", moving(), "mjpeg", "yuvj420p", times=times)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(ValueError, match=r"too long: 36000\.\d s, max_seconds is 3600"):
+        pyav(path)
+
+
+def test_packets_without_times_have_the_nominal_rate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, open_file = write(tmp_path / "a.mp4", moving(), "libx264"), video_files._open
+
+    class Untimed:
+        """A container whose packets have lost their times."""
+
+        def __init__(self, container: Any) -> None:
+            self.container = container
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.container, name)
+
+        def demux(self, stream: Any) -> Iterator[Any]:
+            flags = {"is_corrupt": False, "is_discard": False}
+            for packet in self.container.demux(stream):
+                yield SimpleNamespace(size=packet.size, pts=None, dts=None, duration=None, **flags)
+
+    @contextmanager
+    def open_untimed(file: Path, limits: Limits) -> Iterator[tuple[Any, Any]]:
+        with open_file(file, limits) as (container, stream):
+            yield Untimed(container), stream
+
+    expected = pyav(path, every(5))
+    monkeypatch.setattr(video_files, "_open", open_untimed)
+    video = pyav(path, every(5))
+    assert (video.fps, video.num_frames) == (8.0, 12)
+    assert torch.equal(video.frames, expected.frames)
 
 
 def test_limits_are_positive() -> None:

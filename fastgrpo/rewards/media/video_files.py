@@ -250,6 +250,9 @@ def _scan(file: Path, limits: Limits) -> _Timeline:
     shown: list[tuple[int | None, int | None]] = []
     lengths, plain = [], True
     with _open(file, limits) as (container, stream):
+        declared = (container.duration or 0) / av.time_base
+        if declared > limits.max_seconds:  # before hours of packets are read
+            raise UserError(f"too long: {declared:.1f} s, max_seconds is {limits.max_seconds:g}")
         for packet in container.demux(stream):
             if not packet.size:  # the end
                 continue
@@ -263,11 +266,11 @@ def _scan(file: Path, limits: Limits) -> _Timeline:
             shown.append((packet.pts, packet.dts))
             lengths.append(packet.duration or 0)
         unit, nominal = float(stream.time_base), float(stream.average_rate or 0)
-        declared = (container.duration or 0) / av.time_base
         name, alone = container.format.name, len(container.streams) == 1
     stamps = next((column for column in zip(*shown, strict=True) if None not in column), ())
-    if not stamps:
-        raise UserError("its frames have no times")
+    if not stamps:  # then the file's own rate must do
+        times = [i / nominal if nominal else 0.0 for i in range(len(shown))]
+        return _Timeline(times, 0.0, nominal, plain)
     tail = lengths[stamps.index(max(stamps))] * unit
     times = sorted(stamp * unit for stamp in stamps)
     seconds = times[-1] - times[0] + tail
@@ -346,7 +349,11 @@ def _decode_with_dali(
         if fall_back:
             return None
         raise UserError(f"DALI does not decode it: {str(error).splitlines()[0]}") from error
-    assert frames.shape[2:] == (format.height, format.width)
+    if frames.shape[2:] != (format.height, format.width):
+        raise UserError(
+            f"expected frames of {format.width} x {format.height}, "
+            f"DALI made {frames.shape[3]} x {frames.shape[2]}"
+        )
     return frames
 
 

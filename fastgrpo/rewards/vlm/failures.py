@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import email.utils
 import re
+import time
 
 import openai
 
@@ -65,8 +67,13 @@ def failure_of(error: Exception, url: str, key: str) -> TryAgain | Refused:
 
 
 def retry_after(header: str) -> float:
-    """Seconds that a Retry-After header asks for; 0 for none, or for a date."""
-    return float(header) if re.fullmatch(r"\d{1,9}(\.\d+)?", header, re.ASCII) else 0.0
+    """Seconds that a Retry-After header asks for, as a number or as a date; 0 for neither."""
+    if re.fullmatch(r"\d{1,9}(\.\d+)?", header, re.ASCII):
+        return float(header)
+    try:
+        return max(email.utils.parsedate_to_datetime(header).timestamp() - time.time(), 0.0)
+    except (TypeError, ValueError, OverflowError):
+        return 0.0
 
 
 def _clean(error: str, url: str, key: str) -> str:

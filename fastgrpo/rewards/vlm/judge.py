@@ -140,10 +140,9 @@ class StageJudge(RewardModel):
 
     def answers(self, clips: Sequence[Clip], prompts: Sequence[str]) -> list[list[Reading]]:
         """The readings [B][K] of the judge's answers about B clips with these prompts."""
-        if not clips:
-            return []
         asked = [[ask_about(question, prompt) for question in self.questions] for prompt in prompts]
-        replies = self.engine.ask(clips, asked, self._greedy)
+        # Without clips, `ask` would check the engine instead.
+        replies = self.engine.ask(clips, asked, self._greedy) if clips else []
         readings = [[self._read(reply, 1) for reply in row] for row in replies]
         for attempt in range(2, self.attempts + 1):
             for clip, questions, row in zip(clips, asked, readings, strict=True):

@@ -10,7 +10,7 @@ import re
 import threading
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Collection, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
@@ -310,7 +310,7 @@ class ServerEngine(Engine):
         self._asking += 1
         asked = zip(clips, questions, strict=True)
         try:
-            return await asyncio.gather(*(self._ask_clip(*one, decoding) for one in asked))
+            return await _gather(self._ask_clip(*one, decoding) for one in asked)
         finally:
             self._asking -= 1
 
@@ -322,8 +322,8 @@ class ServerEngine(Engine):
                 return []
             video = await asyncio.to_thread(encode_clip, clip)
             first, home = await self._question(video, questions[0], decoding, None)
-            others = await asyncio.gather(
-                *(self._question(video, question, decoding, home) for question in questions[1:])
+            others = await _gather(
+                self._question(video, question, decoding, home) for question in questions[1:]
             )
             return [first, *(reply for reply, _ in others)]
 
@@ -472,3 +472,14 @@ class ServerEngine(Engine):
     def _count(self, name: str) -> None:
         with self._lock:
             self._counts[name] += 1
+
+
+async def _gather(works: Iterable[Coroutine[Any, Any, Result]]) -> list[Result]:
+    """The results, in order. If one raises, the others are cancelled and its error is raised."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(work) for work in works]
+    except ExceptionGroup as errors:
+        first = errors.exceptions[0]
+        raise first from first.__cause__
+    return [task.result() for task in tasks]
