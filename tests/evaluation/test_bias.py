@@ -27,6 +27,7 @@ from fastgrpo.evaluation.kappa import (
     directions,
     kappa,
     measure,
+    measure_all,
     typical,
 )
 
@@ -116,6 +117,18 @@ def test_near_zero_is_judged_by_all_scores_of_the_judge() -> None:
     assert math.isnan(
         measure([-10, 10.1, -10, 10.3], np.array([0, 0, 1, 1])).of_means
     )  # means 0.05 and 0.15 of scores of 10
+
+
+def test_all_partitions_by_hand() -> None:
+    """Scores 1, 3, 5, 7: means 2 and 6, or 3 and 5; each seed's κ stands in the order given."""
+    pairs, alternating = np.array([0, 0, 1, 1]), np.array([0, 1, 0, 1])
+    labels = {(2, 5): pairs, (2, 3): alternating, (1, 5): 0 * pairs, (1, 3): 0 * pairs}
+    scores = np.array([1.0, 3.0, 5.0, 7.0])
+    found = measure_all("first", scores, labels, seed=3)
+    assert found.score == "first"
+    assert {k: bias.means for k, bias in found.by_k.items()} == {2: [3, 5], 1: [4]}
+    assert found.by_seed == {2: pytest.approx([50, 25]), 1: [0, 0]}
+    assert found.band(2) == pytest.approx((25, 50))
 
 
 def test_planted_clusters_are_found_and_named_by_size() -> None:

@@ -22,6 +22,7 @@ from fastgrpo.evaluation.figures import (
     describe,
     draw,
     indexed_line,
+    new_figure,
 )
 
 
@@ -142,3 +143,15 @@ def test_six_colours_are_told_apart(cones: str) -> None:
         min(np.linalg.norm(lab(a) - lab(b)) for a, b in itertools.combinations(figures.COLORS, 2))
         > 15
     )
+
+
+@pytest.mark.parametrize("sharex", [False, True])
+def test_the_axes_of_a_new_figure_go_row_by_row(sharex: bool) -> None:
+    figure, axes = new_figure(2, 6.0, 4.0, columns=3, sharex=sharex)
+    assert figure.get_size_inches().tolist() == [6.0, 4.0]
+    figure.draw_without_rendering()
+    corners = [(-round(a.get_position().y0, 2), a.get_position().x0) for a in axes]
+    assert len(axes) == 6
+    assert corners == sorted(corners)
+    axes[0].set_xlim(3, 5)
+    assert (axes[5].get_xlim() == (3, 5)) == sharex

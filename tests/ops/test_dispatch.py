@@ -175,3 +175,17 @@ def test_the_kernels_can_be_imported_without_triton() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str([[[1.0] * 4] * 2])
+
+
+def test_a_triton_op_is_found_by_its_name() -> None:
+    """In the package's own namespace, and known to torch as changing none of its arguments."""
+
+    @dispatch.triton_op("doubled_in_a_test")
+    def doubled(x: Tensor) -> Tensor:
+        return 2 * x
+
+    op = dispatch.operation("triton", "doubled_in_a_test")
+    assert op is torch.ops.fastgrpo_kernels.doubled_in_a_test
+    assert not op.default._schema.is_mutable
+    assert op(torch.tensor([1.0, -3.0])).tolist() == [2.0, -6.0]
+    assert torch.equal(doubled(FLOAT64 + 1), FLOAT64 + 2)

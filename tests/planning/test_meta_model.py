@@ -13,8 +13,10 @@ from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
+from fastgrpo.config import PromptsConfig, RolloutConfig, TrainConfig
 from fastgrpo.distributed import sharding
 from fastgrpo.planning import memory, meta_model
+from fastgrpo.planning.meta_model import NotPlannableError
 from fastgrpo.shapes.policy import ShapesPolicy
 
 META = torch.device("meta")
@@ -158,3 +160,13 @@ def test_the_sums_of_costs_by_hand() -> None:
     work = memory.Work(linear=6.0, attention_forward=3.0, attention_backward=1.0)
     assert work.flop == 10.0
     assert work.bound == 10.0 / memory.MATMUL_RATE
+
+
+def test_a_policy_without_networks_on_the_meta_device(tiny_policy: Any, tiny_judge: Any) -> None:
+    """It cannot be planned, which is one line for a user; a run is not stopped by it."""
+    with pytest.raises(NotPlannableError, match="policy: TinyPolicy cannot be planned"):
+        meta_model.load_meta(tiny_policy())
+    assert issubclass(NotPlannableError, ValueError)
+    size = RolloutConfig(height=2, width=2, num_frames=2)
+    config = TrainConfig(tiny_policy(), tiny_judge(), PromptsConfig("-"), rollout=size)
+    memory.check_fits(config, gpu_memory_bytes=1.0, world_size=1)

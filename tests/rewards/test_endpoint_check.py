@@ -16,6 +16,7 @@ from fastgrpo.rewards.vlm.endpoint_check import (
     CHECKS,
     Finding,
     check_endpoint,
+    needed_checks,
     synthetic_clip,
 )
 from fastgrpo.rewards.vlm.engine import Decoding
@@ -187,3 +188,17 @@ def test_the_command_ends_with_one_line_for_what_is_no_endpoint(
         check_judge.main(["--endpoint", "http://127.0.0.1:9/v1", "--patience", "0.5"])
     assert ended.value.code == 2
     assert "expected a server" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("decoding", "more"),
+    [
+        (Decoding(), set()),
+        (Decoding(constrained=True), {"constraint"}),
+        (Decoding(probabilities=True), {"probabilities"}),
+        (EXPECTED, {"constraint", "probabilities"}),
+    ],
+)
+def test_a_judge_needs_what_its_answers_rely_on(decoding: Decoding, more: set[str]) -> None:
+    assert set(needed_checks(decoding)) == {"frames", "frame rate"} | more
+    assert set(needed_checks(decoding)) <= set(CHECKS)

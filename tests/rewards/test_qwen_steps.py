@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import itertools
 import re
+from pathlib import Path
 
 import torch
-from transformers import AttentionInterface
+from transformers import AttentionInterface, Qwen2_5_VLForConditionalGeneration
 
+from fastgrpo.rewards.media.frames import patches
 from fastgrpo.rewards.vlm import qwen_windows
 from fastgrpo.rewards.vlm.answers import NUMBER
-from fastgrpo.rewards.vlm.qwen_chat import NEXT_CHARACTERS, NUMBERS
-from fastgrpo.rewards.vlm.qwen_prefix import draw
+from fastgrpo.rewards.vlm.engine import Clip
+from fastgrpo.rewards.vlm.qwen_chat import NEXT_CHARACTERS, NUMBERS, read_chat
+from fastgrpo.rewards.vlm.qwen_prefix import compute_prefixes, draw
 
 
 def test_windows_of_one_length_at_once() -> None:
@@ -65,3 +68,30 @@ def test_draws_have_the_softmax_distribution() -> None:
     assert draw(logits[None], 0.0, grid[:1]).tolist() == [2]
     edges = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
     assert draw(logits.expand(2, -1), 1.0, edges).tolist() == [0, 4]
+
+
+@torch.no_grad()
+def test_prefixes_are_the_models_own_keys_and_values(qwen_folder: Path) -> None:
+    """Of two clips at once, each as the whole model computes it alone."""
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(qwen_folder).eval()
+    chat, pixels = read_chat(qwen_folder), torch.Generator().manual_seed(0)
+    frames = torch.randint(0, 256, (2, 4, 3, 84, 112), dtype=torch.uint8, generator=pixels)
+    clips = [Clip(each, 2.0) for each in frames]
+    prefixes = compute_prefixes(model, chat, clips, torch.device("cpu"))
+    tokens = 2 * 3 * 4  # 4 frames of 84 x 112: 2 pairs, in tokens of 28 x 28 pixels
+    ids = torch.tensor([[*chat.before, *[chat.video] * tokens, *chat.after]])
+    for clip, prefix in zip(clips, prefixes, strict=True):
+        whole = model(
+            input_ids=ids,
+            mm_token_type_ids=(ids == chat.video).int() * 2,
+            pixel_values_videos=patches(clip)[0],
+            video_grid_thw=torch.tensor([[2, 6, 8]]),
+            second_per_grid_ts=torch.tensor([1.0]),
+            use_cache=True,
+        ).past_key_values
+        assert len(prefix.layers) == len(whole.layers) == 3
+        for (keys, values), layer in zip(prefix.layers, whole.layers, strict=True):
+            torch.testing.assert_close(keys, layer.keys, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(values, layer.values, rtol=1e-4, atol=1e-5)
+        assert prefix.start == len(chat.before) + 4 + len(chat.after)  # 4: the video's longest side
+    assert not torch.equal(prefixes[0].layers[0][0], prefixes[1].layers[0][0])

@@ -11,18 +11,24 @@ from typing import Any
 
 import pytest
 import torch
+from fastgrpo_kernels import dispatch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastgrpo.config import (
     EvaluationConfig,
+    ParallelConfig,
     PromptsConfig,
     RolloutConfig,
     TrackingConfig,
     TrainConfig,
+    UpdateConfig,
 )
+from fastgrpo.distributed import collectives
+from fastgrpo.errors import UserError
 from fastgrpo.training.preflight import (
     check_attention,
     check_config,
+    check_job,
     checked_prompts,
     warn_of_idle_accumulation,
 )
@@ -151,3 +157,27 @@ def test_sdpa_kernel_is_for_all_threads() -> None:
     with sdpa_kernel(SDPBackend.MATH), ThreadPoolExecutor(1) as judge:
         assert not judge.submit(torch.backends.cuda.flash_sdp_enabled).result()
     assert torch.backends.cuda.flash_sdp_enabled()
+
+
+def test_a_job_names_its_backend_and_refuses_what_cannot_serve(
+    config: TrainConfig, one_rank: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatch, "FORCED", "reference")
+    assert check_job(config, "", one_rank) == "reference"
+    monkeypatch.setattr(dispatch, "FORCED", "cuda")
+    with pytest.raises(ValueError, match="'cuda' cannot serve this call: expected cuda tensors"):
+        check_job(config, "", one_rank)
+    monkeypatch.setattr(dispatch, "FORCED", None)
+    apex = UpdateConfig(optimizer="apex_fused_adam")
+    sharded = dataclasses.replace(config, update=apex, parallel=ParallelConfig(shard="full"))
+    with pytest.raises(ValueError, match=r"update\.optimizer: apex_fused_adam cannot"):
+        check_job(sharded, "", one_rank)
+
+
+def test_ranks_of_two_configurations_are_no_job(
+    config: TrainConfig, one_rank: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second rank's answer is put in its place; tests/distributed/test_collectives.py runs two."""
+    monkeypatch.setattr(collectives, "gather", lambda value, awaited: [value, "a: 2"])
+    with pytest.raises(UserError, match=r"the configuration: expected .* ranks \[1\] differ"):
+        check_job(config, "a: 1", one_rank)

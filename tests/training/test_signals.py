@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+from types import SimpleNamespace
 
 import pytest
 
 from fastgrpo.training import signals
-from fastgrpo.training.signals import stop_on_signals
+from fastgrpo.training.signals import PATIENCE, StopRequest, stop_on_signals
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -38,3 +39,18 @@ def test_signals_are_given_back_after_an_error() -> None:
     with pytest.raises(KeyError), stop_on_signals():
         raise KeyError
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_the_first_signal_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock of the test's own: a second signal does not restart the patience."""
+    now = 1000.0
+    monkeypatch.setattr(signals, "time", SimpleNamespace(monotonic=lambda: now))
+    stop = StopRequest()
+    assert not stop.must_abort_rollout()
+    stop.receive(signal.SIGTERM, None)
+    now += PATIENCE
+    assert stop.requested
+    assert not stop.must_abort_rollout()
+    stop.receive(signal.SIGINT, None)
+    now += 0.01
+    assert stop.must_abort_rollout()

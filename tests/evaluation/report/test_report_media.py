@@ -12,6 +12,7 @@ import pytest
 
 from fastgrpo.evaluation.report.report_media import (
     attachments,
+    data_url,
     sample_columns,
     videos_section,
 )
@@ -24,6 +25,16 @@ def record(folder: Path, label: str) -> RunRecord:
 
 def decoded(url: str) -> bytes:
     return base64.b64decode(url.partition(",")[2], validate=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("a.png", "image/png"), ("a.svg", "image/svg+xml"), ("a.mp4", "video/mp4")]
+)
+def test_a_url_is_the_file(tmp_path: Path, name: str, kind: str) -> None:
+    (tmp_path / name).write_bytes(bytes(range(256)))
+    url = data_url(tmp_path / name)
+    assert url.startswith(f"data:{kind};base64,")
+    assert decoded(url) == bytes(range(256))
 
 
 def test_what_stands_side_by_side(tmp_path: Path, add_samples: Callable[..., None]) -> None:

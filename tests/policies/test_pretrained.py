@@ -1,0 +1,58 @@
+"""What policies of diffusers' models share: sizes, padded texts, and whether there is a LoRA."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from diffusers import WanTransformer3DModel
+
+from fastgrpo.policies.hunyuan_video import HunyuanVideoPolicy
+from fastgrpo.policies.lora import LoRA, add_lora, has_lora
+from fastgrpo.policies.pretrained import Compression, DiffusersPolicy
+from fastgrpo.policies.wan import WanPolicy
+
+
+def test_compression_of_both_models(wan_folder: Path, hunyuan_folder: Path) -> None:
+    """As the papers give it: 4 frames and 8 x 8 pixels per latent, 1 x 2 x 2 latents per token."""
+    for policy, channels in (
+        (WanPolicy(str(wan_folder)), 16),
+        (HunyuanVideoPolicy(str(hunyuan_folder)), 4),
+    ):
+        got = policy.compression()
+        assert isinstance(got, Compression)
+        assert got._replace(patch=tuple(got.patch)) == (channels, 4, 8, (1, 2, 2))
+
+
+@pytest.mark.parametrize(
+    ("compression", "size", "shape"),
+    [
+        (Compression(4, 4, 8, (1, 2, 2)), (32, 48, 9), (4, 3, 4, 6)),
+        (Compression(3, 2, 5, (2, 1, 1)), (15, 35, 7), (3, 4, 3, 7)),
+    ],
+)
+def test_the_shape_of_a_latent_follows_from_the_compression(
+    compression: Compression, size: tuple[int, ...], shape: tuple[int, ...]
+) -> None:
+    policy: Any = SimpleNamespace(compression=lambda: compression)
+    assert DiffusersPolicy.latent_shape(policy, *size) == shape
+
+
+def test_texts_are_padded_with_zeros_to_one_length() -> None:
+    policy: Any = SimpleNamespace(max_sequence_length=3, _device=torch.device("cpu"))
+    rows = [torch.tensor([[1.0, 2.0]], dtype=torch.bfloat16), torch.ones(3, 2)]
+    got = DiffusersPolicy.padded(policy, rows)
+    assert got.dtype == torch.float32
+    assert got.tolist() == [[[1, 2], [0, 0], [0, 0]], [[1, 1]] * 3]
+
+
+def test_a_network_has_a_lora_once_it_is_added() -> None:
+    sizes = {"num_attention_heads": 2, "attention_head_dim": 12, "ffn_dim": 8, "num_layers": 1}
+    network = WanTransformer3DModel(in_channels=4, out_channels=4, text_dim=8, freq_dim=8, **sizes)
+    assert not has_lora(network)
+    add_lora(network, LoRA(rank=1), ("to_q",))
+    assert has_lora(network)
+    assert not has_lora(torch.nn.Linear(1, 1))
