@@ -177,7 +177,7 @@ def test_a_job_names_its_backend_and_refuses_what_cannot_serve(
 def test_ranks_of_two_configurations_are_no_job(
     config: TrainConfig, one_rank: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The second rank's answer is put in its place; tests/distributed/test_collectives.py runs two."""
+    """The second rank's value is a stand-in; tests/distributed/test_collectives.py runs two."""
     monkeypatch.setattr(collectives, "gather", lambda value, awaited: [value, "a: 2"])
     with pytest.raises(UserError, match=r"the configuration: expected .* ranks \[1\] differ"):
         check_job(config, "a: 1", one_rank)
