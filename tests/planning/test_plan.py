@@ -19,7 +19,8 @@ from transformers import Qwen2_5_VLConfig
 from benchmarks.judge import CONFIGS
 from fastgrpo.cli import plan
 from fastgrpo.config import ParallelConfig, PromptsConfig, RolloutConfig, TrainConfig, UpdateConfig
-from fastgrpo.planning import memory, meta_model, report
+from fastgrpo.planning import memory, meta_model
+from fastgrpo.planning.plan import Cluster, memory_table, settings_table
 from fastgrpo.policies.hunyuan_video import HunyuanVideoPolicy
 from fastgrpo.policies.lora import LoRA
 from fastgrpo.policies.wan import WanPolicy
@@ -230,7 +231,7 @@ def test_states_are_divided_by_the_ranks_that_share_them(
     parts = memory.memory(config, counts, offloaded, 8)["update"]
     assert parts["fp32 weights"] == parts["gradients"] == parts["Adam"] == 0
     cfg = dataclasses.replace(config, parallel=offloaded)
-    table = report.memory_table(cfg, counts, offloaded, 8)
+    table = memory_table(cfg, counts, offloaded, 8)
     assert f"and {2 * n / 1e9:.2f} GB of the host's memory" in table
     kept = memory.memory(config, counts, ParallelConfig(shard="full", keep_gathered=True), 8)
     assert kept["rollout"]["gathered weights"] == kept["decode"]["gathered weights"] == 2 * n
@@ -329,8 +330,8 @@ def test_the_embedded_recipe_is_planned_from_the_command_line() -> None:
 
 def test_where_nothing_fits_the_plan_says_so(shapes: tuple[TrainConfig, memory.Counts]) -> None:
     config, counts = shapes
-    cluster = report.Cluster(gpu_memory=memory.RESERVE + 1e3, world_size=1, gpus_per_node=8)
-    lines = report.settings_table(config, counts, cluster).splitlines()
+    cluster = Cluster(gpu_memory=memory.RESERVE + 1e3, world_size=1, gpus_per_node=8)
+    lines = settings_table(config, counts, cluster).splitlines()
     assert lines[-1].startswith("nothing fits")
     assert len(lines) == 2 + 6 + 2
     assert all(line.endswith("  -") for line in lines[2:-2])
