@@ -12,21 +12,12 @@ from typing import Any
 import pytest
 import torch
 from tiny_wan import CPU, TinyWan, digest, make_trainer, state_of, without_times
-from torch import nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
 
-from fastgrpo.config import ParallelConfig
 from fastgrpo.distributed.sharding import (
     attention_operators,
-    blocks_of,
-    full_state_dict,
     gathered,
-    place,
-    prepare,
-    recompute,
-    shards,
 )
 from fastgrpo.training import checkpoint
 from fastgrpo.training.step import RolloutInterrupted
@@ -251,54 +242,6 @@ def test_compiled_blocks(trainer: Any, monkeypatch: pytest.MonkeyPatch, shard: s
     assert_close(state_of(one), state_of(eager), "optimizer/*exp_avg", 1e-5)
 
 
-def test_blocks_are_found_and_a_network_without_any_is_one(tiny_policy: Any) -> None:
-    network = TinyWan().transformer
-    assert blocks_of(network) == [*network.blocks]
-    plain = tiny_policy().transformer
-    assert blocks_of(plain) == [plain]
-    prepare(plain, ParallelConfig(activations="full"), CPU, torch.float32)
-    inputs = torch.ones(2, 3, 2, 2, 2), torch.ones(2), torch.ones(2, 2, 4)
-    expected = tiny_policy().transformer
-    for got in (plain, expected):
-        got(*inputs).square().sum().backward()
-    assert all(
-        torch.equal(p.grad, q.grad)
-        for p, q in zip(plain.parameters(), expected.parameters(), strict=True)
-    )
-    with torch.no_grad():
-        assert torch.equal(plain(*inputs), expected(*inputs))
-
-
-def test_recomputation_runs_the_forward_that_the_block_has(tiny_policy: Any) -> None:
-    """Also one that was put there, as the fused blocks' are."""
-    block = tiny_policy().transformer
-    own, calls = block.forward, []
-    block.forward = lambda *args: calls.append(len(args)) or own(*args)
-    recompute(block, keep_attention=False)
-    out = block(torch.ones(1, 3, 2, 2, 2), torch.ones(1), torch.ones(1, 2, 4))
-    out.sum().backward()
-    assert calls == [3, 3]
-
-
-def test_what_shard_comes_to(monkeypatch: pytest.MonkeyPatch) -> None:
-    gpu = torch.device("cuda")
-    for world, (on_cpu, on_gpu) in {"1": (False, False), "4": (False, True)}.items():
-        monkeypatch.setenv("WORLD_SIZE", world)
-        assert (shards(ParallelConfig(), CPU), shards(ParallelConfig(), gpu)) == (on_cpu, on_gpu)
-        assert shards(ParallelConfig(shard="full"), CPU)
-        assert not shards(ParallelConfig(shard="none"), gpu)
-    assert shards(ParallelConfig(replicas=2), gpu)
-    with pytest.raises(
-        ValueError, match=r"parallel\.replicas: expected a divisor of the 4 processes, got 3"
-    ):
-        shards(ParallelConfig(replicas=3), gpu)
-    for wrong in ({"replicas": 2}, {"cpu_offload": True}):
-        with pytest.raises(
-            ValueError, match=rf"parallel\.{next(iter(wrong))}: needs sharding.*parallel\.shard"
-        ):
-            shards(ParallelConfig(**wrong), CPU)  # type: ignore[arg-type]
-
-
 def test_leaving_a_rollout_changes_nothing(trainer: Any) -> None:
     one, other = trainer(update=EXTRAS), trainer(update=EXTRAS)
     for each in (one, other):
@@ -500,18 +443,3 @@ def test_a_checkpoint_goes_from_one_rank_to_two_and_back(
         assert digest(state_of(again)) == digest(state_of(begun[name]))
         for key in ("reward", "reward_std", "kl", "grad_norm", "loss"):
             assert first[name][1][key] == pytest.approx(expected[key], rel=1e-4, abs=1e-7), key
-
-
-def test_place_leaves_what_is_sharded(one_rank: Any) -> None:
-    network = TinyWan().transformer
-    prepare(network, ParallelConfig(shard="full"), CPU, torch.float32)
-    assert isinstance(network, FSDPModule)
-    assert all(isinstance(block, FSDPModule) for block in network.blocks)
-    before = full_state_dict(network)
-    place(network, CPU)
-    after = full_state_dict(network)
-    assert all(torch.equal(before[name], after[name]) for name in before)
-    linear = nn.Linear(2, 2, device="meta").requires_grad_(False)
-    place(linear, CPU)
-    assert linear.weight.device == CPU
-    assert not linear.weight.requires_grad
