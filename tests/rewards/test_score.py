@@ -270,7 +270,7 @@ def test_a_judge_that_is_lost_stops_the_command(
 
     files = (str(tmp_path / "list.txt"), str(tmp_path / "p.txt"), str(tmp_path / "library.jsonl"))
     with pytest.raises(JudgeLostError, match="16 videos in a row got no reply"):
-        score(ScoreOptions(*files, StageJudge(GreyEngine("silent")), device="cpu"))
+        score(ScoreOptions(*files, StageJudge(GreyEngine("silent")), "cpu", batch_size=1))
 
 
 def test_a_judge_that_breaks_at_the_start_is_one_line(
