@@ -152,7 +152,7 @@ def test_a_forward_frees_what_it_gathered_and_leaves_its_inputs_alone(trainer: A
 def test_other_weights_reach_a_network_that_is_gathered(trainer: Any) -> None:
     """What is gathered in bf16 is dropped; the fp32 shards are exchanged, without a bit lost."""
     one, other = (trainer(shard="full", dtype=torch.bfloat16, seed=seed) for seed in (0, 1))
-    network, weights = one.policy.transformer, copy_weights(other.trained)
+    network, weights = one.policy.transformer, copy_weights(other.trainable)
     with (
         torch.no_grad(),
         gathered(network, True),
@@ -163,7 +163,7 @@ def test_other_weights_reach_a_network_that_is_gathered(trainer: Any) -> None:
             assert torch.equal(network(*INPUTS).sample, expected)
         assert torch.equal(network(*INPUTS).sample, before)
     assert not torch.equal(before, expected)
-    for name, kept in copy_weights(other.trained).items():
+    for name, kept in copy_weights(other.trainable).items():
         assert torch.equal(weights[name], kept)
 
 
