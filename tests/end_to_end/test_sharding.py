@@ -15,10 +15,7 @@ from tiny_wan import CPU, TinyWan, digest, make_trainer, state_of, without_times
 from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
 
-from fastgrpo.distributed.sharding import (
-    attention_operators,
-    gathered,
-)
+from fastgrpo.distributed.sharding import attention_operators, gathered
 from fastgrpo.training import checkpoint
 from fastgrpo.training.step import RolloutInterrupted
 from fastgrpo.training.weights import copy_weights, using_weights
