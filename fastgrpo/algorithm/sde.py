@@ -18,7 +18,7 @@ NUM_TRAIN_TIMESTEPS = 1000
 
 
 @dataclass(frozen=True)
-class _SDECoefficients:
+class SDECoefficients:
     """x' = a x + b v + std eps for each of the N steps.
 
     Attributes:
@@ -67,7 +67,7 @@ def timesteps(sigmas: Tensor, rounding: str = "trunc") -> Tensor:
     return torch.floor(scaled + 1e-9) if rounding == "trunc" else scaled
 
 
-def sde_coefficients(sigmas: Tensor, kind: str = "dance", eta: float = 0.5) -> _SDECoefficients:
+def sde_coefficients(sigmas: Tensor, kind: str = "dance", eta: float = 0.5) -> SDECoefficients:
     """The coefficients of one sampler over a schedule.
 
     Samplers (docs/method.md, section 1):
@@ -91,7 +91,7 @@ def sde_coefficients(sigmas: Tensor, kind: str = "dance", eta: float = 0.5) -> _
     if kind == "cps":
         return _coefficient_preserving(sigma, sigmas[1:], eta)
     if kind == "ode":
-        return _SDECoefficients(
+        return SDECoefficients(
             torch.ones_like(step), -step, torch.zeros_like(step), normalized=True
         )
     if kind == "dance":
@@ -104,18 +104,18 @@ def sde_coefficients(sigmas: Tensor, kind: str = "dance", eta: float = 0.5) -> _
     return _euler_maruyama(sigma, step, noise_level)
 
 
-def _euler_maruyama(sigma: Tensor, step: Tensor, noise_level: Tensor) -> _SDECoefficients:
+def _euler_maruyama(sigma: Tensor, step: Tensor, noise_level: Tensor) -> SDECoefficients:
     """One Euler-Maruyama step of Eq. 2, dx = (v - sigma_t^2 score / 2) dsigma + sigma_t dw.
 
     The score follows from the velocity: -(x + (1 - sigma) v) / sigma.
     """
     drift = noise_level**2 * step / (2.0 * sigma)
-    return _SDECoefficients(
+    return SDECoefficients(
         1.0 - drift, -step - drift * (1.0 - sigma), noise_level * torch.sqrt(step), normalized=True
     )
 
 
-def _coefficient_preserving(sigma: Tensor, sigma_next: Tensor, eta: float) -> _SDECoefficients:
+def _coefficient_preserving(sigma: Tensor, sigma_next: Tensor, eta: float) -> SDECoefficients:
     """x' = (1 - sigma') x0 + sqrt(sigma'^2 - std^2) x1 + std eps.
 
     With x0 = x - sigma v and x1 = x + (1 - sigma) v.
@@ -123,7 +123,7 @@ def _coefficient_preserving(sigma: Tensor, sigma_next: Tensor, eta: float) -> _S
     std = sigma_next * math.sin(0.5 * math.pi * eta)
     kept = sigma_next * math.cos(0.5 * math.pi * eta)
     a, b = (1.0 - sigma_next) + kept, -sigma * (1.0 - sigma_next) + kept * (1.0 - sigma)
-    return _SDECoefficients(a, b, std, normalized=False)
+    return SDECoefficients(a, b, std, normalized=False)
 
 
 def x0_prediction(latents: Tensor, velocity: Tensor, sigma: float | Tensor) -> Tensor:

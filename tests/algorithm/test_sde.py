@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastgrpo.algorithm.sde import (
+    SDECoefficients,
     sde_coefficients,
     sigma_schedule,
     timesteps,
@@ -123,6 +124,7 @@ def test_table_layout() -> None:
     sigmas = sigma_schedule(16, 5.0)
     for kind, eta in PUBLISHED:
         table = sde_coefficients(sigmas, kind, eta)
+        assert isinstance(table, SDECoefficients)
         assert table.normalized == (kind != "cps")
         for column in (table.a, table.b, table.std):
             assert column.dtype == torch.float64
