@@ -91,7 +91,7 @@ def resume(trainer: Trainer, config_yaml: str) -> int | None:
         Its iteration; -1 if a used folder has no checkpoint yet, None for a new run.
 
     Raises:
-        SystemExit: Every checkpoint is damaged, or of another network.
+        SystemExit: Every checkpoint is damaged, or belongs to another network or judge.
     """
     config, folder = trainer.config, trainer.config.run_folder
     if config.resume == "never" or not run_folder.is_used(folder):
@@ -100,14 +100,14 @@ def resume(trainer: Trainer, config_yaml: str) -> int | None:
     tensors = trainer.tensors()
     try:
         found = checkpoint.load(folder / "checkpoints", tensors)
+        if found is None:
+            logger.warning(f"resume: no checkpoint in {folder} yet; starting over")
+            return -1
+        iteration, state = found
+        trainer.load_state_dict(state)
+        trainer.load_tensors(tensors)
     except ValueError as error:
         fail(error)
-    if found is None:
-        logger.warning(f"resume: no checkpoint in {folder} yet; starting over")
-        return -1
-    iteration, state = found
-    trainer.load_tensors(tensors)
-    trainer.load_state_dict(state)
     logger.info(f"resume: going on after iteration {iteration}")
     return iteration
 
