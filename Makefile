@@ -17,10 +17,10 @@ train: .venv/ready
 	$(BIN)/torchrun --standalone --nproc-per-node $(NPROC) fastgrpo/train.py --config $(RECIPE) $(ARGS)
 
 test: .venv/ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" $(ARGS)
 
 test-full: .venv/ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m slow --timeout 1800 $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m slow --timeout 1800 $(ARGS)
 
 # DALI is large (200 MB to fetch, 700 MB installed): apart from the ordinary packages. The import fails where the tests would only skip.
 test-dali: .venv/dali/ready

@@ -53,9 +53,9 @@ def test_the_pool_hides_its_wrong_captions() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1])
-def test_making_the_checkpoint_again_gives_the_same_quality(tmp_path: Path, seed: int) -> None:
-    pretrain.main(["--output", str(tmp_path), "--seed", str(seed)])
+def test_making_the_checkpoint_again_gives_the_same_quality(tmp_path: Path) -> None:
+    """By another seed: it is the recipe, not one lucky draw, that gives it."""
+    pretrain.main(["--output", str(tmp_path), "--seed", "1"])
     again, shipped = ShapesPolicy(str(tmp_path)), ShapesPolicy()
     again.load(CPU)
     shipped.load(CPU)
