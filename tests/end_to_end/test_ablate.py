@@ -402,7 +402,7 @@ def test_processes_of_its_own(
     listed, _ = run_ablate(folder, *asked, "--list", "--launcher", shlex.quote(sys.executable))
     (line,) = listed.out.splitlines()
     done = subprocess.run(
-        line, shell=True, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120
+        line, shell=True, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=400
     )
     assert done.returncode == 0, done.stderr
     assert_same_end(folder / "self_paced_seed1", matrix[1] / "self_paced_seed1")

@@ -258,7 +258,7 @@ def test_killed_while_it_writes(
         [sys.executable, "-c", HALF_WRITTEN, *argv, str(out)],
         env=environment,
         capture_output=True,
-        timeout=120,
+        timeout=400,
     )
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert len(contents(out)) == 6

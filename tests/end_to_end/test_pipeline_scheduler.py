@@ -84,7 +84,7 @@ def test_the_pipelines_scheduler_makes_the_pipelines_video(
         else {"guidance_scale": 6.0}
     )
     for slot, prompt in enumerate(PROMPTS[:2]):
-        seed = derive_seed(derive_seed(7, "validation"), "first", 0, slot, 0)
+        seed = derive_seed(derive_seed(7, "held out"), "first", 0, slot, 0)
         noise = gaussian_noise(torch.tensor([seed]), 0, policy.latent_shape(32, 32, 5), one_rank)
         size = {
             "height": 32,

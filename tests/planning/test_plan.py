@@ -308,7 +308,7 @@ def test_the_embedded_recipe_is_planned_from_the_command_line() -> None:
         "--world_size",
         "2",
     ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert "shapes on 2 GPU(s): 8 frames of 16 x 16, 4 prompts x 16 videos" in lines[0]
