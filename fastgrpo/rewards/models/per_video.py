@@ -4,6 +4,7 @@ frames and pixels as files have them.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,9 +28,9 @@ class PerVideoReward(RewardModel):
 
     loaded: tuple[Any, Any, torch.device] | None = None
 
+    @abstractmethod
     def score_one(self, video: Tensor, prompt: str, fps: float) -> Tensor:
         """Raw scores [len(component_names)] of one video [T, 3, H, W]."""
-        raise NotImplementedError
 
     def score(self, videos: Tensor, prompts: Sequence[str], fps: float) -> tuple[Tensor, Tensor]:
         """Stage scores [B, K] float64 in [0, 1] and validity [B], as `rewards` and `components`."""
