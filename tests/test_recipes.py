@@ -5,16 +5,20 @@ and nothing else.
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from fastgrpo.algorithm.self_paced import check_pacing
+from fastgrpo.algorithm.self_paced import GroupStatistics, Pacer, check_pacing
 from fastgrpo.config import TrainConfig
 from fastgrpo.policies.hunyuan_video import HunyuanVideoPolicy
 from fastgrpo.policies.wan import WanPolicy
+from fastgrpo.rewards.models.video_align import VideoAlign
+from fastgrpo.rewards.models.video_align_files import REWARD_TOKENS
 from fastgrpo.rewards.vlm.judge import StageJudge
 from fastgrpo.rewards.vlm.qwen import TransformersEngine
 from fastgrpo.rewards.vlm.served import ServerEngine
@@ -211,20 +215,52 @@ def test_all_files_are_covered_here() -> None:
     assert {path.stem for path in RECIPES.glob("*.yaml")} == known
 
 
-@pytest.mark.parametrize("mode", [*ABLATIONS, "static"])
+@pytest.mark.parametrize("mode", ABLATIONS)
 @pytest.mark.parametrize("name", [*REAL, "shapes"])
 def test_modes_are_overlays_that_change_the_mode_alone(name: str, mode: str) -> None:
-    base, overlaid = (
-        parse(name),
-        parse(name, "dancegrpo" if mode == "static" else f"ablation_{mode}"),
-    )
+    base, overlaid = parse(name), parse(name, f"ablation_{mode}")
     assert overlaid.pacing == dataclasses.replace(base.pacing, mode=mode)  # type: ignore[arg-type]
     assert flatten(overlaid) == flatten(base) | {"pacing.mode": mode}
     check_pacing(overlaid.pacing, 3)
 
 
-def test_the_baseline_takes_a_judge_of_one_score() -> None:
-    check_pacing(parse("wan2.1_t2v_1.3b", "dancegrpo").pacing, 1)
+@pytest.mark.parametrize("name", REAL)
+def test_the_baseline_is_dancegrpo(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """VideoAlign's visual quality is the reward, and nothing but reward and pacing changes."""
+    monkeypatch.chdir(tmp_path)
+    Path("prompt_template.py").write_text(
+        f"PROMPT = {''.join((*REWARD_TOKENS, '{text_prompt}'))!r}\n"
+    )
+    config = parse(name, "dancegrpo", reward=[])
+    assert isinstance(config.reward, VideoAlign)
+    pacer = Pacer(config.pacing, len(config.reward.stages))
+    weights = pacer.weights(GroupStatistics((0.5,) * 3, (0.5,) * 3))
+    assert dict(zip(config.reward.stages, weights, strict=True)) == {
+        "visual_quality": 1.0,
+        "motion_quality": 0.0,
+        "text_alignment": 0.0,
+    }
+    base = parse(name)
+    assert (
+        dataclasses.replace(config, reward=base.reward, pacing=base.pacing, policy=base.policy)
+        == base
+    )
+    assert config.pacing == dataclasses.replace(base.pacing, mode="static", static_stage=1)
+    assert vars(config.policy) == vars(base.policy)
+
+
+def test_without_videoaligns_prompt_the_baseline_says_where_it_is(tmp_path: Path) -> None:
+    """As a user of the command line meets it: one line, and no run folder."""
+    command = ["--config", str(RECIPES / "wan2.1_t2v_1.3b.yaml")]
+    command += ["--config", str(RECIPES / "dancegrpo.yaml")]
+    train = [sys.executable, "-m", "fastgrpo", "train", *command]
+    refused = subprocess.run(train, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert refused.returncode == 2
+    assert "prompt_template.py" in refused.stderr.splitlines()[-1]
+    assert "Traceback" not in refused.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", REAL)

@@ -46,7 +46,9 @@ def sigma_schedule(num_steps: int, shift: float) -> Tensor:
     assert num_steps >= 1
     assert 0 < shift < math.inf
     t = torch.linspace(1.0, 0.0, num_steps + 1, dtype=torch.float64)
-    return shift * t / (1.0 + (shift - 1.0) * t)
+    sigmas = shift * t / (1.0 + (shift - 1.0) * t)
+    sigmas[0] = 1.0  # shift / (1 + (shift - 1)) is an ulp off for some shifts
+    return sigmas
 
 
 def timesteps(sigmas: Tensor, rounding: str = "trunc") -> Tensor:

@@ -194,13 +194,23 @@ def _num_thresholds(gate: str, num_stages: int) -> int:
     return num_stages - 1 if gate == "difference" else num_stages
 
 
+def gated_thresholds(config: PacingConfig, num_stages: int) -> tuple[float, ...]:
+    """The thresholds that a judge of `num_stages` stages is compared with, of the first stages in
+    order; none where the mode, or a judge of one stage, has no gate.
+    """
+    if num_stages == 1 or config.mode not in ("self_paced", "two_stage"):
+        return ()
+    num_paced = 2 if config.mode == "two_stage" else num_stages
+    return tuple(config.thresholds[: _num_thresholds(config.gate, num_paced)])
+
+
 def check_pacing(config: PacingConfig, num_stages: int) -> None:
     """Check the `pacing` section for a judge of `num_stages` stages.
 
     `self_paced` takes K - 1 thresholds with the difference gate and K with the literal one.
     `two_stage` uses the first one or two; a list of just those is accepted too. The other modes
-    have no gate. They accept any number of thresholds, so that an ablation changes nothing but
-    `mode`.
+    have no gate, nor has a judge of one stage. They accept any number of thresholds, so that an
+    ablation changes nothing but `mode`.
 
     Raises:
         UserError: Lists everything that is wrong.
@@ -209,7 +219,7 @@ def check_pacing(config: PacingConfig, num_stages: int) -> None:
     accepted = {_num_thresholds(config.gate, num_stages)}
     if config.mode == "two_stage":
         accepted.add(_num_thresholds(config.gate, 2))
-    paced = config.mode in ("self_paced", "two_stage")
+    paced = num_stages > 1 and config.mode in ("self_paced", "two_stage")
     counts = " or ".join(map(str, sorted(accepted)))
     setting = f"mode {config.mode}, gate {config.gate}, {num_stages} stages"
     enough = config.mode != "two_stage" or num_stages >= 2
@@ -313,7 +323,7 @@ class Pacer:
         observed.
         """
         config, K = self._config, self._num_stages
-        if config.mode == "joint":
+        if config.mode == "joint" or K == 1:
             return (1.0 / K,) * K
         if config.mode in ("one_stage", "static"):
             chosen = 1 if config.mode == "one_stage" else config.static_stage or K
@@ -325,7 +335,7 @@ class Pacer:
         gates = gate(
             seen.means[:num_paced],
             seen.saturations[:num_paced],
-            config.thresholds[: _num_thresholds(config.gate, num_paced)],
+            gated_thresholds(config, K),
             config.gate_temperature,
             config.sparsity_weight,
         )

@@ -17,6 +17,7 @@ from fastgrpo.algorithm.self_paced import (
     check_pacing,
     gate_difference,
     gate_literal,
+    gated_thresholds,
     stage_weights,
 )
 from fastgrpo.config import PacingConfig
@@ -190,7 +191,8 @@ def test_two_stage_paces_the_first_two_alone(gate: str, full: Any, own: Any, fun
 
 
 @pytest.mark.parametrize("mode", ["self_paced", "one_stage", "joint", "static"])
-@pytest.mark.parametrize(("gate", "thresholds"), [("difference", ()), ("literal", (0.5,))])
+@pytest.mark.parametrize("gate", ["difference", "literal"])
+@pytest.mark.parametrize("thresholds", [(), (0.5,), SHAPES_THRESHOLDS])  # of the recipe: not read
 def test_one_stage_alone_has_all_the_weight(
     mode: str, gate: str, thresholds: tuple[float, ...]
 ) -> None:
@@ -238,6 +240,17 @@ def test_check_pacing_refuses(changes: dict[str, Any], message: str) -> None:
         check_pacing(pacing(**changes), 3)
     with pytest.raises(ValueError, match=message):
         Pacer(pacing(**changes), 3)
+
+
+def test_thresholds_that_a_gate_reads() -> None:
+    literal = {"gate": "literal", "thresholds": (0.5, 0.4, 0.3)}
+    assert gated_thresholds(pacing(), 3) == SHAPES_THRESHOLDS
+    assert gated_thresholds(pacing(**literal), 3) == (0.5, 0.4, 0.3)
+    assert gated_thresholds(pacing(mode="two_stage"), 3) == SHAPES_THRESHOLDS[:1]
+    assert gated_thresholds(pacing(mode="two_stage", **literal), 3) == (0.5, 0.4)
+    for mode in ("one_stage", "joint", "static"):
+        assert gated_thresholds(pacing(mode=mode), 3) == ()
+    assert gated_thresholds(pacing(), 1) == ()
 
 
 def test_check_pacing_by_number_of_stages() -> None:

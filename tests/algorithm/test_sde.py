@@ -225,6 +225,15 @@ def test_schedule_and_timesteps_equal_exact_fractions(num_steps: int, shift: int
     )
 
 
+@pytest.mark.parametrize("shift", [0.1, 0.2, 0.42, 0.43, 1e-6, 1e6])
+def test_any_shift_begins_at_one_exactly(shift: float) -> None:
+    """shift / (1 + (shift - 1)) is 1 + 2e-16 for 0.2, and 1 - 1e-16 for others."""
+    sigmas = sigma_schedule(16, shift)
+    assert sigmas[0] == 1.0
+    assert bool((sigmas[:-1] > sigmas[1:]).all())
+    assert bool((sde_coefficients(sigmas, "flow").std[:-1] < 1.0).all())
+
+
 def test_timesteps_by_hand() -> None:
     sigmas = sigma_schedule(16, 5.0)
     truncated = timesteps(sigmas, "trunc")

@@ -105,8 +105,10 @@ class VideoAlign(PerVideoReward):
         dtype: Of weights and arithmetic; the published scores are in bf16.
         attention: Of transformers: sdpa, eager, flash_attention_2 and so on.
         overall: Weights of VQ, MQ and TA in a fourth and last stage `overall`, the sigmoid of the
-            weighted mean of the normalised scores. DanceGRPO trains on the first two, [1, 1, 0]: on
-            the sum of their advantages, which this is close to.
+            weighted mean of the normalised scores. DanceGRPO adds the losses of the first two, each
+            with advantages of its own, by vq_coef and mq_coef; [1, 1, 0] is close to that with
+            equal ones. Its released script sets 1 and 0: VQ alone, for which no fourth stage is
+            needed (`recipes/dancegrpo.yaml`).
     """
 
     component_names = ("VQ", "MQ", "TA")
