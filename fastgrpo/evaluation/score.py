@@ -17,13 +17,14 @@ import torch
 from tqdm import tqdm
 
 from fastgrpo.errors import UserError, require
-from fastgrpo.evaluation.score_file import Key, Row, open_scores
+from fastgrpo.evaluation.score_file import Key, Row, identify, open_scores, replaced_beside
 from fastgrpo.evaluation.video_prompts import list_videos, match_prompts
 from fastgrpo.interfaces import RewardModel
 from fastgrpo.rewards.media.frames import clip_of_frames, frame_indices
 from fastgrpo.rewards.media.video_files import Decoder, Limits, read_video
 from fastgrpo.rewards.vlm.engine import Clip
 from fastgrpo.rewards.vlm.judge import FAILED, Reading, StageJudge
+from fastgrpo.training.sampling import local_contents
 
 GIVE_UP = 16
 """Videos in a row to which the judge gave no reply, after which it counts as lost."""
@@ -44,7 +45,8 @@ class ScoreOptions:
         prompts: A text, .jsonl or .parquet file (or hub data set) with one prompt per video, in
             the same order; or by the videos' names: a .json or .jsonl file of {"video": name,
             "prompt": text}, a .json file of {name: text}, or the samples.json of saved samples.
-        output: The file of rows. Rows that are there are kept, and not scored again.
+        output: The file of rows. Rows that are there are kept, and not scored again, unless the
+            video has other bytes now.
         reward: The judge: a class by its dotted path, and its arguments.
         device: Where the judge runs and the frames lie; auto takes a GPU if there is one.
         decoder: auto decodes with DALI if it is installed and takes the file, else with PyAV.
@@ -99,20 +101,46 @@ def score(options: ScoreOptions, arguments: Mapping[str, Any] | None = None) -> 
         raise UserError(f"reward: cannot be loaded: {type(error).__name__}: {error}") from error
     judge = {"class": f"{type(reward).__module__}.{type(reward).__qualname__}"}
     judge |= reward.describe() or dict(arguments or {})
-    with open_scores(Path(options.output), judge, options.retry_failed) as (rows, add):
+    if local := local_contents(arguments or {}):
+        judge["local_files"] = local
+    asked, stale = set(keys), 0
+
+    def is_stale(row: Row) -> bool:
+        """Whether the file of a row that is asked for is there and not the one that was scored."""
+        nonlocal stale
+        if (row["video"], row["prompt"]) not in asked:
+            return False
+        now = identify(row["video"], options.limits.max_bytes)["sha256"]
+        changed = now is not None and now != row.get("sha256")
+        stale += changed
+        return changed
+
+    def read(key: Key) -> tuple[Row, Seen]:
+        # Identified before it is decoded: a file that changes meanwhile is scored again next time.
+        return identify(key[0], options.limits.max_bytes), see(key[0], options, device)
+
+    with open_scores(Path(options.output), judge, options.retry_failed, is_stale) as (rows, add):
         waiting = [key for key in keys if key not in rows]
         failed = sum("error" in rows[key] for key in keys if key in rows)
-        kept = len(keys) - len(waiting)
-        files = read_ahead(
-            waiting, lambda key: see(key[0], options, device), options.readers, ahead=2 * size
-        )
+        kept, others = len(keys) - len(waiting), len(rows.keys() - asked)
+        files = read_ahead(waiting, read, options.readers, ahead=2 * size)
         with (
             closing(files),
             tqdm(total=len(keys), initial=kept, unit="video", disable=None) as progress,
         ):
             failed += _score_all(reward, files, size, add, progress)
-    done = f"{options.output}: {len(keys) - failed} videos with scores, {failed} with an error"
-    return f"{done}; {kept} rows were there before", failed
+    notes = [
+        f"{options.output}: {len(keys) - failed} videos with scores, {failed} with an error",
+        f"{kept} rows were there before",
+    ]
+    if stale:
+        notes.append(
+            f"{stale} scored again, as the file has changed or its row did not tell which it was "
+            f"(the earlier rows: {replaced_beside(Path(options.output))})"
+        )
+    if others:
+        notes.append(f"{others} rows of other videos or prompts are in it too")
+    return "; ".join(notes), failed
 
 
 def select_device(device: Device) -> torch.device:
@@ -124,7 +152,7 @@ def select_device(device: Device) -> torch.device:
 
 def _score_all(
     reward: RewardModel,
-    files: Iterator[tuple[Key, Seen]],
+    files: Iterator[tuple[Key, tuple[Row, Seen]]],
     batch_size: int,
     add: Callable[[Row], None],
     progress: Any,
@@ -191,14 +219,14 @@ def read_ahead(
         pool.shutdown(cancel_futures=True)
 
 
-def _score_batch(reward: RewardModel, batch: Sequence[tuple[Key, Seen]]) -> list[Row]:
+def _score_batch(reward: RewardModel, batch: Sequence[tuple[Key, tuple[Row, Seen]]]) -> list[Row]:
     """A row for each video, in order: with scores, or with an error."""
-    read = [(prompt, seen[0]) for (_, prompt), seen in batch if not isinstance(seen, str)]
+    read = [(prompt, seen[0]) for (_, prompt), (_, seen) in batch if not isinstance(seen, str)]
     results = iter(ask(reward, [clip for _, clip in read], [prompt for prompt, _ in read]))
     rows: list[Row] = []
-    for (video, prompt), seen in batch:
+    for (video, prompt), (file, seen) in batch:
         result = {"error": seen} if isinstance(seen, str) else next(results) | {"decoder": seen[1]}
-        rows.append({"video": video, "prompt": prompt, **result})
+        rows.append({"video": video, "prompt": prompt, **file, **result})
     return rows
 
 

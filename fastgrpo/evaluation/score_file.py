@@ -40,9 +40,32 @@ def describe_beside(path: Path) -> Path:
     return path.with_suffix(".judge.json")
 
 
+def replaced_beside(path: Path) -> Path:
+    """The file that keeps the rows of videos that have changed since: scores.replaced.jsonl."""
+    return path.with_suffix(".replaced.jsonl")
+
+
+def identify(video: str, max_bytes: int) -> Row:
+    """What tells a video file from another of the same name: its "bytes" and their "sha256"; both
+    are None for a file that cannot be read or is larger than `max_bytes`.
+    """
+    try:
+        size = Path(video).stat().st_size
+        if Path(video).is_file() and size <= max_bytes:  # a pipe would never end
+            with open(video, "rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            return {"bytes": size, "sha256": digest}
+    except (OSError, ValueError):  # ValueError: a name with NUL
+        pass
+    return {"bytes": None, "sha256": None}
+
+
 @contextmanager
 def open_scores(
-    path: Path, judge: Mapping[str, Any], retry_failed: bool = False
+    path: Path,
+    judge: Mapping[str, Any],
+    retry_failed: bool = False,
+    is_stale: Callable[[Row], bool] = lambda row: False,
 ) -> Iterator[tuple[dict[Key, Row], Callable[[Row], None]]]:
     """Open a file of scores to add to it, for one process at a time.
 
@@ -52,6 +75,7 @@ def open_scores(
         path: The file; it may not exist yet.
         judge: Everything that decides the judge's scores, as JSON.
         retry_failed: Drop the rows with an error.
+        is_stale: True for a row of a video that has changed since; it goes to `replaced_beside`.
 
     Yields:
         The rows that are there, by video and prompt; and a function that writes one more, with this
@@ -67,9 +91,17 @@ def open_scores(
     try:
         _lock(file, path)
         rows = _read(file, path, name)
-        if retry_failed and any("error" in row for row in rows.values()):
-            rows = {key: row for key, row in rows.items() if "error" not in row}
-            file = _replace(file, path, rows)
+        stale = {key: row for key, row in rows.items() if is_stale(row)}
+        kept = {
+            key: row
+            for key, row in rows.items()
+            if key not in stale and not (retry_failed and "error" in row)
+        }
+        if stale:
+            with replaced_beside(path).open("ab") as replaced:
+                replaced.writelines(_line(row) for row in stale.values())
+        if len(kept) < len(rows):
+            file, rows = _replace(file, path, kept), kept
         with atomic_write(describe_beside(path)) as partial:
             text = json.dumps({"judge": name, **judge}, indent=1, ensure_ascii=False)
             partial.write_text(text + "\n", encoding="utf-8")

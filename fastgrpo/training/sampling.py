@@ -9,7 +9,7 @@ import dataclasses
 import io
 import logging
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +24,7 @@ from fastgrpo.config import RolloutConfig, RuntimeConfig, TrainConfig
 from fastgrpo.distributed import collectives, sharding
 from fastgrpo.errors import UserError, require
 from fastgrpo.interfaces import Policy, RewardModel
+from fastgrpo.policies.text_cache import fingerprint
 from fastgrpo.rewards.queue import ScoringQueue
 from fastgrpo.training import checkpoint
 from fastgrpo.training.decode import decode
@@ -34,6 +35,9 @@ from fastgrpo.training.trajectory import branch_velocities
 from fastgrpo.training.validation import ValidationSet
 
 logger = logging.getLogger("fastgrpo")
+
+WEIGHTS = ("model", "checkpoint", "base")
+"""Arguments of a policy or a judge that name a hub id or a folder of weights."""
 
 
 @dataclass(frozen=True)
@@ -128,6 +132,21 @@ def read_run(run: str) -> TrainConfig:
         return parse_config(["--config", without_judge.name])[0]
 
 
+def local_contents(section: Any) -> dict[str, str]:
+    """The fingerprint of each folder of weights that a section of a configuration names: its path
+    stays the same when other weights are put there.
+    """
+    found: dict[str, str] = {}
+    if isinstance(section, list | tuple):
+        section = dict(enumerate(section))
+    for key, value in section.items() if isinstance(section, Mapping) else ():
+        found |= local_contents(value)
+        if key in WEIGHTS and isinstance(value, str) and Path(value).expanduser().is_dir():
+            with contextlib.suppress(OSError):  # of an empty folder, which loading refuses
+                found[value] = fingerprint(Path(value).expanduser())
+    return found
+
+
 def load_judge(path: Path, device: torch.device) -> RewardModel:
     """The judge of a configuration, loaded. If that fails on any rank, all log a note and get an
     Unscored.
@@ -165,12 +184,10 @@ def load_base(config: TrainConfig, prompts: Sequence[str], device: torch.device)
     `parallel.shard` of the run says.
     """
     config.policy.embed(prompts, device)
-    config.policy.load(device)
     parallel = dataclasses.replace(
         config.parallel, replicas=1, cpu_offload=False, activations="none", compile=False
     )
-    dtype = compute_dtype(config.runtime, device)
-    sharding.prepare(config.policy.transformer, parallel, device, dtype)
+    sharding.load(config.policy, parallel, device, compute_dtype(config.runtime, device))
 
 
 def load_trained(path: Path, policy: Policy) -> None:

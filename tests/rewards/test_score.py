@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,12 @@ def test_a_folder_of_videos(
     assert [row["video"] for row in rows] == [str(videos / f"{name}.mp4") for name in "abcd"]
     assert [row["prompt"] for row in rows] == [f"caption {name}" for name in "abcd"]
     for row, grey in zip(rows, (140, 90, 190, 40), strict=True):
-        assert set(row) == {"video", "prompt", "answers", "texts", "rewards", "decoder", "judge"}
+        assert list(row) == [
+            *("video", "prompt", "bytes", "sha256"),
+            *("answers", "texts", "rewards", "decoder", "judge"),
+        ]
+        content = Path(row["video"]).read_bytes()
+        assert (row["bytes"], row["sha256"]) == (len(content), sha256(content).hexdigest())
         assert tuple(row["answers"]) == tuple(row["texts"]) == tuple(row["rewards"]) == STAGES
         assert list(row["answers"].values()) == pytest.approx([1 + 9 * grey / 255] * 3, abs=0.1)
         assert row["answers"] == {stage: float(text) for stage, text in row["texts"].items()}
@@ -287,23 +293,60 @@ def test_a_judge_that_breaks_at_the_start_is_one_line(
 def test_rows_that_are_there_are_kept(
     tmp_path: Path, videos: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    (tmp_path / "list.txt").write_text("".join(f"{videos}/{name}.mp4\n" for name in "abcd"))
     out = tmp_path / "s.jsonl"
-    good = (videos / "b.mp4").read_bytes()
     (videos / "b.mp4").write_bytes(b"")
-    assert run(videos) == 1
+    assert run(tmp_path / "list.txt") == 1
     first = out.read_bytes()
-    (videos / "b.mp4").write_bytes(good)
-    (videos / "c.mp4").unlink()  # it has its row; nothing reads it again
-    (videos / "c.mp4").write_bytes(b"junk")
-    assert run(videos) == 1
+    (videos / "c.mp4").unlink()  # a disk that is not mounted takes no score away
+    assert run(tmp_path / "list.txt") == 1
     assert out.read_bytes() == first
-    assert "4 rows were there before" in capsys.readouterr().out
-    assert run(videos, "--retry_failed") == 0
+    assert capsys.readouterr().out.endswith("4 rows were there before\n")
+    (tmp_path / "prompts.txt").write_text("caption a\ncaption b\ncaption c\nanother\n")
+    assert run(tmp_path / "list.txt", "--retry_failed") == 1
     kept = [line for line in first.splitlines() if b'"error"' not in line]
     assert out.read_bytes().splitlines()[:3] == kept
-    assert rows_of(out)[3]["video"].endswith("b.mp4")
-    assert "rewards" in rows_of(out)[3]
+    assert [row["prompt"] for row in rows_of(out)[3:]] == ["caption b", "another"]
+    assert "1 rows of other videos or prompts are in it too" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("replaced", ["content", "missing", "row without hash"])
+def test_a_video_that_has_changed_is_scored_again(
+    tmp_path: Path, videos: Path, capsys: pytest.CaptureFixture[str], replaced: str
+) -> None:
+    """Also if the other file has its size and its time."""
+    out, video = tmp_path / "s.jsonl", videos / "b.mp4"
+    bright = video.read_bytes()
+    dark = clip(tmp_path / "dark.mp4", [20] * 10).read_bytes()
+    size = max(len(bright), len(dark)) + 8
+    boxes = [m + (size - len(m)).to_bytes(4) + b"free" for m in (bright, dark)]
+    contents = [box.ljust(size, b"\0") for box in boxes]
+    video.write_bytes(contents[0])
+    if replaced == "missing":
+        (tmp_path / "list.txt").write_text("".join(f"{videos}/{name}.mp4\n" for name in "abcd"))
+        video.unlink()
+    source = tmp_path / "list.txt" if replaced == "missing" else videos
+    assert run(source) == (replaced == "missing")
+    before = rows_of(out)
+    if replaced == "row without hash":
+        without = [{k: v for k, v in row.items() if k not in ("bytes", "sha256")} for row in before]
+        out.write_text("".join(json.dumps(row) + "\n" for row in without))
+    else:
+        time_of = videos / "a.mp4"
+        video.write_bytes(contents[1])
+        os.utime(video, ns=(time_of.stat().st_atime_ns, time_of.stat().st_mtime_ns))
+    capsys.readouterr()
+    assert run(source) == 0
+    count = 4 if replaced == "row without hash" else 1
+    assert f"{4 - count} rows were there before; {count} scored again" in capsys.readouterr().out
+    rows = {Path(row["video"]).stem: row for row in rows_of(out)}
     assert len(rows_of(out)) == 4
+    expected = [1 + 9 * (90 if count == 4 else 20) / 255] * 3
+    assert list(rows["b"]["answers"].values()) == pytest.approx(expected, abs=0.1)
+    assert rows["b"]["sha256"] == sha256(video.read_bytes()).hexdigest()
+    assert len(rows_of(tmp_path / "s.replaced.jsonl")) == count
+    assert run(source) == 0
+    assert "4 rows were there before\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -320,7 +363,6 @@ def test_a_half_written_line_is_dropped_and_no_more(
     assert run(videos) == 0
     assert out.read_bytes() == whole
     out.write_bytes(whole.rstrip(b"\n"))  # a whole row that lacks its newline
-    (videos / "d.mp4").write_bytes(b"junk")
     assert run(videos) == 0
     assert out.read_bytes() == whole
 
