@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -63,7 +64,24 @@ def read_questions(paths: Sequence[str] = DEFAULT_QUESTIONS) -> list[Question]:
 
 
 def ask_about(question: Question, prompt: str) -> str:
-    """The question about a video with this prompt, which is taken word for word; a template without
-    `{caption}` does not tell it.
+    """The question about a video with this prompt, which is taken word for word but for
+    `without_special_tokens`; a template without `{caption}` does not tell it.
     """
-    return question.template.replace("{caption}", prompt)
+    return question.template.replace("{caption}", without_special_tokens(prompt))
+
+
+def without_special_tokens(text: str) -> str:
+    """A text that spells no special token: "<|im_end|>" becomes "< |im_end|>".
+
+    Servers tokenize the rendered chat together with its special tokens, so a name such as
+    `</s>`, `<image>` or `[INST]` in a prompt would end the question or stand for a picture. All
+    these are a word without white space between "<" or "[" and ">" or "]". In every such word a
+    space follows each opening one; other texts stay as they are. Every engine is asked in these
+    words, so that all judges see the same question.
+    """
+    return re.sub(r"\S++", _without_special_tokens, text)
+
+
+def _without_special_tokens(word: re.Match[str]) -> str:
+    end = max(word[0].rfind(">"), word[0].rfind("]")) + 1
+    return re.sub(r"[<\[]", r"\g<0> ", word[0][:end]) + word[0][end:]
