@@ -1,16 +1,16 @@
-"""What the judge sees of a video, against the official Qwen2.5-VL video processor, and against
-other makers of the same thing.
+"""What the judge sees of a video, against Qwen's own qwen-vl-utils, against the official
+Qwen2.5-VL video processor, and against other makers of the same thing.
 
-The official processor needs torchvision, which breaks the imports of other libraries beside
-torch's CPU wheel. So the comparison is in two:
+Both need torchvision, which breaks the imports of other libraries beside torch's CPU wheel. So the
+comparison is in two:
 
-- `official_frames.json` holds its results (a hash of every pixel, the grid, the frames taken)
-  for the videos of CASES. Every run of the tests compares with it. This file wrote it, beside
-  torch 2.13.0+cpu, transformers 5.23.0 and torchvision 0.28.0: `FASTGRPO_TORCHVISION=FOLDER
-  python tests/rewards/test_frames.py`, FOLDER from `pip install --no-deps --target FOLDER
-  torchvision==0.28.0`.
-- Where torchvision can be imported, by itself or from $FASTGRPO_TORCHVISION, the processor runs
-  in another process and every pixel is compared; else that test is skipped.
+- `official_frames.json` holds their results (a hash of every pixel, the grid, the frames taken, the
+  rate) for the videos of CASES, and the frames taken of the lengths and rates of SAMPLED. Every run
+  of the tests compares with it. This file wrote it, beside torch 2.13.0+cpu and transformers
+  5.23.0: `FASTGRPO_TORCHVISION=FOLDER python tests/rewards/test_frames.py`, FOLDER from `pip
+  install --no-deps --target FOLDER torchvision==0.28.0 qwen-vl-utils==0.0.14`.
+- Where torchvision can be imported, by itself or from $FASTGRPO_TORCHVISION, both run in another
+  process and every pixel is compared; else that test is skipped.
 
 Apart from that: sizes against transformers' own `smart_resize`, pixels against PIL and against
 float64 sums, patches against loops.
@@ -62,9 +62,22 @@ CASES: dict[str, tuple[int, int, int, float, FrameSettings]] = {  # frames, heig
     "right already": (8, 280, 364, 2, DEFAULT),
     "small budget": (21, 64, 90, 10, SMALL),
 }
-# Reads the cases, writes what the official processor makes of each. torchvision's compiled part
-# does not load beside another build of torch; all that the processor needs of it is that these two
-# operators exist.
+SAMPLED = [
+    (num_frames, fps, wanted)
+    for num_frames in (2, 3, 4, 5, 13, 16, 25, 53, 61, 81, 129, 997)
+    for fps, wanted in (
+        (8, 2.0),
+        (15, 2.0),
+        (15, 4.0),
+        (15, 8.0),
+        (29.97, 2.0),
+        (30, 0.5),
+        (24, 60),
+    )
+]
+# Reads the cases, writes what qwen-vl-utils and the official processor make of each. torchvision's
+# compiled part does not load beside another build of torch; all that is needed of it is that these
+# two operators exist. Its reader of files, which is gone from it, is replaced by the tensor.
 SCRIPT = """
 import importlib.util, os, sys
 import torch
@@ -79,22 +92,26 @@ except RuntimeError:
     library = torch.library.Library("torchvision", "DEF")
     for name in ("nms", "qnms"):
         library.define(name + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+from qwen_vl_utils import vision_process
 from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
+def sample(video, video_fps, **how):
+    vision_process.io.read_video = lambda *_, **__: (video, None, {"video_fps": video_fps})
+    frames, about, rate = vision_process._read_video_torchvision({"video": "a.mp4", **how})
+    return frames, about["frames_indices"].tolist(), rate
+cases, sampled = torch.load(sys.argv[1])
 results = {}
-for name, case in torch.load(sys.argv[1]).items():
+for name, case in cases.items():
+    how = {key: case[key] for key in ("min_frames", "max_frames", "fps")}
+    video, indices, rate = sample(case["video"], case["video_fps"], **how)
     size = {"shortest_edge": case["min_pixels"], "longest_edge": case["max_pixels"]}
-    options = {key: case[key] for key in ("min_frames", "max_frames", "fps")} | {"size": size}
-    options |= dict.fromkeys(("cap_pixels_per_frame", "do_sample_frames", "return_metadata"), True)
-    processor = Qwen2VLVideoProcessor(**options)
-    metadata = {"total_num_frames": len(case["video"]), "fps": case["video_fps"]}
-    made = processor(videos=[case["video"]], video_metadata=[metadata])
-    [about] = made["video_metadata"]
+    processor = Qwen2VLVideoProcessor(size=size, do_sample_frames=False, cap_pixels_per_frame=True)
+    made = processor(videos=[video])
     results[name] = {
         "pixels": made["pixel_values_videos"], "grid": made["video_grid_thw"][0].tolist(),
-        "fps": about.sampled_fps,
-        "indices": about.frames_indices.tolist(),
+        "fps": rate, "indices": indices,
     }
-torch.save(results, sys.argv[2])
+taken = [sample(torch.empty(n, 0), fps, fps=wanted)[1] for n, fps, wanted in sampled]
+torch.save((results, taken), sys.argv[2])
 """
 
 
@@ -110,21 +127,21 @@ def picture(num_frames: int, height: int, width: int) -> Tensor:
 
 def official(
     cases: dict[str, tuple[int, int, int, float, FrameSettings]], folder: Path
-) -> dict[str, Any] | None:
-    """The official processor's results, from a process of its own; None where there is no
-    torchvision.
+) -> tuple[dict[str, Any], list[list[int]]] | None:
+    """The references' results for the cases, and the frames taken for SAMPLED, from a process of
+    its own; None where there is no torchvision.
     """
     asked = {
         name: {**asdict(how), "video": picture(*video), "video_fps": fps}
         for name, (*video, fps, how) in cases.items()
     }
-    torch.save(asked, folder / "cases.pt")
+    torch.save((asked, SAMPLED), folder / "cases.pt")
     command = [sys.executable, "-c", SCRIPT, str(folder / "cases.pt"), str(folder / "results.pt")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode == 3:
         return None
     assert done.returncode == 0, done.stderr
-    results: dict[str, Any] = torch.load(folder / "results.pt")
+    results: tuple[dict[str, Any], list[list[int]]] = torch.load(folder / "results.pt")
     return results
 
 
@@ -138,11 +155,11 @@ def summary(pixels: Tensor) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_equal_to_what_the_official_processor_made(name: str) -> None:
+def test_equal_to_what_the_references_made(name: str) -> None:
     """Every bit of every pixel (the CPU's resize of uint8 is integer arithmetic), the grid, the
     frames taken and their rate.
     """
-    expected = json.loads(OFFICIAL.read_text())[name]
+    expected = json.loads(OFFICIAL.read_text())["cases"][name]
     *video, fps, how = CASES[name]
     clip = make_clip(picture(*video), fps, how)
     pixels, grid = patches(clip)
@@ -153,13 +170,20 @@ def test_equal_to_what_the_official_processor_made(name: str) -> None:
     assert summary(pixels) == {key: expected[key] for key in ("sha256", "values")}
 
 
-def test_equal_to_the_official_processor_as_it_runs(tmp_path: Path) -> None:
-    results = official(CASES, tmp_path)
-    if results is None:
+def test_the_frames_taken_are_those_of_qwen_vl_utils() -> None:
+    expected = json.loads(OFFICIAL.read_text())["sampled"]
+    for (num_frames, fps, wanted), indices in zip(SAMPLED, expected, strict=True):
+        assert frame_indices(num_frames, fps, FrameSettings(fps=wanted)) == indices
+
+
+def test_equal_to_the_references_as_they_run(tmp_path: Path) -> None:
+    made = official(CASES, tmp_path)
+    if made is None:
         pytest.skip(
             "no torchvision here, nor in $FASTGRPO_TORCHVISION; official_frames.json is compared "
             "with instead"
         )
+    results, _ = made
     for name, (*video, fps, how) in CASES.items():
         clip = make_clip(picture(*video), fps, how)
         pixels, grid = patches(clip)
@@ -167,14 +191,23 @@ def test_equal_to_the_official_processor_as_it_runs(tmp_path: Path) -> None:
         assert (list(grid), clip.fps) == (results[name]["grid"], results[name]["fps"]), name
 
 
-def test_the_papers_size() -> None:
-    """53 frames of 480 x 832 at 15 per second are 6 frames of 476 x 840 and 1,530 tokens."""
-    clip = make_clip(picture(53, 480, 832), 15, DEFAULT)
-    pixels, (t, h, w) = patches(clip)
-    assert clip.frames.shape == (6, 3, 476, 840)
-    assert pixels.shape == (t * h * w, 1176)
-    assert t * h * w // 4 == 1530
-    assert seconds_per_grid(clip) == pytest.approx(2 * 53 / 6 / 15)
+@pytest.mark.parametrize(
+    ("size", "wanted", "indices", "tokens"),
+    [
+        ((480, 832), 2.0, [0, 10, 21, 31, 42, 52], 1530),
+        ((480, 832), 4.0, list(range(0, 53, 4)), 3570),
+        ((240, 416), 4.0, list(range(0, 53, 4)), 945),
+    ],
+)
+def test_the_papers_sizes(
+    size: tuple[int, int], wanted: float, indices: list[int], tokens: int
+) -> None:
+    """53 frames at 15 per second: which are seen, and what they cost."""
+    how = FrameSettings(fps=wanted)
+    assert frame_indices(53, 15, how) == indices
+    clip = make_clip(picture(53, *size), 15, how)
+    assert seconds_per_grid(clip) == pytest.approx(2 * 53 / len(indices) / 15)
+    assert math.prod((len(clip.frames), *clip.frames.shape[2:])) == tokens * 2 * 28 * 28
 
 
 @given(
@@ -184,7 +217,7 @@ def test_the_papers_size() -> None:
     st.integers(2, 9),
     st.integers(0, 900),
 )
-def test_frames_are_an_even_number_evenly_spread(
+def test_frames_are_an_even_number_from_the_first_to_the_last(
     total: int, fps: float, wanted: float, low: int, more: int
 ) -> None:
     how = FrameSettings(fps=wanted, min_frames=low, max_frames=low + more)
@@ -193,19 +226,12 @@ def test_frames_are_an_even_number_evenly_spread(
         assert indices == [0, 0]
         return
     count = len(indices)
-    assert indices == [math.floor(Fraction(i * total, count)) for i in range(count)]
-    assert count % 2 == 0
-    assert min(low, total) - 2 < count <= min(how.max_frames, total)
-    if min(low, total) <= total / fps * wanted <= min(how.max_frames, total):
-        assert total / fps * wanted - 2 < count <= total / fps * wanted
-
-
-def test_no_index_past_the_end_where_the_official_arithmetic_gives_one() -> None:
-    count = 14
-    assert (
-        len(torch.arange(0, 61, 61 / count)) == count + 1
-    )  # the official expression; its last index is 61
-    assert frame_indices(61, 8, DEFAULT) == [i * 61 // count for i in range(count)]
+    assert indices == [round(Fraction(i * (total - 1), count - 1)) for i in range(count)]
+    assert (indices[0], indices[-1], count % 2) == (0, total - 1, 0)
+    most = min(how.max_frames, total)
+    assert min(low, most - 1) <= count <= most
+    if low < total / fps * wanted <= most:
+        assert total / fps * wanted - 2 < count <= max(total / fps * wanted, low + 1)
 
 
 @given(st.integers(1, 3000), st.integers(1, 3000), st.sampled_from([2, 6, 300, 301, 500, 768]))
@@ -359,8 +385,8 @@ def test_on_a_gpu_nothing_leaves_it() -> None:
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, -0.01, 1.01])
 def test_a_broken_frame_is_refused_even_where_nobody_looks(bad: float) -> None:
     video = torch.full((10, 3, 30, 30), 0.5)
-    video[9, 2, 29, 29] = bad
-    assert 9 not in frame_indices(10, 10, DEFAULT)
+    video[8, 2, 29, 29] = bad
+    assert 8 not in frame_indices(10, 10, DEFAULT)
     with pytest.raises(ValueError, match=r"finite values in \[0, 1\]"):
         make_clip(video, 10, DEFAULT)
 
@@ -416,8 +442,14 @@ if __name__ == "__main__":  # writes official_frames.json
             "expected torchvision, or its folder in FASTGRPO_TORCHVISION"
             + f"={os.environ.get('FASTGRPO_TORCHVISION')!r}"
         )
+    results, taken = found
     lines = [
-        f'  "{name}": {json.dumps({**summary(result.pop("pixels")), **result})}'
-        for name, result in found.items()
+        f'    "{name}": {json.dumps({**summary(result.pop("pixels")), **result})}'
+        for name, result in results.items()
     ]
-    OFFICIAL.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    about = "qwen-vl-utils 0.0.14, transformers 5.23.0, torchvision 0.28.0"
+    OFFICIAL.write_text(
+        f'{{\n  "made by": "{about}",\n  "cases": {{\n'
+        + ",\n".join(lines)
+        + f'\n  }},\n  "sampled": {json.dumps(taken)}\n}}\n'
+    )

@@ -1,4 +1,6 @@
-"""The judge in this process against plain `generate` calls of the same tiny random Qwen2.5-VL."""
+"""The judge in this process against plain `generate` calls of the same tiny random Qwen2.5-VL, at
+the positions that the model was trained with.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +13,14 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+from transformers import (
+    AutoTokenizer,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLModel,
+)
 
 from fastgrpo.rewards.media.frames import patches, seconds_per_grid
 from fastgrpo.rewards.vlm.answers import NUMBER, expected_answer
@@ -51,11 +57,47 @@ MIXED = [
 ]
 
 
+def published_positions(
+    ids: list[int], pad: int, grid: tuple[int, int, int], interval: float
+) -> Tensor:
+    """Positions [3, tokens] of a chat with one video, a token at a time: those of transformers 4.57
+    and vLLM 0.32, whose text goes on after the largest position so far.
+    """
+    cells = iter(itertools.product(*map(range, grid)))
+    start, after = 0, 0
+    rows = []
+    for token in ids:
+        if token == pad:
+            t, y, x = next(cells)
+            rows.append([start + int(t * interval), start + y, start + x])
+        else:
+            rows.append([after] * 3)
+            start = after + 1
+        after = max(after, *(position + 1 for position in rows[-1]))
+    return torch.tensor(rows).T
+
+
 @pytest.fixture(scope="module")
 def model(qwen_folder: Path) -> Any:
-    return Qwen2_5_VLForConditionalGeneration.from_pretrained(
+    """transformers' model at the published positions: transformers 5 itself begins the text after a
+    long video too early.
+    """
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
         qwen_folder, dtype=torch.float32
     ).eval()
+
+    def get_rope_index(
+        input_ids: Tensor, *_: Any, video_grid_thw: Tensor, second_per_grid_ts: Tensor, **__: Any
+    ) -> tuple[Tensor, Tensor]:
+        (ids,), ((t, h, w),) = input_ids.tolist(), video_grid_thw.tolist()
+        interval = model.config.vision_config.tokens_per_second * float(second_per_grid_ts)
+        positions = published_positions(
+            ids, model.config.video_token_id, (t, h // 2, w // 2), interval
+        )
+        return positions[:, None], positions.max() + 1 - torch.tensor([[len(ids)]])
+
+    model.model.get_rope_index = get_rope_index
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -189,37 +231,40 @@ def test_a_clips_rate_reaches_the_answer(engine: TransformersEngine) -> None:
 
 
 @pytest.mark.parametrize(
-    ("frames", "height", "width", "fps"),
-    [(4, 84, 112, 2.0), (8, 56, 56, 1.0), (12, 56, 84, 0.5), (6, 140, 56, 1.7)],
+    ("frames", "height", "width", "fps", "long"),
+    [
+        (4, 84, 112, 2.0, False),
+        (8, 56, 56, 1.0, True),
+        (12, 56, 84, 0.5, True),
+        (6, 140, 56, 1.7, False),
+        (6, 56, 140, 2.0, False),  # its last time step is at its last column
+        (8, 56, 140, 2.0, True),
+        (14, 252, 420, 14 / 53 * 15, False),  # the recipes' clips
+        (28, 252, 420, 28 / 53 * 15, False),
+    ],
 )
-def test_positions_are_the_models_own(
-    model: Any, tokenizer: Any, frames: int, height: int, width: int, fps: float
+def test_positions_are_the_published_ones(
+    qwen_folder: Path, tokenizer: Any, frames: int, height: int, width: int, fps: float, long: bool
 ) -> None:
-    """Those of transformers' get_rope_index, also where a long clip's time reaches into its
-    question.
-    """
-    video = clip(0, frames, height, width, fps)
-    if not (2 / fps).is_integer() and tuple(map(int, transformers.__version__.split(".")[:2])) < (
-        5,
-        23,
-    ):
-        pytest.skip("this release cuts the seconds of a grid step to an integer")
-    inputs = inputs_of(model, tokenizer, video, QUESTIONS[0])
-    ids = inputs["input_ids"][0].tolist()
-    before = ids.index(model.config.video_token_id)
-    grid = (frames // 2, height // 28, width // 28)
-    count = before + grid[0] * grid[1] * grid[2] + 1
-    wanted, _ = model.model.get_rope_index(
-        inputs["input_ids"],
-        inputs["mm_token_type_ids"],
-        video_grid_thw=inputs["video_grid_thw"],
-        second_per_grid_ts=inputs["second_per_grid_ts"],
+    """Also those of transformers 5, where a clip's time does not reach beyond its frames' sides."""
+    config = Qwen2_5_VLConfig.from_pretrained(qwen_folder)
+    interval = config.vision_config.tokens_per_second * 2 / fps
+    t, h, w = frames // 2, height // 28, width // 28
+    pad = config.video_token_id
+    ids = [1, 2, 3, *[pad] * (t * h * w), 4, 5, 6]
+    wanted = published_positions(ids, pad, (t, h, w), interval)
+    positions, start = prefix_positions(3, (t, h, w), interval, 3)
+    assert torch.equal(positions, wanted)
+    assert start == int(wanted.max()) + 1
+    with torch.device("meta"):
+        five = Qwen2_5_VLModel(config)
+    theirs, _ = five.get_rope_index(
+        torch.tensor([ids]),
+        (torch.tensor([ids]) == pad).int() * 2,
+        video_grid_thw=torch.tensor([[t, 2 * h, 2 * w]]),
+        second_per_grid_ts=torch.tensor([2 / fps]),
     )
-    interval = model.config.vision_config.tokens_per_second * seconds_per_grid(video)
-    positions, start = prefix_positions(before, grid, interval, 1)
-    assert torch.equal(positions, wanted[:, 0, :count])
-    question = torch.arange(start, start + len(ids) - count).expand(3, -1)
-    assert torch.equal(question, wanted[:, 0, count:])
+    assert torch.equal(theirs[:, 0], wanted) != long
 
 
 def tens(engine: TransformersEngine) -> list[float]:

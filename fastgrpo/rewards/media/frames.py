@@ -1,11 +1,11 @@
 """The frames that Qwen2.5-VL sees of a video: sampling, size, antialiased resize and patches, all
 on the frames' own device.
 
-Equal to the official video processor (transformers, Qwen2VLVideoProcessor) with
-`do_sample_frames=True`, without torchvision. The defaults are that class's. The hub folders of
-Qwen2.5-VL hold only an image configuration (3,136 to 12,845,056 pixels), which a server that loads
-from them uses for videos too; it keeps the size of a clip made here with the defaults, since that
-lies inside those bounds.
+Which frames are seen, and the rate that the model is told, are those of Qwen's own qwen-vl-utils
+(0.0.14). Sizes and pixels equal the official video processor's (transformers,
+Qwen2VLVideoProcessor), without torchvision. The hub folders of Qwen2.5-VL hold only an image
+configuration (3,136 to 12,845,056 pixels), which a server that loads from them uses for videos
+too; it keeps the size of a clip made here with the defaults, since that lies inside those bounds.
 """
 
 from __future__ import annotations
@@ -33,14 +33,20 @@ _STD = (0.26862954, 0.26130258, 0.27577711)
 
 @dataclass(frozen=True)
 class FrameSettings:
-    """How many frames the judge sees, and how large; the defaults are the official video
-    processor's.
+    """How many frames the judge sees, and how large; the defaults are those of qwen-vl-utils.
+
+    All stages see the same frames. Their questions share the keys and values of one video, so the
+    densest clip is paid for once; a sparser clip for some stages would be another prefix, which
+    costs more than it saves.
     """
 
     fps: float = 2.0
-    """Frames per second that are looked at, about."""
+    """Frames per second that are looked at, about. A token of the language model sees 2 frames of
+    28 x 28 pixels. Above 4, two or more time steps of 2 frames share a position in time, which the
+    model counts in half seconds.
+    """
     min_frames: int = 4
-    """At least this many, if the video has them."""
+    """At least this many, rounded up to an even number, if the video has them."""
     max_frames: int = 768
     """At most this many."""
     min_pixels: int = 128 * 28 * 28
@@ -62,10 +68,11 @@ class FrameSettings:
 
 
 def frame_indices(num_frames: int, fps: float, settings: FrameSettings) -> list[int]:
-    """Indices of the frames that are looked at: ascending, an even number of them.
+    """Indices of the frames that are looked at: an even number of them, spread over the whole
+    video, the first and the last among them.
 
-    The official sampling, in exact arithmetic: its own floating point gives an index past the end
-    for some lengths (61 frames at 8 fps), and beyond about 50,000 frames sometimes the next index.
+    The sampling of qwen-vl-utils (0.0.14, `smart_nframes` and `_read_video_*`): `linspace(0, T - 1,
+    n).round()`, without the error of fp32, which from some 10,000 frames on may name a neighbour.
     The only frame of an image is looked at twice.
 
     Args:
@@ -83,9 +90,10 @@ def frame_indices(num_frames: int, fps: float, settings: FrameSettings) -> list[
         )
     if num_frames == 1:
         return [0, 0]
-    wanted = max(num_frames / fps * settings.fps, settings.min_frames)
-    count = math.floor(min(wanted, settings.max_frames, num_frames) / _PAIR) * _PAIR
-    return [i * num_frames // count for i in range(count)]
+    least = math.ceil(settings.min_frames / _PAIR) * _PAIR
+    wanted = min(max(num_frames / fps * settings.fps, least), settings.max_frames, num_frames)
+    count = math.floor(wanted / _PAIR) * _PAIR
+    return [round(i * (num_frames - 1) / (count - 1)) for i in range(count)]
 
 
 def clip_size(height: int, width: int, num_frames: int, settings: FrameSettings) -> tuple[int, int]:
@@ -150,7 +158,9 @@ def quantise(video: Tensor, indices: list[int]) -> Tensor:
 def make_clip(video: Tensor, fps: float, settings: FrameSettings) -> Clip:
     """The clip that the judge sees of a video, on the video's device.
 
-    Float frames are rounded to uint8 before they are resized, as a file's would be.
+    Float frames are rounded to uint8 before they are resized, as a file's would be. The rate, which
+    the model is told, is the number of frames over the video's whole length, as qwen-vl-utils and
+    transformers have it.
 
     Args:
         video: [T, 3, H, W], uint8 or float in [0, 1].

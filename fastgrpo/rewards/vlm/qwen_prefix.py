@@ -37,10 +37,12 @@ def prefix_positions(
 ) -> tuple[Tensor, int]:
     """Positions of text, a video and text.
 
-    They are those of `get_rope_index` in transformers 5.23. That of 5.17 cuts the seconds to an
-    integer, which puts all of a clip above 2 frames per second at one time. vLLM begins the text
-    after the last time step if that comes later, which matters only in clips of more seconds than
-    half their width in tokens.
+    Text after the video begins after the largest position of all, time included, as in Qwen's own
+    fine-tuning code (qwen-vl-finetune, `get_rope_index_25`), transformers 4 (4.57) and vLLM (0.32).
+    `get_rope_index` of transformers 5 (5.23) begins it after the larger side of a frame: the same
+    for clips of fewer half seconds than a frame is tokens wide, and positions that the model never
+    saw in training for longer ones. transformers 4.57 and 5.17 also cut the seconds of a time step
+    to an integer.
 
     Args:
         before: Tokens of text before the video.
@@ -55,7 +57,7 @@ def prefix_positions(
     t, h, w = grid
     time = (torch.arange(t) * interval).long()
     video = torch.stack(torch.meshgrid(time, torch.arange(h), torch.arange(w), indexing="ij"))
-    end = before + max(h, w)
+    end = before + max(h, w, int(time[-1]) + 1)
     head, tail = torch.arange(before), torch.arange(end, end + after)
     parts = [head.expand(3, -1), video.reshape(3, -1) + before, tail.expand(3, -1)]
     return torch.cat(parts, dim=1), end + after
