@@ -11,6 +11,10 @@ class UserError(ValueError):
     """A wrong value in a configuration, a file, an answer from the network or a command line."""
 
 
+INPUT_ERRORS = (ValueError, OSError)
+"""What a command ends with in one line: a wrong value, or what the file system refuses."""
+
+
 def require(ok: object, key: str, expected: str, got: object) -> None:
     """Check one value that came from outside the program.
 
@@ -27,6 +31,15 @@ def require(ok: object, key: str, expected: str, got: object) -> None:
         raise UserError(f"{key}: expected {expected}, got {got!r}")
 
 
+def one_line(error: object) -> str:
+    """The message of an error on one line; of a failed file operation as `reason: path`."""
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        reason = error.strerror
+        text = f"{reason[:1].lower()}{reason[1:]}: {os.fsdecode(error.filename)}"
+    return " ".join(text.split())
+
+
 def fail(error: object) -> NoReturn:
     """End the process as a wrong command line does: one line on stderr, exit code 2.
 
@@ -38,5 +51,5 @@ def fail(error: object) -> NoReturn:
     has_joined = distributed is not None and distributed.is_initialized()
     if os.environ.get("LOCAL_RANK", rank) == "0" or has_joined:
         prefix = "error:" if rank == "0" else f"error on rank {rank}:"
-        print(prefix, " ".join(str(error).split()), file=sys.stderr)
+        print(prefix, one_line(error), file=sys.stderr)
     raise SystemExit(2)

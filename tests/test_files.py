@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import stat
@@ -12,7 +13,17 @@ from pathlib import Path
 import pytest
 
 from fastgrpo import files
-from fastgrpo.files import atomic_write, atomic_write_text, find_file
+from fastgrpo.errors import one_line
+from fastgrpo.files import (
+    atomic_write,
+    atomic_write_text,
+    find_file,
+    keep_copy,
+    naming,
+    remove,
+    sync,
+    unless_unsupported,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -110,3 +121,66 @@ atomic_write_text(path, "new")
     assert set(found) == {"old", "new"}
     assert (found[0], found[-1]) == ("old", "new")
     assert len(found) >= 4  # at least making, writing and renaming were hit
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP, errno.EPERM, errno.ENOSYS])
+def test_what_a_file_system_cannot_do_is_done_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    monkeypatch.setattr(Path, "chmod", refuse)
+    atomic_write_text(tmp_path / "a.txt", "new")
+    assert (tmp_path / "a.txt").read_text() == "new"
+    with unless_unsupported():
+        refuse()
+
+
+def test_a_disk_that_fails_is_no_matter_of_ability(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError) as caught:
+        sync(tmp_path)
+    assert one_line(caught.value) == f"input/output error: {tmp_path}"
+
+
+def test_a_full_disk_is_said_with_the_file_that_was_to_be_written(tmp_path: Path) -> None:
+    """The kernel's error of a write names no file."""
+    (tmp_path / "a.txt").write_text("old")
+    with pytest.raises(OSError) as caught, atomic_write(tmp_path / "a.txt"):
+        os.write(os.open("/dev/full", os.O_WRONLY), b"x")
+    assert one_line(caught.value) == f"no space left on device: {tmp_path / 'a.txt'}"
+    assert os.listdir(tmp_path) == ["a.txt"]
+    with pytest.raises(ConnectionError) as other, naming(tmp_path):
+        raise ConnectionError("no answer")
+    assert one_line(other.value) == "no answer", "an error of something else stays as it is"
+
+
+def test_links_are_neither_followed_nor_emptied(tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "thesis.tex").write_text("mine")
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / ".partial-a.txt").symlink_to(outside / "thesis.tex")
+    atomic_write_text(run / "a.txt", "new")
+    (run / "link").symlink_to(outside)
+    remove(run / "link")
+    remove(run / "nothing")
+    assert os.listdir(run) == ["a.txt"]
+    assert (outside / "thesis.tex").read_text() == "mine"
+
+
+def test_a_copy_replaces_no_other(tmp_path: Path) -> None:
+    names = []
+    for content in ("one", "one", "two", "three", "two"):
+        (tmp_path / "a.txt").write_text(content)
+        names.append(keep_copy(tmp_path / "a.txt", "a.kept.txt").name)
+    expected = ["a.kept.txt", "a.kept.txt", "a.kept.2.txt", "a.kept.3.txt", "a.kept.2.txt"]
+    assert names == expected

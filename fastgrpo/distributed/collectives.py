@@ -10,8 +10,11 @@ import hashlib
 import importlib.metadata
 import os
 import platform
+import threading
+import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +22,36 @@ import fastgrpo_kernels
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import _get_default_store, _set_pg_timeout
 from torch.distributed.tensor import DTensor
 
 from fastgrpo.config import RuntimeConfig
-from fastgrpo.errors import UserError
+from fastgrpo.errors import UserError, one_line
 
 CPU = torch.device("cpu")
+PATIENCE = 300.0
+"""Seconds for which a rank that has failed waits for the others to hear of it."""
+_ROLL_CALL = 5.0
+"""Seconds within which ranks that wait for one that does not answer find each other."""
 _PACKAGES = (Path(__file__).resolve().parents[1], Path(fastgrpo_kernels.__file__).resolve().parent)
+
+_group: dist.ProcessGroup | None = None
+"""Serves `gather` alone, so that a rank that has failed can answer there whatever the others do."""
+
+
+class PeerFailed(RuntimeError):
+    """Another rank has failed: raised by `gather` on all that have not."""
+
+
+class RanksLost(RuntimeError):
+    """A collective failed: some rank did not answer."""
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """What a failed rank answers in `gather`."""
+
+    message: str
 
 
 def world_size() -> int:
@@ -79,26 +105,56 @@ def _join(backend: str, timeout: datetime.timedelta) -> None:
     # NCCL's watchdog ends a process whose collective on the GPU waits too long. With this it also
     # says which ranks were missing.
     os.environ.setdefault("TORCH_NCCL_DESYNC_DEBUG", "1")
-    with _waiting_for_ranks("the start of all processes"):
+    global _group
+    with waiting_for_ranks("the start of all processes"):
         dist.init_process_group(backend, timeout=timeout)
-        gloo = None if backend == "gloo" else dist.new_group(backend="gloo", timeout=timeout)
-        # On rank 0 the barrier's error names the ranks that are missing.
-        dist.monitored_barrier(gloo, timeout, wait_all_ranks=True)
-        if gloo is not None:
-            dist.destroy_process_group(gloo)
+        # Its ranks connect to each other here.
+        _group = dist.new_group(backend="gloo", timeout=timeout)
 
 
 @contextmanager
-def _waiting_for_ranks(awaited: str) -> Iterator[None]:
-    """Name this rank and what it waited for in the error of a collective."""
+def waiting_for_ranks(awaited: str) -> Iterator[None]:
+    """Name this rank, what it waited for and the ranks that did not answer in the error of a
+    collective.
+    """
     try:
         yield
     except RuntimeError as error:
-        raise RuntimeError(
+        if world_size() == 1:
+            raise
+        silent = ", ".join(map(str, _silent_ranks()))
+        who = f"no answer from rank {silent}, which" if silent else "another rank"
+        raise RanksLost(
             f"rank {rank()} of {world_size()} ({platform.node()}) waited in vain for {awaited}: "
-            "another rank has failed, and its own message says why, or it took longer than "
+            f"{who} has failed, and its own message says why, or is stopped, or took longer than "
             f"runtime.timeout_minutes ({error})"
         ) from error
+
+
+def _silent_ranks() -> list[int]:
+    """The ranks that do not wait in vain as this one does, as far as the store can tell.
+
+    A collective fails on all ranks that wait, at about the same time. Each says so in the store.
+    """
+    silent: list[int] = []
+
+    def call_the_roll() -> None:
+        with suppress(RuntimeError, ValueError):
+            store = _get_default_store()
+            store.set(f"fastgrpo/waits/{rank()}", "")
+            waits = {r: f"fastgrpo/waits/{r}" for r in range(world_size())}
+            until = time.monotonic() + _ROLL_CALL
+            while (missing := [r for r, key in waits.items() if not store.check([key])]) and (
+                time.monotonic() < until
+            ):
+                time.sleep(0.1)
+            silent.extend(missing)
+
+    # On a thread, since the store may be in a process that is stopped.
+    roll_call = threading.Thread(target=call_the_roll, daemon=True)
+    roll_call.start()
+    roll_call.join(2 * _ROLL_CALL)
+    return silent or ([0] if roll_call.is_alive() else [])
 
 
 def code_version() -> str:
@@ -123,6 +179,8 @@ def started() -> bool:
 
 def stop() -> None:
     """Leave the group; otherwise NCCL complains at exit."""
+    global _group
+    _group = None
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -131,17 +189,65 @@ def gather(value: Any, awaited: str = "values of all ranks") -> list[Any]:
     """The value of every rank, in rank order, on every rank.
 
     Raises:
-        RuntimeError: Names this rank and what it `awaited` in vain.
+        PeerFailed: Another rank has failed; names it and its error.
+        RanksLost: Names this rank, what it `awaited` in vain, and who did not answer.
     """
     values: list[Any] = [None] * world_size()
-    with _waiting_for_ranks(awaited):
-        dist.all_gather_object(values, value)
+    with waiting_for_ranks(awaited):
+        dist.all_gather_object(values, value, group=_group)
+    failures = {r: v.message for r, v in enumerate(values) if isinstance(v, _Failure)}
+    if failures and not isinstance(value, _Failure):
+        raise PeerFailed("; ".join(f"rank {r} failed: {text}" for r, text in failures.items()))
     return values
+
+
+def report_failure(error: BaseException) -> None:
+    """Tell the other ranks, in the next `gather` that they come to, that this one has failed. After
+    it all ranks are at the same place.
+
+    Nothing to do for a PeerFailed, which all ranks know of.
+
+    Raises:
+        RanksLost: They did not come within PATIENCE seconds, or `error` is one.
+    """
+    if isinstance(error, RanksLost):
+        raise error
+    if world_size() == 1 or isinstance(error, PeerFailed):
+        return
+    if _group is not None:
+        _set_pg_timeout(datetime.timedelta(seconds=PATIENCE), _group)
+    gather(_Failure(f"{type(error).__name__}: {one_line(error)}"), "the others to hear of an error")
 
 
 def any_rank(flag: bool) -> bool:
     """Whether the flag is set on at least one rank."""
     return any(gather(flag))
+
+
+@contextmanager
+def failing_together(task: str) -> Iterator[None]:
+    """A block that all ranks run; if it raises on some rank, it raises on every rank.
+
+    The others would wait in their next collective for a rank that has left.
+
+    Args:
+        task: What the block does, for the message.
+
+    Raises:
+        UserError: On a rank where the block itself went well; has another rank's error.
+    """
+    problem: Exception | None = None
+    try:
+        yield
+    except Exception as error:  # whatever it is, the others must hear of it
+        problem = error
+    text = None if problem is None else str(problem) or type(problem).__name__
+    texts = gather(text, f"{task} on all ranks")
+    if problem is not None:
+        raise problem
+    failed = [r for r, text in enumerate(texts) if text is not None]
+    if failed:
+        raise UserError(f"{task}: failed on rank {failed[0]}: {texts[failed[0]]}")
 
 
 def average_gradients(parameters: Iterable[Tensor]) -> None:
@@ -155,7 +261,7 @@ def average_gradients(parameters: Iterable[Tensor]) -> None:
     if world_size() == 1 or not gradients:
         return
     flat = torch.cat([g.reshape(-1).float() for g in gradients])
-    with _waiting_for_ranks("the gradients of all ranks"):
+    with waiting_for_ranks("the gradients of all ranks"):
         dist.all_reduce(flat)
     flat /= world_size()
     for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):

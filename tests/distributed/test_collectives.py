@@ -173,6 +173,53 @@ def test_two_processes(run_ranks: Callable[..., list[Any]]) -> None:
         )
 
 
+FAILED = """
+import json, torch
+import torch.distributed as dist
+from fastgrpo.config import RuntimeConfig
+from fastgrpo.distributed import collectives
+from fastgrpo.distributed.collectives import PeerFailed, RanksLost, gather, report_failure
+
+collectives.start(RuntimeConfig(device="cpu", timeout_minutes=1))
+r, answer = collectives.rank(), {}
+try:
+    if r == 1:
+        raise KeyError("choices")
+    gather("a value")
+except (KeyError, PeerFailed) as error:
+    report_failure(error)
+    answer["heard"] = str(error)
+answer["together"] = gather(r)
+
+# The others are in a collective of another kind: nothing answers, and nothing is mixed up.
+collectives.PATIENCE = collectives._ROLL_CALL = 0.5
+try:
+    if r == 1:
+        raise KeyError("again")
+    with collectives.waiting_for_ranks("the gradients"):
+        dist.all_reduce(torch.ones(3))
+except KeyError as error:
+    try:
+        report_failure(error)
+    except RanksLost as lost:
+        answer["lost"] = str(lost)
+    collectives.stop()  # as the end of the process does
+except RanksLost as error:
+    answer["lost"] = str(error)
+print(json.dumps(answer))
+"""
+
+
+def test_a_rank_that_failed_is_heard_of_at_the_next_meeting(
+    run_ranks: Callable[..., list[Any]],
+) -> None:
+    first, second = run_ranks(FAILED)
+    assert first["heard"] == "rank 1 failed: KeyError: 'choices'"
+    assert first["together"] == second["together"] == [0, 1]
+    assert "waited in vain for the others to hear of an error: no answer from" in second["lost"]
+    assert "waited in vain for the gradients" in first["lost"]
+
+
 WAITING = """
 import json, time
 import torch.distributed as dist
@@ -181,6 +228,7 @@ from fastgrpo.config import RuntimeConfig
 from fastgrpo.errors import UserError
 
 answer, runtime = {}, RuntimeConfig(device="cpu", timeout_minutes=0.03)
+collectives._ROLL_CALL = 0.3
 
 def refused(action, kind=RuntimeError):
     try:
@@ -217,7 +265,7 @@ def test_who_waits_in_vain_says_who_and_for_what(run_ranks: Callable[..., list[A
     first, second = run_ranks(WAITING)
     assert first["start"].startswith("rank 0 of 2 (")
     assert "waited in vain for the start of all processes" in first["start"]
-    assert "Ranks 1 failed" in first["start"]
+    assert "no answer from rank 1, which has failed" in first["start"]
     assert "runtime.timeout_minutes" in first["start"]
     for answer in (first, second):
         assert answer["code"] == (
@@ -225,4 +273,4 @@ def test_who_waits_in_vain_says_who_and_for_what(run_ranks: Callable[..., list[A
             "'sources of rank 0' on rank 0, 'sources of rank 1' on rank 1"
         )
     assert first["gather"].startswith("rank 0 of 2 (")
-    assert "waited in vain for the scores" in first["gather"]
+    assert "waited in vain for the scores: no answer from rank 1, which" in first["gather"]
