@@ -48,6 +48,9 @@ class Policy(ABC):
         """Load every weight, in eval mode: the transformer, which is then sharded and moved, and
         onto `device` all that decodes.
 
+        Every rank gets rank 0's transformer, so that of any other rank may have no weights: it may
+        be on the meta device, which saves the host's memory where ranks share it.
+
         Raises:
             FileNotFoundError, ValueError: Names what is missing or wrong.
         """

@@ -1,4 +1,4 @@
-"""Activation checkpointing, compilation and sharding of the trained network, in that order.
+"""Loading, then activation checkpointing, compilation and sharding of the trained network.
 
 A block is a module whose class the network's `_no_split_modules` names (diffusers). A network
 without that list is one block.
@@ -27,8 +27,9 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from fastgrpo.config import ParallelConfig
-from fastgrpo.distributed.collectives import world_size
+from fastgrpo.distributed.collectives import failing_together, require_agreement, world_size
 from fastgrpo.errors import UserError, require
+from fastgrpo.interfaces import Policy
 
 _ATTENTION = (
     "aten::_scaled_dot_product_flash_attention",
@@ -73,6 +74,26 @@ def shards(cfg: ParallelConfig, device: torch.device) -> bool:
             f"process(es) on {device.type} shards nothing; set parallel.shard to full"
         )
     return full
+
+
+def load(
+    policy: Policy, cfg: ParallelConfig, device: torch.device, compute_dtype: torch.dtype
+) -> None:
+    """Load a policy and `prepare` its network, on all ranks together.
+
+    Raises:
+        UserError: Also if loading failed on another rank, or another rank's network has other
+            tensors.
+        Exception: Whatever `Policy.load` raised on this rank.
+    """
+    with failing_together("loading the policy"):
+        policy.load(device)
+    network = policy.transformer
+    tensors = [*network.named_parameters(), *network.named_buffers()]
+    # Broadcasts of tensors that differ would hang or mix them up.
+    shapes = [(name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors]
+    require_agreement("the tensors of the policy's transformer", shapes)
+    prepare(network, cfg, device, compute_dtype)
 
 
 def prepare(

@@ -193,11 +193,17 @@ class DiffusersPolicy(Policy):
                 torch.cuda.empty_cache()
 
     def load(self, device: torch.device) -> None:
-        """Load the VAE onto `device`, and the transformer's fp32 master weights onto the CPU."""
+        """Load the VAE onto `device`, and the transformer's fp32 master weights onto rank 0's CPU.
+        On other ranks the transformer is on the meta device.
+        """
         _ = self.configs  # checked before anything is allocated
         folder = fetch(self.model, self.revision, NETWORK_FILES)
         kinds, vae_dtype = self.part_classes, DTYPES[self.vae_dtype]
-        transformer = load_part(kinds["transformer"], folder, "transformer", torch.float32)
+        if rank() == 0:
+            transformer = load_part(kinds["transformer"], folder, "transformer", torch.float32)
+        else:
+            with torch.device("meta"):
+                transformer = kinds["transformer"].from_config(self.configs["transformer"])
         self.use(transformer, load_part(kinds["vae"], folder, "vae", vae_dtype), device)
 
     def new_networks(self) -> tuple[Any, Any]:

@@ -49,8 +49,7 @@ def run(config: TrainConfig, config_yaml: str) -> int:
         lock = run_folder.claim(config.run_folder, config.resume)
         preflight.warn_of_idle_accumulation(config)
         policy.embed([*train_prompts, *validation_prompts], device)
-        policy.load(device)
-        sharding.prepare(policy.transformer, config.parallel, device, dtype)
+        sharding.load(policy, config.parallel, device, dtype)
         reward.load(device)
     except (ValueError, FileNotFoundError, FileExistsError) as error:
         fail(error)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -89,3 +91,100 @@ def test_place_leaves_what_is_sharded(one_rank: Any) -> None:
     place(linear, CPU)
     assert linear.weight.device == CPU
     assert not linear.weight.requires_grad
+
+
+LOADING = """
+import json, re, sys
+import torch
+from fastgrpo.config import ParallelConfig, RuntimeConfig
+from fastgrpo.distributed import collectives, sharding
+from fastgrpo.policies.lora import LoRA
+from fastgrpo.policies.wan import WanPolicy
+from fastgrpo.training.export import export  # what loading imports
+
+def private():
+    text = open("/proc/self/smaps_rollup").read()
+    parts = re.findall(r"^Private_(?:Clean|Dirty): +([0-9]+)", text, re.M)
+    return 1024 * sum(map(int, parts))
+
+device, folder = collectives.start(RuntimeConfig(device="cpu")), {folder!r}
+rank = collectives.rank()
+{body}
+"""
+
+
+@pytest.fixture(scope="module")
+def large_wan(wan_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny pipeline with a transformer of 60 MB in fp32; as its file is bf16, reading it makes
+    them private memory.
+    """
+    folder = tmp_path_factory.mktemp("large") / "wan"
+    shutil.copytree(wan_folder, folder, ignore=lambda _, names: {"transformer"} & {*names})
+    sizes = {"num_attention_heads": 8, "attention_head_dim": 64, "ffn_dim": 2048, "num_layers": 3}
+    sizes |= {"in_channels": 16, "out_channels": 16, "text_dim": 32, "freq_dim": 32}
+    WanTransformer3DModel(**sizes).to(torch.bfloat16).save_pretrained(folder / "transformer")
+    return folder
+
+
+def test_only_rank_0_reads_the_weights_and_all_have_them(large_wan: Path, run_ranks: Any) -> None:
+    """Also a LoRA's random part."""
+    body = """
+WanPolicy(folder).load(device)  # a first time, for what it imports
+policy, before = WanPolicy(folder, lora=LoRA(rank=4)), private()
+policy.load(device)
+grown = private() - before
+sharding.load(policy, ParallelConfig(shard="full"), device, torch.float32)
+placed = sharding.full_state_dict(policy.transformer)
+same = None
+if rank == 0:
+    whole = WanPolicy(folder, lora=LoRA(rank=4))
+    whole.load(device)
+    read = whole.transformer.state_dict()
+    same = read.keys() == placed.keys() and all(torch.equal(placed[n], read[n]) for n in read)
+buffers = [float(b.double().sum()) for b in policy.transformer.buffers()]
+print(json.dumps([same, grown, buffers]))
+"""
+    weights = 2 * sum(file.stat().st_size for file in large_wan.glob("transformer/*.safetensors"))
+    assert weights > 5e7
+    ranks = run_ranks(LOADING.format(folder=str(large_wan), body=body))
+    (same, whole, buffers), (_, empty, other_buffers) = ranks
+    assert same
+    assert buffers == other_buffers
+    # Of a rank's own: some MB of the network's Python and the VAE.
+    assert empty < 0.3 * weights < 0.9 * weights < whole < 1.4 * weights
+
+
+@pytest.mark.parametrize("bad_rank", [0, 1])
+def test_an_error_of_one_rank_ends_all(
+    large_wan: Path, tmp_path: Path, run_ranks: Any, bad_rank: int
+) -> None:
+    """The folder of one rank's machine lacks the weights of a part that this rank reads."""
+    shutil.copytree(large_wan, tmp_path / "bad")
+    part = tmp_path / "bad" / ("vae" if bad_rank else "transformer")
+    (part / "diffusion_pytorch_model.safetensors").unlink()
+    body = f"""
+policy = WanPolicy({str(tmp_path / "bad")!r} if rank == {bad_rank} else folder)
+try:
+    sharding.load(policy, ParallelConfig(), device, torch.float32)
+except (ValueError, FileNotFoundError) as error:
+    print(json.dumps(str(error)))
+"""
+    errors = run_ranks(LOADING.format(folder=str(large_wan), body=body))
+    own = errors.pop(bad_rank)
+    assert own.startswith(f"policy.model: expected safetensors in {part}")
+    assert errors == [f"loading the policy: failed on rank {bad_rank}: {own}"]
+
+
+def test_ranks_with_other_networks_are_refused(
+    large_wan: Path, wan_folder: Path, run_ranks: Any
+) -> None:
+    """Before a broadcast that would hang or mix tensors up."""
+    body = f"""
+try:
+    policy = WanPolicy({str(wan_folder)!r} if rank else folder)
+    sharding.load(policy, ParallelConfig(), device, torch.float32)
+except ValueError as error:
+    print(json.dumps(str(error)))
+"""
+    for error in run_ranks(LOADING.format(folder=str(large_wan), body=body)):
+        assert error.startswith("the tensors of the policy's transformer: expected the same")
