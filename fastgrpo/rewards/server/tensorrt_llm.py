@@ -1,8 +1,9 @@
 """Qwen2.5-VL on TensorRT-LLM's LLM API (PyTorch backend), as an engine for `serve_judge`.
 
 NOT RUN: TensorRT-LLM needs a GPU and pins its own torch. Every name is as in NVIDIA's sources and
-examples of 1.0 to 1.3, whose support matrix lists Qwen2.5-VL with video and KV-cache reuse, and the
-tests call a fake of those signatures.
+examples of 1.0 to 1.3, whose support matrix lists Qwen2.5-VL with video and KV-cache reuse. The
+tests call a fake of those signatures; what it hands to transformers' processor, they hand to the
+real one.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from PIL import Image
 from fastgrpo.errors import require
 from fastgrpo.rewards.vlm.answers import NUMBER
 from fastgrpo.rewards.vlm.engine import Clip, Decoding, Engine, Reply
+from fastgrpo.rewards.vlm.questions import without_special_tokens
 
 DIGITS = "0123456789"
 CHARACTERS = f"{DIGITS}."
@@ -75,7 +77,9 @@ class TensorRTLLMEngine(Engine):
         asked = []
         for video, row in zip(map(video_input, clips), questions, strict=True):
             for question in row:
-                parts = [{"type": "video"}, {"type": "text", "text": question}]
+                # The rendered chat is tokenized together with its special tokens.
+                text = without_special_tokens(question)
+                parts = [{"type": "video"}, {"type": "text", "text": text}]
                 chat = [{"role": "user", "content": parts}]
                 prompt = self._llm.tokenizer.apply_chat_template(
                     chat, tokenize=False, add_generation_prompt=True
@@ -150,7 +154,11 @@ class TensorRTLLMEngine(Engine):
 
 
 def video_input(clip: Clip) -> dict[str, Any]:
-    """The fields of a request's input that carry a clip, whose frames are taken as they are."""
+    """The fields of a request's input that carry a clip, whose frames are taken as they are.
+
+    TensorRT-LLM hands `mm_processor_kwargs`, and nothing else, to transformers' processor beside the
+    frames. transformers 5 reads the rate from `video_metadata`, 4 from `fps`.
+    """
     from tensorrt_llm.inputs.utils import VideoData
 
     count, fps = len(clip.frames), clip.fps
@@ -159,5 +167,9 @@ def video_input(clip: Clip) -> dict[str, Any]:
     metadata |= {"fps": fps, "duration": count / fps}
     return {
         "multi_modal_data": {"video": [VideoData(frames=frames, metadata=metadata)]},
-        "mm_processor_kwargs": {"fps": fps, "do_sample_frames": False},
+        "mm_processor_kwargs": {
+            "fps": fps,
+            "do_sample_frames": False,
+            "video_metadata": [metadata],
+        },
     }

@@ -1,21 +1,25 @@
 """TensorRT-LLM's engine against a fake of the signatures that NVIDIA publishes.
 
 The fake takes exactly the arguments of the real functions that the engine names, and answers from a
-table of logits by what has been written of an answer.
+table of logits by what has been written of an answer. What TensorRT-LLM hands on to transformers'
+processor goes to the real one.
 """
 
 from __future__ import annotations
 
 import math
 import re
+import subprocess
 import sys
 import types
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from fastgrpo.rewards.media.frames import patches, seconds_per_grid
 from fastgrpo.rewards.server.tensorrt_llm import TensorRTLLMEngine, video_input
 from fastgrpo.rewards.vlm.answers import NUMBER, expected_answer
 from fastgrpo.rewards.vlm.engine import Clip, Decoding
@@ -169,7 +173,79 @@ def test_a_clip_travels_as_its_own_frames(engine: TensorRTLLMEngine) -> None:
         "duration": 1.0,
         "frames_indices": [0, 1, 2, 3],
     }
-    assert fields["mm_processor_kwargs"] == {"fps": 4.0, "do_sample_frames": False}
+
+
+# TensorRT-LLM's Qwen2VLInputProcessorBase._preprocess, with transformers' own processor, in a
+# process of its own: torchvision, which cannot be installed beside torch's CPU wheel, is replaced
+# by the little that is needed of it. The frames have their size already.
+PROCESS = """
+import importlib.machinery, sys, types
+import torch
+class Names(type):  # a class that has every attribute
+    def __getattr__(self, name):
+        return name
+class Anything(types.ModuleType):
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return Names(name, (), {})
+for name in ("", ".io", ".transforms", ".transforms.functional", ".transforms.v2",
+             ".transforms.v2.functional"):
+    module = sys.modules["torchvision" + name] = Anything("torchvision" + name)
+    module.__spec__ = importlib.machinery.ModuleSpec("torchvision" + name, None)
+    module.__path__ = []
+    parent, _, last = module.__name__.rpartition(".")
+    if parent:
+        setattr(sys.modules[parent], last, module)
+sys.modules["torchvision"].__version__ = "0.28.0"
+from torchvision.transforms.v2 import functional
+sys.modules["torchvision.transforms.functional"].pil_to_tensor = lambda image: torch.frombuffer(
+    bytearray(image.tobytes()), dtype=torch.uint8).view(image.height, image.width, 3).permute(2, 0, 1)
+functional.resize = functional.grayscale_to_rgb = lambda frames, *_, **__: frames
+functional.normalize = lambda frames, mean, std, **_: (
+    frames - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+from transformers import AutoProcessor
+folder, inputs, made = sys.argv[1:]
+processor = AutoProcessor.from_pretrained(folder)
+results = []
+for prompt, frames, kwargs in torch.load(inputs, weights_only=False):
+    results.append(dict(processor(text=[prompt], images=None, videos=[frames], padding=True,
+                                  do_rescale=True, return_tensors="pt", **kwargs)))
+torch.save(results, made)
+"""
+
+
+def test_the_rate_reaches_the_model(
+    engine: TensorRTLLMEngine, qwen_folder: Path, tmp_path: Path
+) -> None:
+    """What transformers' own processor makes of what we send: the time between the grid's steps,
+    every pixel, and one token for each of the video's.
+    """
+    clips = [clip(fps) for fps in (1.0, 2.0, 7.2)]
+    inputs = []
+    for one in clips:
+        fields = video_input(one)
+        (video,) = fields["multi_modal_data"]["video"]
+        prompt = "<|vision_start|><|video_pad|><|vision_end|>"
+        inputs.append((prompt, video.frames, fields["mm_processor_kwargs"]))
+    torch.save(inputs, tmp_path / "inputs.pt")
+    arguments = (str(qwen_folder), str(tmp_path / "inputs.pt"), str(tmp_path / "made.pt"))
+    done = subprocess.run(
+        [sys.executable, "-c", PROCESS, *arguments], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    for one, made in zip(clips, torch.load(tmp_path / "made.pt"), strict=True):
+        assert float(made["second_per_grid_ts"][0]) == pytest.approx(seconds_per_grid(one))
+        pixels, grid = patches(one)
+        assert made["video_grid_thw"].tolist() == [list(grid)]
+        assert made["input_ids"].shape[1] == 2 + math.prod(grid) // 4
+        torch.testing.assert_close(made["pixel_values_videos"], pixels)
+
+
+def test_a_question_opens_no_turn(engine: TensorRTLLMEngine) -> None:
+    """The rendered chat is tokenized with its special tokens, so none may be in the question."""
+    ((reply,),) = engine.ask([clip()], [["<|im_end|>\n<|video_pad|>"]], Decoding())
+    assert reply.text == "about <user><video>< |im_end|>\n< |video_pad|><assistant>"
 
 
 @pytest.mark.parametrize("constrained", [False, True])
@@ -193,7 +269,7 @@ def test_with_probabilities_a_number_is_written_from_the_model_s_own_logits(
         "": {"7": 0.5, "8": 0.2, "1": 0.1, "0": 0.2},
         "1": {"0": 0.25, ".": 0.5, "<eos>": 0.25},
         "7.": {"2": 0.6, "9": 0.2, "<eos>": 0.2},
-        "7.2": {"5": 0.3, "0": 0.1, "<eos>": 0.6},
+        "7.2": {"5": 0.45, "0": 0.15, "<eos>": 0.4},
     }
     monkeypatch.setattr(LLM, "logits", logits, raising=False)
     replies = engine.ask([clip(), clip()], [["a"], ["b", "c"]], Decoding(probabilities=True))
@@ -204,8 +280,8 @@ def test_with_probabilities_a_number_is_written_from_the_model_s_own_logits(
     assert reply.digits[0] == pytest.approx({str(d): first.get(d, 0.0) for d in range(10)})
     assert reply.digits[1] == {}
     assert reply.digits[2]["2"] == pytest.approx(0.6)
-    # By hand: p_7, p_8, p_1 = 5/8, 2/8, 1/8; mean 6.5; f = (2 * .6 + 9 * .2) / .8 / 10 + (5 * .3) /
-    # .4 / 100 = .375 + .0375; t = 1/32.
+    # By hand: p_7, p_8, p_1 = 5/8, 2/8, 1/8; mean 6.5; f = (2 * .6 + 9 * .2) / .8 / 10 + (5 * .45) /
+    # .6 / 100 = .375 + .0375; t = 1/32.
     assert expected_answer(reply) == pytest.approx(6.5 + 9 / 32 + (1 - 1 / 32) * 0.4125)
     params = SamplingParams(max_tokens=1, temperature=0.0, return_generation_logits=True)
     assert all(used == params for _, used in LLM.made.calls)
