@@ -156,8 +156,8 @@ class TensorRTLLMEngine(Engine):
 def video_input(clip: Clip) -> dict[str, Any]:
     """The fields of a request's input that carry a clip, whose frames are taken as they are.
 
-    TensorRT-LLM hands `mm_processor_kwargs`, and nothing else, to transformers' processor beside the
-    frames. transformers 5 reads the rate from `video_metadata`, 4 from `fps`.
+    TensorRT-LLM hands the frames and `mm_processor_kwargs`, and nothing else, to transformers'
+    processor. transformers 5 reads the rate from `video_metadata`, 4 from `fps`.
     """
     from tensorrt_llm.inputs.utils import VideoData
 

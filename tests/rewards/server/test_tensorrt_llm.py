@@ -199,8 +199,8 @@ for name in ("", ".io", ".transforms", ".transforms.functional", ".transforms.v2
         setattr(sys.modules[parent], last, module)
 sys.modules["torchvision"].__version__ = "0.28.0"
 from torchvision.transforms.v2 import functional
-sys.modules["torchvision.transforms.functional"].pil_to_tensor = lambda image: torch.frombuffer(
-    bytearray(image.tobytes()), dtype=torch.uint8).view(image.height, image.width, 3).permute(2, 0, 1)
+sys.modules["torchvision.transforms.functional"].pil_to_tensor = lambda image: torch.tensor(
+    list(image.tobytes()), dtype=torch.uint8).view(image.height, image.width, 3).permute(2, 0, 1)
 functional.resize = functional.grayscale_to_rgb = lambda frames, *_, **__: frames
 functional.normalize = lambda frames, mean, std, **_: (
     frames - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
@@ -280,8 +280,8 @@ def test_with_probabilities_a_number_is_written_from_the_model_s_own_logits(
     assert reply.digits[0] == pytest.approx({str(d): first.get(d, 0.0) for d in range(10)})
     assert reply.digits[1] == {}
     assert reply.digits[2]["2"] == pytest.approx(0.6)
-    # By hand: p_7, p_8, p_1 = 5/8, 2/8, 1/8; mean 6.5; f = (2 * .6 + 9 * .2) / .8 / 10 + (5 * .45) /
-    # .6 / 100 = .375 + .0375; t = 1/32.
+    # By hand: p_7, p_8, p_1 = 5/8, 2/8, 1/8; mean 6.5; f = (2 * .6 + 9 * .2) / .8 / 10 +
+    # (5 * .45) / .6 / 100 = .375 + .0375; t = 1/32.
     assert expected_answer(reply) == pytest.approx(6.5 + 9 / 32 + (1 - 1 / 32) * 0.4125)
     params = SamplingParams(max_tokens=1, temperature=0.0, return_generation_logits=True)
     assert all(used == params for _, used in LLM.made.calls)
