@@ -98,11 +98,11 @@ def resume(trainer: Trainer, config_yaml: str) -> int | None:
     run_folder.log_changes(folder, config_yaml)
     tensors = trainer.tensors()
     try:
-        found = checkpoint.load(folder / "checkpoints", tensors)
+        found = checkpoint.newest(folder / "checkpoints")
         if found is None:
             logger.warning(f"resume: no checkpoint in {folder} yet; starting over")
             return -1
-        iteration, state = found
+        iteration, state = checkpoint.iteration_of(found), checkpoint.load(found, tensors)
         trainer.load_state_dict(state)
         trainer.load_tensors(tensors)
     except ValueError as error:

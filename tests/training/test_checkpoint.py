@@ -15,45 +15,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from small_checkpoints import blank, load, state_of, tensors_of, write
 from torch import nn
 
 from fastgrpo.training import checkpoint
-from fastgrpo.training.checkpoint import list_checkpoints, load, load_weights, save, verify
-
-
-def tensors_of(iteration: int) -> dict[str, Any]:
-    """Nested as a trainer's: tensors of several dtypes, numbers, lists."""
-    draw = torch.Generator().manual_seed(iteration)
-    return {
-        "model": {
-            "a.weight": torch.randn(3, 5, generator=draw),
-            "a.bias": torch.randn(3, generator=draw).bfloat16(),
-        },
-        "optimizer": {
-            "state": {
-                "a.weight": {
-                    "step": torch.tensor(float(iteration)),
-                    "exp_avg": torch.randn(3, 5, generator=draw).double(),
-                }
-            },
-            "param_groups": [
-                {"lr": 1e-3 / iteration, "betas": (0.9, 0.999), "params": ["a.weight", "a.bias"]}
-            ],
-        },
-        "ema": {
-            "n_averaged": torch.tensor(iteration),
-            "module.a.weight": torch.randn(3, 5, generator=draw),
-        },
-    }
-
-
-def blank() -> dict[str, Any]:
-    tensors = tensors_of(1000)
-    for part in (tensors["model"], tensors["optimizer"]["state"]["a.weight"], tensors["ema"]):
-        for value in part.values():
-            value.zero_()
-    tensors["optimizer"]["param_groups"][0]["lr"] = -1.0
-    return tensors
+from fastgrpo.training.checkpoint import list_checkpoints, load_weights, save, verify
 
 
 def assert_equal(got: Any, expected: Any) -> None:
@@ -71,18 +37,6 @@ def assert_equal(got: Any, expected: Any) -> None:
         assert torch.equal(got, expected)
     else:
         assert got == expected
-
-
-def state_of(iteration: int) -> dict[str, Any]:
-    return {
-        "prompts_drawn": 4 * iteration,
-        "pacer": {"competence": [0.1, 1 / 3, iteration / 7]},
-        "none": None,
-    }
-
-
-def write(folder: Path, *iterations: int, keep: int = 9) -> list[Path]:
-    return [save(folder, i, tensors_of(i), state_of(i), keep) for i in iterations]
 
 
 def assert_loads(folder: Path, iteration: int) -> None:
@@ -211,7 +165,17 @@ def test_no_flipped_bit_of_the_manifest_goes_unseen(one_rank: Any, tmp_path: Pat
             except ValueError:
                 continue
             assert json.loads(changed) == meant
-    for content in ("null", "[]", "{}", '{"files": []}', '{"files": {"state.json": 3}}'):
+    verified = {"bytes": 0, "sha256": ""}
+    odd = [{"state.json": verified}, dict.fromkeys((*FILES, "../x"), verified)]
+    for content in (
+        *(json.dumps({"files": files}) for files in ({}, *odd)),
+        "[" * 9999,
+        "null",
+        "[]",
+        "{}",
+        '{"files": []}',
+        '{"files": {"state.json": 3}}',
+    ):
         manifest.write_text(content)
         with pytest.raises(ValueError, match=re.escape(f"{manifest}: unreadable")):
             verify(path)
@@ -370,8 +334,8 @@ def test_weights_of_another_network_are_one_clear_error(one_rank: Any, tmp_path:
 def test_two_ranks_write_one_checkpoint_and_load_it(
     run_ranks: Callable[..., list[Any]], tmp_path: Path
 ) -> None:
-    """Each rank has the same weights, as data-parallel ranks do; a fault of the newest is seen by
-    both.
+    """Each rank has the same weights, as data-parallel ranks do; a fault of the newest, which one
+    rank finds, is heard of by both. A rank hashes what it wrote, and at a resume its share.
     """
     script = f"""
 import json, pathlib, torch
@@ -380,14 +344,18 @@ from fastgrpo.training import checkpoint
 from fastgrpo.config import RuntimeConfig
 collectives.start(RuntimeConfig(device="cpu"))
 folder = pathlib.Path({str(tmp_path)!r})
+own, checkpoint.hashed = checkpoint._sha256, []
+checkpoint._sha256 = lambda file: checkpoint.hashed.append(file.name) or own(file)
 for i in (1, 2):
     tensors = {{"model": {{"w": torch.full((4, 4), float(i))}}}}
     checkpoint.save(folder, i, tensors, {{"i": i}}, 3)
-answers = []
+answers = [checkpoint.hashed[:2]]
 for _ in range(2):
+    checkpoint.hashed = []
     tensors = {{"model": {{"w": torch.zeros(4, 4)}}}}
-    found = checkpoint.load(folder, tensors)
-    answers.append([found, tensors["model"]["w"].mean().item()])
+    path = checkpoint.newest(folder)
+    found = [checkpoint.iteration_of(path), checkpoint.load(path, tensors)]
+    answers.append([found, tensors["model"]["w"].mean().item(), checkpoint.hashed])
     collectives.gather(None)
     if collectives.rank() == 0:
         (folder / "latest" / "state.json").write_text("{{}}")
@@ -395,6 +363,11 @@ for _ in range(2):
 print(json.dumps(answers))
 collectives.stop()
 """
-    expected = [[[2, {"i": 2}], 2.0], [[1, {"i": 1}], 1.0]]
-    assert run_ranks(script) == [expected, expected]
+    first, second = run_ranks(script)
+    assert first[0] == ["__0_0.distcp", "state.json"]
+    assert second[0][0] == "__1_0.distcp"
+    shares = ([".metadata", "__1_0.distcp"], ["__0_0.distcp", "state.json"])
+    for answers, share in zip((first, second), shares, strict=True):
+        assert answers[1] == [[2, {"i": 2}], 2.0, share]
+        assert answers[2][:2] == [[1, {"i": 1}], 1.0]
     assert checkpoint.list_checkpoints(tmp_path) == [tmp_path / "iteration_000001"]
