@@ -9,6 +9,7 @@ number that is not finite is written as null and is not sent to trackers.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import re
@@ -17,7 +18,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastgrpo.files import atomic_write
+from fastgrpo.errors import UserError
+from fastgrpo.files import atomic_write, keep_copy, naming, sync
+
+logger = logging.getLogger("fastgrpo")
 
 SKIPS = {
     "num_skipped_updates": "updates",
@@ -37,6 +41,9 @@ class MetricsLog:
     Each row is on its way to the disk when `log` returns, so a process killed later loses none.
     One killed inside `log` leaves at most half a line, which `read_metrics` drops.
 
+    A tracker that fails later than at its start is left out from then on, with a warning: it is
+    only a view.
+
     Args:
         run: The run folder; made if missing.
         trackers: Names that accelerate.tracking knows, such as ("tensorboard", "wandb"). Their
@@ -45,14 +52,15 @@ class MetricsLog:
         config: The resolved configuration, nested; shown by the trackers that show one.
             TensorBoard gets none: it would open a folder of its own for it.
         last_iteration: None for a new run; on resume the iteration of the checkpoint, or -1 to
-            start over. Later rows are dropped, and TensorBoard is told to forget them. wandb
-            continues the same run and keeps the first value of a step that comes again; any other
-            tracker starts a new run.
+            start over. Later rows are dropped, with a copy (`truncate_metrics`), missing ones are
+            logged, and TensorBoard is told to forget the later ones. wandb continues the same run
+            and keeps the first value of a step that comes again; any other tracker starts a new
+            run.
         project: Project name, for the trackers that have one.
 
     Raises:
-        ValueError: A tracker is unknown or not installed, or metrics.jsonl is broken.
-        RuntimeError: A tracker did not start (no login, for instance); its own error is the cause.
+        ValueError: A tracker is unknown or not installed or did not start (no login, for
+            instance), or metrics.jsonl is broken.
     """
 
     def __init__(
@@ -66,35 +74,70 @@ class MetricsLog:
     ) -> None:
         check_trackers(trackers)
         run.mkdir(parents=True, exist_ok=True)
+        self.path = run / "metrics.jsonl"
         if last_iteration is not None:
-            truncate_metrics(run / "metrics.jsonl", last_iteration)
-        self._file = open(run / "metrics.jsonl", "ab")  # noqa: SIM115  (open as long as the run)
-        self._trackers: list[Any] = []
+            kept = truncate_metrics(self.path, last_iteration)
+            if missing := sorted({*range(last_iteration + 1)} - {*kept}):
+                logger.warning(
+                    f"note: {self.path} lacks the rows of iterations {_ranges(missing)}: the file "
+                    "was changed or lost"
+                )
+        self._trackers: dict[str, Any] = {}
         try:
             for name in dict.fromkeys(trackers):
-                self._trackers.append(_start_tracker(name, run, project, last_iteration, config))
+                self._trackers[name] = _start_tracker(name, run, project, last_iteration, config)
+            self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115  (open as the run is)
         except BaseException:
-            self.close()
+            self._finish_trackers()
             raise
 
     def log(self, row: Mapping[str, float | int | None]) -> None:
-        """Append one row; it has an integer `iteration`."""
+        """Append one row; it has an integer `iteration`.
+
+        Raises:
+            OSError: It could not be written; then the file is as it was.
+        """
         finite = {
             key: value if value is not None and math.isfinite(value) else None
             for key, value in row.items()
         }
-        self._file.write(json.dumps(finite, allow_nan=False).encode() + b"\n")
-        self._file.flush()
+        line = json.dumps(finite, allow_nan=False).encode() + b"\n"
+        size = os.fstat(self._file.fileno()).st_size
+        try:
+            with naming(self.path):
+                while line:  # a disk that is nearly full takes a part of it
+                    line = line[self._file.write(line) :]
+        except OSError:
+            self._file.truncate(size)
+            raise
         step = finite.pop("iteration")
         scalars = {key: value for key, value in finite.items() if value is not None}
-        for tracker in self._trackers:
-            tracker.log(scalars, step=step)
+        for name, tracker in [*self._trackers.items()]:
+            try:
+                tracker.log(scalars, step=step)
+            except Exception as error:  # a tracker may raise anything, of a server or a disk
+                del self._trackers[name]
+                logger.warning(
+                    f"tracker {name!r} failed, and the run goes on without it; {self.path} has "
+                    f"every row: {type(error).__name__}: {error}"
+                )
+
+    def sync(self) -> None:
+        """Wait until all rows are on the disk."""
+        sync(self.path)
 
     def close(self) -> None:
         """End the trackers and close the file; a second call does nothing."""
         self._file.close()
+        self._finish_trackers()
+
+    def _finish_trackers(self) -> None:
         while self._trackers:
-            self._trackers.pop().finish()
+            name, tracker = self._trackers.popitem()
+            try:
+                tracker.finish()
+            except Exception as error:
+                logger.warning(f"tracker {name!r} failed at its end: {error}")
 
     def __enter__(self) -> MetricsLog:
         return self
@@ -139,17 +182,39 @@ def read_metrics(path: Path) -> list[Row]:
     return [row for _, row in _parse_lines(path)]
 
 
-def truncate_metrics(path: Path, last_iteration: int) -> None:
+def truncate_metrics(path: Path, last_iteration: int) -> list[int]:
     """Keep the rows with iteration <= last_iteration, byte for byte and atomically. A missing file
-    stays missing.
+    stays missing. If rows are dropped, a copy of the whole file is kept beside it, as
+    metrics.until_NNNNNN.jsonl with the number of its last row.
+
+    Returns:
+        The iterations of the rows that were kept.
 
     Raises:
         ValueError: As `read_metrics`.
     """
-    if path.exists():
-        lines = [line for line, row in _parse_lines(path) if row["iteration"] <= last_iteration]
-        with atomic_write(path) as partial:
-            partial.write_bytes(b"".join(line + b"\n" for line in lines))
+    if not path.exists():
+        return []
+    lines = [*_parse_lines(path)]
+    kept = [(line, row["iteration"]) for line, row in lines if row["iteration"] <= last_iteration]
+    if len(kept) < len(lines):
+        last = max(row["iteration"] for _, row in lines)
+        copy = keep_copy(path, f"{path.stem}.until_{last:06d}{path.suffix}")
+        logger.info(f"resume: rows after iteration {last_iteration} are kept in {copy}")
+    with atomic_write(path) as partial:
+        partial.write_bytes(b"".join(line + b"\n" for line, _ in kept))
+    return [iteration for _, iteration in kept]
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Ascending numbers in words: 1, 4 to 6."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1][1:] = [number]
+        else:
+            runs.append([number])
+    return ", ".join(" to ".join(map(str, run)) for run in runs)
 
 
 def _parse_lines(path: Path) -> Iterator[tuple[bytes, Row]]:
@@ -167,10 +232,18 @@ def _parse_lines(path: Path) -> Iterator[tuple[bytes, Row]]:
 
 
 def _parse_row(line: bytes) -> Row:
-    row = json.loads(line, parse_constant=_reject_constant)
-    if not (isinstance(row, dict) and isinstance(row.get("iteration"), int)):
+    try:
+        row = json.loads(line, parse_constant=_reject_constant)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    iteration = row.get("iteration") if isinstance(row, dict) else None
+    if not isinstance(iteration, int) or isinstance(iteration, bool) or iteration < 0:
         raise ValueError("expected an object with an integer 'iteration'")
-    return row
+    for key, value in row.items():
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not (value is None or (is_number and math.isfinite(value))):
+            raise ValueError(f"expected a number or null for {key!r}, got {str(value)[:40]!r}")
+    return dict(row)
 
 
 def _reject_constant(name: str) -> None:
@@ -269,9 +342,9 @@ def _start_tracker(
                     for key, value in flatten(config).items()
                 }
             )
-    except Exception as error:
-        raise RuntimeError(
-            f"tracker {name!r} could not start: {type(error).__name__}: {error}"
+    except (Exception, SystemExit) as error:
+        raise UserError(
+            f"tracking.trackers: {name!r} could not start: {type(error).__name__}: {error}"
         ) from error
     return tracker
 

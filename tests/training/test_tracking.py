@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import math
 import os
@@ -107,6 +109,12 @@ def test_a_whole_last_line_without_newline_is_kept(tmp_path: Path) -> None:
         '{"iteration": 2, "r": NaN}',
         "\x00\x00",
         '{"iteration": "2"}',
+        '{"iteration": true}',
+        '{"iteration": -1}',
+        '{"iteration": 2, "r": "0.5"}',
+        '{"iteration": 2, "r": [1]}',
+        '{"iteration": 2, "r": 1e999}',
+        "[" * 9999,
     ],
 )
 def test_any_other_broken_line_is_named(tmp_path: Path, broken: str) -> None:
@@ -126,11 +134,47 @@ def test_truncate_keeps_bytes_and_leaves_a_missing_file_missing(tmp_path: Path) 
     assert not path.exists()
     lines = [b'{"iteration": 0,   "r": 1e-3}\n', b'{"iteration": 1}\n', b'{"iteration": 2}\n']
     path.write_bytes(b"".join(lines))
-    truncate_metrics(path, 1)
+    assert truncate_metrics(path, 1) == [0, 1]
     assert path.read_bytes() == b"".join(lines[:2])
-    truncate_metrics(path, -1)
+    assert (tmp_path / "metrics.until_000002.jsonl").read_bytes() == b"".join(lines)
+    assert truncate_metrics(path, 1) == [0, 1]
+    assert len(os.listdir(tmp_path)) == 2, "nothing dropped, no copy"
+    assert truncate_metrics(path, -1) == []
     assert path.read_bytes() == b""
-    assert os.listdir(tmp_path) == ["metrics.jsonl"]
+    assert (tmp_path / "metrics.until_000001.jsonl").read_bytes() == b"".join(lines[:2])
+
+
+@pytest.mark.parametrize(
+    ("kept", "missing"), [([4], "0 to 3"), ([0, 1, 2, 4], "3"), ([0, 2, 3], "1, 4"), ([], "0 to 4")]
+)
+def test_rows_that_are_missing_are_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, kept: list[int], missing: str
+) -> None:
+    (tmp_path / "metrics.jsonl").write_text("".join(f'{{"iteration": {i}}}\n' for i in kept))
+    MetricsLog(tmp_path, last_iteration=4).close()
+    (said,) = caplog.messages
+    assert f"{tmp_path / 'metrics.jsonl'} lacks the rows of iterations {missing}:" in said
+
+
+def test_a_full_disk_leaves_whole_rows_and_names_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk with room for half a row."""
+    with MetricsLog(tmp_path) as log:
+        log.log({"iteration": 0, "r": 0.5})
+        room = [9, 0]
+
+        class Full(io.FileIO):
+            def write(self, data: bytes) -> int:
+                if not (taken := room.pop(0)):
+                    raise OSError(errno.ENOSPC, "No space left on device")
+                return super().write(data[:taken])
+
+        monkeypatch.setattr(log, "_file", Full(tmp_path / "metrics.jsonl", "ab"))
+        with pytest.raises(OSError, match="No space") as caught:
+            log.log({"iteration": 1, "r": 0.5})
+    assert caught.value.filename == str(tmp_path / "metrics.jsonl")
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"iteration": 0, "r": 0.5}\n'
 
 
 def test_tensorboard_shows_what_was_logged(tmp_path: Path) -> None:
@@ -255,8 +299,32 @@ def test_a_tracker_of_ones_own_gets_scalars_and_configuration(
         raise OSError("no login")
 
     monkeypatch.setattr(Recorder, "start", broken)
-    with pytest.raises(RuntimeError, match="'wandb' could not start: OSError: no login"):
+    with pytest.raises(ValueError, match="'wandb' could not start: OSError: no login"):
         MetricsLog(tmp_path / "other", ["wandb"])
+    assert not (tmp_path / "other" / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("where", ["log", "finish"])
+def test_a_tracker_that_fails_is_left_out_and_the_rows_go_on(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    where: str,
+) -> None:
+    from torch.utils.tensorboard import SummaryWriter
+
+    def fail(*_: object, **__: object) -> None:
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    name = {"log": "add_scalar", "finish": "close"}[where]
+    with MetricsLog(tmp_path, ["tensorboard"]) as log:
+        monkeypatch.setattr(SummaryWriter, name, fail)
+        for i in range(3):
+            log.log({"iteration": i, "reward": 0.5})
+    assert [row["iteration"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [0, 1, 2]
+    (said,) = caplog.messages
+    assert "tracker 'tensorboard' failed" in said
+    assert "Broken pipe" in said
 
 
 def test_unknown_and_missing_trackers_are_one_error(
