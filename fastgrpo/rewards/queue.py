@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,8 @@ from fastgrpo.errors import UserError
 from fastgrpo.interfaces import RewardModel
 
 Scores = list[list[float]]
+ROUNDING = 1e-6
+"""How far outside [0, 1] a score may lie and still be taken, for the nearer end."""
 
 
 class ScoringQueue:
@@ -33,6 +36,8 @@ class ScoringQueue:
         self._batches: list[Future[tuple[Tensor, Tensor]]] = []
         self._stream: torch.cuda.Stream | None = None
         self._blocked = 0.0
+        self._refused: list[str] = []  # since `counters` was called
+        self._last_refused = ""
 
     def submit(self, videos: Tensor, prompts: Sequence[str], fps: float) -> None:
         """Queue videos [n, T, 3, H, W] of `fps` with their n prompts."""
@@ -57,8 +62,7 @@ class ScoringQueue:
             Scores [P][G][K] and validity [P][G], in the order of submission, G = num_generations.
 
         Raises:
-            Exception: Whatever the judge raised; ValueError for a score outside [0, 1] or of the
-                wrong shape.
+            Exception: Whatever the judge raised; UserError if what it returned is no scores.
         """
         batches, self._batches = self._batches, []
         results = [batch.result() for batch in batches]
@@ -85,6 +89,18 @@ class ScoringQueue:
         seconds, self._blocked = self._blocked, 0.0
         return seconds
 
+    def counters(self) -> dict[str, int]:
+        """The judge's counts since the last call, and how many of its scores were refused, if any
+        were.
+        """
+        refused, self._refused = len(self._refused), []
+        return self.reward.counters() | ({"refused": refused} if refused else {})
+
+    def last_errors(self) -> dict[str, str]:
+        """The last error of each part of the judge, and the last of its scores that was refused."""
+        refused = {type(self.reward).__name__: self._last_refused} if self._last_refused else {}
+        return self.reward.last_errors() | refused
+
     @torch.no_grad()
     def _score(
         self, videos: Tensor, prompts: list[str], fps: float, made: torch.cuda.Event | None
@@ -93,20 +109,38 @@ class ScoringQueue:
             if made and self._stream:
                 self._stream.wait_event(made)
                 videos.record_stream(self._stream)
-            scores, valid = self.reward.score(videos, prompts, fps)
-            scores, valid = scores.double().cpu(), valid.cpu()
-        name, count = type(self.reward).__name__, len(prompts)
-        shapes, got = ((count, len(self.reward.stages)), (count,)), (scores.shape, valid.shape)
-        if got != shapes:
-            raise UserError(
-                f"reward: expected scores {shapes[0]} and validity {shapes[1]} from {name}, "
-                f"got {tuple(got[0])} and {tuple(got[1])}"
-            )
+            answer = self.reward.score(videos, prompts, fps)
+            name, shape = type(self.reward).__name__, (len(prompts), len(self.reward.stages))
+            expected = f"a tensor of scores {shape} and one of validity {shape[:1]}"
+            if not _are_tensors(answer, shape, shape[:1]):
+                raise UserError(f"reward: {name}.score: expected {expected}, got {_shown(answer)}")
+            scores, valid = answer[0].double().cpu(), answer[1].bool().cpu()
         # An invalid video is left out of its group: algorithm/self_paced.py, advantages.py; see
         # training/step.py, item 5.
-        valid = valid.bool() & torch.isfinite(scores).all(dim=1)
-        outside = valid & ((scores < 0) | (scores > 1)).any(dim=1)
-        if outside.any():
-            bad = scores[outside][0].tolist()
-            raise UserError(f"reward: expected scores in [0, 1] from {name}, got {bad}")
-        return scores, valid
+        inside = ((scores >= -ROUNDING) & (scores <= 1 + ROUNDING)).all(dim=1)  # NaN is not
+        for index in (valid & ~inside).nonzero().flatten().tolist():
+            row, prompt = scores[index].tolist(), prompts[index]
+            self._last_refused = f"expected scores in [0, 1], got {row} for {prompt!r}"
+            self._refused.append(self._last_refused)
+        valid = valid & inside
+        return torch.where(valid[:, None], scores.clamp(0, 1), scores), valid
+
+
+def _are_tensors(answer: Any, *shapes: tuple[int, ...]) -> bool:
+    """Whether this is a tuple or list of real tensors of these shapes."""
+    return (
+        isinstance(answer, tuple | list)
+        and len(answer) == len(shapes)
+        and all(isinstance(part, Tensor) and not part.is_complex() for part in answer)
+        and [part.shape for part in answer] == [*shapes]
+    )
+
+
+def _shown(answer: Any) -> str:
+    """What a judge returned, briefly: shapes of tensors, else the value."""
+    if isinstance(answer, Tensor):
+        return f"a tensor {tuple(answer.shape)}"
+    if isinstance(answer, tuple | list) and any(isinstance(part, Tensor) for part in answer):
+        return " and ".join(map(_shown, answer))
+    text = repr(answer)
+    return text if len(text) < 200 else f"{text[:200]}…"

@@ -225,6 +225,6 @@ def reason_to_stop(trainer: Trainer) -> str:
             f"{trainer.invalid_share:.0%} of its videos got no score, and "
             f"scoring.max_invalid_share is {config.scoring.max_invalid_share:.0%}"
         )
-    ranks = collectives.gather(trainer.judge.reward.last_errors())
+    ranks = collectives.gather(trainer.judge.last_errors())
     errors = [f"{where}: {error}" for of_rank in ranks for where, error in of_rank.items()]
     return "; ".join(dict.fromkeys([reason, *errors]))

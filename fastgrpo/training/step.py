@@ -224,7 +224,7 @@ class Trainer:
         return {
             "iteration": iteration,
             **reward_metrics(every_group, stages),
-            **judge_metrics(gather((self.judge.reward.counters(), self.judge.blocked_seconds()))),
+            **judge_metrics(gather((self.judge.counters(), self.judge.blocked_seconds()))),
             **seen,
             "pacing/sharpness": pacing.sharpness,
             "pacing/sparsity_weight": pacing.sparsity_weight,

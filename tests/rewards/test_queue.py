@@ -5,6 +5,7 @@ wrong.
 from __future__ import annotations
 
 import math
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fastgrpo.errors import UserError
 from fastgrpo.interfaces import RewardModel
 from fastgrpo.rewards.queue import ScoringQueue
 
@@ -178,35 +180,52 @@ def test_a_score_that_is_not_finite_makes_its_video_invalid(
     assert (scores[0][0], scores[0][3]) == (rows[0], rows[3])
 
 
-@pytest.mark.parametrize("bad", [-1e-9, 1.0000001, 7.5])
-def test_a_score_outside_0_to_1_is_the_judges_error(
+@pytest.mark.parametrize(("score", "taken"), [(-1e-9, 0.0), (1.0000001, 1.0), (1.0, 1.0)])
+def test_a_score_outside_0_to_1_by_rounding_is_taken_for_the_end(
+    opened: Callable[..., ScoringQueue], score: float, taken: float
+) -> None:
+    queue = opened(Broken([[0.5, 0.5], [0.25, score]]))
+    queue.submit(videos(0, 0), ["a"] * 2, 8.0)
+    assert queue.collect(2) == ([[[0.5, 0.5], [0.25, taken]]], [[True, True]])
+    assert (queue.counters(), queue.last_errors()) == ({}, {})
+
+
+@pytest.mark.parametrize("bad", [-1e-5, 1.00001, 7.5, math.nan])
+def test_a_score_outside_0_to_1_leaves_its_video_without_one(
     opened: Callable[..., ScoringQueue], bad: float
 ) -> None:
     queue = opened(Broken([[0.5, 0.5], [0.25, bad]]))
-    queue.submit(videos(0, 0), ["a"] * 2, 8.0)
-    with pytest.raises(ValueError, match=r"\[0, 1\] from Broken") as caught:
-        queue.collect(2)
-    assert "0.25" in str(caught.value)  # the row that is wrong
+    queue.submit(videos(0, 0), ["a", "b"], 8.0)
+    assert queue.collect(2)[1] == [[True, False]]
+    (error,) = queue.last_errors().values()
+    assert re.fullmatch(r"expected scores in \[0, 1\], got \[0\.25, .*\] for 'b'", error)
+    assert (queue.counters(), queue.counters()) == ({"refused": 1}, {})
 
 
 @pytest.mark.parametrize(
-    ("scores", "valid", "got"),
+    ("answer", "got"),
     [
-        ([[0.5, 0.5]], None, "(1, 2) and (1,)"),
-        ([[0.5, 0.5, 0.5]] * 2, None, "(2, 3) and (2,)"),
-        ([0.5, 0.5], None, "(2,) and (2,)"),
-        ([[0.5, 0.5]] * 2, [True], "(2, 2) and (1,)"),
-        ([[0.5, 0.5]] * 2, [[True], [True]], "(2, 2) and (2, 1)"),
+        ((torch.rand(1, 2), torch.ones(1)), "a tensor (1, 2) and a tensor (1,)"),
+        ((torch.rand(2, 3), torch.ones(2)), "a tensor (2, 3) and a tensor (2,)"),
+        ((torch.rand(2), torch.ones(2)), "a tensor (2,) and a tensor (2,)"),
+        ((torch.rand(2, 2), torch.ones(2, 1)), "a tensor (2, 2) and a tensor (2, 1)"),
+        ((torch.rand(2, 2) * 1j, torch.ones(2)), "a tensor (2, 2) and a tensor (2,)"),
+        (torch.rand(2, 2), "a tensor (2, 2)"),
+        ((torch.rand(2, 2), [True, True]), "a tensor (2, 2) and [True, True]"),
+        ([[0.5, 0.5], [0.5, 0.5]], "[[0.5, 0.5], [0.5, 0.5]]"),
+        (None, "None"),
     ],
 )
-def test_wrong_shapes_are_the_judges_error(
-    opened: Callable[..., ScoringQueue], scores: Any, valid: Any, got: str
+def test_what_is_no_scores_is_the_judges_error(
+    opened: Callable[..., ScoringQueue], answer: Any, got: str
 ) -> None:
-    queue = opened(Broken(scores, valid))
+    judge = Broken([])
+    judge.answer = answer
+    queue = opened(judge)
     queue.submit(videos(0, 0), ["a"] * 2, 8.0)
-    with pytest.raises(ValueError, match=r"\(2, 2\) and validity \(2,\) from Broken") as caught:
+    with pytest.raises(UserError, match=r"Broken\.score: expected .*\(2, 2\).*\(2,\)") as caught:
         queue.collect(2)
-    assert f"got {got}" in str(caught.value)
+    assert str(caught.value).endswith(f", got {got}")
 
 
 def fail() -> None:

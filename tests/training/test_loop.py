@@ -33,7 +33,7 @@ def test_why_a_run_stopped(one_rank: torch.device, caplog: pytest.LogCaptureFixt
         config=SimpleNamespace(update=UpdateConfig(), scoring=ScoringConfig(), **run),
         skipped_in_a_row=2,
         invalid_share=0.75,
-        judge=SimpleNamespace(reward=SimpleNamespace(last_errors=lambda: {"http://here": "gone"})),
+        judge=SimpleNamespace(last_errors=lambda: {"http://here": "gone"}),
     )
     reason = "75% of its videos got no score, and scoring.max_invalid_share is 50%"
     assert reason_to_stop(stopped) == f"{reason}; http://here: gone"
