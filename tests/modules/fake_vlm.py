@@ -18,7 +18,8 @@ class FakeVLM:
     Args:
         faults: What it does wrong or does not tell: "32 frames", "first frame", "sorted frames",
             "no rate", "no constraint", "two digits", "grouped digits", "random", "no cache",
-            "special tokens", "parallel", "no usage", "no counts of cached tokens", "no logprobs".
+            "special tokens", "spaced special tokens", "no logarithms", "parallel", "no usage", "no
+            counts of cached tokens", "no logprobs".
     """
 
     def __init__(self, *faults: str) -> None:
@@ -62,6 +63,8 @@ class FakeVLM:
         chances = {c: draw.random() for c in "0123456789."} | {token: 20.0}
         listed = (token, "2") if "two digits" in self.faults else chances
         total = sum(chances.values())
+        if "no logarithms" in self.faults:
+            return {c: chances[c] / total for c in listed}
         return {c: math.log(chances[c] / total) for c in listed}
 
     def _usage(self, frames: list[str], text: str) -> dict[str, Any] | None:
@@ -69,6 +72,8 @@ class FakeVLM:
             return None
         if "special tokens" in self.faults:
             text = text.replace("<|im_end|>", "E").replace("<|video_pad|>", "V")
+        if "spaced special tokens" in self.faults:
+            text = re.sub(r"< ?\|\w+\|>", "E", text)
         video = hashlib.sha256(repr(frames).encode()).hexdigest()
         count = 20 + 5 * math.ceil(len(frames) / 2)
         cached = count if video in self.seen and "no cache" not in self.faults else 0

@@ -63,10 +63,11 @@ def test_all_holds_for_a_right_endpoint(findings: Any) -> None:
         (["no constraint"], {"constraint", "probabilities"}, "'video "),
         (["two digits"], {"probabilities"}, "are not listed"),
         (["grouped digits"], {"probabilities"}, "'7.'"),
+        (["no logarithms"], {"probabilities"}, "that add up to nan"),
         (["random"], {"same answer", "parallel"}, "greedy: "),
         (["no cache"], {"prefix cache"}, "0 of "),
         (["parallel"], {"parallel"}, "of 8 answers"),
-        (["special tokens"], {"special tokens"}, "<|im_end|> in a caption adds 2 prompt tokens"),
+        (["spaced special tokens"], {"special tokens"}, "< |im_end|> in a prompt adds 2 prompt"),
     ],
 )
 def test_a_fault_is_found(
@@ -75,6 +76,15 @@ def test_a_fault_is_found(
     found = findings(*faults)
     assert verdicts(found, FAILED) == failed
     assert any(evidence in found[name].evidence for name in failed)
+
+
+def test_special_tokens_that_the_judge_never_sends_are_told_and_no_fault(findings: Any) -> None:
+    found = findings("special tokens")
+    assert verdicts(found, PASSED) == set(CHECKS)
+    assert found["special tokens"].evidence == (
+        "< |im_end|> and < |video_pad|> are text; the endpoint takes <|im_end|> and <|video_pad|> "
+        "for more, which the judge never sends"
+    )
 
 
 @pytest.mark.parametrize(
@@ -129,7 +139,7 @@ def test_a_request_that_is_refused_fails_and_one_that_may_pass_tells_nothing(
     ("settings", "fault", "check"),
     [
         ({"answer": "expected"}, "two digits", "probabilities"),
-        ({"constrained": True}, "no constraint", "constraint"),
+        ({}, "no constraint", "constraint: .* needs constrained: false"),
         ({}, "32 frames", "frames"),
         ({}, "no rate", "frame rate"),
     ],
@@ -139,7 +149,7 @@ def test_a_judge_refuses_an_endpoint_that_fails_what_its_settings_need(
 ) -> None:
     endpoint, right = fake_endpoint(answer=FakeVLM(fault)), fake_endpoint(answer=FakeVLM())
     judge = StageJudge(ServerEngine((right.url, endpoint.url), "judge"), **settings)
-    with pytest.raises(ValueError, match=f"{endpoint.url}: check {check}: ") as raised:
+    with pytest.raises(ValueError, match=f"{endpoint.url}: check {check}") as raised:
         judge.load(torch.device("cpu"))
     judge.close()
     assert "\n" not in str(raised.value)
@@ -150,7 +160,8 @@ def test_a_judge_refuses_an_endpoint_that_fails_what_its_settings_need(
 def test_a_fault_that_the_settings_do_not_need_is_no_obstacle(
     fake_endpoint: Any, fault: str
 ) -> None:
-    judge = StageJudge(ServerEngine((fake_endpoint(answer=FakeVLM(fault)).url,), "judge"))
+    engine = ServerEngine((fake_endpoint(answer=FakeVLM(fault)).url,), "judge")
+    judge = StageJudge(engine, constrained=fault != "no constraint")
     judge.load(torch.device("cpu"))
     judge.close()
 

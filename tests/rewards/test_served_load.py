@@ -105,6 +105,38 @@ def test_a_model_that_nobody_serves(fake_endpoint: Any, server_engine: Engines) 
     assert f"{servers[1].url}: expected model 'judge', it serves 'a', 'b'" in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    "page",
+    [
+        "<html>Sign in</html>",
+        "[]",
+        '["judge"]',
+        "null",
+        '{"data": 5}',
+        '{"data": {}}',
+        '{"data": [5]}',
+        '{"data": [{"id": ["judge"]}]}',
+        '{"data": [{"name": "judge"}]}',
+        "[" * 100_000,
+    ],
+)
+def test_a_page_that_lists_no_models_is_an_error_at_once(
+    page: str, fake_endpoint: Any, fault: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as the login page of a proxy."""
+    server = fake_endpoint()
+    monkeypatch.setattr(
+        type(server), "_get", lambda self, to: self._send(to, fault(body=page.encode()))
+    )
+    with pytest.raises(ValueError, match="expected a server of model 'judge'") as raised:
+        ServerEngine((server.url,), "judge", patience=3600.0).load(CPU)
+    (line,) = str(raised.value).splitlines()[1:]
+    assert re.match(
+        rf"  {server.url}: ValueError: expected a list of models, got '{re.escape(page[:100])}'",
+        line,
+    )
+
+
 def test_a_server_of_another_model_is_left_alone(
     fake_endpoint: Any, server_engine: Engines, random_clip: Clips
 ) -> None:

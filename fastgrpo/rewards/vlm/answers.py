@@ -4,85 +4,126 @@ from __future__ import annotations
 
 import math
 import re
-import unicodedata
 from collections.abc import Mapping
 
 from fastgrpo.rewards.vlm.engine import Reply
 
 NUMBER = r"[1-9]\.[0-9]{2}|10\.00"
 """Regular expression of a constrained answer."""
+LEAST_MASS = 0.5
+"""Probability of all digits together at a place of a number: below it, the judge was about to write
+something else, and what the constraint made of it is no score.
+"""
+ROUNDING = 1e-3
+"""Of a sum of probabilities above 1."""
 
-_DIGIT = re.compile("[0-9]")
-# A number, its scale if it has one ("/10", "out of 10"), and no neighbour that makes it another
-# number, a quantity or a range. What a quantifier took is never given back (++, (?>...)), so that
-# the time is linear in the text.
+_MARKS = re.compile(r"```(?:[A-Za-z]++(?=\n))?+|[*_`]")
+# Of a whole answer without marks, its white space made single spaces.
+_NUMBER = r"(?:10(?:\.0+)?|[1-9](?:\.[0-9]+)?)"
+_GRADE = rf"{_NUMBER}(?: ?/ ?10(?:\.0+)?| ?\( ?out of 10 ?\)| (?:out )?of 10(?:\.0+)?)?"
+_LABEL = "(?:(?:my|the) )?(?:(?:final|overall) )?(?:score|rating|grade|answer)"
 _ANSWER = re.compile(
-    r"""(?<! [^\W_] ) (?<! [-+.,/−–‐‑‒﹣－] )
-    ( (?> 10 (?:\.0+)? | [1-9] (?:\.[0-9]+)? ) )
-    (?: [\s*_`(]*+ (?: / | (?: out\s++ )?+ of\s ) [\s*_`]*+ 10 (?:\.0++)?+ )?+
-    (?! [^\W_] | [/+] | \s*+ (?: [%‰％] | per\s?cent ) )""",
-    re.VERBOSE | re.IGNORECASE,
+    rf"(?:{_LABEL}(?: ?[:=] ?| is(?: |: ?)))?"
+    rf"(?:{_GRADE}|\\boxed ?{{ ?{_GRADE} ?}}|<answer> ?{_GRADE} ?</answer>) ?\.?"
+    rf'|{{ ?"{_LABEL}" ?: ?"?{_GRADE}"? ?}}',
+    re.IGNORECASE,
 )
+_END = re.compile(r"<\S*>|\[\S*\]|")
 
 
 def parse_answer(text: str, cut: bool = False) -> float | None:
-    """Read the one number in [1, 10] that an answer holds; it is never clamped and never guessed.
+    """Read the number in [1, 10] that an answer is; it is never clamped and never guessed.
 
-    Taken: "8.5", "8.50/10", "8.5 out of 10", "**8.5**", "Score: 8.5.", and prose with no other
-    digit in it. Not taken: a second number, be it the same one or that of a list; "8,5", which
-    is 8.5 to some and two numbers to others; signs, percents, units, exponents, digits of other
-    scripts, leading zeros. Nor, of an answer that was cut off, a number at its very end with
-    less than two decimals: "1" may be the beginning of "10.00".
+    The whole answer has to be the number, but for what was thought before (up to the last
+    `</think>`), marks of Markdown, code fences and white space: "8.5", "8.5.", "8.50/10", "8.5 out
+    of 10", "**Score:** 8.5", "My rating is 8", `\\boxed{8}`, `{"score": 8.5}`. A number in a
+    sentence may count or limit anything ("5 frames", "not 8", "<7"), and is none.
 
     Args:
         text: The answer.
-        cut: It was cut off.
+        cut: It was cut off. Then only a number with two decimals at its very end is taken: "1" may
+            be the beginning of "10.00", "8.50/10" of "8.50/100".
 
     Returns:
         The number, or None.
     """
-    first = _DIGIT.search(text)
-    found = _ANSWER.match(text, first.start()) if first else None
-    if not found or (cut and not text[found.end() :].strip(".") and not re.match(NUMBER, found[1])):
+    answer = " ".join(_MARKS.sub(" ", text.rpartition("</think>")[2]).split())
+    if not _ANSWER.fullmatch(answer):
         return None
-    rest = text[: found.start()] + text[found.end() :]
-    if any(unicodedata.category(character).startswith("N") for character in rest):
+    number = re.findall(_NUMBER, answer)[0]
+    if cut and not (re.fullmatch(NUMBER, number) and answer.endswith(number)):
         return None
-    return float(found[1])
+    return float(number)
 
 
 def expected_answer(reply: Reply) -> float | None:
     """The expectation in [1, 10] of the answer of which `reply.digits` are the probabilities; None
-    if no digit is likely at its start.
+    where `probabilities_fault` finds one.
 
     With p_d = P(d) / sum P over the first places 1 ... 9, and t = P("0" after "1"):
 
         E = sum_d d p_d + 9 p_1 t + (1 - p_1 t) f
         f = sum_j 10^-j (sum_d d P_j(d)) / (sum_d P_j(d))
 
-    over the decimal places j = 1, 2 of the answer that was written, if it was
-    "<digit>.<digits>"; f = 0 for others and for "10". Exact over all answers NUMBER where the
-    decimals' probabilities do not depend on the digits before them; else the decimals are those
-    expected along the answer that was written.
+    over the decimal places j = 1, 2 of the answer that was written; f = 0 for "10.00". Exact over
+    all answers NUMBER where the decimals' probabilities do not depend on the digits before them;
+    else the decimals are those expected along the answer that was written.
     """
-    if not reply.digits:
+    if probabilities_fault(reply):
         return None
-    start = {digit: p for digit, p in reply.digits[0].items() if digit != "0"}
-    mean = _mean_digit(start)
-    if mean is None:
-        return None
-    written = re.match(r"[1-9]\.([0-9]{1,2})", reply.text)
-    places = reply.digits[2 : 2 + len(written[1])] if written else ()
-    fraction = sum(
-        10.0**-j * (_mean_digit(place) or 0.0) for j, place in enumerate(places, start=1)
+    start = _start(reply)
+    fraction = sum(10.0**-j * _mean_digit(reply.digits[1 + j]) for j in _decimals(reply.text))
+    ten = start["1"] / math.fsum(start.values()) * reply.ten if "1" in start else 0.0
+    # Inside [1, 10] by construction, but for rounding.
+    return min(max(_mean_digit(start) + 9 * ten + (1 - ten) * fraction, 1.0), 10.0)
+
+
+def probabilities_fault(reply: Reply) -> str:
+    """Why a reply's probabilities are not those of a number that was written; "" if they are.
+
+    They are taken by place, so each character of the number has to be a token of its own. At each
+    place that is used the digits together need a probability of LEAST_MASS, and nowhere more
+    than 1.
+    """
+    text, digits = reply.text, reply.digits
+    if not digits:
+        return f"expected the probabilities of digits, got only {text[:100]!r}"
+    if not spelled_by_tokens(reply, NUMBER):
+        tokens = f"{list(reply.tokens)} for " if reply.tokens else f"{len(digits)} for "
+        return f"expected one token per character of a number, got {tokens[:300]}{text[:100]!r}"
+    used = {0: _start(reply)} | {1 + j: digits[1 + j] for j in _decimals(text)}
+    for index, place in enumerate(digits):
+        mass = math.fsum(used.get(index, place).values())
+        least = LEAST_MASS if index in used else 0.0
+        if not least <= mass <= 1 + ROUNDING:  # also for NaN
+            expected = f"digits of probability {least} to 1 at token {index + 1} of {text!r}"
+            return f"expected {expected}, got {mass:.3g}"
+    if not 0 <= reply.ten <= 1 + ROUNDING:
+        return f'expected a probability of "0" after "1", got {reply.ten:.3g}'
+    return ""
+
+
+def spelled_by_tokens(reply: Reply, pattern: str) -> bool:
+    """True if the text matches the regular expression, and each character of it is a token with
+    probabilities; tokens that only end an answer, such as "<|im_end|>", may follow.
+    """
+    tokens, count = reply.tokens or tuple(reply.text), len(reply.text)
+    return (
+        bool(re.fullmatch(pattern, reply.text))
+        and len(reply.digits) == len(tokens)
+        and tokens[:count] == tuple(reply.text)
+        and all(_END.fullmatch(token) for token in tokens[count:])
     )
-    ten = start.get("1", 0.0) / math.fsum(start.values()) * reply.ten
-    # Inside [1, 10] by construction, but for the last bit.
-    return min(max(mean + 9 * ten + (1 - ten) * fraction, 1.0), 10.0)
 
 
-def _mean_digit(probabilities: Mapping[str, float]) -> float | None:
+def _start(reply: Reply) -> dict[str, float]:
+    return {digit: p for digit, p in reply.digits[0].items() if digit != "0"}
+
+
+def _decimals(number: str) -> tuple[int, ...]:
+    return () if number == "10.00" else (1, 2)
+
+
+def _mean_digit(probabilities: Mapping[str, float]) -> float:
     total = math.fsum(probabilities.values())
-    if not total > 0:  # also for NaN
-        return None
     return math.fsum(int(digit) * p for digit, p in probabilities.items()) / total

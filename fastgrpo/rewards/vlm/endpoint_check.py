@@ -10,19 +10,18 @@ the count of cached tokens, and time. Where an endpoint gives no evidence, the v
 from __future__ import annotations
 
 import asyncio
-import math
 import re
 import time
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
-from fastgrpo.rewards.vlm.answers import NUMBER
-from fastgrpo.rewards.vlm.engine import Clip, Decoding
+from fastgrpo.rewards.vlm.answers import NUMBER, ROUNDING, spelled_by_tokens
+from fastgrpo.rewards.vlm.engine import Clip, Decoding, Reply
 from fastgrpo.rewards.vlm.failures import Refused, TryAgain
-from fastgrpo.rewards.vlm.transport import FROM_ONE, read_places, read_text
+from fastgrpo.rewards.vlm.questions import without_special_tokens
+from fastgrpo.rewards.vlm.transport import BEGUN, FROM_ONE, Answer
 
 QUESTION = "Endpoint check: how good is this video, from 1.00 to 10.00?"
 """How every question of a check begins."""
@@ -35,8 +34,8 @@ SHORT = Decoding(max_tokens=1)
 FREE = Decoding(max_tokens=5, probabilities=True)
 CONSTRAINED = Decoding(max_tokens=5, constrained=True)
 
-Send = Callable[[Clip, str, Decoding, str], Awaitable[Any]]
-"""Clip, question, decoding and regular expression of the answer ("": none) to a chat completion.
+Send = Callable[[Clip, str, Decoding, str], Awaitable[Answer]]
+"""Clip, question, decoding and regular expression of the answer ("": none) to an answer.
 
 Raises TryAgain or Refused.
 """
@@ -98,7 +97,7 @@ async def _frames(send: Send) -> Outcome:
     """Prompt tokens must grow with the frames; without them, each frame must matter."""
     counts = (4, 8, 40)
     clips = [synthetic_clip(count) for count in counts]
-    tokens = [_tokens(await send(clip, QUESTION, SHORT, "")) for clip in clips]
+    tokens = [(await send(clip, QUESTION, SHORT, "")).prompt_tokens for clip in clips]
     few, more, many = (number or 0 for number in tokens)
     if few < more:
         ok = many - more >= 0.9 * (40 - 8) / (8 - 4) * (more - few)
@@ -119,15 +118,17 @@ async def _order(send: Send) -> Outcome:
 
 async def _frame_rate(send: Send) -> Outcome:
     slow, fast = (synthetic_clip(8, fps=fps) for fps in (1.0, 8.0))
-    few, more = [_tokens(await send(clip, QUESTION, SHORT, "")) for clip in (slow, fast)]
+    few, more = [(await send(clip, QUESTION, SHORT, "")).prompt_tokens for clip in (slow, fast)]
     if few != more:
         return True, f"{few} and {more} prompt tokens at 1 and 8 frames/s"
     return await _effect(send, "8 frames/s instead of 1", slow, [fast])
 
 
 async def _constraint(send: Send) -> Outcome:
-    text = read_text(await send(synthetic_clip(4), PROSE, CONSTRAINED, NUMBER))
-    return bool(re.fullmatch(NUMBER, text)), f"asked for a sentence within {NUMBER}: {text!r}"
+    text = (await send(synthetic_clip(4), PROSE, CONSTRAINED, NUMBER)).text
+    holds = bool(re.fullmatch(NUMBER, text))
+    without = "" if holds else "; a judge of this endpoint needs constrained: false"
+    return holds, f"asked for a sentence within {NUMBER}: {text[:100]!r}{without}"
 
 
 async def _probabilities(send: Send) -> Outcome:
@@ -137,23 +138,28 @@ async def _probabilities(send: Send) -> Outcome:
     two = Decoding(max_tokens=2, constrained=True, probabilities=True)
     forced = await send(synthetic_clip(4), QUESTION, two, FROM_ONE)
     digits = "0123456789"
-    for completion, expected, needed in (
+    for answer, expected, needed in (
         (whole, NUMBER, {0: digits[1:], 2: digits, 3: digits}),
-        (forced, r"1\.|10", {1: "0"}),
+        (forced, BEGUN, {1: "0"}),
     ):
-        text, (tokens, places) = read_text(completion), read_places(completion)
-        # Each character is a token; a token that ends the answer may follow.
-        if not re.fullmatch(expected, text) or tokens[: len(text)] != tuple(text):
-            return False, f"expected one token per character of {expected}, got {list(tokens)}"
+        text, places = answer.text, answer.places
+        reply = Reply(text, answer.digits(), tokens=answer.tokens)
+        if not spelled_by_tokens(reply, expected):
+            tokens = list(answer.tokens)
+            return False, f"expected one token per character of {expected}, got {tokens}"
         for index, wanted in needed.items():
-            missing = set(wanted) - places[index].keys()
-            if missing and math.fsum(places[index].values()) < LISTED:
+            if index >= len(text):  # of 10.00
+                continue
+            missing, listed = set(wanted) - places[index].keys(), sum(places[index].values())
+            if not listed <= 1 + ROUNDING:  # also for NaN
+                return False, f"token {index} of {text!r}: probabilities that add up to {listed}"
+            if missing and listed < LISTED:
                 return False, f"token {index} of {text!r}: {sorted(missing)} are not listed"
-    return True, f"of {read_text(whole)!r} and after a first 1"
+    return True, f"of {whole.text!r} and after a first 1"
 
 
 async def _repeat(send: Send) -> Outcome:
-    texts = [read_text(await send(synthetic_clip(8), PROSE, Decoding(), "")) for _ in range(2)]
+    texts = [(await send(synthetic_clip(8), PROSE, Decoding(), "")).text for _ in range(2)]
     return texts[0] == texts[1], f"greedy: {texts[0]!r} and {texts[1]!r}"
 
 
@@ -164,12 +170,10 @@ async def _prefix_cache(send: Send) -> Outcome:
         clip = synthetic_clip(40, seed=100 + seed)
         for place, question in zip(seconds, (QUESTION, PROSE), strict=True):
             began = time.monotonic()
-            completion = await send(clip, question, SHORT, "")
+            answer = await send(clip, question, SHORT, "")
             place.append(time.monotonic() - began)
-    details = getattr(getattr(completion, "usage", None), "prompt_tokens_details", None)
-    cached = getattr(details, "cached_tokens", None)
+    cached, total = answer.cached_tokens, answer.prompt_tokens or 0
     if cached is not None:
-        total = _tokens(completion) or 0
         return cached >= total / 2, f"{cached} of {total} prompt tokens were cached"
     first, second = (min(place) for place in seconds)
     evidence = f"second question {second:.2f} s, first {first:.2f} s; no count of cached tokens"
@@ -181,7 +185,7 @@ async def _parallel(send: Send) -> Outcome:
     questions = [f"{QUESTION} ({index})" for index in range(8)]
 
     async def ask(index: int) -> str:
-        return read_text(await send(clips[index], questions[index], Decoding(), ""))
+        return (await send(clips[index], questions[index], Decoding(), "")).text
 
     began = time.monotonic()
     together = await asyncio.gather(*(ask(index) for index in range(8)))
@@ -194,14 +198,25 @@ async def _parallel(send: Send) -> Outcome:
 
 
 async def _special_tokens(send: Send) -> Outcome:
-    plain = _tokens(await send(synthetic_clip(4), QUESTION, SHORT, ""))
+    """Whether a prompt that names special tokens is text in the words of `ask_about`."""
+
+    async def added(words: str) -> int | None:
+        named = (await send(synthetic_clip(4), f"{QUESTION} {words}", SHORT, "")).prompt_tokens
+        return None if plain is None or named is None else named - plain
+
+    plain = (await send(synthetic_clip(4), QUESTION, SHORT, "")).prompt_tokens
+    raw = []
     for name in SPECIAL:
-        named = _tokens(await send(synthetic_clip(4), f"{QUESTION} {name}", SHORT, ""))
-        if plain is None or named is None:
+        words = without_special_tokens(name)
+        count, unchanged = await added(words), await added(name)
+        if count is None or unchanged is None:
             return None, "no count of prompt tokens"
-        if not 3 <= named - plain <= 3 * len(name):
-            return False, f"{name} in a caption adds {named - plain} prompt tokens: not text"
-    return True, f"{' and '.join(SPECIAL)} in a caption are text"
+        if not 3 <= count <= 3 * len(name):
+            return False, f"{words} in a prompt adds {count} prompt tokens: not text"
+        raw += [name] if unchanged < 3 else []
+    evidence = f"{' and '.join(map(without_special_tokens, SPECIAL))} are text"
+    special = f"; the endpoint takes {' and '.join(raw)} for more, which the judge never sends"
+    return True, evidence + (special if raw else "")
 
 
 CHECKS: Mapping[str, Callable[[Send], Awaitable[Outcome]]] = {
@@ -218,12 +233,6 @@ CHECKS: Mapping[str, Callable[[Send], Awaitable[Outcome]]] = {
 """All checks by name, in the order in which they are shown."""
 
 
-def _tokens(completion: Any) -> int | None:
-    """Prompt tokens, if the endpoint counts them."""
-    count = getattr(getattr(completion, "usage", None), "prompt_tokens", None)
-    return count if isinstance(count, int) else None
-
-
 async def _effect(send: Send, change: str, clip: Clip, changed: Sequence[Clip]) -> Outcome:
     """Whether each changed clip changes the probabilities of the answer's first token.
 
@@ -233,7 +242,7 @@ async def _effect(send: Send, change: str, clip: Clip, changed: Sequence[Clip]) 
 
     async def first_place(asked: Clip) -> Mapping[str, float]:
         try:
-            places = read_places(await send(asked, QUESTION, FREE, ""))[1]
+            places = (await send(asked, QUESTION, FREE, "")).places
         except Refused:  # some servers give no probabilities
             return {}
         return places[0] if places else {}

@@ -166,22 +166,6 @@ def check_urls(endpoints: Sequence[str]) -> tuple[str, ...]:
     return tuple(urls)
 
 
-def direct_client(url: str) -> Any:
-    """A client that ignores the environment's proxies, for an http URL of this machine; else None.
-
-    HTTP_PROXY would otherwise receive the requests to 127.0.0.1 and their key, unless NO_PROXY
-    names it.
-    """
-    parts = urlsplit(url)
-    here = parts.scheme == "http" and is_loopback(parts.hostname or "")
-    if not here:
-        return None
-    # Imported here: the server, which has its own environment, uses this module without openai.
-    from openai import DefaultAsyncHttpxClient
-
-    return DefaultAsyncHttpxClient(trust_env=False)
-
-
 def read_key(name: str) -> str:
     """The key in the environment variable `name`, "" if there is none.
 

@@ -55,7 +55,8 @@ class Reply:
     Attributes:
         text: The answer.
         digits: For each token of the answer, the probability of each of the tokens "0" ... "9" in
-            its place; empty if not asked for.
+            its place; empty if not asked for. NaN where the probabilities given were none.
+        tokens: The texts of those tokens. Empty also where each is one character of `text`.
         ten: Probability of "0" after a first token "1".
         error: Why there is no answer at all, else "".
         cut: max_tokens ended the answer, not the model.
@@ -66,6 +67,7 @@ class Reply:
     ten: float = 0.0
     error: str = ""
     cut: bool = False
+    tokens: tuple[str, ...] = ()
 
 
 class Engine(ABC):

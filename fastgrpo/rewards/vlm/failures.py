@@ -5,13 +5,14 @@ from __future__ import annotations
 import email.utils
 import re
 import time
+from urllib.parse import urlsplit
 
 import openai
 
 TRY_AGAIN = (408, 409, 425, 429)
 """Statuses below 500 that may pass."""
-ENDPOINT_REFUSES = (401, 403, 404)
-"""Statuses that another endpoint may not give."""
+ENDPOINT_REFUSES = (*range(300, 400), 401, 403, 404)
+"""Statuses that another endpoint may not give. Redirects are not followed."""
 LONGEST_ERROR = 300
 """Characters of an error; a server may send the whole request back."""
 
@@ -49,14 +50,18 @@ def failure_of(error: Exception, url: str, key: str) -> TryAgain | Refused:
     """What an exception of the client library means, in one line with the endpoint and no key.
 
     Args:
-        error: TimeoutError, openai.OpenAIError, or a ValueError or RecursionError for an answer
-            that is no JSON or not what was asked for.
+        error: TimeoutError, openai.OpenAIError, or any other for an answer that is no JSON or not
+            what was asked for.
         url: The endpoint.
         key: What must not be repeated, "" for nothing.
     """
     if isinstance(error, openai.APIStatusError):
         status = error.status_code
-        message = _clean(f"status {status}: {error}", url, key)
+        location = error.response.headers.get("location", "")
+        words = (
+            f"redirects to {_host(location)}, not followed" if 300 <= status < 400 else str(error)
+        )
+        message = _clean(f"status {status}: {words}", url, key)
         if status < 500 and status not in TRY_AGAIN:
             return Refused(message, status)
         pause = retry_after(error.response.headers.get("retry-after", ""))
@@ -74,6 +79,14 @@ def retry_after(header: str) -> float:
         return max(email.utils.parsedate_to_datetime(header).timestamp() - time.time(), 0.0)
     except (TypeError, ValueError, OverflowError):
         return 0.0
+
+
+def _host(location: str) -> str:
+    # Without the query, which may be a key.
+    try:
+        return urlsplit(location).hostname or "no other host"
+    except ValueError:
+        return "an address that cannot be read"
 
 
 def _clean(error: str, url: str, key: str) -> str:

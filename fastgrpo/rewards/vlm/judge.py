@@ -22,7 +22,7 @@ from torch import Tensor
 from fastgrpo.errors import require
 from fastgrpo.interfaces import RewardModel
 from fastgrpo.rewards.media.frames import FrameSettings, make_clip
-from fastgrpo.rewards.vlm.answers import expected_answer, parse_answer
+from fastgrpo.rewards.vlm.answers import expected_answer, parse_answer, probabilities_fault
 from fastgrpo.rewards.vlm.engine import Clip, Decoding, Engine, Reply
 from fastgrpo.rewards.vlm.questions import DEFAULT_QUESTIONS, ask_about, read_questions
 
@@ -59,7 +59,9 @@ class StageJudge(RewardModel):
         frames: Which frames are seen, and how large.
         answer: parsed takes the number as written; expected takes its expectation under the
             model's probabilities along a constrained answer, for judges whose written answers tie.
-        constrained: Force the engine to write only a number.
+            Digits that together have a probability below `answers.LEAST_MASS`, 0.5, are no number.
+        constrained: Force the engine to write only a number. False for a server that cannot, or a
+            judge that thinks first; then the whole answer has to be a number (`parse_answer`).
         attempts: How often a question is asked in all if the answer is no number.
         temperature: Of the attempts after the first, which is greedy: a greedy judge would repeat
             itself.
@@ -73,7 +75,7 @@ class StageJudge(RewardModel):
         questions: tuple[str, ...] = DEFAULT_QUESTIONS,
         frames: FrameSettings = FrameSettings(),  # noqa: B008  (frozen)
         answer: Literal["parsed", "expected"] = "parsed",
-        constrained: bool = False,
+        constrained: bool = True,
         attempts: int = 3,
         temperature: float = 0.7,
         seed: int = 0,
@@ -201,11 +203,13 @@ class StageJudge(RewardModel):
     def _read(self, reply: Reply, attempt: int) -> Reading:
         if reply.error:
             return Reading(None, reply.text, f"{FAILED}{reply.error}", attempt)
-        value = expected_answer(reply) if self._expected else parse_answer(reply.text, reply.cut)
-        expected = "the probabilities of digits" if self._expected else "one number in [1, 10]"
-        end = f", cut off after {self._greedy.max_tokens} tokens" if reply.cut else ""
-        error = f"expected {expected}, got {reply.text!r}{end}" if value is None else ""
-        return Reading(value, reply.text, error, attempt)
+        if self._expected:
+            value, error = expected_answer(reply), probabilities_fault(reply)
+        else:
+            value = parse_answer(reply.text, reply.cut)
+            error = "" if value else f"expected one number in [1, 10], got {reply.text[:300]!r}"
+        end = f", cut off after {self._greedy.max_tokens} tokens" if error and reply.cut else ""
+        return Reading(value, reply.text, error + end, attempt)
 
     def _seed(self, clip: Clip, question: str, attempt: int) -> int:
         """Of an attempt at one question about one video; not of the time, the batch or the rank."""

@@ -192,7 +192,13 @@ def answer(
     return [
         Reply(error="the model's logits are not finite")
         if bad
-        else Reply(chat.text(written[row]), tuple(digits[row]), ten[row], cut=not done[row])
+        else Reply(
+            chat.text(written[row]),
+            tuple(digits[row]),
+            ten[row],
+            cut=not done[row],
+            tokens=tuple(chat.text([token]) for token in written[row]) if digits[row] else (),
+        )
         for row, bad in enumerate(broken.tolist())
     ]
 

@@ -17,28 +17,29 @@ from typing import Any, TypeVar
 
 import openai
 import torch
-from openai import AsyncOpenAI
 
 from fastgrpo.errors import UserError, require
-from fastgrpo.rewards.vlm.answers import NUMBER
+from fastgrpo.rewards.vlm.answers import NUMBER, spelled_by_tokens
 from fastgrpo.rewards.vlm.background import BackgroundLoop
 from fastgrpo.rewards.vlm.endpoint_check import Finding, check_endpoint, needed_checks
 from fastgrpo.rewards.vlm.endpoints import (
     Endpoint,
     EndpointPool,
     check_urls,
-    direct_client,
     read_key,
 )
 from fastgrpo.rewards.vlm.engine import Clip, Decoding, Engine, Reply
 from fastgrpo.rewards.vlm.failures import LONGEST_ERROR, Refused, TryAgain, failure_of
+from fastgrpo.rewards.vlm.http_client import make_client
 from fastgrpo.rewards.vlm.transport import (
+    BEGUN,
     FROM_ONE,
+    Answer,
     Video,
     chat_request,
     encode_clip,
-    read_digits,
-    read_text,
+    read_answer,
+    read_models,
 )
 
 LEAST_PROBABILITY = 1e-6
@@ -53,9 +54,10 @@ class ServerEngine(Engine):
     The first question about a clip goes ahead alone; the others follow together, to the endpoint
     that answered it, whose prefix cache then holds the video. These are tried again, on any
     endpoint that is well: connection errors, time-outs, statuses 408, 409, 425, 429 and 5xx, and
-    answers that are no chat completion. An endpoint that answers 401, 403 or 404 is set aside and
-    the others are asked; if all do, the reply is an error at once. Any other status is an error at
-    the first endpoint.
+    answers that are no chat completion or longer than `http_client.LONGEST_BODY`. An endpoint that
+    answers 401, 403, 404 or with a redirect, which is not followed, is set aside and the others are
+    asked; if all do, the reply is an error at once. Any other status, and a question that cannot be
+    sent, is an error of this question alone.
 
     When servers fail: an endpoint with two failures in a row is set aside, and questions go to the
     others (`endpoints.py`). A question that got no answer within `patience` seconds gets a reply
@@ -204,16 +206,8 @@ class ServerEngine(Engine):
 
     async def _find(self) -> None:
         """Make the clients, and ask each endpoint what it serves, until one has answered."""
-        # The library's own retries are off. Without a key of ours it would take that of another
-        # service from the environment.
-        options: dict[str, Any] = {
-            "api_key": self._key or "none",
-            "max_retries": 0,
-            "timeout": self._timeout,
-        }
         endpoints = [
-            Endpoint(url, AsyncOpenAI(base_url=url, http_client=direct_client(url), **options))
-            for url in self._urls
+            Endpoint(url, make_client(url, self._key, self._timeout)) for url in self._urls
         ]
         longest = max(self._set_aside, self._patience / 4)
         self._pool = EndpointPool(endpoints, self._set_aside, longest)
@@ -256,26 +250,31 @@ class ServerEngine(Engine):
         Raises:
             Refused: It does not serve the model.
         """
-        page = await self._request(endpoint, endpoint.client.models.list)
-        listed = getattr(page, "data", None) or []
-        cards = {card.id: card for card in listed if getattr(card, "id", None)}
-        if not self._model and len(cards) == 1:
-            (self._model,) = cards
-        if self._model not in cards:
-            served = ", ".join(map(repr, cards))[:LONGEST_ERROR]
+        send = endpoint.client.models.with_raw_response.list
+        body = await self._request(endpoint, send, bytes)
+        try:
+            roots = read_models(body)
+        except ValueError as error:
+            failure = failure_of(error, endpoint.url, self._key)
+            endpoint.last_error = str(failure)
+            raise Refused(endpoint.last_error) from None
+        if not self._model and len(roots) == 1:
+            (self._model,) = roots
+        if self._model not in roots:
+            served = ", ".join(map(repr, roots))[:LONGEST_ERROR]
             endpoint.last_error = (
                 f"{endpoint.url}: expected model {self._model!r}, it serves {served}"
             )
             raise Refused(endpoint.last_error)
-        said = {"root": getattr(cards.get(self._model), "root", None)}
+        said = {"root": roots[self._model]}
         # Few servers have this page, and nothing depends on it.
-        with contextlib.suppress(openai.OpenAIError, ValueError, TimeoutError):
+        with contextlib.suppress(Exception):
             async with asyncio.timeout(self._timeout):
                 url = f"{endpoint.url.removesuffix('/v1')}/version"
                 answer = await endpoint.client.get(url, cast_to=object)
-            said["version"] = answer.get("version") if isinstance(answer, dict) else None
+            said["version"] = str(answer["version"] or "")
         endpoint.last_error = ""
-        return {name: str(value)[:LONGEST_ERROR] for name, value in said.items() if value}
+        return {name: value[:LONGEST_ERROR] for name, value in said.items() if value}
 
     async def _disconnect(self) -> None:
         for endpoint in self._pool.endpoints:
@@ -295,8 +294,8 @@ class ServerEngine(Engine):
 
     async def _send(
         self, endpoint: Endpoint, clip: Clip, question: str, decoding: Decoding, regex: str
-    ) -> Any:
-        """A completion of this endpoint and no other (`endpoint_check.Send`)."""
+    ) -> Answer:
+        """An answer of this endpoint and no other (`endpoint_check.Send`)."""
         video = await asyncio.to_thread(encode_clip, clip)
         request = chat_request(self._model, video, question, decoding, regex)
         others = [other for other in self._pool.endpoints if other is not endpoint]
@@ -335,34 +334,44 @@ class ServerEngine(Engine):
         regex = NUMBER if decoding.constrained or decoding.probabilities else ""
         try:
             request = chat_request(self._model, video, question, decoding, regex)
-            completion, home = await self._complete(request, home)
-            tokens, digits = read_digits(completion) if decoding.probabilities else ((), ())
-            ten = 0.0
-            if tokens and tokens[0] == "1" and len(tokens) > 1:
-                ten = digits[1]["0"]
-            elif tokens and digits[0]["1"] >= LEAST_PROBABILITY:
-                # Only what follows a "1" is wanted of this answer, so two tokens do.
-                two = replace(decoding, max_tokens=2)
-                forced = chat_request(self._model, video, question, two, FROM_ONE)
-                written, places = read_digits((await self._complete(forced, home))[0])
-                if len(written) < 2 or written[0] != "1":
-                    raise Refused(
-                        "expected the probabilities of an answer that begins with 1, "
-                        f"got those of {''.join(written)!r}"
-                    )
-                ten = places[1]["0"]
+            answer, home = await self._complete(request, home)
+            if not decoding.probabilities:
+                return Reply(answer.text, cut=answer.cut), home
+            reply = Reply(answer.text, answer.digits(), cut=answer.cut, tokens=answer.tokens)
+            if spelled_by_tokens(reply, NUMBER):
+                ten = await self._ten(reply, video, question, decoding, home)
+                reply = replace(reply, ten=ten)
         except (TryAgain, Refused) as error:
             return Reply(error=str(error)), home
-        cut = completion.choices[0].finish_reason == "length"
-        return Reply(read_text(completion), digits, ten, cut=cut), home
+        return reply, home
+
+    async def _ten(
+        self, reply: Reply, video: Video, question: str, decoding: Decoding, home: Endpoint | None
+    ) -> float:
+        """The probability of "0" after a first "1"."""
+        if reply.text[0] == "1":
+            return reply.digits[1]["0"]
+        if not reply.digits[0]["1"] >= LEAST_PROBABILITY:
+            return 0.0
+        # Only what follows a "1" is wanted of this answer, so two tokens do.
+        two = replace(decoding, max_tokens=2)
+        request = chat_request(self._model, video, question, two, FROM_ONE)
+        forced = (await self._complete(request, home))[0]
+        written = Reply(forced.text, forced.digits(), tokens=forced.tokens)
+        if not spelled_by_tokens(written, BEGUN):
+            raise Refused(
+                "expected the probabilities of an answer that begins with 1, "
+                f"got those of {''.join(forced.tokens)[:LONGEST_ERROR]!r}"
+            )
+        return written.digits[1]["0"]
 
     async def _complete(
         self,
         arguments: dict[str, Any],
         home: Endpoint | None,
         without: Collection[Endpoint] = (),
-    ) -> tuple[Any, Endpoint]:
-        """A completion, tried on endpoint after endpoint, and the endpoint that gave it.
+    ) -> tuple[Answer, Endpoint]:
+        """An answer, tried on endpoint after endpoint, and the endpoint that gave it.
 
         Args:
             arguments: Of `chat.completions.create`.
@@ -375,18 +384,15 @@ class ServerEngine(Engine):
         refused = set(without)
         errors: list[str] = []
 
-        async def attempt() -> tuple[Any, Endpoint]:
+        async def attempt() -> tuple[Answer, Endpoint]:
             async with self._slots:
                 endpoint = self._pool.pick(home, refused)
                 if endpoint is None:
                     raise TryAgain
                 sent = time.monotonic()
                 try:
-                    completion = await self._request(
-                        endpoint,
-                        lambda: endpoint.client.chat.completions.create(**arguments),
-                        read_text,
-                    )
+                    create = endpoint.client.chat.completions.with_raw_response.create
+                    answer = await self._request(endpoint, lambda: create(**arguments), read_answer)
                 except TryAgain as error:
                     errors.append(str(error))
                     if error.pause is None:
@@ -404,7 +410,7 @@ class ServerEngine(Engine):
                         raise
                     raise TryAgain from None
                 self._pool.answered(endpoint)
-                return completion, endpoint
+                return answer, endpoint
 
         try:
             return await self._until_patience_ends(attempt, refused)
@@ -439,24 +445,29 @@ class ServerEngine(Engine):
         self,
         endpoint: Endpoint,
         send: Callable[[], Awaitable[Any]],
-        check: Callable[[Any], object] = lambda answer: None,
-    ) -> Any:
-        """One request, counted.
+        read: Callable[[bytes], Result],
+    ) -> Result:
+        """What one request's answer says, counted.
 
         Raises:
-            TryAgain, Refused: What went wrong and where; kept as the endpoint's last error.
+            TryAgain, Refused: What went wrong and where; kept as the endpoint's last error, unless
+                nothing was sent to it.
         """
         endpoint.in_flight += 1
         endpoint.requests += 1
         self._count("requests")
         try:
             async with asyncio.timeout(self._timeout):
-                answer = await send()
-            check(answer)
-            return answer
-        # RecursionError: JSON that is only brackets.
-        except (TimeoutError, openai.OpenAIError, ValueError, RecursionError) as error:
+                response = await send()
+        except (TimeoutError, openai.OpenAIError) as error:
             failure = failure_of(error, endpoint.url, self._key)
+        except Exception as error:  # of making the request, such as a text that is no UTF-8
+            raise Refused(f"the question cannot be sent: {error}"[:LONGEST_ERROR]) from error
+        else:
+            try:
+                return read(response.content)
+            except Exception as error:  # a strange answer raises many kinds
+                failure = failure_of(error, endpoint.url, self._key)
         finally:
             endpoint.in_flight -= 1
         self._count("failed_requests")

@@ -9,19 +9,25 @@ or in some releases from `mm_processor_kwargs`: both are sent. Our own server re
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
+import json
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from PIL import Image
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from fastgrpo.rewards.vlm.answers import ROUNDING
 from fastgrpo.rewards.vlm.engine import Clip, Decoding
 
 TOP_LOGPROBS = 20
 """Tokens per place whose probabilities are requested: the most that vLLM and OpenAI give."""
 FROM_ONE = r"1\.[0-9]{2}|10\.00"
 """The numbers of `answers.NUMBER` that begin with 1."""
+BEGUN = r"1\.|10"
+"""Their first two characters."""
 VIDEO_TYPE = "data:video/jpeg;base64"
 """Head of the data URL of a list of images."""
 _DIGITS = tuple("0123456789")
@@ -84,39 +90,136 @@ def chat_request(
     return arguments
 
 
-def read_text(completion: Any) -> str:
-    """The answer's text.
+class Answer(NamedTuple):
+    """A chat completion.
+
+    Attributes:
+        text: Of the answer.
+        cut: max_tokens ended it.
+        tokens: The answer's tokens; empty if the server gave no probabilities, or none that can be
+            read.
+        places: For each of them, the probabilities of the listed tokens in its place. NaN for what
+            is no log-probability.
+        prompt_tokens, cached_tokens: None if they are not counted.
+    """
+
+    text: str
+    cut: bool = False
+    tokens: tuple[str, ...] = ()
+    places: tuple[Mapping[str, float], ...] = ()
+    prompt_tokens: int | None = None
+    cached_tokens: int | None = None
+
+    def digits(self) -> tuple[Mapping[str, float], ...]:
+        """The probabilities of "0" ... "9" alone, 0 for a digit that is not listed; all NaN where
+        those of the place cannot be.
+        """
+        return tuple(
+            {digit: place.get(digit, 0.0) for digit in _DIGITS}
+            if math.fsum(place.values()) <= 1 + ROUNDING
+            else dict.fromkeys(_DIGITS, math.nan)
+            for place in self.places
+        )
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+
+class _Message(_Part):
+    content: str
+
+
+class _Choice(_Part):
+    message: _Message
+    finish_reason: Any = None
+    logprobs: Any = None
+
+
+class _Completion(_Part):
+    choices: list[_Choice] = Field(min_length=1)
+    usage: Any = None
+
+
+class _Token(_Part):
+    token: str
+    logprob: float
+
+
+class _Place(_Part):
+    token: str
+    top_logprobs: list[_Token]
+
+
+class _Logprobs(_Part):
+    content: list[_Place]
+
+
+class _Cached(_Part):
+    cached_tokens: int | None = None
+
+
+class _Usage(_Part):
+    prompt_tokens: int | None = None
+    prompt_tokens_details: _Cached | None = None
+
+
+class _Card(_Part):
+    id: str
+    root: Any = None
+
+
+class _Models(_Part):
+    data: list[_Card]
+
+
+def read_answer(body: bytes) -> Answer:
+    """Read the body of a chat completion.
 
     Raises:
-        ValueError: There is no text; the client library lets any JSON through.
+        ValueError: It is none, or one without a text.
     """
-    try:
-        text = completion.choices[0].message.content
-    except (AttributeError, IndexError, TypeError):
-        text = None
-    if not isinstance(text, str):
-        raise ValueError("expected a chat completion with a text, got something else")
-    return text
+    completion = _read(_Completion, body, "a chat completion with a text")
+    choice = completion.choices[0]
+    choice.message.content.encode()  # JSON can spell what is no text
+    content, usage = [], _Usage()
+    with contextlib.suppress(ValidationError):
+        content = _Logprobs.model_validate(choice.logprobs).content
+    with contextlib.suppress(ValidationError):
+        usage = _Usage.model_validate(completion.usage)
+    return Answer(
+        choice.message.content,
+        choice.finish_reason == "length",
+        tuple(place.token for place in content),
+        tuple(
+            {top.token: _probability(top.logprob) for top in place.top_logprobs}
+            for place in content
+        ),
+        usage.prompt_tokens,
+        (usage.prompt_tokens_details or _Cached()).cached_tokens,
+    )
 
 
-def read_places(completion: Any) -> tuple[tuple[str, ...], tuple[Mapping[str, float], ...]]:
-    """The answer's tokens, and for each place the probabilities of the listed tokens.
+def read_models(body: bytes) -> dict[str, str]:
+    """Read the body of `/v1/models`: each model's name, and where it lies ("" if it is not said).
 
-    Both are empty if the server gave none.
+    Raises:
+        ValueError: It is no list of models.
     """
+    cards = _read(_Models, body, "a list of models").data
+    return {card.id: card.root if isinstance(card.root, str) else "" for card in cards}
+
+
+Content = TypeVar("Content", bound=BaseModel)
+
+
+def _read(kind: type[Content], body: bytes, expected: str) -> Content:
     try:
-        content = completion.choices[0].logprobs.content
-        places = [{top.token: _probability(top.logprob) for top in c.top_logprobs} for c in content]
-        return tuple(str(c.token) for c in content), tuple(places)
-    except (AttributeError, IndexError, TypeError):
-        return (), ()
-
-
-def read_digits(completion: Any) -> tuple[tuple[str, ...], tuple[Mapping[str, float], ...]]:
-    """As `read_places`, with the probabilities of "0" ... "9" only, 0 for a digit not listed."""
-    tokens, places = read_places(completion)
-    return tokens, tuple({d: place.get(d, 0.0) for d in _DIGITS} for place in places)
+        return kind.model_validate(json.loads(body))
+    except (ValueError, RecursionError) as error:  # RecursionError: JSON that is only brackets
+        start, why = body[:100].decode(errors="replace"), type(error).__name__
+        raise ValueError(f"expected {expected}, got {start!r} ({why})") from None
 
 
 def _probability(logprob: float) -> float:
-    return 0.0 if math.isnan(logprob) else math.exp(min(logprob, 0.0))
+    return math.exp(logprob) if logprob <= ROUNDING else math.nan
