@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,9 @@ from fastgrpo.interfaces import Policy, RewardModel
 log_to_console()
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it once, when it is imported
+
+# The key that signs run folders; not the user's own.
+os.environ["XDG_STATE_HOME"] = f"{tempfile.gettempdir()}/fastgrpo-tests-{os.getuid()}"
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests" / "modules"))

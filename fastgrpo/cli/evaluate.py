@@ -21,6 +21,7 @@ from fastgrpo.errors import fail
 from fastgrpo.evaluation.evaluation_videos import EvaluationOptions, sample_evaluation
 from fastgrpo.evaluation.vbench_scores import SUFFIX
 from fastgrpo.evaluation.vbench_tables import compare_vbench
+from fastgrpo.training.trust import OPTION
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -63,7 +64,8 @@ def sample_parser() -> jsonargparse.ArgumentParser:
         "model; videos that are there already are kept.",
     )
     parser.add_argument("run", type=str, metavar="RUN", help="a run folder")
-    parser.add_class_arguments(EvaluationOptions, as_group=False, skip={"run"})
+    parser.add_argument("--trust", action="store_true", help=OPTION)
+    parser.add_class_arguments(EvaluationOptions, as_group=False, skip={"run", "trust"})
     return parser
 
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from fastgrpo.errors import fail
 from fastgrpo.training.export import export
+from fastgrpo.training.trust import OPTION
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,10 +25,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--output", help="a new folder; RUN/export/CHECKPOINT if not given, with _ema for --ema"
     )
+    parser.add_argument("--trust", action="store_true", help=OPTION)
     options = parser.parse_args(argv)
     try:
-        folder = export(options.run, options.checkpoint, options.ema, options.output)
-    except (ValueError, FileNotFoundError) as error:
+        folder = export(options.run, options.checkpoint, options.ema, options.output, options.trust)
+    except (ValueError, OSError) as error:
         fail(error)
     print(f"weights and model card: {folder}")
     return 0

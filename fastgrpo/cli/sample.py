@@ -14,6 +14,7 @@ import jsonargparse
 
 from fastgrpo.errors import fail
 from fastgrpo.evaluation.comparison import ComparisonOptions, compare_weights
+from fastgrpo.training.trust import OPTION
 
 logger = logging.getLogger("fastgrpo")
 
@@ -30,10 +31,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="do not let the run's judge score the videos; a judge that cannot be loaded leaves "
         "them without scores too, with a note",
     )
-    parser.add_class_arguments(ComparisonOptions, as_group=False, skip={"run", "no_scores"})
+    parser.add_argument("--trust", action="store_true", help=OPTION)
+    skip = {"run", "no_scores", "trust"}
+    parser.add_class_arguments(ComparisonOptions, as_group=False, skip=skip)
     try:
         folder = compare_weights(ComparisonOptions(**parser.parse_args(argv).as_dict()))
-    except (jsonargparse.ArgumentError, ValueError, FileNotFoundError) as error:
+    except (jsonargparse.ArgumentError, ValueError, OSError) as error:
         fail(error)
     logger.info(f"videos, stills, scores and comparison.png: {folder}")
     return 0

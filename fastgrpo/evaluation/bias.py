@@ -33,6 +33,7 @@ from fastgrpo.evaluation.score_rows import (
     read_scores,
 )
 from fastgrpo.evaluation.tables import write_csv, write_json
+from fastgrpo.training.trust import check_links
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,8 @@ def measure_bias(options: BiasOptions) -> str:
         UserError, OSError: Something cannot be read, matched, embedded or clustered.
     """
     ks, seed, folder = _read_range(options.clusters), options.seed, options.folder
+    if options.output is None:
+        check_links(folder.parent, folder.name)
     names = name_files(options.scores, options.names)
     files = [read_scores(path) for path in options.scores]
     matched = match_rows(files)

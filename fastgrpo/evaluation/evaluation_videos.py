@@ -11,24 +11,21 @@ OUTPUT/sampling.json  What the videos were made with.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 import torch
-import yaml
 from torch import Tensor
 from tqdm import tqdm
 
 from fastgrpo.algorithm.seeds import derive_seed
 from fastgrpo.config import RolloutConfig
 from fastgrpo.distributed import collectives
-from fastgrpo.errors import UserError
 from fastgrpo.evaluation.vbench_prompts import (
     EvaluationPrompt,
     read_evaluation_prompts,
@@ -42,18 +39,20 @@ from fastgrpo.training.loop import compute_dtype
 from fastgrpo.training.rollout import sample_videos, start_rollout
 from fastgrpo.training.sample_files import write_video
 from fastgrpo.training.sampling import (
+    BASE,
     SamplingOptions,
     find_checkpoint,
     joined,
+    keep_settings,
     load_base,
     load_trained,
+    read_config,
     read_run,
+    sampling_settings,
 )
+from fastgrpo.training.trust import check_links
 
 logger = logging.getLogger("fastgrpo")
-
-BASE = "base"
-"""In place of a checkpoint: the weights that training starts from."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +74,7 @@ class EvaluationOptions(SamplingOptions):
         sde: Sampler on the training schedule.
         seed: All videos' seeds follow from it; by default the recipe's.
         output: Folder to write to; by default <run>/evaluation/<checkpoint>_<prompts>.
+        trust: As `trust.OPTION` says.
     """
 
     prompts: str = "VBench_full_info.json"
@@ -100,7 +100,7 @@ def sample_evaluation(options: EvaluationOptions) -> str:
         ValueError, OSError: There is no such run, checkpoint or prompts; or the folder
             holds other videos, or is in use.
     """
-    folder, config = Path(options.run), read_run(options.run)
+    folder, config = Path(options.run), read_run(options.run, options.trust)
     weights = None if options.checkpoint == BASE else find_checkpoint(options.checkpoint, folder)
     prompts = [
         dataclasses.replace(prompt, num_videos=options.num_videos or prompt.num_videos)
@@ -112,11 +112,13 @@ def sample_evaluation(options: EvaluationOptions) -> str:
     videos = list_videos(prompts, seed)
     name = f"{weights.name if weights else BASE}_{Path(options.prompts).stem}"
     output = Path(options.output) if options.output else folder / "evaluation" / name
+    if not options.trust and not options.output:
+        check_links(folder, "evaluation")
     with joined(config.runtime) as device:
         dtype = compute_dtype(config.runtime, device)
         lock = claim(output)
-        policy = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))["policy"]
-        keep_settings(output, settings(policy, cfg, weights, dtype, seed))
+        section = read_config(folder)["policy"]
+        keep_settings(output, sampling_settings(section, cfg, weights, dtype, seed))
         if collectives.rank() == 0:
             write_lists(output, videos)
         there = {path.name for path in (output / "videos").iterdir()}
@@ -143,48 +145,6 @@ def list_videos(prompts: Sequence[EvaluationPrompt], seed: int) -> list[Video]:
     ]
 
 
-def settings(
-    policy: Mapping[str, Any],
-    cfg: RolloutConfig,
-    weights: Path | None,
-    dtype: torch.dtype,
-    seed: int,
-) -> dict[str, Any]:
-    """What decides a video besides its prompt and index, as JSON.
-
-    Args:
-        policy: The recipe's section.
-        cfg: How to sample.
-        weights: A checkpoint, or None for the base weights.
-        dtype: Of the forward pass.
-        seed: All videos' seeds follow from it.
-    """
-    keys = (
-        "sde",
-        "num_inference_steps",
-        "height",
-        "width",
-        "num_frames",
-        "shift",
-        "eta",
-        "guidance_scale",
-        "timestep_rounding",
-        "decode",
-    )
-    of_weights = BASE
-    if weights is not None:
-        manifest = (weights / "manifest.json").read_bytes()  # it has the hash of every other file
-        of_weights = f"{weights.name} {hashlib.sha256(manifest).hexdigest()[:16]}"
-    return {
-        "weights": of_weights,
-        "policy": dict(policy),
-        "sampler": {key: getattr(cfg, key) for key in keys},
-        "micro_batch_size": cfg.micro_batch_size,
-        "compute_dtype": str(dtype).removeprefix("torch."),
-        "seed": seed,
-    }
-
-
 def claim(output: Path) -> TextIO | None:
     """Make the folder and lock it. All ranks call this.
 
@@ -200,28 +160,6 @@ def claim(output: Path) -> TextIO | None:
         for begun in output.glob(".rank_*.mp4"):  # by a process that was killed
             begun.unlink()
     return lock
-
-
-def keep_settings(output: Path, made_with: dict[str, Any]) -> None:
-    """Write sampling.json, or check it. All ranks call this.
-
-    Raises:
-        UserError: The folder holds videos that were made otherwise; raised on every rank.
-    """
-    path, lines = output / "sampling.json", []
-    if collectives.rank() == 0:
-        text = json.dumps(made_with, indent=1)
-        if path.exists():
-            before = json.loads(path.read_text(encoding="utf-8"))
-            lines = run_folder.differences(before, json.loads(text))
-        else:
-            atomic_write_text(path, text + "\n")
-    lines = collectives.gather(lines)[0]
-    if lines:
-        raise UserError(
-            f"{output} holds videos that were made otherwise ({'; '.join(lines)}): give another "
-            "--output"
-        )
 
 
 def write_lists(output: Path, videos: Sequence[Video]) -> None:

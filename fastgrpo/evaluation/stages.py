@@ -23,6 +23,7 @@ from fastgrpo.evaluation.score_rows import (
     read_scores,
 )
 from fastgrpo.evaluation.tables import number, render_table, write_csv, write_json
+from fastgrpo.training.trust import check_links
 
 RESAMPLES = 10_000
 CHUNK = 500
@@ -80,6 +81,8 @@ def compare_stages(
             "difference": differences or None,
         }
     folder = output or scores[0].parent / "stages"
+    if output is None:
+        check_links(folder.parent, folder.name)
     folder.mkdir(parents=True, exist_ok=True)
     settings = {"stages": stages, "seed": seed, "resamples": RESAMPLES, "first": names[0]}
     write_json(folder / "stages.json", settings | {"notes": notes, "sets": content})

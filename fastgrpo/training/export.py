@@ -21,12 +21,17 @@ from fastgrpo.policies.model_files import fetch
 from fastgrpo.training import checkpoint
 from fastgrpo.training.sampling import open_run
 from fastgrpo.training.tracking import Row, read_metrics, stage_names
+from fastgrpo.training.trust import check_links
 
 PAPER = "https://arxiv.org/abs/2511.19356"
 
 
 def export(
-    run: str, checkpoint_name: str = "latest", ema: bool = False, output: str | None = None
+    run: str,
+    checkpoint_name: str = "latest",
+    ema: bool = False,
+    output: str | None = None,
+    trust: bool = False,
 ) -> Path:
     """Write the weights of a checkpoint of any number of processes, in one process on the CPU.
 
@@ -35,6 +40,7 @@ def export(
         checkpoint_name: Such as iteration_000050.
         ema: Write the exponential average of the weights instead of the weights.
         output: A new folder; None takes <run>/export/<checkpoint>, or <checkpoint>_ema.
+        trust: As `trust.OPTION` says.
 
     Returns:
         The folder.
@@ -43,8 +49,10 @@ def export(
         ValueError, FileNotFoundError: There is no such run or checkpoint, or it is damaged; it has
             no average; the folder is not new.
     """
-    config, path = open_run(run, checkpoint_name)
+    config, path = open_run(run, checkpoint_name, trust)
     folder = Path(output or Path(run) / "export" / f"{path.name}{'_ema' * ema}")
+    if not trust and not output:
+        check_links(Path(run), "export")
     require(not folder.exists(), "output", "a folder that is new", str(folder))
     has_average = "ema" in checkpoint.parts(path)
     expected = "a run that kept an average of the weights"

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fastgrpo.errors import UserError, require
 from fastgrpo.files import atomic_write
+from fastgrpo.training.trust import inside
 
 
 def save_samples(
@@ -85,14 +86,38 @@ def read_samples(folder: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: The folder is not complete.
-        UserError: samples.json is broken.
+        UserError: samples.json is broken, or names a file outside the folder.
     """
-    path = folder / "samples.json"
+    path = inside(folder, "samples.json")
     try:
-        summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: {error}") from error
+    is_object = isinstance(summary, dict) and isinstance(summary.get("samples"), list)
+    require(is_object, str(path), "an object with the list samples", summary)
+    stages = summary.setdefault("stages", None)
+    are_names = isinstance(stages, list) and all(isinstance(stage, str) for stage in stages)
+    require(stages is None or are_names, f"{path}: stages", "a list of names, or null", stages)
+    for number, entry in enumerate(summary["samples"], start=1):
+        _check_entry(entry, stages, f"{path}: entry {number}")
+        for key in ("video", "still"):
+            inside(folder, entry[key])
     return summary
+
+
+def _check_entry(entry: Any, stages: Sequence[str] | None, where: str) -> None:
+    require(isinstance(entry, dict), where, "an object", entry)
+    for key in ("prompt", "video", "still"):
+        require(isinstance(entry.get(key), str), f"{where}: {key}", "a text", entry.get(key))
+    count = entry.get("still_frames")
+    ok = type(count) is int and count >= 1
+    require(ok, f"{where}: still_frames", "an integer of at least 1", count)
+    scores = entry.setdefault("scores", None)
+    are_numbers = isinstance(scores, list) and all(
+        score is None or (type(score) in (int, float) and math.isfinite(score)) for score in scores
+    )
+    fits = are_numbers and len(scores) == len(stages or ())
+    require(scores is None or fits, f"{where}: scores", "a number for each of stages", scores)
 
 
 def write_video(path: Path, frames: NDArray[np.uint8], fps: float) -> None:

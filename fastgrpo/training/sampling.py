@@ -6,10 +6,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import io
+import json
 import logging
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,19 +25,23 @@ from fastgrpo.algorithm.seeds import derive_seed
 from fastgrpo.config import RolloutConfig, RuntimeConfig, TrainConfig
 from fastgrpo.distributed import collectives, sharding
 from fastgrpo.errors import UserError, require
+from fastgrpo.files import atomic_write_text
 from fastgrpo.interfaces import Policy, RewardModel
 from fastgrpo.policies.text_cache import fingerprint
 from fastgrpo.rewards.queue import ScoringQueue
-from fastgrpo.training import checkpoint
+from fastgrpo.training import checkpoint, run_folder
 from fastgrpo.training.decode import decode
 from fastgrpo.training.loop import compute_dtype
 from fastgrpo.training.recipe_parser import parse_config
 from fastgrpo.training.rollout import start_rollout
 from fastgrpo.training.trajectory import branch_velocities
+from fastgrpo.training.trust import RECORD, check_links, check_trusted, read_mapping
 from fastgrpo.training.validation import ValidationSet
 
 logger = logging.getLogger("fastgrpo")
 
+BASE = "base"
+"""In place of a checkpoint: the weights that training starts from."""
 WEIGHTS = ("model", "checkpoint", "base")
 """Arguments of a policy or a judge that name a hub id or a folder of weights."""
 
@@ -55,6 +61,7 @@ class SamplingOptions:
     sde: Literal["dance", "flow", "linear", "cps", "ode"] = "ode"
     seed: int | None = None
     output: str | None = None
+    trust: bool = False
 
     def __post_init__(self) -> None:
         wanted = self.num_videos is None or self.num_videos >= 1
@@ -85,14 +92,11 @@ class Unscored(RewardModel):
         return torch.empty(count, 0, dtype=torch.float64), torch.ones(count, dtype=torch.bool)
 
 
-def open_run(run: str, name: str) -> tuple[TrainConfig, Path]:
-    """The configuration of a run, without its judge, and the folder of one of its checkpoints.
-
-    Raises:
-        FileNotFoundError, ValueError: There is no such run or checkpoint, or it is damaged.
-        SystemExit: The configuration does not parse.
+def open_run(run: str, name: str, trust: bool = False) -> tuple[TrainConfig, Path]:
+    """The configuration of a run, without its judge, and the folder of one of its checkpoints; as
+    `read_run` and `find_checkpoint`.
     """
-    return read_run(run), find_checkpoint(name, Path(run))
+    return read_run(run, trust), find_checkpoint(name, Path(run))
 
 
 def find_checkpoint(name: str, folder: Path) -> Path:
@@ -107,29 +111,110 @@ def find_checkpoint(name: str, folder: Path) -> Path:
     )
 
 
-def read_run(run: str) -> TrainConfig:
+def read_run(run: str, trust: bool = False, built: Collection[str] = ("policy",)) -> TrainConfig:
     """The configuration of a run, with an Unscored in place of its judge, which need not be
     installed.
 
+    Args:
+        run: The run folder.
+        trust: Build whatever class the configuration names, and follow links that lead out of the
+            folder, whoever made it.
+        built: The sections whose classes and files the command will use.
+
     Raises:
-        FileNotFoundError, UserError: There is no config.yaml, or it is no YAML of keys and values.
+        FileNotFoundError, UserError: There is no config.yaml, or it is no YAML of keys and values;
+            or the folder is not to be used without `trust`.
         SystemExit: The configuration does not parse.
     """
-    path = Path(run) / "config.yaml"
+    folder = Path(run)
+    if not trust:
+        check_links(folder, *RECORD, "checkpoints")
+    values = read_config(folder)
+    if not trust:
+        check_trusted(folder, values, built)
+    judge = {"class_path": f"{__name__}.{Unscored.__name__}"}
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as without_judge:
+        yaml.safe_dump(values | {"reward": judge}, without_judge)
+        without_judge.flush()
+        return parse_config(["--config", without_judge.name])[0]
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.yaml of a run folder.
+
+    Raises:
+        FileNotFoundError, UserError: There is none, or it is no YAML of keys and values.
+    """
+    path = folder / "config.yaml"
     if not path.is_file():
         raise FileNotFoundError(
             f"run: expected a run folder with config.yaml, found none at {path.parent}"
         )
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"config: cannot read {path} as YAML: {error}") from error
-    require(isinstance(values, dict), f"config: {path}", "keys and their values", values)
-    judge = {"class_path": f"{__name__}.{Unscored.__name__}"}
-    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as without_judge:
-        yaml.safe_dump(values | {"reward": judge}, without_judge)
-        without_judge.flush()
-        return parse_config(["--config", without_judge.name])[0]
+    return read_mapping(path)
+
+
+def sampling_settings(
+    policy: Any, cfg: RolloutConfig, weights: Path | None, dtype: torch.dtype, seed: int
+) -> dict[str, Any]:
+    """What decides a video besides its prompt and index, as JSON.
+
+    Args:
+        policy: The section of the run's config.yaml.
+        cfg: How to sample.
+        weights: A checkpoint, or None for the base weights.
+        dtype: Of the forward pass.
+        seed: All videos' seeds follow from it.
+    """
+    keys = (
+        "sde",
+        "num_inference_steps",
+        "height",
+        "width",
+        "num_frames",
+        "shift",
+        "eta",
+        "guidance_scale",
+        "timestep_rounding",
+        "decode",
+    )
+    of_weights = BASE
+    if weights is not None:
+        manifest = (weights / "manifest.json").read_bytes()  # it has the hash of every other file
+        of_weights = f"{weights.name} {hashlib.sha256(manifest).hexdigest()[:16]}"
+    local = local_contents(policy)
+    return {
+        "weights": of_weights,
+        "policy": policy,
+        **({"local_files": local} if local else {}),
+        "sampler": {key: getattr(cfg, key) for key in keys},
+        "micro_batch_size": cfg.micro_batch_size,
+        "compute_dtype": str(dtype).removeprefix("torch."),
+        "seed": seed,
+    }
+
+
+def keep_settings(output: Path, made_with: Mapping[str, Any]) -> None:
+    """Write sampling.json beside the videos of a folder, or check it. All ranks call this.
+
+    Raises:
+        UserError: The folder holds videos that were made otherwise, or it is not known how; raised
+            on every rank.
+    """
+    path, problem = output / "sampling.json", ""
+    if collectives.rank() == 0:
+        text = json.dumps(made_with, indent=1)
+        if any(output.rglob("*.mp4")):
+            try:
+                before = json.loads(path.read_text(encoding="utf-8-sig"))
+                lines = run_folder.differences(before, json.loads(text))
+                problem = f"made otherwise ({'; '.join(lines)})" if lines else ""
+            except (OSError, ValueError, AttributeError, RecursionError) as error:
+                problem = f"made nobody knows how ({path}: {error})"
+        else:
+            atomic_write_text(path, text + "\n")
+    problem = collectives.gather(problem)[0]
+    if problem:
+        raise UserError(f"{output} holds videos that were {problem}: give another --output")
 
 
 def local_contents(section: Any) -> dict[str, str]:

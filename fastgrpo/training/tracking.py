@@ -13,6 +13,7 @@ import logging
 import math
 import os
 import re
+import sys
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -241,7 +242,8 @@ def _parse_row(line: bytes) -> Row:
         raise ValueError("expected an object with an integer 'iteration'")
     for key, value in row.items():
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not (value is None or (is_number and math.isfinite(value))):
+        # An integer beyond a float's range is no number of ours, and `isfinite` raises for it.
+        if not (value is None or (is_number and abs(value) <= sys.float_info.max)):
             raise ValueError(f"expected a number or null for {key!r}, got {str(value)[:40]!r}")
     return dict(row)
 

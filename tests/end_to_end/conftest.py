@@ -26,6 +26,7 @@ import yaml
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
+import fastgrpo.cli.report  # before `start` replaces what it imports
 import fastgrpo.cli.train
 import fastgrpo.evaluation.report.page
 from fastgrpo.distributed import collectives

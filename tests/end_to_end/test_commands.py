@@ -321,7 +321,8 @@ def test_sample_shows_base_and_trained_from_the_same_noise(
     assert outcome.code == 0, outcome.err
     out = tmp_path / "run" / "samples" / "iteration_000003_ode"
     assert str(out) in outcome.out
-    assert sorted(path.name for path in out.iterdir()) == ["base", "comparison.png", "trained"]
+    names = ["base", "comparison.png", "sampling.json", "trained"]
+    assert sorted(path.name for path in out.iterdir()) == names
     before, after = (
         stills(finished / "samples" / "iteration_000000"),
         stills(finished / "samples" / "iteration_000003"),
@@ -364,22 +365,44 @@ def test_sample_with_options_of_its_own(finished: Path, fastgrpo: Any, tmp_path:
         "a-red-cross-moving-up",
         "a-blue-square-moving-left",
     ]
-    assert fastgrpo("sample", finished, *arguments, "--seed", "77").code == 0
-    assert all(
-        not np.array_equal(first[name], other)
-        for name, other in stills(tmp_path / "out" / "base").items()
-    )
-    (tmp_path / "out" / "base" / "mine.png").write_bytes(
-        (tmp_path / "out" / "comparison.png").read_bytes()
-    )
+    before = {path: path.read_bytes() for path in (tmp_path / "out" / "base").iterdir()}
+    assert fastgrpo("sample", finished, *arguments, "--no_scores").code == 0
+    assert stills(tmp_path / "out" / "base").keys() == first.keys()
     (tmp_path / "mine.txt").write_text("a green square moving left\n")
-    assert fastgrpo("sample", finished, *arguments).code == 0
-    assert sorted(path.name for path in (tmp_path / "out" / "base").iterdir()) == [
-        "00_a-green-square-moving-left.mp4",
-        "00_a-green-square-moving-left.png",
-        "mine.png",
-        "samples.json",
-    ], "an evaluation of the folder would take what is left of an earlier call for this one's"
+    assert "prompts: " in only_line(fastgrpo("sample", finished, *arguments))
+    assert {path for path in (tmp_path / "out" / "base").iterdir()} == before.keys()
+
+
+def only_line(outcome: Any) -> str:
+    """The one line of an exit with code 2."""
+    assert outcome.code == 2
+    (line,) = outcome.err.splitlines()
+    assert line.startswith("error: ")
+    return str(line)
+
+
+def test_samples_made_otherwise_never_share_a_folder(
+    finished: Path, fastgrpo: Any, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run, symlinks=True)
+    options = ["--num_videos", "1", "--no_scores"]
+    assert fastgrpo("sample", run, *options).code == 0
+    made = stills(run / "samples" / "iteration_000003_ode_videos1" / "base")
+    for key, value in (("seed", 77), ("num_inference_steps", 3)):
+        assert fastgrpo("sample", run, *options, f"--{key}", value).code == 0
+        name = f"iteration_000003_ode_videos1_{key.removeprefix('num_')}{value}"
+        others = stills(run / "samples" / name / "base")
+        assert others.keys() == made.keys()
+        assert not any(np.array_equal(made[key], others[key]) for key in made)
+    # What no option says: other weights of this name, another guidance in config.yaml.
+    config = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(config.replace("guidance_scale: ", "guidance_scale: 1"))
+    assert "sampler.guidance_scale: " in only_line(fastgrpo("sample", run, *options, "--trust"))
+    (run / "config.yaml").write_text(config)
+    manifest = run / "checkpoints" / "iteration_000003" / "manifest.json"
+    manifest.write_text(manifest.read_text() + "\n")
+    assert "weights: 'iteration_000003 " in only_line(fastgrpo("sample", run, *options))
 
 
 def test_sample_refuses(finished: Path, fastgrpo: Any, tmp_path: Path) -> None:

@@ -27,16 +27,15 @@ from fastgrpo.evaluation.evaluation_videos import (
     BASE,
     Video,
     claim,
-    keep_settings,
     list_videos,
     make_batch,
     make_videos,
     save_video,
-    settings,
     unmade_batches,
     write_lists,
 )
 from fastgrpo.evaluation.vbench_prompts import EvaluationPrompt
+from fastgrpo.training.sampling import keep_settings, sampling_settings
 
 STILL, MOVING, OTHER = (
     "a red square moving up",
@@ -386,7 +385,7 @@ def test_a_model_sharded_over_ranks(
             {"init_args": init_args} if init_args else {}
         )
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(recipe))
-    options = [".", "--checkpoint=base", "--prompts=mine.txt", "--output=out"]
+    options = [".", "--checkpoint=base", "--prompts=mine.txt", "--output=out", "--trust"]
     made = []
     for count in (1, 2):
         job = on_two_ranks(tmp_path, environment, *options, f"--num_videos={count}")
@@ -463,12 +462,27 @@ def test_a_folder_of_other_videos(
 
 
 def test_settings_name_what_decides_a_video(one_rank: torch.device, tmp_path: Path) -> None:
-    cfg = RolloutConfig()
-    made_with = settings({"class_path": "A"}, cfg, None, torch.bfloat16, 3)
-    assert made_with["weights"] == BASE
-    assert made_with["compute_dtype"] == "bfloat16"
-    assert made_with["sampler"]["guidance_scale"] == cfg.guidance_scale
-    keep_settings(tmp_path, made_with)
-    keep_settings(tmp_path, made_with)
+    cfg, out, model = RolloutConfig(), tmp_path / "out", tmp_path / "model"
+    out.mkdir()
+    model.mkdir()
+    (model / "weights").write_text("a")
+
+    def made_with(kind: str = "A", seed: int = 3) -> dict[str, Any]:
+        policy = {"class_path": kind, "init_args": {"model": str(model)}}
+        return sampling_settings(policy, cfg, None, torch.bfloat16, seed)
+
+    assert made_with()["weights"] == BASE
+    assert made_with()["compute_dtype"] == "bfloat16"
+    assert made_with()["sampler"]["guidance_scale"] == cfg.guidance_scale
+    keep_settings(out, made_with(seed=4))  # a start that failed before its first video
+    keep_settings(out, made_with())
+    (out / "a.mp4").touch()
+    keep_settings(out, made_with())
     with pytest.raises(ValueError, match=r"policy.class_path: 'A' -> 'B'.*give another --output"):
-        keep_settings(tmp_path, settings({"class_path": "B"}, cfg, None, torch.bfloat16, 3))
+        keep_settings(out, made_with("B"))
+    (model / "weights").write_text("b")
+    with pytest.raises(ValueError, match="local_files"):
+        keep_settings(out, made_with())
+    (out / "sampling.json").write_text("{")
+    with pytest.raises(ValueError, match=r"made nobody knows how \(.*sampling.json"):
+        keep_settings(out, made_with())

@@ -73,12 +73,24 @@ def _text(text: str, size: int) -> Image.Image:
     return image
 
 
+def open_still(path: Path) -> Image.Image:
+    """A picture of a run.
+
+    Raises:
+        UserError: It cannot be read, or is too large to be one.
+    """
+    try:
+        return Image.open(path).convert("RGB")
+    except Exception as error:  # Pillow's decoders raise anything for a damaged file
+        raise UserError(f"{path}: cannot be read as a picture: {error}") from error
+
+
 def _strip(folder: Path, entry: Mapping[str, Any]) -> Image.Image:
     """A still with a line between its frames.
 
     A still below 72 pixels is enlarged by a whole factor, one above 120 pixels is shrunk to 120.
     """
-    still = Image.open(folder / entry["still"]).convert("RGB")
+    still = open_still(folder / entry["still"])
     if still.height < 72:
         still = ImageOps.scale(still, math.ceil(72 / still.height), Image.Resampling.NEAREST)
     elif still.height > 120:

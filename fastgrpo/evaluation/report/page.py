@@ -17,6 +17,7 @@ from fastgrpo.evaluation import figures
 from fastgrpo.evaluation.report import report_media, run_figures, run_record
 from fastgrpo.evaluation.report.run_record import RunRecord
 from fastgrpo.files import atomic_write
+from fastgrpo.training.trust import check_links
 
 FIGURES = ("reward", "weights", "hoyer", "ratio_drift", "stability", "time", "memory", "judge")
 TROUBLE = {
@@ -59,6 +60,8 @@ def write_report(
     calibrations = [folder for folder in beside if (folder / "thresholds.yaml").is_file()]
     attached = report_media.attachments(list(dict.fromkeys([*calibrations, *attach])))
     folder = output or (runs[0] if len(runs) == 1 else first.parent) / "report"
+    if output is None:
+        check_links(folder.parent, folder.name)
     require(folder.is_dir() or not folder.exists(), "output", "a folder", str(folder))
     folder.mkdir(parents=True, exist_ok=True)
     for name in (*FIGURES, "contact_sheet"):  # an earlier report may have had more figures
@@ -126,6 +129,13 @@ def _notices_of(run: RunRecord) -> Iterator[str]:
         yield (
             "This run is still going, or was stopped: its last iteration is to be "
             f"{run.planned}. The page shows it so far."
+        )
+    if run.missing:
+        gaps = [str(one) if one == last else f"{one} to {last}" for one, last in run.missing]
+        yield (
+            f"metrics.jsonl lacks the rows of iterations {', '.join(gaps[:10])}"
+            f"{', …' * (len(gaps) > 10)}, which were done: the file was changed or lost, so curves "
+            "have gaps and counts are too low."
         )
     for key, what in TROUBLE.items():
         count = sum(row.get(key) or 0 for row in run.trained)

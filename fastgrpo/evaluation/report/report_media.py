@@ -9,12 +9,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from fastgrpo.errors import require
-from fastgrpo.evaluation.report.contact_sheet import contact_sheet
+from fastgrpo.evaluation.report.contact_sheet import contact_sheet, open_still
 from fastgrpo.evaluation.report.run_record import RunRecord
 from fastgrpo.training.sample_files import format_scores, match_samples, read_samples
+from fastgrpo.training.trust import check_links
 
 MAX_PAGE_VIDEO_BYTES = 24_000_000
 """Videos beyond this are shown by their stills, so that a browser can open the page and a mail can
@@ -91,6 +90,7 @@ def attachments(folders: Sequence[Path]) -> list[dict[str, Any]]:
     """
     shown = []
     for folder in folders:
+        check_links(folder, "*")
         files = sorted(folder.iterdir()) if folder.is_dir() else []
         images = [
             {"name": path.name, "image": data_url(path)}
@@ -117,7 +117,7 @@ def _read_text(path: Path) -> str:
 
 
 def _jpeg_url(path: Path, max_width: int) -> str:
-    image = Image.open(path).convert("RGB")
+    image = open_still(path)
     image.thumbnail((max_width, 4 * max_width))
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=85)

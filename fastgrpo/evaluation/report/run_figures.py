@@ -172,7 +172,8 @@ def _not_empty(panels: Sequence[Panel]) -> tuple[Panel, ...]:
 def _drift_by_step(rows: Sequence[Row]) -> Series:
     """Denoising step -> the largest drift there of any iteration."""
     prefix = "ratio_drift/step_"
-    keys = {key for row in rows for key in row if key.startswith(prefix)}
+    found = (key for row in rows for key in row if key.startswith(prefix))
+    keys = {key for key in found if key.removeprefix(prefix).isdecimal()}
     drifts = {int(key.removeprefix(prefix)): series(rows, key)[1] for key in keys}
     largest = {step: max(values) for step, values in sorted(drifts.items()) if values}
     return list(largest), list(largest.values())

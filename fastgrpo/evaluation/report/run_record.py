@@ -4,19 +4,19 @@ folder itself may be missing.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from fastgrpo.algorithm.self_paced import smooth
 from fastgrpo.errors import UserError, require
 from fastgrpo.evaluation.figures import series
+from fastgrpo.training.checkpoint import list_checkpoints
 from fastgrpo.training.tracking import Row, read_metrics, stage_names
+from fastgrpo.training.trust import RECORD, check_links, read_mapping
 
 NAMES_OF_THE_RUN = ("name", "output_dir", "resume")
 """Configuration keys that differ between any two runs and change nothing that they compute."""
@@ -63,8 +63,20 @@ class RunRecord:
     @property
     def samples(self) -> list[Path]:
         """Complete sample folders, oldest first."""
-        found = (self.folder / "samples").glob("iteration_*/samples.json")
-        return sorted(path.parent for path in found)
+        found = (path.parent for path in (self.folder / "samples").glob("*/samples.json"))
+        return sorted(path for path in found if re.fullmatch(r"iteration_\d+", path.name))
+
+    @property
+    def missing(self) -> list[tuple[int, int]]:
+        """First and last iteration of each gap: done, as a later row or a checkpoint tells, but
+        without a row.
+        """
+        found = {row["iteration"] for row in self.rows}
+        saved = self.folder / "checkpoints"
+        done = list_checkpoints(saved)[:1] if saved.is_dir() and not saved.is_symlink() else []
+        last = max([*found, *(int(path.name.rpartition("_")[2]) for path in done)], default=-1)
+        steps = pairwise([-1, *sorted(found), last + 1])
+        return [(one + 1, other - 1) for one, other in steps if other - one > 1]
 
     @property
     def last_iteration(self) -> int:
@@ -182,32 +194,37 @@ def scores_of(run: RunRecord, window: int) -> Scores | None:
 
 
 def _read_run(folder: Path, label: str) -> RunRecord:
-    metrics = folder / "metrics.jsonl"
+    check_links(folder, *RECORD, "samples")
+    metrics, judge = folder / "metrics.jsonl", folder / "judge.json"
     earlier = {}
     for path in sorted(folder.glob("config.until_*.yaml")):
         if match := re.fullmatch(r"config\.until_(\d+)\.yaml", path.name):
-            earlier[int(match[1])] = _read_mapping(path)
+            earlier[int(match[1])] = _read_config(path)
     return RunRecord(
         folder=folder,
         label=label,
         rows=read_metrics(metrics) if metrics.is_file() else [],
-        config=_read_mapping(folder / "config.yaml"),
+        config=_read_config(folder / "config.yaml"),
         earlier=earlier,
-        judge=_read_mapping(folder / "judge.json"),
+        judge=read_mapping(judge) if judge.is_file() else {},
     )
 
 
-def _read_mapping(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        text = path.read_text(encoding="utf-8")
-        mapping = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: {error}") from error
-    if not isinstance(mapping, dict):
-        raise UserError(f"{path}: expected a mapping, got {type(mapping).__name__}")
-    return mapping
+def _read_config(path: Path) -> dict[str, Any]:
+    """A config.yaml, {} if it is missing; what a report takes of it is as a run writes it."""
+    config = read_mapping(path) if path.is_file() else {}
+    for section in ("pacing", "evaluation", "prompts"):
+        value = config.get(section)
+        expected = "keys and their values"
+        require(value is None or isinstance(value, dict), f"{path}: {section}", expected, value)
+    planned, thresholds = config.get("iterations"), (config.get("pacing") or {}).get("thresholds")
+    ok = planned is None or type(planned) is int
+    require(ok, f"{path}: iterations", "an integer", planned)
+    ok = thresholds is None or (
+        isinstance(thresholds, list) and all(type(one) in (int, float) for one in thresholds)
+    )
+    require(ok, f"{path}: pacing.thresholds", "a list of numbers", thresholds)
+    return config
 
 
 def _labels(folders: Sequence[Path]) -> list[str]:

@@ -69,8 +69,20 @@ def test_modes_without_gates_have_no_thresholds() -> None:
         ("metrics.jsonl", '{"iteration": 1}\nnonsense\n{"iteration": 2}\n', r"jsonl, line 2"),
         ("judge.json", "{", r"judge\.json: "),
         ("config.yaml", "a: [1", r"config\.yaml: "),
-        ("config.yaml", "- 1", "expected a mapping, got list"),
-        ("config.yaml", "", "expected a mapping, got NoneType"),
+        ("config.yaml", "- 1", r"config\.yaml: expected keys and their values, got \[1\]"),
+        ("config.yaml", "", r"config\.yaml: expected keys and their values, got None"),
+        ("config.yaml", "a: \0", r"config\.yaml: cannot be read as YAML"),
+        ("config.yaml", "a: &a {b: *a}", r"config\.yaml: expected at most 10000 nested values"),
+        ("config.yaml", "[" * 9999, r"config\.yaml: cannot be read as YAML"),
+        ("config.yaml", "pacing: [1]", r"config\.yaml: pacing: expected keys and their values"),
+        ("config.yaml", "evaluation: all", r"config\.yaml: evaluation: expected keys"),
+        ("config.yaml", "iterations: many", r"config\.yaml: iterations: expected an integer"),
+        ("config.yaml", "pacing: {thresholds: [a]}", "pacing.thresholds: expected a list of numb"),
+        ("config.until_000001.yaml", "- 1", r"config\.until_000001\.yaml: expected keys"),
+        ("judge.json", "[" * 99999, r"judge\.json: cannot be read as JSON"),
+        ("judge.json", "3", r"judge\.json: expected keys and their values, got 3"),
+        ("metrics.jsonl", '{"iteration": 1}\n{"iteration": 2, "r": "x"}\n', r"jsonl, line 2"),
+        ("metrics.jsonl", f'{{"iteration": 1, "r": {10**400}}}\n', r"jsonl, line 1"),
     ],
 )
 def test_a_broken_file_is_named(
@@ -80,6 +92,29 @@ def test_a_broken_file_is_named(
     (run / file).write_text(content)
     with pytest.raises(ValueError, match=words):
         read_runs([run])
+
+
+@pytest.mark.parametrize(
+    ("iterations", "checkpoint", "missing"),
+    [
+        ([0, 1, 2, 3], None, []),
+        ([], None, []),
+        ([4], None, [(0, 3)]),
+        ([0, 1, 4, 6], None, [(2, 3), (5, 5)]),
+        ([0, 1], "iteration_000003", [(2, 3)]),
+        ([], "iteration_000003", [(0, 3)]),
+        ([10**12], None, [(0, 10**12 - 1)]),
+    ],
+)
+def test_rows_that_were_lost(
+    tmp_path: Path, iterations: list[int], checkpoint: str | None, missing: list[tuple[int, int]]
+) -> None:
+    (tmp_path / "checkpoints" / (checkpoint or "other")).mkdir(parents=True)
+    (tmp_path / "metrics.jsonl").write_text(
+        "".join(f'{{"iteration": {iteration}}}\n' for iteration in iterations)
+    )
+    (run,) = read_runs([tmp_path])
+    assert run.missing == missing
 
 
 def test_what_is_no_run_is_refused(tmp_path: Path, make_run: Callable[..., Path]) -> None:
