@@ -167,6 +167,16 @@ class RewardModel(ABC):
         """Map `components` [B, len(component_names)] to rewards [B, K] in [0, 1]."""
         raise TypeError(f"{type(self).__name__} has no components")
 
+    def working_bytes(self, videos: Tensor, fps: float) -> float:
+        """For `plan`: what `score` takes of the trainer's GPU at the worst moment, besides
+        `memory_bytes` and the videos; 0 if the judge runs elsewhere.
+
+        Args:
+            videos: As for `score`, on the meta device.
+            fps: As for `score`.
+        """
+        return 0
+
     def describe(self) -> dict[str, Any]:
         """What made the scores, as JSON that is kept with them; {} for nothing."""
         return {}

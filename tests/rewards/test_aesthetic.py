@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
+from fastgrpo.planning.meta_model import measure
 from fastgrpo.rewards.media.frames import quantise
 from fastgrpo.rewards.models.aesthetic import Aesthetic, clip_pixels, read_head
 from fastgrpo.rewards.models.per_video import PerVideoReward, resize, spread
@@ -210,6 +211,10 @@ def test_what_it_is_and_takes(
     )
     shutil.copy(clip_folder / "config.json", tmp_path)
     assert Aesthetic(str(head), str(tmp_path)).memory_bytes == 4 * count
+    videos = torch.rand(2, 9, 3, 60, 80)
+    given = [videos, *network.parameters(), *network.buffers()]
+    taken = sum(measure(lambda: judge.components(videos, ["", ""], 8.0)[0], given, False)[2:])
+    assert 0.95 * taken < judge.working_bytes(videos.to("meta"), 8.0) < 1.5 * taken
     assert not any(p.requires_grad for p in network.parameters())
     assert not network.training
 

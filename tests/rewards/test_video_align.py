@@ -16,6 +16,7 @@ from published_video_align import MEAN, PROMPT, STD, Source
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from fastgrpo.planning.meta_model import measure
 from fastgrpo.rewards.models.video_align import VideoAlign, sampled_frames, seen_clip
 from fastgrpo.rewards.models.video_align_files import REWARD_TOKENS
 
@@ -246,6 +247,10 @@ def test_what_it_is_and_takes(judge: VideoAlign, published: Source, tmp_path: Pa
     half.load(CPU)
     assert half.loaded is not None
     assert {p.dtype for p in half.loaded[0].parameters()} == {torch.bfloat16}
+    video, network = torch.rand(1, 16, 3, 224, 224), half.loaded[0]
+    given = [video, *network.parameters(), *network.buffers()]
+    taken = sum(measure(lambda: half.components(video, ["a"], 8.0)[0], given, False)[2:])
+    assert 0.95 * taken < half.working_bytes(video.to("meta"), 8.0) < 1.6 * taken
     near = (
         half.components(VIDEOS[:1], CAPTIONS[:1], FPS)[0]
         - judge.components(VIDEOS[:1], CAPTIONS[:1], FPS)[0]

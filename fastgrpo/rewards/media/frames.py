@@ -11,6 +11,7 @@ too; it keeps the size of a clip made here with the defaults, since that lies in
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -153,6 +154,23 @@ def quantise(video: Tensor, indices: list[int]) -> Tensor:
     if not (low >= 0 and high <= 1):  # also for NaN
         raise UserError(f"video: expected finite values in [0, 1], got {low} to {high}")
     return (video[indices].float() * 255).round().to(torch.uint8)
+
+
+def preparing_bytes(videos: Tensor, num_seen: int, size: Sequence[int]) -> int:
+    """Bytes that it takes to find a video's pixels finite, and to quantise and resize `num_seen` of
+    its frames in float.
+
+    Args:
+        videos: [B, T, 3, H, W] float, on any device; they are prepared one after the other.
+        num_seen: Of the T frames.
+        size: Height and width after the resize.
+    """
+    frame = videos[0, 0]
+    # torch.isfinite takes absolute values, and three truths of a byte. The frames seen are in fp32
+    # twice, or before and after the resize.
+    finite = (frame.element_size() + 3) * videos[0].numel()
+    resized = frame.numel() + len(frame) * math.prod(size)
+    return max(finite, 4 * num_seen * max(2 * frame.numel(), resized))
 
 
 def make_clip(video: Tensor, fps: float, settings: FrameSettings) -> Clip:

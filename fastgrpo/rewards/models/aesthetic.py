@@ -27,7 +27,7 @@ from transformers import CLIPConfig, CLIPVisionConfig, CLIPVisionModelWithProjec
 from fastgrpo.errors import UserError, require
 from fastgrpo.files import find_file
 from fastgrpo.hub import fetch_files, require_weights
-from fastgrpo.rewards.media.frames import quantise
+from fastgrpo.rewards.media.frames import preparing_bytes, quantise
 from fastgrpo.rewards.models.per_video import PerVideoReward, read_tensors, resize, spread
 from fastgrpo.rewards.published import hub_commit, read_config, weight_shapes
 
@@ -175,6 +175,16 @@ class Aesthetic(PerVideoReward):
         """Bytes of the weights on the trainer's GPU; from config.json and the head alone."""
         head = sum(part.numel() for layer in self.head for part in layer)
         return 4 * (head + sum(shape.numel() for shape in self._shapes.values()))
+
+    def working_bytes(self, videos: Tensor, fps: float) -> float:
+        """As `RewardModel.working_bytes`: of one video, since each is computed by itself."""
+        length, config = videos.shape[1], self._config
+        seen = min(self.frames or length, length)
+        tokens = seen * ((config.image_size // config.patch_size) ** 2 + 1)
+        # Stream and norm, and what the MLP widens it to, before and after its activation.
+        network = tokens * (2 * config.hidden_size + 3 * config.intermediate_size)
+        size = (config.image_size, config.image_size)
+        return max(preparing_bytes(videos, seen, size), 4 * network)
 
     @cached_property
     def _shapes(self) -> dict[str, torch.Size]:

@@ -24,7 +24,13 @@ from transformers import Qwen2VLConfig, Qwen2VLModel
 
 from fastgrpo.errors import UserError, require
 from fastgrpo.hub import fetch_files
-from fastgrpo.rewards.media.frames import FrameSettings, clip_size, patches, quantise
+from fastgrpo.rewards.media.frames import (
+    FrameSettings,
+    clip_size,
+    patches,
+    preparing_bytes,
+    quantise,
+)
 from fastgrpo.rewards.models.per_video import PerVideoReward, resize, spread
 from fastgrpo.rewards.models.video_align_files import (
     KEY,
@@ -39,6 +45,7 @@ from fastgrpo.rewards.models.video_align_files import (
     read_weights,
 )
 from fastgrpo.rewards.published import hub_commit, read_config, weight_shapes
+from fastgrpo.rewards.vlm import qwen_memory
 from fastgrpo.rewards.vlm.engine import Clip
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -78,9 +85,14 @@ def seen_clip(video: Tensor, fps: float, wanted_fps: float, max_pixels: int) -> 
         ValueError: As `sampled_frames`, `per_video.quantise` and `frames.clip_size`.
     """
     frames = quantise(video, sampled_frames(len(video), fps, wanted_fps))
-    budget = FrameSettings(min_pixels=min(_MIN_PIXELS, max_pixels), max_pixels=max_pixels)
     height, width = frames.shape[-2:]
-    return Clip(resize(frames, clip_size(height, width, len(frames), budget)), wanted_fps)
+    size = clip_size(height, width, len(frames), frame_budget(max_pixels))
+    return Clip(resize(frames, size), wanted_fps)
+
+
+def frame_budget(max_pixels: int) -> FrameSettings:
+    """The sizes of a frame that VideoAlign sees, from 100,352 to max_pixels pixels."""
+    return FrameSettings(min_pixels=min(_MIN_PIXELS, max_pixels), max_pixels=max_pixels)
 
 
 class VideoAlign(PerVideoReward):
@@ -172,6 +184,16 @@ class VideoAlign(PerVideoReward):
         network = sum(shape.numel() for shape in self._shapes.values())
         hidden = self._shapes["language_model.embed_tokens.weight"][1]
         return network * DTYPES[self.dtype].itemsize + 4 * hidden
+
+    def working_bytes(self, videos: Tensor, fps: float) -> float:
+        """As `RewardModel.working_bytes`: of one video, since each is computed by itself."""
+        _, length, _, height, width = videos.shape
+        seen = len(sampled_frames(length, fps, self._published.fps))
+        size = clip_size(height, width, seen, frame_budget(self._published.max_pixels))
+        patches = seen // _PAIR * math.prod(size) // 14**2
+        itemsize, config = DTYPES[self.dtype].itemsize, self._config
+        preparing = preparing_bytes(videos, seen, size)
+        return max(preparing, qwen_memory.judge_bytes(config, itemsize, 1, patches, 0))
 
     @cached_property
     def _folder(self) -> Path:

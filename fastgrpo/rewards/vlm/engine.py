@@ -107,6 +107,16 @@ class Engine(ABC):
     def describe(self) -> dict[str, Any]:
         """What decides the answers: model, revision, precision and the like, as JSON; no secret."""
 
+    def working_bytes(self, clips: Sequence[Clip], num_questions: int) -> float:
+        """What `ask` takes of the trainer's GPU at the worst moment, besides `memory_bytes` and the
+        clips; 0 if the model runs elsewhere.
+
+        Args:
+            clips: Of one size, on the meta device.
+            num_questions: About each clip.
+        """
+        return 0
+
     def close(self) -> None:
         """Let go of the model or the connections; a call of `ask` that is waiting ends. Safe
         without `load`, and twice.

@@ -21,7 +21,13 @@ from torch import Tensor
 
 from fastgrpo.errors import require
 from fastgrpo.interfaces import RewardModel
-from fastgrpo.rewards.media.frames import FrameSettings, make_clip
+from fastgrpo.rewards.media.frames import (
+    FrameSettings,
+    clip_size,
+    frame_indices,
+    make_clip,
+    preparing_bytes,
+)
 from fastgrpo.rewards.vlm.answers import expected_answer, parse_answer, probabilities_fault
 from fastgrpo.rewards.vlm.engine import Clip, Decoding, Engine, Reply
 from fastgrpo.rewards.vlm.questions import DEFAULT_QUESTIONS, ask_about, read_questions
@@ -185,6 +191,18 @@ class StageJudge(RewardModel):
     def memory_bytes(self) -> int:  # type: ignore[override]  # an attribute of the base
         """Bytes of the trainer's GPU that the judge takes."""
         return self.engine.memory_bytes
+
+    def working_bytes(self, videos: Tensor, fps: float) -> float:
+        """As `RewardModel.working_bytes`."""
+        count, length, channels, height, width = videos.shape
+        seen = len(frame_indices(length, fps, self.frames))
+        size = seen, channels, *clip_size(height, width, seen, self.frames)
+        clip = Clip(torch.empty(size, dtype=torch.uint8, device="meta"), fps)
+        answering = self.engine.working_bytes([clip] * count, len(self.questions))
+        if not answering:
+            return 0
+        preparing = preparing_bytes(videos, seen, clip.frames.shape[2:])
+        return count * clip.frames.nbytes + max(preparing, answering)
 
     def counters(self) -> dict[str, int]:
         """Counts since the last call: answers, asked_again, no_number, and the engine's.

@@ -28,7 +28,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from fastgrpo.errors import UserError, require
 from fastgrpo.hub import fetch_files, require_weights
 from fastgrpo.rewards.published import hub_commit, read_config
-from fastgrpo.rewards.vlm import qwen_windows
+from fastgrpo.rewards.vlm import qwen_memory, qwen_windows
 from fastgrpo.rewards.vlm.engine import Clip, Decoding, Engine, Reply
 from fastgrpo.rewards.vlm.qwen_chat import NUMBERS, ChatTokens, read_chat
 from fastgrpo.rewards.vlm.qwen_prefix import Prefix, answer, compute_prefixes
@@ -137,6 +137,16 @@ class TransformersEngine(Engine):
         with torch.device("meta"):
             module = Qwen2_5_VLForConditionalGeneration(self._config)
         return sum(p.numel() for p in module.parameters()) * DTYPES[self.dtype].itemsize
+
+    def working_bytes(self, clips: Sequence[Clip], num_questions: int) -> float:
+        """As `Engine.working_bytes`, with the keys and values that `prefix_cache` keeps."""
+        if self.device != "shared":
+            return 0
+        patches = clips[0].frames[:, 0].numel() // (2 * 14 * 14)
+        batch = min(len(clips), self.batch_size)
+        sizes = self._config, DTYPES[self.dtype].itemsize
+        kept = self.prefix_cache * qwen_memory.prefix_bytes(*sizes, patches)
+        return kept + qwen_memory.judge_bytes(*sizes, batch, patches, num_questions)
 
     @cached_property
     def _folder(self) -> Path:
