@@ -2,54 +2,31 @@
 
 POST /v1/chat/completions takes one question about one video, given as PNG frames; GET /v1/models
 names the model. Nothing that a request names is fetched. Clients are not trusted: body, queue,
-frames and time are bounded, and an image's size is read before a pixel of it is decoded.
+frames, memory and time are bounded, and requests are taken apart in other processes (`decoder.py`).
 """
 
 from __future__ import annotations
 
 import asyncio
-import base64
 import contextlib
 import hmac
-import io
-import json
 import logging
 import math
-from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from fastapi import Depends, FastAPI, HTTPException, Request
-from PIL import Image
 from starlette.requests import ClientDisconnect
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from fastgrpo.rewards.server.decoder import Decoders, Limits
 from fastgrpo.rewards.vlm.answers import NUMBER
 from fastgrpo.rewards.vlm.engine import Clip, Decoding, Engine, Reply
 from fastgrpo.rewards.vlm.transport import FROM_ONE, VIDEO_TYPE, Video, chat_request
 
 logger = logging.getLogger("fastgrpo")
 NO_LOGPROB = -9999.0  # OpenAI's, of what is impossible or not known
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What the server takes; more is refused."""
-
-    body: int = 64 << 20
-    """Bytes of a request."""
-    parts: int = 10_000
-    """Commas and brackets in a request: parsed JSON takes far more memory than its text."""
-    requests: int = 64
-    """Requests that are read, queued or being answered; one more gets status 429."""
-    seconds: float = 300.0
-    """For a request, from its first byte to its answer."""
-    frames: int = 768
-    """Frames of a video."""
-    pixels: int = 1 << 25
-    """Pixels of all frames of a video together: 100 MB decoded."""
-    tokens: int = 1024
-    """Tokens of an answer."""
 
 
 class Question(NamedTuple):
@@ -67,19 +44,24 @@ class _Job(NamedTuple):
     reply: asyncio.Future[Reply | None]  # None: there will be none
 
 
-def read_question(body: bytes, model: str, limits: Limits) -> Question:
-    """The question in a request's JSON, which has to be what `transport.chat_request` makes of it.
+def read_question(
+    request: Mapping[str, Any], shape: Sequence[int], pixels: bytes, model: str, limits: Limits
+) -> Question:
+    """The question in a request, which has to be what `transport.chat_request` makes of it.
+
+    Args:
+        request: Without its frames, as `decoder.split_request` gives it.
+        shape: Frames, height, width.
+        pixels: RGB.
+        model: The name that the request has to give.
+        limits: What is taken.
 
     Raises:
         ValueError: It is not, in words for the client.
     """
-    if sum(map(body.count, (b",", b"[", b"{"))) > limits.parts:
-        raise ValueError(f"expected at most {limits.parts} commas and brackets in a request")
     try:
-        request = json.loads(body)
-        video, question = request["messages"][0]["content"]
-        url, text = str(video["video_url"]["url"]), str(question["text"])
-        fps = float(request["mm_processor_kwargs"]["fps"])
+        text = str(request["messages"][0]["content"][1]["text"])
+        fps = float(request["media_io_kwargs"]["video"]["fps"])
         regex = request.get("structured_outputs", {"regex": ""})["regex"]
         tokens = int(request["max_tokens"])
         decoding = Decoding(
@@ -90,7 +72,8 @@ def read_question(body: bytes, model: str, limits: Limits) -> Question:
             temperature=float(request["temperature"]),
             seed=int(request["seed"]),
         )
-        known = chat_request(model, Video(url, fps), text, decoding, regex)
+        text.encode()  # no lone surrogates
+        known = chat_request(model, Video(VIDEO_TYPE, fps), text, decoding, regex)
         known |= known.pop("extra_body") | {"max_tokens": tokens}
     except Exception as error:  # a strange request raises many kinds
         raise ValueError(f"expected a request of ServerEngine, got {error!r}") from error
@@ -99,33 +82,10 @@ def read_question(body: bytes, model: str, limits: Limits) -> Question:
         raise ValueError(f"expected a request of ServerEngine for {model}, got others: {wrong}")
     if not 1 <= tokens <= limits.tokens or not 1e-3 < fps <= 1000:
         raise ValueError(f"expected up to {limits.tokens} tokens and 1000 frames/s")
-    return Question(text, read_clip(url, fps, limits), decoding, regex == FROM_ONE)
-
-
-def read_clip(url: str, fps: float, limits: Limits) -> Clip:
-    """The clip of a data URL of PNG frames. All sizes are read before a pixel is decoded.
-
-    Raises:
-        ValueError: Anything else, in words for the client.
-    """
-    kind, _, data = url.partition(",")
-    pictures = data.split(",", limits.frames)
-    if kind != VIDEO_TYPE or len(pictures) > limits.frames:
-        raise ValueError(f"video_url: expected {VIDEO_TYPE}, up to {limits.frames} PNG images")
-    try:
-        files = [io.BytesIO(base64.b64decode(picture, validate=True)) for picture in pictures]
-        images = [Image.open(file, formats=["PNG"]) for file in files]
-        width, height = images[0].size
-        kinds = {(image.mode, image.size, getattr(image, "n_frames", 1)) for image in images}
-        if kinds != {("RGB", (width, height), 1)} or width % 28 or height % 28 or len(images) % 2:
-            raise ValueError(f"expected an even number of RGB images of 28n x 28m, got {kinds}")
-        if len(images) * width * height > limits.pixels:
-            raise ValueError(f"expected at most {limits.pixels} pixels in all frames")
-        pixels = bytearray().join(image.tobytes() for image in images)
-    except Exception as error:  # decoders raise many kinds for a broken file
-        raise ValueError(f"video_url: {error}") from error
-    frames = torch.frombuffer(pixels, dtype=torch.uint8).view(-1, height, width, 3)
-    return Clip(frames.permute(0, 3, 1, 2), fps)
+    if not 0 <= decoding.temperature <= 100 or not 0 <= decoding.seed < 2**63:
+        raise ValueError("expected a temperature from 0 to 100 and a seed below 2^63")
+    frames = torch.frombuffer(bytearray(pixels), dtype=torch.uint8).view(*shape, 3)
+    return Question(text, Clip(frames.permute(0, 3, 1, 2), fps), decoding, regex == FROM_ONE)
 
 
 def completion(question: Question, reply: Reply) -> dict[str, Any]:
@@ -164,18 +124,81 @@ async def _ask(queue: asyncio.Queue[_Job], engine: Engine) -> None:
                 job.reply.set_result(None)
         for decoding in dict.fromkeys(job.question.decoding for job in waiting):
             jobs = [j for j in waiting if j.question.decoding == decoding and not j.reply.done()]
-            rows: Sequence[Sequence[Reply | None]] = [[None]] * len(jobs)
-            clips, texts = [j.question.clip for j in jobs], [[j.question.text] for j in jobs]
-            try:
-                rows = await asyncio.to_thread(engine.ask, clips, texts, decoding) if jobs else []
-            except Exception:  # the next call may succeed
-                logger.exception("judge: the engine failed")
-            for job, (reply,) in zip(jobs, rows, strict=True):
-                if not job.reply.done():
-                    job.reply.set_result(reply)
+            await _answer(engine, jobs, decoding)
 
 
-def create_app(engine: Engine, model: str, token: str | None, limits: Limits = Limits()) -> FastAPI:
+async def _answer(engine: Engine, jobs: Sequence[_Job], decoding: Decoding) -> None:
+    """Ask the engine, and set the replies."""
+    if not jobs:
+        return
+    rows: Sequence[Sequence[Reply | None]] = [[None]]
+    clips, texts = [j.question.clip for j in jobs], [[j.question.text] for j in jobs]
+    try:
+        rows = await asyncio.to_thread(engine.ask, clips, texts, decoding)
+    except Exception:  # the next call may succeed
+        logger.exception("judge: the engine failed")
+        if len(jobs) > 1:  # one question of them may be at fault
+            for job in jobs:
+                await _answer(engine, [job], decoding)
+            return
+    for job, (reply,) in zip(jobs, rows, strict=True):
+        if not job.reply.done():
+            job.reply.set_result(reply)
+
+
+class _Memory:
+    """Bytes of requests and frames that may be held at a time."""
+
+    def __init__(self, size: int) -> None:
+        self._left = size
+
+    @contextlib.contextmanager
+    def share(self) -> Iterator[Callable[[int], None]]:
+        """A function that sets how many of them one request holds."""
+        own = 0
+
+        def hold(size: int) -> None:
+            nonlocal own
+            if size - own > self._left:
+                raise HTTPException(429, "the memory is full", {"Retry-After": "1"})
+            self._left, own = self._left - size + own, size
+
+        try:
+            yield hold
+        finally:
+            hold(0)
+
+
+class Connection(H11Protocol):
+    """A connection that is closed when no request on it has begun or ended for a while; uvicorn by
+    itself would wait for the rest of a request's head for ever.
+    """
+
+    IDLE = 15.0
+    """Seconds; it may be twice as many."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Begin to watch it."""
+        super().connection_made(transport)
+        self.loop.call_later(self.IDLE, self._watch, self)
+
+    def _watch(self, last: object) -> None:
+        """last: The request of the last look, if none was being answered then, else this."""
+        if self.transport.is_closing():
+            return
+        idle = self.cycle is None or self.cycle.response_complete
+        if idle and last is self.cycle:
+            self.transport.close()
+        else:
+            self.loop.call_later(self.IDLE, self._watch, self.cycle if idle else self)
+
+
+def create_app(
+    engine: Engine,
+    model: str,
+    token: str | None,
+    limits: Limits = Limits(),  # noqa: B008  (frozen)
+) -> FastAPI:
     """The application.
 
     Args:
@@ -185,7 +208,8 @@ def create_app(engine: Engine, model: str, token: str | None, limits: Limits = L
         limits: What is taken.
     """
     queue: asyncio.Queue[_Job] = asyncio.Queue()
-    places = asyncio.Semaphore(limits.requests)
+    places, memory = asyncio.Semaphore(limits.requests), _Memory(limits.held)
+    decoders = Decoders(limits)
 
     def authorise(request: Request) -> None:
         given = request.headers.get("authorization", "").encode()
@@ -197,6 +221,7 @@ def create_app(engine: Engine, model: str, token: str | None, limits: Limits = L
         task = asyncio.create_task(_ask(queue, engine))
         yield
         task.cancel()
+        await decoders.close()
 
     app = FastAPI(openapi_url=None, lifespan=lifespan, dependencies=[Depends(authorise)])
 
@@ -212,16 +237,22 @@ def create_app(engine: Engine, model: str, token: str | None, limits: Limits = L
         body = bytearray()
         try:
             async with places, asyncio.timeout(limits.seconds):
-                async for part in http.stream():
-                    body += part
-                    if len(body) > limits.body:
-                        raise HTTPException(413, f"expected at most {limits.body} bytes")
-                question = await asyncio.to_thread(read_question, bytes(body), model, limits)
-                job = _Job(question, http, asyncio.Future())
-                queue.put_nowait(job)
-                reply = await job.reply
+                with memory.share() as hold:
+                    async with asyncio.timeout(limits.upload):
+                        async for part in http.stream():
+                            if len(body) + len(part) > limits.body:
+                                raise HTTPException(413, f"expected at most {limits.body} bytes")
+                            hold(len(body) + len(part))
+                            body += part
+                    request, shape, pixels = await decoders.split(bytes(body))
+                    body.clear()
+                    hold(len(pixels))
+                    question = read_question(request, shape, pixels, model, limits)
+                    job = _Job(question, http, asyncio.Future())
+                    queue.put_nowait(job)
+                    reply = await job.reply
         except TimeoutError:
-            raise HTTPException(504, f"no answer within {limits.seconds} s") from None
+            raise HTTPException(504, "the request took too long") from None
         except ClientDisconnect:
             raise HTTPException(499, "the client went away") from None
         except ValueError as error:

@@ -16,6 +16,9 @@ from fastgrpo.errors import UserError, require
 from fastgrpo.rewards.vlm.endpoints import is_loopback, read_key
 from fastgrpo.rewards.vlm.engine import Engine
 
+GRACE = 10
+"""Seconds after a signal in which our own server still answers what it has begun."""
+
 
 @dataclass(frozen=True)
 class JudgeServer:
@@ -108,7 +111,7 @@ class JudgeServer:
         """Our own server. Its address is bound at once and listens when the model is loaded."""
         import uvicorn
 
-        from fastgrpo.rewards.server.app import create_app
+        from fastgrpo.rewards.server.app import Connection, create_app
 
         options = self.options | {"model": self.model, "revision": self.revision}
         engine: Callable[..., Engine]
@@ -128,9 +131,11 @@ class JudgeServer:
             create_app(judge, self.name or self.model, token or None),
             host=self.host,
             port=self.port,
+            http=Connection,
             ws="none",
             access_log=False,
-            timeout_graceful_shutdown=30,
+            limit_concurrency=1000,  # connections
+            timeout_graceful_shutdown=GRACE,
         )
         listener = config.bind_socket()
         judge.load(torch.device("cuda" if torch.cuda.is_available() else "cpu"))

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import base64
 import http.client
-import io
 import json
+import os
 import re
-import struct
+import signal
+import socket
 import threading
 import time
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,16 +18,15 @@ from typing import Any
 import pytest
 import torch
 import uvicorn
-from PIL import Image, ImageFile
 
 from fastgrpo.rewards.server.app import (
-    Limits,
+    Connection,
     Question,
     completion,
     create_app,
-    read_clip,
     read_question,
 )
+from fastgrpo.rewards.server.decoder import Limits, split_request
 from fastgrpo.rewards.vlm.answers import NUMBER, expected_answer, parse_answer
 from fastgrpo.rewards.vlm.endpoint_check import CHECKS
 from fastgrpo.rewards.vlm.engine import Clip, Decoding, Engine, Reply
@@ -36,13 +34,13 @@ from fastgrpo.rewards.vlm.qwen import TransformersEngine
 from fastgrpo.rewards.vlm.served import ServerEngine
 from fastgrpo.rewards.vlm.transport import (
     FROM_ONE,
-    VIDEO_TYPE,
     Video,
     chat_request,
     encode_clip,
 )
 
 TOKEN = "a-token-of-the-test"
+BODY_TO_COME = f"Authorization: Bearer {TOKEN}\r\nContent-Length: 100\r\n\r\n{{".encode()
 
 
 class MeanEngine(Engine):
@@ -75,7 +73,10 @@ class Running:
     def __init__(self, engine: Any, **limits: Any) -> None:
         self.engine = engine
         config = uvicorn.Config(
-            create_app(engine, "judge", TOKEN, Limits(**limits)), port=0, log_level="critical"
+            create_app(engine, "judge", TOKEN, Limits(**limits)),
+            port=0,
+            log_level="critical",
+            http=Connection,
         )
         listener = config.bind_socket()
         self.port = listener.getsockname()[1]
@@ -135,6 +136,11 @@ def request(question: str = "?", **changed: Any) -> dict[str, Any]:
     """What the client sends, as JSON, with some of its fields changed."""
     made = chat_request("judge", encode_clip(grey()), question, Decoding(), "")
     return made | made.pop("extra_body") | changed
+
+
+def read(made: dict[str, Any]) -> Question:
+    split = split_request(json.dumps(made).encode(), Limits())
+    return read_question(split[0], split[1], bytes(split[2]), "judge", Limits())
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
@@ -232,6 +238,67 @@ def test_queue_and_time_are_bounded_and_a_failing_engine_is_told(start: Any) -> 
     assert server.post(request())[0] == 200
 
 
+def test_a_question_on_which_the_engine_fails_costs_no_other_its_answer(start: Any) -> None:
+    server = start()
+    server.engine.gate.clear()
+    with ThreadPoolExecutor(4) as pool:
+        first = pool.submit(server.post, request("first"))
+        wait_for(lambda: len(server.engine.calls) == 1)
+        others = [pool.submit(server.post, request(text)) for text in ("a", "fail", "b")]
+        time.sleep(0.5)
+        server.engine.gate.set()
+        assert [one.result()[0] for one in (first, *others)] == [200, 200, 500, 200]
+
+
+def test_memory_is_bounded(start: Any) -> None:
+    """A question that waits holds its frames, 4,704 bytes; then there is no room for another's."""
+    server = start(held=6000)
+    assert server.post(request("?" * 6000))[0] == 429
+    server.engine.gate.clear()
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(server.post, request())
+        wait_for(lambda: len(server.engine.calls) == 1)
+        assert server.post(request())[0] == 429
+        server.engine.gate.set()
+        assert asked.result()[0] == 200
+    assert server.post(request())[0] == 200
+
+
+def test_slow_clients_are_not_waited_for(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither for the rest of a head nor for the rest of a body."""
+    monkeypatch.setattr(Connection, "IDLE", 0.2)
+    server = start(requests=1, upload=0.5)
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: judge\r\n"
+    for sent, answer in ((head, b""), (b"", b""), (head + BODY_TO_COME, b"HTTP/1.1 504")):
+        with socket.create_connection(("127.0.0.1", server.port), timeout=20) as client:
+            client.sendall(sent)
+            assert client.recv(12) == answer
+    assert server.post(request())[0] == 200
+
+
+def test_a_process_that_hangs_is_ended(start: Any) -> None:
+    """The one that takes requests apart; stopped here, as if it were busy for ever."""
+    server = start(decoding=2.0)
+    assert server.post(request())[0] == 200
+    (process,) = decoders_of(os.getpid())
+    os.kill(process, signal.SIGSTOP)
+    answers = [server.post(request())[0] for _ in range(3)]  # there are two processes
+    assert sorted(answers) == [200, 200, 504]
+    assert process not in decoders_of(os.getpid())
+    os.kill(decoders_of(os.getpid())[0], signal.SIGKILL)
+    assert sorted(server.post(request())[0] for _ in range(3)) == [200, 200, 400]
+    server.close()
+    assert decoders_of(os.getpid()) == []
+
+
+def decoders_of(parent: int) -> list[int]:
+    children = Path(f"/proc/{parent}/task").glob("*/children")
+    found = [int(child) for file in children for child in file.read_text().split()]
+    return [
+        child for child in found if b"server.decoder" in Path(f"/proc/{child}/cmdline").read_bytes()
+    ]
+
+
 def test_strangers_and_large_bodies_are_refused(start: Any) -> None:
     server = start(body=10_000)
     for token in ("", "wrong", TOKEN[:-1]):
@@ -241,26 +308,6 @@ def test_strangers_and_large_bodies_are_refused(start: Any) -> None:
     assert server.post(bytes(10_001))[0] == 413
     assert server.post(request(user="x"))[0] == 400
     assert server.engine.calls == []
-
-
-def url(*images: bytes) -> str:
-    return f"{VIDEO_TYPE},{','.join(base64.b64encode(image).decode() for image in images)}"
-
-
-def picture(side: int = 28, mode: str = "RGB", kind: str = "PNG") -> bytes:
-    file = io.BytesIO()
-    Image.new(mode, (side, side)).save(file, kind)
-    return file.getvalue()
-
-
-def bomb(side: int) -> bytes:
-    """A small PNG whose header tells of side x side pixels."""
-    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
-    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(bytes(1000))), (b"IEND", b""))
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-        for kind, data in chunks
-    )
 
 
 VIDEO, TEXT = request()["messages"][0]["content"]
@@ -277,24 +324,33 @@ VIDEO, TEXT = request()["messages"][0]["content"]
         {"temperature": float("nan")},
         {"structured_outputs": {"regex": ".*"}},
         {"structured_outputs": {"json": {}}},
-        {"mm_processor_kwargs": {"fps": 1e-308}},
         {"media_io_kwargs": {"video": {"num_frames": 32, "fps": 2.0}}},
+        {"media_io_kwargs": {"video": {"num_frames": -1, "fps": 4.0}}},
+        {"media_io_kwargs": {"video": {"num_frames": -1, "fps": None}}},
+        {"media_io_kwargs": []},
         {"messages": []},
         {"messages": [{"role": "user", "content": [TEXT, VIDEO]}]},
         {"messages": [{"role": "user", "content": [VIDEO, VIDEO, TEXT]}]},
-        {"metadata": [[]] * 10_000},
+        {"metadata": [[]]},
+        {"temperature": float("inf")},
+        {"temperature": -1.0},
+        {"seed": -1},
+        {"seed": 2**63},
+        {"seed": 10**2000},
+        {"messages": [{"role": "user", "content": [VIDEO, {"type": "text", "text": "\ud800"}]}]},
     ],
 )
 def test_what_the_client_does_not_send_is_refused(changed: dict[str, Any]) -> None:
-    read_question(json.dumps(request()).encode(), "judge", Limits())
+    read(request())
     with pytest.raises(ValueError, match="expected"):
-        read_question(json.dumps(request(**changed)).encode(), "judge", Limits())
+        read(request(**changed))
 
 
-@pytest.mark.parametrize("body", [b"", b"[]", b"null", b"\xff", b"[" * 9_000])
-def test_what_is_no_request_is_refused(body: bytes) -> None:
-    with pytest.raises(ValueError, match="expected a request of ServerEngine"):
-        read_question(body, "judge", Limits())
+@pytest.mark.parametrize("fps", [1e-308, 1e-3, 1001.0, float("inf"), float("nan"), -2.0])
+def test_rates_have_bounds(fps: float) -> None:
+    changed = chat_request("judge", encode_clip(Clip(grey().frames, fps)), "?", Decoding(), "")
+    with pytest.raises(ValueError, match="expected"):
+        read(changed | changed.pop("extra_body"))
 
 
 @pytest.mark.parametrize("regex", ["", NUMBER, FROM_ONE])
@@ -304,41 +360,8 @@ def test_a_request_of_the_client_is_read(regex: str, random_clip: Any) -> None:
     made = chat_request("judge", encode_clip(clip), "Why?", decoding, regex)
     (url_of_clip,) = re.findall("data:[^']*", str(made["messages"]))
     assert encode_clip(clip) == Video(url_of_clip, clip.fps)
-    body = json.dumps(made | made.pop("extra_body")).encode()
-    question = read_question(body, "judge", Limits())
+    question = read(made | made.pop("extra_body"))
     assert (question.text, question.decoding) == ("Why?", decoding)
     assert question.from_one == (regex == FROM_ONE)
     assert torch.equal(question.clip.frames, clip.frames)
     assert question.clip.fps == clip.fps
-
-
-@pytest.mark.parametrize(
-    "video",
-    [
-        "http://127.0.0.1/a.mp4",
-        "file:///etc/passwd",
-        "data:video/mp4;base64,AAAA",
-        f"{VIDEO_TYPE},????",
-        url(picture()),
-        url(*[picture()] * 770),
-        url(picture(), picture(56)),
-        url(*[picture(30)] * 2),
-        url(*[picture(mode="RGBA")] * 2),
-        url(*[picture(kind="JPEG")] * 2),
-        url(*[picture()[:60]] * 2),
-        url(*[bomb(56)] * 2),
-    ],
-)
-def test_what_is_no_clip_of_png_frames_is_refused(video: str) -> None:
-    with pytest.raises(ValueError, match="video_url: "):
-        read_clip(video, 2.0, Limits())
-
-
-def test_sizes_are_read_before_a_pixel_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
-    def load(_: Any) -> None:
-        raise AssertionError("a pixel was decoded")
-
-    monkeypatch.setattr(ImageFile.ImageFile, "load", load)
-    for side in (5600, 28_000):
-        with pytest.raises(ValueError, match=r"at most 33554432 pixels|decompression bomb"):
-            read_clip(url(*[bomb(side)] * 2), 2.0, Limits())

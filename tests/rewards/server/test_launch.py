@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -83,9 +84,12 @@ def test_a_token_is_optional_only_on_loopback(host: str, monkeypatch: pytest.Mon
 def test_our_server_serves_a_folder_and_ends_at_a_signal(
     qwen_folder: Path, random_clip, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As a process, in which what the trainer has beyond the server cannot be imported."""
+    """As a process, in which what the trainer has beyond the server cannot be imported. Clients
+    that send half a head or half a body are not waited for.
+    """
     missing = ("diffusers", "peft", "av", "datasets", "openai")
     code = f"import sys; sys.modules.update(dict.fromkeys({missing}))\n"
+    code += "from fastgrpo.rewards.server import launch; launch.GRACE = 2\n"
     code += "from fastgrpo.cli import serve_judge; serve_judge.main(sys.argv[1:])"
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -101,7 +105,15 @@ def test_our_server_serves_a_folder_and_ends_at_a_signal(
         assert (reply.error, len(reply.text) >= 4) == ("", True)
         (server,) = engine.describe()["servers"].values()
         assert f"model {qwen_folder}" in server["root"]
+        head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: judge\r\n"
+        rest = f"Authorization: Bearer {TOKEN}\r\nContent-Length: 9\r\n\r\n{{".encode()
+        clients = [socket.create_connection(("127.0.0.1", port)) for _ in range(2)]
+        clients[0].sendall(head)
+        clients[1].sendall(head + rest)
+        time.sleep(0.5)
     finally:
         engine.close()
         process.terminate()
-    assert process.wait(30) in (0, -signal.SIGTERM)
+    assert process.wait(15) in (0, -signal.SIGTERM)
+    for client in clients:
+        client.close()
