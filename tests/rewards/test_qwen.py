@@ -13,21 +13,17 @@ from typing import Any
 
 import pytest
 import torch
+from qwen_positions import published_positions  # type: ignore[import-not-found]
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from transformers import (
-    AutoTokenizer,
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
-    Qwen2_5_VLModel,
-)
+from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
 from fastgrpo.rewards.media.frames import patches, seconds_per_grid
 from fastgrpo.rewards.vlm.answers import NUMBER, expected_answer
 from fastgrpo.rewards.vlm.engine import Clip, Decoding, Reply
 from fastgrpo.rewards.vlm.qwen import DTYPES, TransformersEngine
 from fastgrpo.rewards.vlm.qwen_chat import CHARACTERS, read_chat
-from fastgrpo.rewards.vlm.qwen_prefix import Prefix, prefix_positions
+from fastgrpo.rewards.vlm.qwen_prefix import Prefix
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
@@ -55,26 +51,6 @@ MIXED = [
     clip(4, height=56, width=140, fps=1.0),
     clip(5),
 ]
-
-
-def published_positions(
-    ids: list[int], pad: int, grid: tuple[int, int, int], interval: float
-) -> Tensor:
-    """Positions [3, tokens] of a chat with one video, a token at a time: those of transformers 4.57
-    and vLLM 0.32, whose text goes on after the largest position so far.
-    """
-    cells = iter(itertools.product(*map(range, grid)))
-    start, after = 0, 0
-    rows = []
-    for token in ids:
-        if token == pad:
-            t, y, x = next(cells)
-            rows.append([start + int(t * interval), start + y, start + x])
-        else:
-            rows.append([after] * 3)
-            start = after + 1
-        after = max(after, *(position + 1 for position in rows[-1]))
-    return torch.tensor(rows).T
 
 
 @pytest.fixture(scope="module")
@@ -228,43 +204,6 @@ def test_a_clips_rate_reaches_the_answer(engine: TransformersEngine) -> None:
     decoding = Decoding(max_tokens=1, probabilities=True)
     slow, usual, fast = (row[0].ten for row in engine.ask(rates, [QUESTIONS[:1]] * 3, decoding))
     assert min(abs(slow - usual), abs(usual - fast)) > 1e-6
-
-
-@pytest.mark.parametrize(
-    ("frames", "height", "width", "fps", "long"),
-    [
-        (4, 84, 112, 2.0, False),
-        (8, 56, 56, 1.0, True),
-        (12, 56, 84, 0.5, True),
-        (6, 140, 56, 1.7, False),
-        (6, 56, 140, 2.0, False),  # its last time step is at its last column
-        (8, 56, 140, 2.0, True),
-        (14, 252, 420, 14 / 53 * 15, False),  # the recipes' clips
-        (28, 252, 420, 28 / 53 * 15, False),
-    ],
-)
-def test_positions_are_the_published_ones(
-    qwen_folder: Path, tokenizer: Any, frames: int, height: int, width: int, fps: float, long: bool
-) -> None:
-    """Also those of transformers 5, where a clip's time does not reach beyond its frames' sides."""
-    config = Qwen2_5_VLConfig.from_pretrained(qwen_folder)
-    interval = config.vision_config.tokens_per_second * 2 / fps
-    t, h, w = frames // 2, height // 28, width // 28
-    pad = config.video_token_id
-    ids = [1, 2, 3, *[pad] * (t * h * w), 4, 5, 6]
-    wanted = published_positions(ids, pad, (t, h, w), interval)
-    positions, start = prefix_positions(3, (t, h, w), interval, 3)
-    assert torch.equal(positions, wanted)
-    assert start == int(wanted.max()) + 1
-    with torch.device("meta"):
-        five = Qwen2_5_VLModel(config)
-    theirs, _ = five.get_rope_index(
-        torch.tensor([ids]),
-        (torch.tensor([ids]) == pad).int() * 2,
-        video_grid_thw=torch.tensor([[t, 2 * h, 2 * w]]),
-        second_per_grid_ts=torch.tensor([2 / fps]),
-    )
-    assert torch.equal(theirs[:, 0], wanted) != long
 
 
 def tens(engine: TransformersEngine) -> list[float]:
