@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -82,6 +83,35 @@ def atomic_write_text(path: Path, text: str) -> None:
     """`atomic_write` of a text in UTF-8."""
     with atomic_write(path) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """As `atomic_write`, of a folder, which the block makes. An earlier one is replaced.
+
+    Raises:
+        OSError: Names a file.
+    """
+    partial, old = (path.with_name(f".{kind}-{path.name}") for kind in ("partial", "discarded"))
+    with naming(path):
+        remove(partial)
+        remove(old)
+        try:
+            yield partial
+            if path.exists():
+                os.replace(path, old)
+            os.replace(partial, path)
+        except Exception as error:
+            # safetensors has an error of its own around the system's.
+            if not isinstance(error, OSError) and (
+                code := re.search(r"Os \{ code: (\d+)", str(error))
+            ):
+                raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
+            raise
+        finally:
+            remove(partial)
+        remove(old)
+        sync(path.parent)
 
 
 def sync(path: Path) -> None:

@@ -182,16 +182,13 @@ def newest(folder: Path) -> Path | None:
     return None
 
 
-def load(checkpoint: Path, tensors: dict[str, Any]) -> dict[str, Any]:
-    """Load a checkpoint that verifies, on all ranks together.
+def load(checkpoint: Path, tensors: dict[str, Any]) -> None:
+    """Load the tensors of a checkpoint that verifies, on all ranks together.
 
     Args:
         checkpoint: Its folder.
         tensors: A state dict, loaded in place. A part of it (a top-level key) that the checkpoint
             does not have is removed from it.
-
-    Returns:
-        The `state` of `save`.
 
     Raises:
         ValueError: It is of another network.
@@ -199,8 +196,13 @@ def load(checkpoint: Path, tensors: dict[str, Any]) -> dict[str, Any]:
     for part in tensors.keys() - parts(checkpoint):
         del tensors[part]
     _read(checkpoint, tensors)
-    state = json.loads((checkpoint / _STATE).read_text())
-    require(isinstance(state, dict), str(checkpoint / _STATE), "keys and their values", state)
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """The `state` that `save` was given."""
+    path = checkpoint / _STATE
+    state = json.loads(path.read_text())
+    require(isinstance(state, dict), str(path), "keys and their values", state)
     return dict(state)
 
 

@@ -1,27 +1,68 @@
 """A run: check, build the parts, loop over iterations, and leave a folder that another start can
-go on from.
+go on from, whatever ends it.
 """
 
 from __future__ import annotations
 
 import logging
-from typing import Any
+import sys
+import traceback
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
 from tqdm import tqdm
 
 from fastgrpo.config import RuntimeConfig, TrainConfig
 from fastgrpo.distributed import collectives, sharding
-from fastgrpo.errors import fail
+from fastgrpo.errors import INPUT_ERRORS, UserError, fail, one_line, require
+from fastgrpo.files import FULL, atomic_folder
 from fastgrpo.rewards.queue import ScoringQueue
 from fastgrpo.training import checkpoint, preflight, run_folder
+from fastgrpo.training.pacing_note import log_pacing
 from fastgrpo.training.signals import StopRequest, stop_on_signals
 from fastgrpo.training.step import RolloutInterrupted, Trainer
-from fastgrpo.training.tracking import MetricsLog, console_line, validation_line
+from fastgrpo.training.tracking import MetricsLog, Row, console_line, validation_line
 from fastgrpo.training.validation import evaluate
 from fastgrpo.training.weights import using_weights
 
 logger = logging.getLogger("fastgrpo")
+
+
+@dataclass
+class Progress:
+    """How far a run is.
+
+    Attributes:
+        done: The last iteration whose update is made; 0 is the untrained model.
+        row: Its metrics, until they are recorded: its evaluation is still to be made.
+        state: `Trainer.state_dict` after it.
+        saved: Iteration of the newest checkpoint.
+        save_failed: Whether the last attempt at a checkpoint failed.
+    """
+
+    done: int
+    row: Row | None
+    state: dict[str, Any]
+    saved: int | None = None
+    save_failed: bool = False
+
+    @classmethod
+    def at(cls, found: Path | None) -> Progress:
+        """The progress that a checkpoint holds, or that of a new run.
+
+        Raises:
+            UserError: Its state.json is not one of ours.
+        """
+        if found is None:
+            return cls(done=0, row={"iteration": 0}, state={})
+        state, done = checkpoint.read_state(found), checkpoint.iteration_of(found)
+        row = state.pop("row", None)
+        ok = row is None or (isinstance(row, dict) and row.get("iteration") == done)
+        require(ok, f"{found / 'state.json'}: row", f"metrics of iteration {done}", row)
+        return cls(done, row, state, saved=done)
 
 
 def run(config: TrainConfig, config_yaml: str) -> int:
@@ -37,40 +78,49 @@ def run(config: TrainConfig, config_yaml: str) -> int:
 
     Raises:
         SystemExit: Code 2 after one line on stderr, for anything wrong that can be known before
-            work starts.
+            work starts; code 1 after an error in the loop (`end_after`).
     """
     own_group = not collectives.started()
     policy, reward = config.policy, config.reward
-    try:
-        train_prompts, validation_prompts = preflight.check_config(config)
-        device = collectives.start(config.runtime)
-        dtype = compute_dtype(config.runtime, device)
-        backend = preflight.check_job(config, config_yaml, device)
-        lock = run_folder.claim(config.run_folder, config.resume)
-        preflight.warn_of_idle_accumulation(config)
-        policy.embed([*train_prompts, *validation_prompts], device)
-        sharding.load(policy, config.parallel, device, dtype)
-        reward.load(device)
-    except (ValueError, FileNotFoundError, FileExistsError) as error:
-        fail(error)
-    judge = ScoringQueue(reward, config.scoring.max_pending)
-    try:
+    with ExitStack() as stack:
+        try:
+            train_prompts, validation_prompts = preflight.check_config(config)
+            device = collectives.start(config.runtime)
+            dtype = compute_dtype(config.runtime, device)
+            backend = preflight.check_job(config, config_yaml, device)
+            if lock := run_folder.claim(config.run_folder, config.resume):
+                stack.enter_context(lock)
+            found, used = run_folder.find_checkpoint(config)
+            progress = Progress.at(found)
+            # A row that is still to be recorded is not there yet.
+            recorded = progress.done - (progress.row is not None)
+            last_row = recorded if used else None
+            # Before anything is loaded: a tracker that cannot start is known early.
+            if log := run_folder.open_log(config, config_yaml, last_row):
+                stack.enter_context(log)
+            preflight.warn_of_idle_accumulation(config)
+            policy.embed([*train_prompts, *validation_prompts], device)
+            sharding.load(policy, config.parallel, device, dtype)
+            reward.load(device)
+        except INPUT_ERRORS as error:
+            fail(error)
+        judge = ScoringQueue(reward, config.scoring.max_pending)
+        stack.callback(judge.close)
         trainer = Trainer(config, policy, judge, train_prompts, device, dtype)
-        last_row = resume(trainer, config_yaml)
+        try:
+            if found is not None:
+                restore(trainer, found, progress)
+            run_folder.write_record(config, config_yaml, last_row)
+        except INPUT_ERRORS as error:
+            fail(error)
+        progress.state = trainer.state_dict()
         logger.info(f"kernels: {backend} serves the SDE step and the loss")
         cfg = config.rollout
         shape = policy.latent_shape(cfg.height, cfg.width, cfg.num_frames)
         if attention := policy.describe_attention(shape, dtype, cfg.micro_batch_size):
             logger.info(f"attention: {attention}")
-        with (
-            run_folder.open_log(config, config_yaml, last_row) as log,
-            stop_on_signals() as stop,
-        ):
-            code = loop(trainer, log, stop, validation_prompts, last_row)
-    finally:
-        judge.close()
-        if lock is not None:
-            lock.close()
+        stop = stack.enter_context(stop_on_signals())
+        code = loop(trainer, log, stop, validation_prompts, progress)
     # Not after an error: the other ranks may be in a collective, and leaving would wait for them.
     if own_group:
         collectives.stop()
@@ -83,32 +133,21 @@ def compute_dtype(cfg: RuntimeConfig, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if bf16 else torch.float32
 
 
-def resume(trainer: Trainer, config_yaml: str) -> int | None:
-    """Load the newest whole checkpoint.
-
-    Returns:
-        Its iteration; -1 if a used folder has no checkpoint yet, None for a new run.
+def restore(trainer: Trainer, found: Path, progress: Progress) -> None:
+    """Load a checkpoint into a trainer.
 
     Raises:
-        SystemExit: Every checkpoint is damaged, or belongs to another network or judge.
+        UserError: It belongs to another network or judge.
     """
-    config, folder = trainer.config, trainer.config.run_folder
-    if config.resume == "never" or not run_folder.is_used(folder):
-        return None
-    run_folder.log_changes(folder, config_yaml)
     tensors = trainer.tensors()
+    checkpoint.load(found, tensors)
     try:
-        found = checkpoint.newest(folder / "checkpoints")
-        if found is None:
-            logger.warning(f"resume: no checkpoint in {folder} yet; starting over")
-            return -1
-        iteration, state = checkpoint.iteration_of(found), checkpoint.load(found, tensors)
-        trainer.load_state_dict(state)
-        trainer.load_tensors(tensors)
-    except ValueError as error:
-        fail(error)
-    logger.info(f"resume: going on after iteration {iteration}")
-    return iteration
+        trainer.load_state_dict(progress.state)
+    except (KeyError, TypeError, AttributeError) as error:
+        expected = "the counters and the pacer of this run"
+        raise UserError(f"{found / 'state.json'}: expected {expected}, got {error!r}") from error
+    trainer.load_tensors(tensors)
+    logger.info(f"resume: going on after iteration {progress.done}")
 
 
 def loop(
@@ -116,53 +155,73 @@ def loop(
     log: MetricsLog | None,
     stop: StopRequest,
     validation_prompts: list[str],
-    last_row: int | None,
+    progress: Progress,
 ) -> int:
     """Iterate, evaluate and checkpoint until all is done, a signal asks to stop, updates fail too
     often, or too many videos have no score.
 
     Args:
-        trainer: New, or restored by `resume`.
+        trainer: New, or restored.
         log: On rank 0.
         stop: Asked after each iteration, and during a rollout.
         validation_prompts: Evaluated at the first and the last state, and in between.
-        last_row: As `resume` returned it.
+        progress: Where `trainer` is.
 
     Returns:
         The exit code of `run`.
+
+    Raises:
+        SystemExit: Code 1, after an error of any kind.
     """
-    config, every = trainer.config, trainer.config.evaluation.interval
-    done, last_saved = max(last_row or 0, 0), last_row
-    if last_row is None or last_row < 0:
-        # Row 0 of the metrics: the untrained model.
-        record(log, {"iteration": 0} | evaluate(trainer, validation_prompts, 0), trainer)
+    try:
+        failed = iterate(trainer, log, stop, validation_prompts, progress)
+        return conclude(trainer, progress.done, failed)
+    except BaseException as error:  # also what is no Exception: nothing may cost an iteration
+        end_after(error, trainer, log, progress)
+
+
+def iterate(
+    trainer: Trainer,
+    log: MetricsLog | None,
+    stop: StopRequest,
+    validation_prompts: list[str],
+    progress: Progress,
+) -> bool:
+    """`loop`, to its planned end. Returns whether the run failed."""
+    config = trainer.config
+    every, interval = config.evaluation.interval, config.checkpoint.interval
     # None: tqdm shows a bar only on a terminal.
     hidden = None if collectives.rank() == 0 else True
     stopping = failed = False
-    with tqdm(total=config.iterations, initial=done, unit="it", disable=hidden) as progress:
-        while done < config.iterations and not (stopping or failed):
+    with tqdm(total=config.iterations, initial=progress.done, unit="it", disable=hidden) as bar:
+        while True:
+            done = progress.done
+            finished = done >= config.iterations
+            if progress.row is not None:
+                row = progress.row
+                if done == 0 or finished or (every and done % every == 0):
+                    row = row | evaluate(trainer, validation_prompts, done)
+                record(log, row, trainer)
+                progress.row = None
+                bar.update(done - bar.n)
+                # After what rank 0 does alone: here the others hear of its failure.
+                stopping = collectives.any_rank(stop.requested)
+                failed = (
+                    trainer.skipped_in_a_row >= config.update.max_skipped_updates
+                    or trainer.invalid_share > config.scoring.max_invalid_share
+                )
+                if finished or stopping or failed or (done and done % interval == 0):
+                    save(trainer, log, progress)
+            if finished or stopping or failed:
+                return failed
             try:
                 row = trainer.step(done + 1, stop.must_abort_rollout)
             except RolloutInterrupted:
                 # Nothing of that iteration has happened yet. A resume makes the same one.
-                if last_saved != done:
-                    save(trainer, done)
-                break
-            done += 1
-            finished = done == config.iterations
-            stopping = collectives.any_rank(stop.requested)
-            failed = (
-                trainer.skipped_in_a_row >= config.update.max_skipped_updates
-                or trainer.invalid_share > config.scoring.max_invalid_share
-            )
-            if finished or (every and done % every == 0):
-                row |= evaluate(trainer, validation_prompts, done)
-            record(log, row, trainer)
-            progress.update()
-            if finished or stopping or failed or done % config.checkpoint.interval == 0:
-                save(trainer, done)
-                last_saved = done
-    return conclude(trainer, done, failed)
+                if progress.saved != done:
+                    save(trainer, log, progress)
+                return False
+            progress.done, progress.row, progress.state = done + 1, row, trainer.state_dict()
 
 
 def record(log: MetricsLog | None, row: dict[str, Any], trainer: Trainer) -> None:
@@ -175,14 +234,97 @@ def record(log: MetricsLog | None, row: dict[str, Any], trainer: Trainer) -> Non
     stages = trainer.judge.reward.stages
     if "reward" in row:
         logger.info(console_line(row, stages))
+        log_pacing(trainer.config, row)
     if any(key.startswith("eval/") for key in row):
         logger.info(validation_line(row, stages))
 
 
-def save(trainer: Trainer, done: int) -> None:
-    """Write the checkpoint of the last finished iteration."""
-    folder, keep = trainer.config.run_folder / "checkpoints", trainer.config.checkpoint.keep
-    checkpoint.save(folder, done, trainer.tensors(), trainer.state_dict(), keep)
+def save(trainer: Trainer, log: MetricsLog | None, progress: Progress) -> None:
+    """Write the checkpoint of the last finished iteration, and the rows before it to the disk."""
+    config, done = trainer.config, progress.done
+    folder, keep = config.run_folder, config.checkpoint.keep
+    state = progress.state | ({} if progress.row is None else {"row": progress.row})
+    progress.save_failed = True
+    if log is not None:
+        log.sync()
+    checkpoint.save(folder / "checkpoints", done, trainer.tensors(), state, keep)
+    if log is not None:
+        run_folder.note_saved(folder, done)
+    progress.saved, progress.save_failed = done, False
+
+
+def end_after(
+    error: BaseException, trainer: Trainer, log: MetricsLog | None, progress: Progress
+) -> NoReturn:
+    """End a run that an error has ended: save the last finished iteration, show the error, and say
+    how to go on.
+
+    Raises:
+        SystemExit: Code 1.
+    """
+    is_own = not isinstance(error, collectives.PeerFailed)
+    is_full = isinstance(error, OSError) and error.errno in FULL
+    lost = rescue(error, trainer, log, progress)
+    if is_own and not is_full:
+        traceback.print_exception(error)
+    together = True
+    try:
+        collectives.gather(None) if not lost else None  # the line below comes after the traceback
+    except RuntimeError:
+        together = False
+    if collectives.rank() == 0 or lost or not together:
+        done, folder = progress.done, trainer.config.run_folder
+        reason = one_line(error) if is_full or not is_own else ""
+        reason = reason or f"{type(error).__name__}: {one_line(error)}"
+        saved = progress.saved
+        newest = folder / "checkpoints" / f"iteration_{saved or 0:06d}"
+        state = f"the checkpoint is {newest}"
+        if lost:
+            last = "There is none" if saved is None else f"The newest is {newest}"
+            state = f"no checkpoint of it: {lost}. {last}"
+        line = (
+            f"stopped after iteration {done}: {reason}; {state}. Go on with: "
+            f"{run_folder.resume_command(folder)}"
+        )
+        if collectives.rank() == 0:
+            logger.error(line)
+        else:
+            print(f"rank {collectives.rank()}: {line}", file=sys.stderr)
+    raise SystemExit(1) from error
+
+
+def rescue(
+    error: BaseException, trainer: Trainer, log: MetricsLog | None, progress: Progress
+) -> str:
+    """Save the last finished iteration after an error, if it is whole and the other ranks answer.
+
+    A rank that fails alone tells the others at the next `gather` that they come to; there is one
+    after each micro-batch of videos and after all that rank 0 does alone.
+
+    Returns:
+        Why it could not be saved; "" if it is.
+    """
+    done = progress.done
+    try:
+        if trainer.is_updating and collectives.world_size() > 1:
+            return f"the ranks were in the update of iteration {done + 1}"
+        collectives.report_failure(error)
+        ranks = collectives.gather((done, trainer.weights_moved, progress.save_failed))
+        at, moved, save_failed = zip(*ranks, strict=True)
+        if any(moved):
+            return f"the update of iteration {done + 1} was half made"
+        if len({*at}) > 1:
+            return f"the ranks are after iterations {', '.join(map(str, at))}"
+        if any(save_failed):
+            return "it could not be written"
+        if progress.saved == done:
+            return ""
+        if done == 0 and progress.row is not None:
+            return "nothing was trained yet"
+        save(trainer, log, progress)
+        return ""
+    except BaseException as second:
+        return f"{type(second).__name__}: {one_line(second)}"
 
 
 def conclude(trainer: Trainer, done: int, failed: bool) -> int:
@@ -202,8 +344,10 @@ def conclude(trainer: Trainer, done: int, failed: bool) -> int:
         return 0
     with using_weights(trainer.policy, trainer.evaluation_weights):
         weights = sharding.full_state_dict(trainer.policy.transformer)
-        if collectives.rank() == 0:
-            trainer.policy.save_pretrained(folder / "transformer", weights)
+        with collectives.failing_together("the export"):
+            if collectives.rank() == 0:
+                with atomic_folder(folder / "transformer") as partial:
+                    trainer.policy.save_pretrained(partial, weights)
     logger.info(
         f"done: {folder}/ holds metrics.jsonl, samples/ (mp4), checkpoints/latest, "
         "transformer/ (for diffusers' from_pretrained)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import logging
@@ -9,8 +10,8 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -18,10 +19,26 @@ import yaml
 
 from fastgrpo.config import TrainConfig
 from fastgrpo.distributed import collectives
-from fastgrpo.files import atomic_write_text
-from fastgrpo.training.tracking import MetricsLog, flatten
+from fastgrpo.errors import UserError
+from fastgrpo.files import UNSUPPORTED, atomic_write_text, keep_copy
+from fastgrpo.training import checkpoint, trust
+from fastgrpo.training.tracking import MetricsLog, flatten, read_metrics
 
 logger = logging.getLogger("fastgrpo")
+
+SAVED = ".saved"
+"""Name of the newest checkpoint, beside the checkpoints: it tells a run that has had some."""
+WRITTEN = (
+    *trust.RECORD,
+    SAVED,
+    ".lock",
+    "tracker_id",
+    "checkpoints",
+    "samples",
+    "transformer",
+    "report",
+)
+"""What a run writes to its folder, besides what trackers write."""
 
 
 def claim(folder: Path, resume: str) -> TextIO | None:
@@ -37,89 +54,183 @@ def claim(folder: Path, resume: str) -> TextIO | None:
     Raises:
         FileExistsError: The folder holds an earlier run that is not to be resumed, or a run that
             is still going.
+        UserError: Links lead out of the folder, and it was not made here.
+        OSError: It cannot be written.
     """
-    if resume == "never" and is_used(folder):
-        raise FileExistsError(
-            f"{folder} holds a run already: add `--resume auto` to go on with it, or give this one "
-            "another --name"
+    lock = None
+    with collectives.failing_together("the run folder"):
+        if collectives.rank() == 0:
+            if not trust.is_made_here(folder):
+                trust.check_links(folder, *WRITTEN)
+            if resume == "never" and is_used(folder):
+                raise FileExistsError(
+                    f"{folder} holds a run already: add `--resume auto` to go on with it, or give "
+                    "this one another --name"
+                )
+            (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+            lock = _lock(folder)
+    return lock
+
+
+def _lock(folder: Path) -> TextIO:
+    def opener(path: str, flags: int) -> int:
+        return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+
+    lock = open(folder / ".lock", "w", opener=opener)  # noqa: SIM115  (held open by the run)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            raise FileExistsError(
+                f"{folder} is in use by another process that is still running"
+            ) from error
+        if error.errno not in UNSUPPORTED:
+            raise
+        logger.warning(
+            f"note: the file system of {folder} has no locks ({error.strerror}): start one run "
+            "at a time in it"
         )
-    lock, busy = None, False
-    if collectives.rank() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "w")  # noqa: SIM115  (held open for the life of the run)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            busy = True
-    if collectives.any_rank(busy):
-        raise FileExistsError(f"{folder} is in use by another process that is still running")
     return lock
 
 
 def is_used(folder: Path) -> bool:
-    """Whether a run has written to its folder, as rank 0 sees it."""
-    traces = (folder / "metrics.jsonl", folder / "checkpoints")
-    return bool(collectives.gather(any(trace.exists() for trace in traces))[0])
+    """Whether there is something of a run in a folder that can be lost: a row, a checkpoint, or
+    exported weights. The traces of a start that failed earlier are not.
+    """
+    metrics = folder / "metrics.jsonl"
+    has_rows = metrics.exists() and metrics.stat().st_size > 0
+    kept = (folder / name for name in (SAVED, "transformer", "export"))
+    has_checkpoints = any((folder / "checkpoints").glob("[!.]*"))
+    return has_rows or has_checkpoints or any(path.exists() for path in kept)
 
 
-@contextmanager
-def open_log(
-    config: TrainConfig, config_yaml: str, last_row: int | None
-) -> Iterator[MetricsLog | None]:
-    """Open the metrics on rank 0, and write what makes them: config.yaml and judge.json.
+def find_checkpoint(config: TrainConfig) -> tuple[Path | None, bool]:
+    """What a start goes on from. All ranks call this.
+
+    Returns:
+        The newest whole checkpoint, if there is one and it is wanted, and whether the folder holds
+        a run.
+
+    Raises:
+        UserError: Every checkpoint is damaged; or all are gone, though there were some; or
+            metrics.jsonl is damaged.
+    """
+    folder = config.run_folder
+    if config.resume == "never":
+        return None, False
+    found = checkpoint.newest(folder / "checkpoints")
+    used = found is not None
+    with collectives.failing_together("resume"):
+        if collectives.rank() == 0:
+            if found is None:
+                used = is_used(folder)
+                require_none_lost(folder, config.checkpoint.interval)
+            else:
+                checkpoint.prune(folder / "checkpoints", config.checkpoint.keep)
+    if collectives.any_rank(used and found is None):
+        logger.warning(f"resume: no checkpoint in {folder} yet; starting over")
+        return None, True
+    return found, used
+
+
+def require_none_lost(folder: Path, interval: int) -> None:
+    """Check that a run without checkpoints never had one.
+
+    Args:
+        folder: The run folder.
+        interval: Iterations between checkpoints, if its config.yaml does not tell.
+
+    Raises:
+        UserError: It had.
+    """
+    metrics, saved = folder / "metrics.jsonl", folder / SAVED
+    rows = read_metrics(metrics) if metrics.is_file() else []
+    last = max((row["iteration"] for row in rows), default=-1)
+    with suppress(UserError, KeyError, TypeError, ValueError):
+        interval = int(trust.read_mapping(folder / "config.yaml")["checkpoint"]["interval"])
+    name = ""
+    with suppress(OSError, ValueError):
+        name = saved.read_text().strip()[:100]
+    # The row of an iteration is written before its checkpoint.
+    traces = [(folder / n).exists() for n in ("transformer", "export")]
+    if name or last > interval or any(traces) or any((folder / "checkpoints").glob("[!.]*")):
+        raise UserError(
+            f"resume: expected the checkpoints of a run in {folder / 'checkpoints'}, found none, "
+            f"though {folder} has the record of one that had some"
+            + (f", the newest {name}" if name else f", up to iteration {last}" * (last >= 0))
+            + ". Put them back (is a disk not mounted?), or start over under another --name"
+        )
+
+
+def note_saved(folder: Path, iteration: int) -> None:
+    """Leave a trace of a checkpoint that a loss of the checkpoints does not take along."""
+    with suppress(OSError):  # the checkpoint itself is whole
+        atomic_write_text(folder / SAVED, f"iteration_{iteration:06d}\n")
+
+
+def open_log(config: TrainConfig, config_yaml: str, last_row: int | None) -> MetricsLog | None:
+    """Start the trackers and open the metrics. All ranks call this.
 
     Args:
         config: The configuration of this start.
         config_yaml: The same as YAML.
         last_row: Last iteration whose row is kept; -1 for none, None for a new run.
+
+    Returns:
+        The log, on rank 0.
+
+    Raises:
+        UserError: A tracker does not start, or metrics.jsonl is damaged.
     """
-    if collectives.rank() != 0:
-        yield None
-        return
-    folder, tracking, values = config.run_folder, config.tracking, yaml.safe_load(config_yaml)
-    with MetricsLog(
-        folder,
-        tracking.trackers,
-        config=values,
-        last_iteration=last_row,
-        project=tracking.project,
-    ) as log:
-        path = folder / "config.yaml"
-        if (
-            last_row is not None
-            and path.exists()
-            and path.read_text(encoding="utf-8") != config_yaml
-        ):
-            # This resume changes the configuration: keep the one that made the rows so far.
-            shutil.copyfile(path, folder / f"config.until_{max(last_row, 0):06d}.yaml")
-        atomic_write_text(path, config_yaml)
-        if judge := config.reward.describe():
-            write_judge(folder / "judge.json", judge, resumed=last_row is not None)
-        yield log
+    log = None
+    with collectives.failing_together("the metrics"):
+        if collectives.rank() == 0:
+            log = MetricsLog(
+                config.run_folder,
+                config.tracking.trackers,
+                config=yaml.safe_load(config_yaml),
+                last_iteration=last_row,
+                project=config.tracking.project,
+            )
+    return log
 
 
-def write_judge(path: Path, judge: dict[str, Any], resumed: bool) -> None:
-    """Keep with the scores what decided them; log what a resume finds changed.
+def write_record(config: TrainConfig, config_yaml: str, last_row: int | None) -> None:
+    """Write what makes the rows, config.yaml and judge.json, and log what a resume changes. All
+    ranks call this.
 
     Args:
-        path: judge.json of the run.
-        judge: `RewardModel.describe`: the questions' hashes, the model, how it is asked.
-        resumed: Whether the file is an earlier start's.
+        config, config_yaml, last_row: As for `open_log`.
     """
-    if resumed and path.exists():
-        for line in differences(json.loads(path.read_text(encoding="utf-8")), judge):
-            logger.info(f"resume: the judge has changed since the last start: {line}")
-    atomic_write_text(path, json.dumps(judge, indent=1) + "\n")
+    with collectives.failing_together("the record of the run"):
+        if collectives.rank() == 0:
+            folder, resumed = config.run_folder, last_row is not None
+            path, values = folder / "config.yaml", yaml.safe_load(config_yaml)
+            changes = _changes(path, values, resumed)
+            for line in changes:
+                logger.info(f"resume: changed since the last start: {line}")
+            if changes:
+                # Keep the configuration that made the rows so far.
+                keep_copy(path, f"config.until_{max(last_row or 0, 0):06d}.yaml")
+            atomic_write_text(path, config_yaml)
+            trust.sign(folder)
+            if judge := config.reward.describe():
+                path = folder / "judge.json"
+                for line in _changes(path, judge, resumed):
+                    logger.info(f"resume: the judge has changed since the last start: {line}")
+                atomic_write_text(path, json.dumps(judge, indent=1) + "\n")
 
 
-def log_changes(folder: Path, config_yaml: str) -> None:
-    """Log each key whose value differs from that of the run's last start."""
-    path = folder / "config.yaml"
-    if path.exists():
-        for line in differences(
-            yaml.safe_load(path.read_text(encoding="utf-8")), yaml.safe_load(config_yaml)
-        ):
-            logger.info(f"resume: changed since the last start: {line}")
+def _changes(path: Path, now: Mapping[str, Any], resumed: bool) -> list[str]:
+    """How a file of an earlier start differs from its new content; of a damaged one keep a copy."""
+    if not resumed or not path.exists():
+        return []
+    try:
+        return differences(trust.read_mapping(path), now)
+    except UserError as error:
+        copy = keep_copy(path, f"{path.stem}.damaged{path.suffix}")
+        logger.warning(f"resume: {error}; it is kept as {copy.name} and written anew")
+        return []
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

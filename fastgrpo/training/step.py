@@ -91,7 +91,11 @@ class Trainer:
         self.prompts_drawn = 0
         self.skipped_in_a_row = 0
         self.invalid_share = 0.0
+        self.optimizer.register_step_pre_hook(self._note_optimizer_step)
         self.make_optimizer_state()
+        # What an error in an iteration leaves behind: the state after the one before it is whole
+        # until the optimizer's first step, and the other ranks can be told until the update.
+        self.is_updating = self.weights_moved = False
 
     def step(
         self, iteration: int, must_abort_rollout: Callable[[], bool] = lambda: False
@@ -110,6 +114,7 @@ class Trainer:
             RolloutInterrupted: `must_abort_rollout` was true on at least one rank; raised on all.
         """
         cfg, G, clock = self.config, self.config.rollout.num_generations, Stopwatch()
+        self.is_updating = self.weights_moved = False
         self.set_learning_rate(iteration)
         # Each rank takes its block of the iteration's prompts. A slot is a prompt's number among
         # the iteration's prompts on all ranks.
@@ -154,6 +159,7 @@ class Trainer:
             best, worst = cfg.update.num_best, cfg.update.num_worst
             group.chosen = choose_and_shuffle(group.advantages, best, worst, order)
         # Eq. 11: the clipped update. From here on a video is known by its index in the rollout.
+        self.is_updating = True
         with clock.phase("update"):
             stats = update(
                 self.policy,
@@ -169,7 +175,9 @@ class Trainer:
                 reference=self.reference,
                 after_step=self.update_ema,
             )
-        return self.count_and_report(iteration, groups, stats) | clock.metrics()
+        metrics = self.count_and_report(iteration, groups, stats) | clock.metrics()
+        self.is_updating = self.weights_moved = False
+        return metrics
 
     def next_prompts(self) -> tuple[range, list[str]]:
         """This rank's slots among the iteration's prompts, and the prompts there."""
@@ -188,6 +196,9 @@ class Trainer:
         for counted in (*self.optimizer.state.values(), *self.optimizer.param_groups):
             if "step" in counted:
                 counted["step"] *= 0
+
+    def _note_optimizer_step(self, *_: Any) -> None:
+        self.weights_moved = True
 
     def set_learning_rate(self, iteration: int) -> None:
         cfg = self.config.update

@@ -163,6 +163,7 @@ def sample_validation(
         for batch in sample_videos(policy, rollout, share_first_step=cfg.share_first_step):
             frames = decode(policy, batch.latents)
             judge.submit(frames, batch.prompts, policy.fps)
+            gather(None, "the evaluation of all ranks")  # here a rank that failed is heard of
             for index, video in zip(batch.sample_indices, frames, strict=True):
                 prompt, generation = divmod(index, cfg.num_generations)
                 if generation == 0 and begin + prompt < num_kept:

@@ -81,9 +81,23 @@ def _exchange(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
     for module in network.modules():
         if isinstance(module, FSDPModule):
             module.reshard()  # parameters that are still gathered have the weights from before
-    for name, parameter in network.named_parameters():
-        if name in weights:
-            own, other = local_part(parameter), local_part(weights[name])
-            kept = own.clone()
-            own.copy_(other)
-            other.copy_(kept)
+    pairs = [
+        (local_part(parameter), local_part(weights[name]))
+        for name, parameter in network.named_parameters()
+        if name in weights
+    ]
+    exchanged = []
+    try:
+        for own, other in pairs:
+            _swap(own, other)
+            exchanged.append((own, other))
+    except BaseException:  # no memory, for instance: not half of each
+        for own, other in exchanged:
+            _swap(own, other)
+        raise
+
+
+def _swap(one: Tensor, other: Tensor) -> None:
+    kept = one.clone()
+    one.copy_(other)
+    other.copy_(kept)

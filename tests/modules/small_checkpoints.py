@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from fastgrpo.training import checkpoint
-from fastgrpo.training.checkpoint import iteration_of, newest, save
+from fastgrpo.training.checkpoint import iteration_of, newest, read_state, save
 
 
 def tensors_of(iteration: int) -> dict[str, Any]:
@@ -60,4 +60,7 @@ def write(folder: Path, *iterations: int, keep: int = 9) -> list[Path]:
 
 def load(folder: Path, tensors: dict[str, Any]) -> tuple[int, dict[str, Any]] | None:
     path = newest(folder)
-    return None if path is None else (iteration_of(path), checkpoint.load(path, tensors))
+    if path is None:
+        return None
+    checkpoint.load(path, tensors)
+    return iteration_of(path), read_state(path)

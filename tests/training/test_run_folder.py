@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import logging
+import os
 import re
 import shlex
 import sys
@@ -13,15 +16,16 @@ from typing import Any
 
 import pytest
 
-from fastgrpo.config import TrackingConfig
+from fastgrpo.config import CheckpointConfig, TrackingConfig
 from fastgrpo.training.run_folder import (
     claim,
     differences,
+    find_checkpoint,
     is_used,
-    log_changes,
+    note_saved,
     open_log,
     resume_command,
-    write_judge,
+    write_record,
 )
 
 
@@ -40,16 +44,50 @@ def test_a_used_folder_is_claimed_only_to_go_on(tmp_path: Path, one_rank: Any) -
     with pytest.raises(FileExistsError, match="another process that is still running"):
         claim(folder, "auto")
     first.close()  # as a process that ends or dies does
-    claim(folder, "never").close()  # an empty one is nobody's
-    (folder / "checkpoints").mkdir()
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "metrics.jsonl").touch()
-    for used in (folder, tmp_path / "other"):
+    for name in ("metrics.jsonl", "config.yaml", "judge.json"):
+        (folder / name).touch()  # of a start that failed
+    claim(folder, "never").close()
+    for trace in ("metrics.jsonl", ".saved", "checkpoints/iteration_000001", "transformer/a.json"):
+        used = tmp_path / trace.replace("/", "_")
+        (used / trace).parent.mkdir(parents=True)
+        (used / trace).write_text("1")
         assert is_used(used)
         with pytest.raises(FileExistsError, match=r"--resume auto.*--name") as caught:
             claim(used, "never")
         assert str(used) in str(caught.value)
         claim(used, "auto").close()
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL])
+def test_a_file_system_without_locks_is_a_note(
+    tmp_path: Path,
+    one_rank: Any,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    code: int,
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    claim(tmp_path, "never").close()
+    (said,) = caplog.messages
+    assert f"{tmp_path} has no locks ({os.strerror(code)})" in said
+
+
+@pytest.mark.parametrize("name", [".lock", "metrics.jsonl", "checkpoints", "samples"])
+def test_a_link_out_of_the_folder_is_not_followed(tmp_path: Path, one_rank: Any, name: str) -> None:
+    mine, run = tmp_path / "mine", tmp_path / "run"
+    run.mkdir()
+    mine.write_text("thesis")
+    (run / name).symlink_to(mine)
+    with pytest.raises(ValueError, match="got one outside of it"):
+        claim(run, "auto")
+    assert mine.read_text() == "thesis"
+    (run / name).unlink()
+    (run / ".lock").symlink_to(run / "config.yaml")
+    with pytest.raises(OSError, match=r"symbolic links.*\.lock"):
+        claim(run, "auto")
 
 
 def test_differences_between_two_configurations() -> None:
@@ -70,55 +108,106 @@ def test_differences_between_two_configurations() -> None:
     assert differences(before, before) == []
 
 
-def test_changes_since_the_last_start_are_logged(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    with caplog.at_level(logging.INFO, "fastgrpo"):
-        log_changes(tmp_path, "a: 2\n")  # config.yaml was lost
-        (tmp_path / "config.yaml").write_text("a: 1\nb: 1\n")
-        log_changes(tmp_path, "a: 2\nb: 1\n")
-    assert caplog.messages == ["resume: changed since the last start: a: 1 -> 2"]
-
-
-def test_the_log_holds_rows_and_the_configuration(config: Any) -> None:
+def test_the_log_holds_rows_and_the_configuration(config: Any, one_rank: Any) -> None:
     with open_log(config, "name: run\n", None) as log:
         log.log({"iteration": 1, "reward": 0.25})
-    written = {path.name: path.read_text() for path in config.run_folder.iterdir()}
+    write_record(config, "name: run\n", None)
+    written = {path.name: path.read_text() for path in config.run_folder.glob("[!.]*")}
     row = written.pop("metrics.jsonl")
     assert json.loads(row) == {"iteration": 1, "reward": 0.25}
     assert written == {"config.yaml": "name: run\n"}
 
 
-def test_a_changed_configuration_leaves_the_old_one_behind(config: Any) -> None:
+def test_a_changed_configuration_is_told_and_leaves_the_old_one_behind(
+    config: Any, one_rank: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     folder = config.run_folder
-    for text, last_row in (("a: 1\n", None), ("a: 1\n", 3), ("a: 2\n", 3)):
+    folder.mkdir()
+    caplog.set_level(logging.INFO, "fastgrpo")
+    for text, last_row in (("a: 1\n", None), ("a: 1\n", 3), ("a: 2\nb: 1\n", 3)):
         assert not list(folder.glob("config.until_*"))
-        with open_log(config, text, last_row):
-            pass
+        write_record(config, text, last_row)
     assert (folder / "config.until_000003.yaml").read_text() == "a: 1\n"
-    assert (folder / "config.yaml").read_text() == "a: 2\n"
-
-
-def test_only_rank_0_has_a_log(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RANK", "1")
-    with open_log(config, "name: run\n", None) as log:
-        assert log is None
-    assert not config.run_folder.exists()
+    assert (folder / "config.yaml").read_text() == "a: 2\nb: 1\n"
+    changed = "resume: changed since the last start"
+    assert caplog.messages == [f"{changed}: a: 1 -> 2", f"{changed}: b: None -> 1"]
 
 
 def test_a_judge_that_changes_with_a_resume_is_told(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    config: Any, one_rank: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    path = tmp_path / "judge.json"
+    config.run_folder.mkdir()
+    path = config.run_folder / "judge.json"
     with caplog.at_level(logging.INFO, "fastgrpo"):
-        write_judge(path, {"engine": {"model": "a"}, "seed": 0}, resumed=False)
-        assert json.loads(path.read_text()) == {"engine": {"model": "a"}, "seed": 0}
-        write_judge(path, {"engine": {"model": "b"}, "seed": 0}, resumed=True)
         # A new run has nothing to compare with.
-        write_judge(path, {"engine": {"model": "c"}, "seed": 0}, resumed=False)
+        for model, last_row in (("a", None), ("b", 1), ("c", None)):
+            config.reward.describe = lambda model=model: {"engine": {"model": model}, "seed": 0}
+            write_record(config, "a: 1\n", last_row)
+            assert json.loads(path.read_text()) == {"engine": {"model": model}, "seed": 0}
     assert caplog.messages == [
         "resume: the judge has changed since the last start: engine.model: 'a' -> 'b'"
     ]
+
+
+@pytest.mark.parametrize("content", [b"", b"a: [", b"\xff\x00", b"- 1\n"])
+@pytest.mark.parametrize("name", ["config.yaml", "judge.json"])
+def test_a_damaged_record_is_named_and_kept(
+    config: Any, one_rank: Any, caplog: pytest.LogCaptureFixture, name: str, content: bytes
+) -> None:
+    config.run_folder.mkdir()
+    config.reward.describe = lambda: {"seed": 0}
+    write_record(config, "a: 1\n", None)
+    path = config.run_folder / name
+    path.write_bytes(content)
+    write_record(config, "a: 1\n", 3)
+    (said,) = caplog.messages
+    damaged = path.with_name(f"{path.stem}.damaged{path.suffix}")
+    assert str(path) in said
+    assert damaged.name in said
+    assert damaged.read_bytes() == content
+    assert path.stat().st_size > 3
+
+
+def test_only_rank_0_has_a_log(config: Any, monkeypatch: pytest.MonkeyPatch, one_rank: Any) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert open_log(config, "name: run\n", None) is None
+    write_record(config, "name: run\n", None)
+    assert not config.run_folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("rows", "trace", "is_lost"),
+    [
+        (5, None, False),  # killed before the first, or while it was written
+        (6, None, True),
+        (-1, None, False),
+        (1, ".saved", True),
+        (-1, ".saved", True),
+        (1, "transformer", True),
+        (1, "checkpoints/latest", True),
+    ],
+)
+def test_checkpoints_that_are_gone_are_missed(
+    config: Any, one_rank: Any, rows: int, trace: str | None, is_lost: bool
+) -> None:
+    config.resume, config.checkpoint = "auto", CheckpointConfig(interval=50)
+    folder = config.run_folder
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "config.yaml").write_text("checkpoint: {interval: 5}\n")
+    text = "".join(f'{{"iteration": {i}}}\n' for i in range(rows + 1))
+    (folder / "metrics.jsonl").write_text(text)
+    if trace == ".saved":
+        note_saved(folder, 2)
+    elif trace == "transformer":
+        (folder / trace).mkdir()
+    elif trace:
+        (folder / trace).symlink_to("iteration_000001")
+    if not is_lost:
+        assert find_checkpoint(config) == (None, rows >= 0)
+        return
+    with pytest.raises(ValueError, match=r"expected the checkpoints of a run.*another --name"):
+        find_checkpoint(config)
+    assert (folder / "metrics.jsonl").read_text() == text
 
 
 def test_the_command_that_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
