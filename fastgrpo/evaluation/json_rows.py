@@ -30,6 +30,6 @@ def read_json(path: Path | str, key: str) -> Any:
             where = f"{file}, line {number}"
             if line.strip():
                 rows.append(json.loads(line))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{key}: cannot read {where} as JSON in UTF-8: {error}") from error
     return rows

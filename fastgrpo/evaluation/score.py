@@ -91,7 +91,9 @@ def score(options: ScoreOptions, arguments: Mapping[str, Any] | None = None) -> 
     for key in ("batch_size", "readers"):
         require(getattr(options, key) >= 1, key, "at least 1", getattr(options, key))
     names = list_videos(options.videos)
-    keys = list(zip(names, match_prompts(names, options.prompts), strict=True))
+    is_folder = Path(options.videos).is_dir()
+    prompts = match_prompts(names, options.prompts, sorted_by_name=is_folder)
+    keys = list(zip(names, prompts, strict=True))
     (name, _), times = Counter(keys).most_common(1)[0]
     require(times == 1, "videos", "each video once with a prompt", f"{name} {times} times")
     device = select_device(options.device)

@@ -9,8 +9,8 @@ samples is read too.
 
 from __future__ import annotations
 
-import math
 import re
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +19,7 @@ from typing import Any
 
 from fastgrpo.errors import UserError, require
 from fastgrpo.evaluation.json_rows import read_json
+from fastgrpo.training.prompts import checked_text
 
 MEAN = "mean"
 """In place of a stage: the mean over a row's stages."""
@@ -93,6 +94,8 @@ def _parse(row: Any, index: int, path: Path) -> ScoredRow | None:
     require(named, where, "a JSON object with the text video or prompt", row)
     if row.get("error"):
         return None
+    if texts[1]:
+        checked_text(texts[1], where)
     scores = row.get("rewards", {"score": row["score"]} if "score" in row else None)
     components = row.get("components", {})
     are_numbers = bool(scores) and all(
@@ -101,7 +104,8 @@ def _parse(row: Any, index: int, path: Path) -> ScoredRow | None:
     )
     require(are_numbers, where, "rewards, numbers by stage, or score, a number, or error", row)
     values = [*scores.values(), *components.values()]
-    if not all(value is not None and math.isfinite(value) for value in values):
+    # Compared, since an integer beyond a float's range cannot be converted.
+    if not all(value is not None and abs(value) <= sys.float_info.max for value in values):
         return None
     return ScoredRow(texts[0], texts[1], scores, index, components)
 

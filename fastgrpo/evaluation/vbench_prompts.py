@@ -13,7 +13,7 @@ from typing import Any
 
 from fastgrpo.errors import require
 from fastgrpo.evaluation.json_rows import read_json
-from fastgrpo.training.prompts import read_prompts
+from fastgrpo.training.prompts import checked_text, read_prompts
 
 SAMPLES, FLICKERING_SAMPLES = 5, 25
 """Videos per prompt; more if temporal flickering is judged, of which VBench's static filter then
@@ -53,9 +53,10 @@ def _read_info(file: str) -> list[EvaluationPrompt]:
     for number, entry in enumerate(entries if isinstance(entries, list) else [entries], start=1):
         row: Any = entry if isinstance(entry, dict) else {}
         text, dimensions = row.get("prompt_en"), row.get("dimension")
-        ok = isinstance(text, str) and text.strip() and isinstance(dimensions, list)
+        where = f"prompts: {file}, entry {number}"
+        ok = isinstance(text, str) and checked_text(text, where) and isinstance(dimensions, list)
         expected = "prompt_en (a text) and dimension (a list), as in VBench_full_info.json"
-        require(ok, f"prompts: {file}, entry {number}", expected, entry)
+        require(ok, where, expected, entry)
         samples = FLICKERING_SAMPLES if "temporal_flickering" in dimensions else SAMPLES
         counts[text] = max(counts.get(text, 0), samples)
     require(counts, f"prompts: {file}", "at least one prompt", entries)

@@ -27,6 +27,8 @@ class Dimension:
         minimum: The fraction that is normalised to 0.
         maximum: The fraction that is normalised to 1.
         weight: Within its group.
+        lowest: The least that VBench can give: -1 for a cosine of CLIP or ViCLIP, which VBench does
+            not clip, and for the aesthetic predictor, which is a linear one.
     """
 
     name: str
@@ -34,6 +36,7 @@ class Dimension:
     minimum: float = 0.0
     maximum: float = 1.0
     weight: float = 1.0
+    lowest: float = 0.0
 
     @property
     def title(self) -> str:
@@ -46,7 +49,7 @@ DIMENSIONS = (
     Dimension("temporal_flickering", "quality", 0.6293),
     Dimension("motion_smoothness", "quality", 0.706, 0.9975),
     Dimension("dynamic_degree", "quality", weight=0.5),
-    Dimension("aesthetic_quality", "quality"),
+    Dimension("aesthetic_quality", "quality", lowest=-1.0),
     Dimension("imaging_quality", "quality"),
     Dimension("object_class", "semantic"),
     Dimension("multiple_objects", "semantic"),
@@ -54,11 +57,12 @@ DIMENSIONS = (
     Dimension("color", "semantic"),
     Dimension("spatial_relationship", "semantic"),
     Dimension("scene", "semantic", 0.0, 0.8222),
-    Dimension("appearance_style", "semantic", 0.0009, 0.2855),
-    Dimension("temporal_style", "semantic", 0.0, 0.364),
-    Dimension("overall_consistency", "semantic", 0.0, 0.364),
+    Dimension("appearance_style", "semantic", 0.0009, 0.2855, lowest=-1.0),
+    Dimension("temporal_style", "semantic", 0.0, 0.364, lowest=-1.0),
+    Dimension("overall_consistency", "semantic", 0.0, 0.364, lowest=-1.0),
 )
 """The sixteen, in VBench's order."""
+_ROUNDING = 1e-6  # of a mean in fp32
 TOTALS = ("quality", "semantic", "total")
 SUFFIX = "_eval_results.json"
 """Ending of the names of VBench's result files."""
@@ -94,7 +98,7 @@ def vbench_scores(fractions: Mapping[str, float]) -> Scores:
     points.
 
     Args:
-        fractions: Scores in [0, 1] by name of the dimension; some may be missing.
+        fractions: Scores up to 1 by name of the dimension; some may be missing.
     """
     known = [d for d in DIMENSIONS if d.name in fractions]
     raw = {d.name: 100 * fractions[d.name] for d in known}
@@ -119,7 +123,8 @@ def read_results(path: Path) -> dict[str, float]:
     """Read one result file of VBench, or all *_eval_results.json of a folder and the folders in it.
 
     Args:
-        path: A file {dimension: [score, [per video]]} with scores in [0, 1]; or a folder of them.
+        path: A file {dimension: [score, [per video]]} with scores in [0, 1], or [-1, 1] where
+            VBench does not clip; or a folder of them.
 
     Returns:
         Scores by name of the dimension.
@@ -145,9 +150,11 @@ def _read_file(file: Path) -> dict[str, float]:
     content = read_json(file, "results")
     expected = "VBench's {dimension: [score, [...]]}"
     require(isinstance(content, dict) and content, str(file), expected, content)
-    known = [d.name for d in DIMENSIONS]
+    known = {d.name: d for d in DIMENSIONS}
     for name, value in content.items():
-        require(name in known, str(file), f"VBench's dimensions, such as {known[0]}", name)
+        require(name in known, str(file), f"VBench's dimensions, such as {DIMENSIONS[0].name}", name)
+        lowest = known[name].lowest
         ok = isinstance(value, list) and value and type(value[0]) in (int, float)
-        require(ok and 0 <= value[0] <= 1, f"{file}: {name}", "[a score in [0, 1], [...]]", value)
+        ok = ok and lowest - _ROUNDING <= value[0] <= 1 + _ROUNDING
+        require(ok, f"{file}: {name}", f"[a score in [{lowest:g}, 1], [...]]", value)
     return {name: float(value[0]) for name, value in content.items()}

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fastgrpo.errors import require
+from fastgrpo.errors import UserError, require
 from fastgrpo.evaluation.json_rows import read_json
 from fastgrpo.files import find_file
-from fastgrpo.training.prompts import HUB, read_prompts
+from fastgrpo.training.prompts import HUB, checked_text, read_prompts
 
 ENDINGS = "mp4|m4v|mov|mkv|webm|avi|gif|mpg|mpeg|ts|flv|wmv|ogv|apng"
 """Of the names of the videos in a folder."""
@@ -43,11 +44,17 @@ def list_videos(videos: str) -> list[str]:
     return names
 
 
-def match_prompts(names: Sequence[str], prompts: str) -> list[str]:
+def match_prompts(names: Sequence[str], prompts: str, sorted_by_name: bool = False) -> list[str]:
     """The prompt of each video: by name if the file has names, else in order.
 
+    Args:
+        names: The videos.
+        prompts: The file of prompts.
+        sorted_by_name: The order of the videos is that of their names, which nobody wrote down.
+
     Raises:
-        FileNotFoundError, UserError: There is no such file, or it has not one prompt per video.
+        FileNotFoundError, UserError: There is no such file, or it has not one prompt per video, or
+            the videos have more than one order.
     """
     by_name = _named_prompts(prompts)
     if by_name is not None:
@@ -59,7 +66,22 @@ def match_prompts(names: Sequence[str], prompts: str) -> list[str]:
     found = read_prompts(prompts, "prompts")
     expected = f"one for each of {len(names)} videos in {prompts}"
     require(len(found) == len(names), "prompts", expected, len(found))
+    counted = sorted(names, key=_as_people_count)
+    if sorted_by_name and counted != list(names):
+        one, other = next(pair for pair in zip(names, counted, strict=True) if pair[0] != pair[1])
+        raise UserError(
+            f"prompts: {prompts} has them in order, but the videos have two orders, in which "
+            f"{Path(one).name} or {Path(other).name} comes first: give the prompts with the "
+            'videos\' names, {"video": ..., "prompt": ...} in .jsonl, or as --videos a .txt file '
+            "of paths in the order of the prompts"
+        )
     return found
+
+
+def _as_people_count(name: str) -> tuple[list[str | int], str]:
+    """Orders clip, clip-2, clip-10, Dog, as sorted bytes do not."""
+    parts = re.split(r"(\d+)", Path(name).stem.casefold())
+    return [int(part) if index % 2 else part for index, part in enumerate(parts)], name
 
 
 def _named_prompts(prompts: str) -> dict[str, str] | None:
@@ -88,6 +110,7 @@ def _named_prompts(prompts: str) -> dict[str, str] | None:
         ok = isinstance(video, str) and isinstance(prompt, str)
         key = f"prompts: {prompts}, entry {number}"
         require(ok, key, "the texts video and prompt", value)
-        first = found.setdefault(video, prompt.strip())
-        require(first == prompt.strip(), key, f"one prompt for {video}, {first!r}", prompt)
+        prompt = checked_text(prompt, key)
+        first = found.setdefault(video, prompt)
+        require(first == prompt, key, f"one prompt for {video}, {first!r}", prompt)
     return found

@@ -10,26 +10,29 @@ for images, from HPDv2.)
 from __future__ import annotations
 
 import functools
+import html
 import json
 import random
+import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from fastgrpo.algorithm.seeds import derive_seed
-from fastgrpo.errors import require
+from fastgrpo.errors import UserError, require
 from fastgrpo.files import find_file
 
 HUB = "hub:"
 """What a data set of the Hugging Face hub begins with."""
 COLUMNS = ("prompt", "caption")
 """The columns that hold prompts; the first that a table has is taken."""
+_UNSEEN = ("Zs", "Zl", "Zp", "Cc", "Cf")
+"""Unicode categories of white space, control characters and characters without width."""
 _INSTALL = 'pip install "fastgrpo[prompts]"'
 
 
 def read_prompts(path: str, key: str) -> list[str]:
-    """The prompts of a file or a data set, stripped of white space at their ends, without blank
-    ones.
+    """The prompts of a file or a data set, without blank ones; as `checked_text` gives them.
 
     Args:
         path: A table with the column `prompt`, or else `caption`, in .jsonl (an object per line) or
@@ -87,22 +90,51 @@ def _order(length: int, epoch: int, seed: int) -> list[int]:
     return order
 
 
-def _read_text(file: Path, key: str) -> list[str]:
+def checked_text(text: str, where: str) -> str:
+    """The text, stripped of white space at its ends; "" if nothing of it can be seen: characters
+    without width, or what the pipelines' cleaning makes white space of, such as `&nbsp;`.
+
+    Raises:
+        UserError: It is no valid text, so that no tokenizer takes it; names `where`.
+    """
     try:
-        return [line.strip() for line in file.read_text(encoding="utf-8-sig").split("\n")]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{key}: cannot read {file} as UTF-8 text: {error}") from error
+        text.encode()
+    except UnicodeEncodeError as error:  # half of a pair of surrogates
+        raise UserError(f"{where}: expected valid text, got {text[:80]!r}") from error
+    require("\0" not in text, where, "text without NUL", text[:80])
+    cleaned = html.unescape(html.unescape(text))
+    is_seen = any(unicodedata.category(c) not in _UNSEEN for c in cleaned)
+    return text.strip() if is_seen else ""
+
+
+def _read_text(file: Path, key: str) -> list[str]:
+    return [
+        checked_text(line, f"{key}: {file}, line {number}")
+        for number, line in enumerate(_read_lines(file, key), start=1)
+    ]
+
+
+def _read_lines(file: Path, key: str) -> list[str]:
+    try:
+        data = file.read_bytes()
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{key}: {file}, line {line}: expected UTF-8 text, got {error}") from error
+    except OSError as error:
+        raise UserError(f"{key}: cannot read {file}: {error}") from error
+    return text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
 
 
 def _read_jsonl(file: Path, key: str) -> list[str]:
     column, prompts = "", []
-    for number, line in enumerate(_read_text(file, key), start=1):
-        if not line:
+    for number, line in enumerate(_read_lines(file, key), start=1):
+        if not line.strip():
             continue
         where = f"{key}: {file}, line {number}"
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{where}: expected a JSON object, got {error}") from error
         require(isinstance(row, dict), where, "a JSON object", line[:80])
         column = column or _column(row, where)
@@ -121,7 +153,7 @@ def _read_parquet(file: Path, key: str) -> list[str]:
     try:
         with pyarrow.parquet.ParquetFile(file) as table:
             column = _column(table.schema_arrow.names, where)
-            values = table.read(columns=[column]).column(column).to_pylist()
+            values = table.read(columns=[column]).column(column)
     except (OSError, pyarrow.ArrowException) as error:
         raise ValueError(f"{key}: cannot read {file} as parquet: {error}") from error
     return _rows(values, where, column)
@@ -160,5 +192,11 @@ def _rows(values: Iterable[Any], where: str, column: str) -> list[str]:
 
 
 def _prompt(value: Any, where: str, column: str) -> str:
-    require(isinstance(value, str), f"{where}, column {column!r}", "a text", value)
-    return str(value).strip()
+    where = f"{where}, column {column!r}"
+    if hasattr(value, "as_py"):  # of pyarrow, which does not look whether a text is one
+        try:
+            value = value.as_py()
+        except UnicodeDecodeError as error:
+            raise UserError(f"{where}: expected valid text, got {error}") from error
+    require(isinstance(value, str), where, "a text", value)
+    return checked_text(value, where)

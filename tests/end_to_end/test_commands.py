@@ -370,7 +370,7 @@ def test_sample_with_options_of_its_own(finished: Path, fastgrpo: Any, tmp_path:
     assert stills(tmp_path / "out" / "base").keys() == first.keys()
     (tmp_path / "mine.txt").write_text("a green square moving left\n")
     assert "prompts: " in only_line(fastgrpo("sample", finished, *arguments))
-    assert {path for path in (tmp_path / "out" / "base").iterdir()} == before.keys()
+    assert set((tmp_path / "out" / "base").iterdir()) == before.keys()
 
 
 def only_line(outcome: Any) -> str:

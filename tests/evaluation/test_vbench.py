@@ -205,6 +205,7 @@ def test_a_file_and_a_folder_read_the_same(tmp_path: Path) -> None:
         ('{"scene": 0.5}', "scene: expected [a score"),
         ('{"scene": [32.1, []]}', "scene: expected [a score"),
         ('{"scene": [-0.1, []]}', "scene: expected [a score"),
+        ('{"temporal_style": [-1.1, []]}', "temporal_style: expected [a score in [-1, 1], [...]]"),
     ],
 )
 def test_bad_files(tmp_path: Path, content: str, words: str) -> None:
@@ -212,6 +213,18 @@ def test_bad_files(tmp_path: Path, content: str, words: str) -> None:
     with pytest.raises(ValueError, match=re.escape(words)) as error:
         read_results(file)
     assert str(file) in str(error.value)
+
+
+def test_a_cosine_below_zero_is_a_score(tmp_path: Path) -> None:
+    """Nothing clips it, as nothing does in VBench; a byte order mark is no part of the file."""
+    styles = {"overall_consistency": -0.05, "temporal_style": -1.0, "appearance_style": -0.001}
+    given = dict.fromkeys((d.name for d in DIMENSIONS), 0.5) | styles | {"color": 1.0000001}
+    text = json.dumps({name: [score, []] for name, score in given.items()})
+    file = tmp_path / "a.json"
+    file.write_text(text, encoding="utf-8-sig")
+    scores = vbench_scores(read_results(file))
+    assert scores.normalized["overall_consistency"] == pytest.approx(100 * -0.05 / 0.364)
+    assert scores.total is not None
 
 
 def test_bad_folders(tmp_path: Path) -> None:
@@ -238,7 +251,9 @@ def test_prompts_in_vbenchs_form(tmp_path: Path) -> None:
         },
         {"prompt_en": "a cat", "dimension": ["overall_consistency"]},
     ]
-    read = read_evaluation_prompts(str(save(tmp_path / "info.json", entries)))
+    info = tmp_path / "info.json"
+    info.write_text(json.dumps(entries), encoding="utf-8-sig")  # with a byte order mark
+    read = read_evaluation_prompts(str(info))
     assert read == [
         EvaluationPrompt("a still frame of a pear", 25),
         EvaluationPrompt("a cat", 5),
@@ -254,6 +269,9 @@ def test_prompts_in_vbenchs_form(tmp_path: Path) -> None:
         ("[]", "at least one"),
         ('[{"prompt": "a"}]', "entry 1"),
         ('{"a": 1}', "prompt_en"),
+        ('[{"prompt_en": "\\ud800", "dimension": []}]', "bad.json, entry 1: expected valid text"),
+        ('[{"prompt_en": "&nbsp;", "dimension": []}]', "bad.json, entry 1: expected prompt_en"),
+        ("[" * 99_999, "as JSON"),
     ):
         with pytest.raises(ValueError, match=words):
             read_evaluation_prompts(str(save(tmp_path / "bad.json", content)))

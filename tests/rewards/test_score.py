@@ -457,6 +457,38 @@ def test_captions_by_name(tmp_path: Path, videos: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("names", "has_one_order"),
+    [
+        ("1 2 3", True),
+        ("01 02 10", True),
+        ("1 2 10", False),
+        ("clip clip-2", False),
+        ("Ape bee Cat", False),
+        ("a_9 a_10", False),
+    ],
+)
+def test_captions_in_order_of_videos_with_two_orders(
+    tmp_path: Path, names: str, has_one_order: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    videos, count = tmp_path / "videos", len(names.split())
+    videos.mkdir()
+    for name in names.split():
+        clip(videos / f"{name}.mp4", [90] * 3)
+    (tmp_path / "prompts.txt").write_text("".join(f"caption {i}\n" for i in range(count)))
+    if has_one_order:
+        assert run(videos) == 0
+        return
+    line = refused(capsys, videos)
+    assert "the videos have two orders, in which " in line
+    assert '{"video": ..., "prompt": ...} in .jsonl, or as --videos a .txt file' in line
+    (tmp_path / "list.txt").write_text("".join(f"{videos}/{n}.mp4\n" for n in names.split()))
+    assert run(tmp_path / "list.txt") == 0
+    assert [row["prompt"] for row in rows_of(tmp_path / "s.jsonl")] == [
+        f"caption {i}" for i in range(count)
+    ]
+
+
+@pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("p.txt", "one\ntwo\nthree\n", "for each of 4 videos in .*, got 3"),
@@ -472,6 +504,10 @@ def test_captions_by_name(tmp_path: Path, videos: Path) -> None:
             '[{"video": "a.mp4", "prompt": "x"}, {"video": "a.mp4", "prompt": "y"}]',
             "expected one prompt for a.mp4",
         ),
+        ("p.json", '{"a.mp4": "\\ud800"}', "p.json, entry 1: expected valid text"),
+        ("p.jsonl", '{"video": "a.mp4", "prompt": "\\udfff"}', "p.jsonl, entry 1: expected valid"),
+        ("p.jsonl", '{"prompt": "a"}\n{"prompt": "\\udfff"}', "p.jsonl, line 2, column 'prompt'"),
+        ("p.json", "[" * 99_999, "cannot read .* as JSON"),
         ("p.json", "3", "entry 1: expected the texts"),
         ("p.json", "{", "cannot read .* as JSON"),
         ("p.jsonl", '{"video": "a.mp4", "prompt": "x"}\nhello\n', "cannot read .* as JSON"),

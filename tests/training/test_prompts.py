@@ -37,6 +37,43 @@ def test_one_caption_a_line(tmp_path: Path, content: bytes) -> None:
     assert read_prompts(str(file), "prompts.train") == ["a red square", "a blue cross", "café"]
 
 
+@pytest.mark.parametrize(
+    "unseen", ["\u200b", "\ufeff \u2060", "&nbsp;", "&amp;nbsp; &#8203;", "\x0c\x1f", "\u3000"]
+)
+def test_a_line_of_which_nothing_is_seen_is_blank(tmp_path: Path, unseen: str) -> None:
+    """A pipeline's cleaning would make the empty prompt, the unconditional branch, of it."""
+    file = tmp_path / "captions.txt"
+    file.write_text(f"one\n{unseen}\ntwo\u200b &nbsp;\n", encoding="utf-8")
+    assert read_prompts(str(file), "prompts.train") == ["one", "two\u200b &nbsp;"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.txt", b"one\ntwo \xed\xa0\x80\n", "a.txt, line 2: expected UTF-8 text, got"),
+        ("a.txt", "one\ntwo".encode("utf-16"), "a.txt, line 1: expected UTF-8 text, got"),
+        ("a.txt", b"one\nt\0w\0o\0", "a.txt, line 2: expected text without NUL, got"),
+        (
+            "a.jsonl",
+            b'{"prompt": "a"}\n{"prompt": "\\ud83d"}',
+            "line 2, column 'prompt': expected v",
+        ),
+        (
+            "a.jsonl",
+            b'{"prompt": "a\\u0000"}',
+            "line 1, column 'prompt': expected text without NUL",
+        ),
+        ("a.jsonl", b'{"prompt": "a"}\n' + b"[" * 100_000, "line 2: expected a JSON object, got"),
+        ("a.jsonl", b'{"prompt": "a"}\n{"prompt": "\xff"}', "a.jsonl, line 2: expected UTF-8"),
+    ],
+)
+def test_what_is_no_text_is_named(tmp_path: Path, name: str, content: bytes, words: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=r"prompts\.train: ") as caught:
+        read_prompts(str(tmp_path / name), "prompts.train")
+    assert words in str(caught.value)
+
+
 def test_only_line_ends_end_a_caption(tmp_path: Path) -> None:
     """str.splitlines would break a caption at a form feed, NEL or a Unicode line separator."""
     captions = ["one\u2028still one", "two\x0cstill two", "three\x85still three"]
@@ -156,6 +193,11 @@ def test_what_is_wrong_with_a_parquet_file_is_named(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"prompts\.validation: ") as caught:
             read_prompts(path, "prompts.validation")
         assert all(word in str(caught.value) for word in [path, *words]), caught.value
+    pyarrow = pytest.importorskip("pyarrow")
+    invalid = pyarrow.array([b"one", b"two \xed\xa0\x80"]).view(pyarrow.string())
+    path = write_parquet(tmp_path / "invalid.parquet", prompt=invalid)
+    with pytest.raises(ValueError, match=r"invalid.parquet, row 2, column 'prompt': expected val"):
+        read_prompts(path, "prompts.validation")
     damaged = tmp_path / "null.parquet"
     damaged.write_bytes(damaged.read_bytes()[:-9])
     with pytest.raises(

@@ -142,7 +142,7 @@ def test_links(tmp_path: Path, place: str, target: str, allowed: bool) -> None:
     if allowed:
         trust.check_links(run, *patterns)
     else:
-        with pytest.raises(ValueError, match="expected a file in .*run, got one outside of it"):
+        with pytest.raises(ValueError, match=r"expected a file in .*run, got one outside of it"):
             trust.check_links(run, *patterns)
 
 
