@@ -131,17 +131,6 @@ def test_the_colour_matrix_and_range_that_a_file_names_are_heeded(
     assert (got - torch.from_numpy(source[0, 16, inside]).T.int()).abs().max() <= 6
 
 
-def test_transparent_pixels_are_black(tmp_path: Path) -> None:
-    source = np.zeros((3, 32, 48, 4), np.uint8)
-    source[...] = (200, 100, 50, 255)
-    source[:, :, 24:, 3] = 0
-    source[:, :16, :24, 3] = 128
-    frames = pyav(write(tmp_path / "a.mov", source, "png", "rgba")).frames
-    assert frames[0, :, 31, 0].tolist() == [200, 100, 50]
-    assert frames[0, :, 0, 0].tolist() == [100, 50, 25]
-    assert frames[0, :, :, 24:].max() == 0
-
-
 @pytest.mark.parametrize("mirrored", [False, True])
 @pytest.mark.parametrize("degrees", [0, 90, 180, 270])
 def test_a_turned_video_is_shown_upright(tmp_path: Path, degrees: int, mirrored: bool) -> None:

@@ -30,6 +30,10 @@ CONTAINERS = "mov,matroska,webm,avi,flv,asf,mpegts,mpeg,ogg,ivf,gif,apng"
 """libavformat's demuxers that may read a file. Not among them: playlists, which open other files;
 raw streams, which have no times; images; and text, which would be drawn as ANSI art.
 """
+_IMAGE_BRANDS = ("avif", "avis", "heic", "heix", "hevc", "hevx", "mif1", "msf1")
+"""Images that the demuxer of MP4 reads too. Their transparency is in a track of its own."""
+_ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
+"""libavcodec's own decoders of these skip the plane of transparency."""
 Decoder = Literal["auto", "dali", "pyav"]
 
 
@@ -118,7 +122,7 @@ def read_video(
 
     A video whose frames are not evenly spaced is read as one at its mean rate: frame i is the one
     on screen in the middle of the i-th of so many equal parts of its time. Transparent pixels are
-    shown on black.
+    shown on black, as players show them: colour times alpha, the colour not yet multiplied by it.
 
     Args:
         path: The file.
@@ -216,6 +220,8 @@ def _open(file: Path, limits: Limits) -> Iterator[tuple[Any, Any]]:
     # This also bounds what libavcodec allocates while it looks for the stream's properties.
     most = {"max_pixels": str(limits.max_pixels)}
     with av.open(str(file), container_options=allowed, options=most) as container:
+        if container.metadata.get("major_brand") in _IMAGE_BRANDS:
+            raise UserError("an image, no video")
         stream: Any = container.streams.best("video")
         if stream is None or stream.disposition & stream.disposition.attached_pic:
             raise UserError("no video in it: audio only, or damaged")
@@ -231,9 +237,23 @@ def _open(file: Path, limits: Limits) -> Iterator[tuple[Any, Any]]:
         yield container, stream
 
 
+def _decoded(container: Any, stream: Any, limits: Limits) -> Iterator[Any]:
+    """The frames of a stream, with their transparency if it has any."""
+    if stream.metadata.get("alpha_mode") != "1":
+        yield from container.decode(stream)
+        return
+    codec = stream.codec_context.codec.canonical_name
+    if _ALPHA_DECODERS.get(codec) not in av.codecs_available:
+        raise UserError(f"its transparency cannot be read: alpha of the codec {codec}")
+    context: Any = av.CodecContext.create(_ALPHA_DECODERS[codec], "r")
+    context.options = {"max_pixels": str(limits.max_pixels)}
+    for packet in container.demux(stream):
+        yield from context.decode(packet if packet.size else None)
+
+
 def _read_format(file: Path, limits: Limits) -> _Format:
     with _open(file, limits) as (container, stream):
-        for frame in container.decode(stream):
+        for frame in _decoded(container, stream, limits):
             return _Format(
                 frame.height,
                 frame.width,
@@ -368,7 +388,7 @@ def _decode_with_pyav(
     frames = torch.empty(len(wanted), 3, format.height, format.width, dtype=torch.uint8)
     times: list[float] = []
     with _open(file, limits) as (container, stream):
-        for frame in container.decode(stream):
+        for frame in _decoded(container, stream, limits):
             if frame.is_corrupt:
                 raise UserError(f"cut off or damaged: frame {len(times) + 1} is not whole")
             if (frame.height, frame.width) != (format.height, format.width):
