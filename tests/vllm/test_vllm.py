@@ -134,15 +134,18 @@ def own(model: Path) -> TransformersEngine:
 def test_answers_are_those_of_this_process(
     served: ServerEngine, own: TransformersEngine, decoding: Decoding
 ) -> None:
-    """Greedy texts, whole and constrained, also about prompts that name special tokens."""
+    """Greedy texts, whole and constrained, also about prompts that name special tokens, and about
+    long clips, whose positions in time reach beyond those in space.
+    """
     clips = [synthetic_clip(4, seed) for seed in range(3)]
+    clips += [synthetic_clip(8, 3, fps=0.5), synthetic_clip(12, 4, fps=1.0)]
     question = Question("stage", "Rate this video of {caption}.", "")
-    asked = [["Rate its motion. One number only."] + [ask_about(question, p) for p in PROMPTS]] * 3
+    asked = [["Rate its motion. One number only."] + [ask_about(question, p) for p in PROMPTS]]
     ours, theirs = (
         # vLLM leaves out a last character of which only a part was written.
         [
             [reply.text.rstrip("\ufffd") for reply in row]
-            for row in engine.ask(clips, asked, decoding)
+            for row in engine.ask(clips, asked * len(clips), decoding)
         ]
         for engine in (own, served)
     )
