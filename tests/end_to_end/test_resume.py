@@ -4,6 +4,7 @@ weights, optimizer, metrics, bit for bit.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -21,6 +22,7 @@ import torch
 import yaml
 
 import fastgrpo.training.checkpoint
+import fastgrpo.training.loop
 import fastgrpo.training.signals
 from fastgrpo.shapes.captions import train_captions
 
@@ -239,14 +241,33 @@ def test_killed_before_the_first_checkpoint(
     uninterrupted: dict[str, Any],
     assert_same_end: Any,
 ) -> None:
-    """Rows are there, and no checkpoint: the run starts over, and says so."""
-    with each_step(fail_in(3)), pytest.raises(Killed):
-        train(tmp_path / "run", "--iterations 4")
-    assert (tmp_path / "run" / "metrics.jsonl").read_text().count("\n") == 3
+    """Rows are there, and no checkpoint: the run starts over, says so, and keeps a copy of them."""
+    with each_step(fail_in(3)), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fastgrpo.training.loop, "rescue", lambda *_: "killed")
+        assert train(tmp_path / "run", "--iterations 4").code == 1
+    rows = (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert rows.count("\n") == 3
     assert train(tmp_path / "run", "--iterations 4").code == 2, "the folder is used"
     run = train(tmp_path / "run", "--iterations 4 --resume auto")
     assert "no checkpoint" in run.out
+    assert (run.folder / "metrics.until_000002.jsonl").read_text() == rows
     assert_same_end(run.folder, uninterrupted["plain"].folder)
+
+
+@pytest.mark.parametrize("way", ["stopped early", "finished"])
+def test_checkpoints_that_are_gone_do_not_cost_the_record(
+    tmp_path: Path, train: Train, interrupt: Any, way: str
+) -> None:
+    """A disk that is not mounted, a scratch that was cleaned: refused in one line, nothing lost."""
+    with interrupt(2) if way == "stopped early" else contextlib.nullcontext():
+        folder = train(tmp_path / "run", "--iterations 3").folder
+    shutil.rmtree(folder / "checkpoints")
+    before = (folder / "metrics.jsonl").read_bytes()
+    run = train(folder, "--iterations 3 --resume auto")
+    assert run.code == 2
+    (line,) = run.err.splitlines()
+    assert f"expected the checkpoints of a run in {folder / 'checkpoints'}, found none" in line
+    assert (folder / "metrics.jsonl").read_bytes() == before
 
 
 @pytest.mark.parametrize(
@@ -293,9 +314,7 @@ def test_a_file_beside_the_checkpoints_was_lost(
 
 
 class Killed(BaseException):
-    """Stands in for SIGKILL at an exact place: nothing in the trainer catches it, and nothing is
-    tidied up.
-    """
+    """Stands in for SIGKILL at an exact place, where `rescue` is kept from saving."""
 
 
 def fail_in(number: int) -> Callable[[int], None]:
