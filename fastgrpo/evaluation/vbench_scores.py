@@ -152,7 +152,8 @@ def _read_file(file: Path) -> dict[str, float]:
     require(isinstance(content, dict) and content, str(file), expected, content)
     known = {d.name: d for d in DIMENSIONS}
     for name, value in content.items():
-        require(name in known, str(file), f"VBench's dimensions, such as {DIMENSIONS[0].name}", name)
+        expected = f"VBench's dimensions, such as {DIMENSIONS[0].name}"
+        require(name in known, str(file), expected, name)
         lowest = known[name].lowest
         ok = isinstance(value, list) and value and type(value[0]) in (int, float)
         ok = ok and lowest - _ROUNDING <= value[0] <= 1 + _ROUNDING

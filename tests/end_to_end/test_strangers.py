@@ -107,7 +107,7 @@ def test_a_judge_elsewhere_is_not_asked(run: Path, fastgrpo: Any, tmp_path: Path
     values["reward"] = {"class_path": "fastgrpo.rewards.vlm.judge.StageJudge", "init_args": judge}
     (run / "config.yaml").write_text(yaml.safe_dump(values))
     words = words_of("sample", run, tmp_path)
-    assert "endpoints: http://127.0.0.1:9/v1" in only_line(fastgrpo(*words))
+    assert "api_key_env: AWS_SECRET_ACCESS_KEY" in only_line(fastgrpo(*words))
     assert fastgrpo(*words, "--no_scores").code == 0
 
 

@@ -64,7 +64,9 @@ def write_report(
         check_links(folder.parent, folder.name)
     require(folder.is_dir() or not folder.exists(), "output", "a folder", str(folder))
     folder.mkdir(parents=True, exist_ok=True)
-    for name in (*FIGURES, "contact_sheet"):  # an earlier report may have had more figures
+    (folder / "contact_sheet.png").unlink(missing_ok=True)
+    videos = report_media.videos_section(records, folder)  # first, as these files may be damaged
+    for name in FIGURES:  # an earlier report may have had more figures
         for kind in ("png", "svg"):
             (folder / f"{name}.{kind}").unlink(missing_ok=True)
     judged = [run.config | ({"judge.json": run.judge} if run.judge else {}) for run in records]
@@ -80,7 +82,7 @@ def write_report(
         "configurations": [run_record.flatten(config) for config in judged],
         "attached": attached,
         **_scores(records, smoothing_window),
-        **report_media.videos_section(records, folder),
+        **videos,
     }
     html = _environment().get_template("report.html").render(context)
     with atomic_write(folder / "report.html") as path:
