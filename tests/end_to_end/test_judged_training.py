@@ -7,6 +7,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -233,7 +234,7 @@ def judged(
 
     def run(name: str, recipe: str, engine: dict[str, Any]) -> Path:
         policy = {"init_args": {"model": str(wan_folder), "text_cache": str(common / "text")}}
-        # A judge with random weights writes no numbers by itself: its expectation is read.
+        # What this judge writes ties; its expectation does not.
         reward = {
             "init_args": {
                 "engine": {"init_args": engine},
@@ -257,12 +258,32 @@ def judged(
     return run
 
 
+@pytest.fixture(scope="module")
+def number_folder(qwen_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny Qwen, to which digits are likelier than all else together: one feature of every
+    token speaks for them.
+    """
+    import torch
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    from fastgrpo.rewards.vlm.qwen_chat import read_chat
+
+    folder = tmp_path_factory.mktemp("number") / "qwen"
+    shutil.copytree(qwen_folder, folder)
+    module = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        module.get_input_embeddings().weight[:, 0] = 2.0
+        module.lm_head.weight[list(read_chat(folder).characters[:10]), 0] = 6.0
+    module.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
-def judge_server(qwen_folder: Path, environment: dict[str, str]) -> Iterator[str]:
+def judge_server(number_folder: Path, environment: dict[str, str]) -> Iterator[str]:
     """`serve_judge` with the tiny Qwen in a process of its own; its base URL."""
     options = json.dumps({"device": "cpu", "dtype": "fp32"})
     command = [sys.executable, "-m", "fastgrpo", "serve_judge", "--engine=transformers"]
-    command += [f"--model={qwen_folder}", "--name=tiny", "--port=0", f"--options={options}"]
+    command += [f"--model={number_folder}", "--name=tiny", "--port=0", f"--options={options}"]
     with subprocess.Popen(
         command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     ) as process:
@@ -287,12 +308,12 @@ def rewards_of(folder: Path) -> dict[str, float]:
 
 
 def test_tiny_wan_and_tiny_qwen_in_process_and_served(
-    judged: Callable[..., Path], qwen_folder: Path, judge_server: str
+    judged: Callable[..., Path], number_folder: Path, judge_server: str
 ) -> None:
     """Two processes with FSDP2, the recipes' own judges: the same rewards of the same videos,
     whichever way the judge is had.
     """
-    inside = judged("inside", "wan2.1_t2v_1.3b", {"model": str(qwen_folder), "dtype": "fp32"})
+    inside = judged("inside", "wan2.1_t2v_1.3b", {"model": str(number_folder), "dtype": "fp32"})
     expected = rewards_of(inside)
     assert {
         f"{when}rewards/{stage}/mean" for stage in STAGES for when in ("", "eval/")
