@@ -253,6 +253,8 @@ def create_app(
                     reply = await job.reply
         except TimeoutError:
             raise HTTPException(504, "the request took too long") from None
+        except ConnectionError as error:
+            raise HTTPException(503, str(error), {"Retry-After": "1"}) from error
         except ClientDisconnect:
             raise HTTPException(499, "the client went away") from None
         except ValueError as error:

@@ -30,7 +30,7 @@ from PIL import Image
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _KINDS = b"IHDRIDATIEND"
 _RGB = (8, 2, 0, 0, 0)  # bits, colour type, compression, filter, interlace
-_PROCESSES = 2
+_PROCESSES = 4
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,8 @@ class Decoders:
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
-        self._idle: asyncio.Queue[Process | None] = asyncio.Queue()
+        # The last one first: what runs already is used again.
+        self._idle: asyncio.LifoQueue[Process | None] = asyncio.LifoQueue()
         for _ in range(_PROCESSES):
             self._idle.put_nowait(None)
 
@@ -151,11 +152,12 @@ class Decoders:
 
         Raises:
             TimeoutError: It took too long.
+            ConnectionError: The process ended meanwhile.
         """
         process = await self._idle.get()
         try:
             async with asyncio.timeout(self._limits.decoding):
-                if process is None:
+                if process is None or process.returncode is not None:
                     arguments = ("-m", __name__, json.dumps(asdict(self._limits)))
                     process = await asyncio.create_subprocess_exec(
                         sys.executable,
@@ -178,8 +180,8 @@ class Decoders:
             if process is not None:
                 _kill(process)
                 process = None
-            if isinstance(error, EOFError | ConnectionError):
-                raise ValueError("expected a request that can be read") from error
+            if isinstance(error, EOFError):
+                raise ConnectionError("the process that read the request has ended") from error
             raise
         finally:
             self._idle.put_nowait(process)

@@ -156,8 +156,8 @@ def split_all(bodies: list[bytes], limits: Limits) -> list[Any]:
         for one in bodies:
             try:
                 results.append((await decoders.split(one))[1])
-            except (ValueError, TimeoutError) as error:
-                results.append(str(error) or type(error).__name__)
+            except ValueError as error:
+                results.append(str(error))
         await decoders.close()
         return results
 
