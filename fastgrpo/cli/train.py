@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 from torch.distributed.elastic.multiprocessing.errors import record
@@ -10,6 +11,8 @@ from fastgrpo.distributed.collectives import rank
 from fastgrpo.distributed.console import log_to_console
 from fastgrpo.training.loop import run
 from fastgrpo.training.recipe_parser import parse_config
+
+logger = logging.getLogger("fastgrpo")
 
 
 @record
@@ -29,5 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         # matplotlib and the rest of the report are loaded only when it is drawn.
         from fastgrpo.evaluation.report.page import write_report
 
-        print(f"report: {write_report(config.run_folder)}")
+        try:
+            print(f"report: {write_report(config.run_folder)}")
+        except (ValueError, OSError) as error:  # the run itself is done, and its exit code stays
+            logger.warning(f"no report: {error}")
     return code

@@ -154,11 +154,13 @@ def claim(output: Path) -> TextIO | None:
     Raises:
         FileExistsError: Another process uses the folder.
     """
-    lock = run_folder.claim(output, resume="auto")
-    if collectives.rank() == 0:
-        (output / "videos").mkdir(exist_ok=True)
-        for begun in output.glob(".rank_*.mp4"):  # by a process that was killed
-            begun.unlink()
+    lock = None
+    with collectives.failing_together("the folder of videos"):
+        if collectives.rank() == 0:
+            (output / "videos").mkdir(parents=True, exist_ok=True)
+            lock = run_folder.lock_folder(output)
+            for begun in output.glob(".rank_*.mp4"):  # by a process that was killed
+                begun.unlink()
     return lock
 
 

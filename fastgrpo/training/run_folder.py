@@ -68,11 +68,18 @@ def claim(folder: Path, resume: str) -> TextIO | None:
                     "this one another --name"
                 )
             (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-            lock = _lock(folder)
+            lock = lock_folder(folder)
     return lock
 
 
-def _lock(folder: Path) -> TextIO:
+def lock_folder(folder: Path) -> TextIO:
+    """Open and lock `folder`/.lock; where the file system has no locks, with a warning.
+
+    Raises:
+        FileExistsError: Another process has locked it.
+        OSError: It cannot be written, or it is a link.
+    """
+
     def opener(path: str, flags: int) -> int:
         return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
 
