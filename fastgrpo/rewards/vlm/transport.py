@@ -123,6 +123,8 @@ class Answer(NamedTuple):
 
 
 class _Part(BaseModel):
+    """Of an answer. The lists stop at their first fault: each of a million would be described."""
+
     model_config = ConfigDict(strict=True)
 
 
@@ -137,7 +139,7 @@ class _Choice(_Part):
 
 
 class _Completion(_Part):
-    choices: list[_Choice] = Field(min_length=1)
+    choices: list[_Choice] = Field(min_length=1, fail_fast=True)
     usage: Any = None
 
 
@@ -148,11 +150,11 @@ class _Token(_Part):
 
 class _Place(_Part):
     token: str
-    top_logprobs: list[_Token]
+    top_logprobs: list[_Token] = Field(fail_fast=True)
 
 
 class _Logprobs(_Part):
-    content: list[_Place]
+    content: list[_Place] = Field(fail_fast=True)
 
 
 class _Cached(_Part):
@@ -170,7 +172,7 @@ class _Card(_Part):
 
 
 class _Models(_Part):
-    data: list[_Card]
+    data: list[_Card] = Field(fail_fast=True)
 
 
 def read_answer(body: bytes) -> Answer:
