@@ -2,7 +2,7 @@
 of `meta_model` before anything is allocated.
 
 Bytes are of one rank, and of tensors. What CUDA, NCCL, cuDNN and the allocator take besides is
-`RESERVE`. GB and TFLOP are 1e9 and 1e12.
+`RESERVES`. GB and TFLOP are 1e9 and 1e12.
 """
 
 from __future__ import annotations
@@ -28,10 +28,23 @@ ACTIVATIONS: tuple[Literal["none", "keep_attention", "full"], ...] = (
 )
 SMALLER_DECODE = "policy.vae_tiling true or policy.vae_dtype bf16"
 NOTHING_FITS = "more GPUs, a LoRA (policy.lora), or a smaller video"
-RESERVE = 4e9
-"""Bytes for the CUDA context, libraries' workspaces, NCCL's buffers and the allocator's gaps."""
+ELSEWHERE = "a judge on another GPU (of TransformersEngine: device) or served"
+RESERVES = {
+    "CUDA's context, modules": 0.7e9,  # some 0.5 GB for torch's own kernels, and Triton's
+    "libraries' workspaces": 0.8e9,  # 32 MB a stream for cuBLAS on an H100; cuDNN's convolutions
+    "NCCL": 1.0e9,  # buffers of each communicator's channels: world, shards, replicas
+    "allocator's gaps": 1.5e9,  # blocks too small for what comes; the judge's stream has its own
+}
+"""Bytes besides tensors, which `plan` and the trainer hold against a GPU's memory. Estimates."""
+RESERVE = sum(RESERVES.values())
 MATMUL_RATE = 798e12
 """FLOP/s, bf16 dense: matrix products of 8192, measured on one H100."""
+TF32_RATE = MATMUL_RATE / 2
+"""FLOP/s of a VAE in fp32, whose convolutions run in TF32 (cuDNN's default in torch)."""
+FP32_RATE = 60e12
+"""FLOP/s of matrix products in fp32, which torch leaves without tensor cores; 67e12 are published
+for an H100.
+"""
 ATTENTION_RATES = 600e12, 515e12
 """FLOP/s of attention on an H100, forward and backward, as published for torch's cuDNN attention at
 head dimension 128.
@@ -50,49 +63,52 @@ class Counts:
         velocity: velocity(activations, gathered): the cost of one branch for one micro-batch, see
             `meta_model.velocity_cost`; computed when it is first asked for.
         decode: The cost of the decode of one video.
+        decode_rate: FLOP/s of the decode.
+        frames: Bytes of one decoded video.
         latent: Bytes of one latent.
         conditioning: Bytes of one prompt's conditioning.
-        fixed: Bytes of what else stays on the device: the VAE, and a judge in this process.
+        vae: Bytes of what decodes.
+        judge: Bytes of a judge on this GPU.
+        judge_work: Bytes that it takes besides while it scores, on its own threads.
     """
 
     network: Network
     velocity: Callable[[str | None, bool], Cost]
     decode: Cost
+    decode_rate: float
+    frames: int
     latent: int
     conditioning: int
-    fixed: int
+    vae: int
+    judge: float
+    judge_work: float
 
 
 class Work(NamedTuple):
-    """FLOP of one rank in one iteration.
+    """What one rank computes in one iteration.
 
     Attributes:
-        linear: Of matrix products and convolutions.
-        attention_forward: Of attention, forward.
-        attention_backward: Of attention, backward.
+        flop: FLOP.
+        bound: Seconds if all ran at the rate of matrix products: nothing can be faster.
+        expected: Seconds with attention at its own rates and all else at that of matrix products:
+            what good kernels come near to.
     """
 
-    linear: float
-    attention_forward: float
-    attention_backward: float
+    flop: float
+    bound: float
+    expected: float
 
-    @property
-    def flop(self) -> float:
-        return sum(self)
+    @classmethod
+    def of(cls, linear: float, forward: float, backward: float, rate: float) -> Work:
+        """Of so many FLOP in matrix products, in attention forward and in attention backward.
 
-    @property
-    def bound(self) -> float:
-        """Seconds if all ran at the rate of matrix products: nothing can be faster."""
-        return self.flop / MATMUL_RATE
-
-    @property
-    def expected(self) -> float:
-        """Seconds with attention at its own rates and all else at that of matrix products: what
-        good kernels come near to.
+        Args:
+            linear, forward, backward: FLOP.
+            rate: FLOP/s of matrix products. Attention is slower in the same measure as in bf16.
         """
-        forward, backward = ATTENTION_RATES
-        attention = self.attention_forward / forward + self.attention_backward / backward
-        return self.linear / MATMUL_RATE + attention
+        flop, share = linear + forward + backward, rate / MATMUL_RATE
+        attention = forward / ATTENTION_RATES[0] + backward / ATTENTION_RATES[1]
+        return cls(flop, flop / rate, linear / rate + attention / share)
 
 
 def count(config: TrainConfig) -> Counts:
@@ -114,15 +130,23 @@ def count(config: TrainConfig) -> Counts:
             twin, conditioning, latents, dtype, activations=activations, gathered=gathered
         )
 
-    vae = vars(twin).get("vae")
-    weights = [] if vae is None else vae.parameters()
+    vae, reward = vars(twin).get("vae"), config.reward
+    weights = [] if vae is None else [*vae.parameters()]
+    in_bf16 = bool(weights) and all(weight.dtype == torch.bfloat16 for weight in weights)
+    videos = torch.empty(
+        roll.micro_batch_size, roll.num_frames, 3, roll.height, roll.width, device=META
+    )
     return Counts(
         network=meta_model.network_of(twin.transformer),
         velocity=velocity,
         decode=meta_model.decode_cost(twin, shape),
+        decode_rate=MATMUL_RATE if in_bf16 else TF32_RATE,
+        frames=videos[0].nbytes,
         latent=4 * math.prod(shape),
         conditioning=sum(tensor.nbytes for tensor in conditioning.values()),
-        fixed=sum(weight.nbytes for weight in weights) + config.reward.memory_bytes,
+        vae=sum(weight.nbytes for weight in weights),
+        judge=reward.memory_bytes,
+        judge_work=reward.concurrency * reward.working_bytes(videos, policy.fps),
     )
 
 
@@ -152,8 +176,10 @@ def memory(config: TrainConfig, counts: Counts, cfg: ParallelConfig, world_size:
     network, update, roll = counts.network, config.update, config.rollout
     sharded = cfg.shard == "full"
     element = 4 if config.runtime.compute_dtype == "fp32" else 2
-    prompts = math.ceil(roll.num_prompts / world_size)
+    prompts, size = math.ceil(roll.num_prompts / world_size), roll.micro_batch_size
     videos, steps = prompts * roll.num_generations, roll.num_inference_steps
+    # The evaluation samples as many videos at a time as fill micro-batches.
+    most_videos = max(videos, math.lcm(size, config.evaluation.num_generations))
 
     # What stays: the master weights and all that has their shape lie in equal parts on the ranks.
     part = world_size // cfg.replicas if sharded else 1
@@ -166,29 +192,43 @@ def memory(config: TrainConfig, counts: Counts, cfg: ParallelConfig, world_size:
         "fp32 weights": weights,
         "Adam": 2 * trained,
         "copies (EMA, KL reference)": copies * trained,
-        "VAE, judge": counts.fixed,
-        "trajectories": videos * ((steps + 1) * counts.latent + 4 * steps)
+        "VAE": counts.vae,
+        "judge": counts.judge,
+        "trajectories": most_videos * ((steps + 1) * counts.latent + 4 * steps)
         + (prompts + 1) * counts.conditioning,
     }
     # A block, the next one on its way, and the buffer it arrives in. What is in no block stays from
     # the beginning of the forward pass to its end.
     passing = element * (network.root + min(3 * network.block, network.parameters)) * sharded
+    arriving = min(2 * network.block, network.parameters)
     everything = element * network.parameters if sharded and cfg.keep_gathered else 0
     forward, train = counts.velocity(None, sharded), counts.velocity(cfg.activations, sharded)
     branches = 2 if roll.guidance_scale != 1 else 1
     graphs = 1 if update.branchwise else branches
-    pending = roll.micro_batch_size * max(config.scoring.max_pending, config.reward.concurrency)
-    waiting = {"frames that wait for the judge": min(pending, videos) * counts.decode.kept}
+    pending = size * max(config.scoring.max_pending, config.reward.concurrency)
+    # The judge scores while the next videos are sampled and decoded.
+    judging = {
+        "frames that wait for the judge": min(pending, videos) * counts.frames,
+        "judge at work": counts.judge_work,
+    }
+    # Videos are decoded one by one, then stacked, then copied once more (training/decode.py).
+    decoding = max(
+        counts.decode.kept + counts.decode.work + (size - 1) * counts.frames,
+        2 * size * counts.frames,
+    )
+    # The state before and after a step and the first one, and the velocities of a step and of the
+    # shared first one.
+    states = size * ((2 * branches + 3) * counts.latent + counts.conditioning)
     phases = {
         "rollout": {
-            "gathered weights": max(passing, everything),
-            "forward": forward.kept + forward.work + (branches + 2) * counts.latent,
-            **waiting,
+            "gathered weights": max(passing, everything + element * arriving * bool(everything)),
+            "forward": forward.kept + forward.work + states,
+            **judging,
         },
         "decode": {
             "gathered weights": everything,
-            "decode": counts.decode.kept + counts.decode.work,
-            **waiting,
+            "decode": decoding,
+            **judging,
         },
         "update": {
             "gradients": trained,
@@ -198,7 +238,7 @@ def memory(config: TrainConfig, counts: Counts, cfg: ParallelConfig, world_size:
             * (network.trained / network.parameters)
             * network.block
             * sharded,
-            "activations": graphs * train.kept + train.work,
+            "activations": graphs * train.kept + train.work + states,
         },
         "step": {
             "gradients": trained,
@@ -217,6 +257,7 @@ def peak(phases: Phases) -> tuple[str, float]:
 def work(config: TrainConfig, counts: Counts, activations: str, world_size: int) -> dict[str, Work]:
     """What one rank computes in one iteration, by phase."""
     roll, update, size = config.rollout, config.update, config.rollout.micro_batch_size
+    rate = FP32_RATE if config.runtime.compute_dtype == "fp32" else MATMUL_RATE
     prompts = math.ceil(roll.num_prompts / world_size)
     videos, kept = prompts * roll.num_generations, prompts * (update.num_best + update.num_worst)
     branches = 2 if roll.guidance_scale != 1 else 1
@@ -237,12 +278,18 @@ def work(config: TrainConfig, counts: Counts, activations: str, world_size: int)
         again += 1.0 if update.kl_coef else max(0, kept - update.gradient_accumulation) / kept
     backward = 2.5 * forward.attention if activations is not None else 0.0
     return {
-        "rollout": Work(forwards * forward.linear, forwards * forward.attention, 0.0),
-        "decode": Work(videos * counts.decode.linear, videos * counts.decode.attention, 0.0),
-        "update": Work(
+        "rollout": Work.of(forwards * forward.linear, forwards * forward.attention, 0.0, rate),
+        "decode": Work.of(
+            videos * counts.decode.linear,
+            videos * counts.decode.attention,
+            0.0,
+            counts.decode_rate,
+        ),
+        "update": Work.of(
             passes * (trained * train.linear + again * forward.linear),
             passes * (trained * (train.attention - backward) + again * forward.attention),
             passes * trained * backward,
+            rate,
         ),
     }
 
@@ -292,8 +339,8 @@ def describe(cfg: ParallelConfig) -> str:
 
 
 def check_fits(config: TrainConfig, gpu_memory_bytes: float, world_size: int) -> None:
-    """Refuse, before anything is allocated, a recipe whose tensors (without RESERVE) cannot fit
-    into a GPU. A policy that cannot be planned is not checked.
+    """Refuse, before anything is allocated, a recipe that does not fit into a GPU. A policy that
+    cannot be planned is not checked.
 
     Raises:
         UserError: Names the phase, what it needs, and the settings to change.
@@ -307,15 +354,15 @@ def check_fits(config: TrainConfig, gpu_memory_bytes: float, world_size: int) ->
         return peak(memory(config, counts, cfg, world_size))
 
     phase, needed = needs(resolve(config.parallel, world_size))
-    if needed <= gpu_memory_bytes:
-        return
     room = gpu_memory_bytes - RESERVE
+    if needed <= room:
+        return
     fitting = (describe(cfg) for cfg in candidates(config, world_size) if needs(cfg)[1] <= room)
     advice = next(fitting, f"{NOTHING_FITS}: no settings of `parallel` are enough")
-    if phase == "decode":
-        advice = f"{SMALLER_DECODE}, or {advice}"
+    changes = [*[SMALLER_DECODE] * (phase == "decode"), *[ELSEWHERE] * bool(counts.judge), advice]
     raise UserError(
         f"parallel: expected a recipe that fits into the {gpu_memory_bytes / 1e9:.1f} GB of a GPU, "
-        f"but the {phase} of this one needs about {needed / 1e9:.1f} GB on each of {world_size} "
-        f"GPU(s). What to change: {advice} (`python -m fastgrpo plan` shows all of it)"
+        f"but the {phase} of this one needs about {needed / 1e9:.1f} GB, and {RESERVE / 1e9:.1f} "
+        f"GB for CUDA and NCCL, on each of {world_size} GPU(s). What to change: "
+        f"{', or '.join(changes)} (`python -m fastgrpo plan` shows all of it)"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from tabulate import tabulate
 
@@ -42,7 +43,7 @@ def plan(config: TrainConfig, cluster: Cluster) -> str:
             memory_table(config, counts, cfg, cluster.world_size),
             _work_table(config, counts, cluster.world_size),
             settings_table(config, counts, cluster),
-            _assumptions(config),
+            _assumptions(config, counts),
         ]
     )
 
@@ -60,8 +61,17 @@ def _network_lines(config: TrainConfig, counts: Counts, world_size: int) -> str:
         f"one forward       {_tera(forward.linear / size)} TFLOP linear + "
         f"{_tera(forward.attention / size)} attention per video and branch\n"
         f"VAE decode        {_tera(decode.flop)} TFLOP and "
-        f"{_giga(decode.kept + decode.work)} GB per video"
+        f"{_giga(decode.kept + decode.work)} GB per video, {_vae(config)}"
     )
+
+
+def _vae(config: TrainConfig) -> str:
+    """How the VAE decodes, as far as the policy says."""
+    policy: Any = config.policy
+    parts = ["one at a time"]
+    if hasattr(policy, "vae_dtype"):
+        parts += [f"in {policy.vae_dtype}", "in tiles" if policy.vae_tiling else "untiled"]
+    return ", ".join(parts)
 
 
 def _activation_table(counts: Counts, sharded: bool) -> str:
@@ -77,7 +87,9 @@ def memory_table(config: TrainConfig, counts: Counts, cfg: ParallelConfig, world
     phases = memory.memory(config, counts, cfg, world_size)
     names = dict.fromkeys(name for parts in phases.values() for name in parts)
     rows = [(name, *(_giga(parts.get(name, 0)) for parts in phases.values())) for name in names]
-    rows.append(("peak", *(_giga(sum(parts.values())) for parts in phases.values())))
+    sums = [sum(parts.values()) for parts in phases.values()]
+    rows.append(("peak of the tensors", *map(_giga, sums)))
+    rows.append(("with the reserve", *(_giga(total + memory.RESERVE) for total in sums)))
     title = f"GB on each GPU as configured ({memory.describe(cfg)})"
     text = table(title, ("", *phases), rows)
     if cfg.cpu_offload:
@@ -126,26 +138,34 @@ def settings_table(config: TrainConfig, counts: Counts, cluster: Cluster) -> str
             f"as configured, the decode needs most: {memory.SMALLER_DECODE} would lower it\n"
         )
     advice = f"recommended: {memory.describe(best)}" if best else ""
-    return "\n".join([*lines, advice or f"nothing fits: {memory.NOTHING_FITS}"])
+    if not best:
+        elsewhere = f"{memory.ELSEWHERE}, " if counts.judge else ""
+        advice = f"nothing fits: {elsewhere}{memory.NOTHING_FITS}"
+    return "\n".join([*lines, advice])
 
 
-def _assumptions(config: TrainConfig) -> str:
+def _assumptions(config: TrainConfig, counts: Counts) -> str:
     """What the numbers stand on."""
-    judge = config.reward.memory_bytes
     dtype = "fp32" if config.runtime.compute_dtype == "fp32" else "bf16"
     forward, backward = (f"{rate / 1e12:.0f}" for rate in memory.ATTENTION_RATES)
-    named = "" if judge else " (its class names no memory_bytes)"
+    rates = (memory.MATMUL_RATE, memory.TF32_RATE, memory.FP32_RATE)
+    bf16, tf32, fp32 = (f"{rate / 1e12:.0f}" for rate in rates)
+    reserve = ", ".join(f"{size / 1e9:.1f} {name}" for name, size in memory.RESERVES.items())
+    judge = f"{counts.judge / 1e9:.1f} GB on this GPU, {counts.judge_work / 1e9:.2f} more at work"
+    if not counts.judge:
+        judge = "elsewhere (its class names no memory_bytes)"
     return f"""assumed:
-  {memory.RESERVE / 1e9:.0f} GB of each GPU for CUDA, workspaces, NCCL and the allocator's gaps
+  reserve: {memory.RESERVE / 1e9:.0f} GB of each GPU ({reserve})
   GB are 1e9 bytes; compute in {dtype}; attention keeps no scores
   Triton's pointwise operations, unless policy.fused is false
   texts of the greatest length; no parallel.compile, which keeps less
   the text encoder is freed before training
   bytes: counted on diffusers' modules on the meta device, live tensors at the worst moment
-  bound: all at {memory.MATMUL_RATE / 1e12:.0f} TFLOP/s, as measured on an H100 in bf16
+  bound: all at {bf16} TFLOP/s, as measured on an H100 in bf16; a VAE in fp32 at {tf32} (TF32), a
+    forward in fp32 at {fp32}
   attention's own rates: {forward} forward, {backward} backward (torch's cuDNN attention, published)
   no time for pointwise work, communication, offloading, optimizer or a judge
-  judge: {judge / 1e9:.1f} GB on this GPU{named}"""
+  judge: {judge}"""
 
 
 def table(title: str, head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

@@ -135,8 +135,10 @@ class Trainer:
         with clock.phase("rollout"), gathered(self.policy.transformer, cfg.parallel.keep_gathered):
             share_first_step = cfg.rollout.share_first_step
             for batch in sample_videos(self.policy, rollout, share_first_step=share_first_step):
-                frames = decode(self.policy, batch.latents)
-                self.judge.submit(frames, batch.prompts, self.policy.fps)
+                # Without a name, which would hold the last frames through the update.
+                self.judge.submit(
+                    decode(self.policy, batch.latents), batch.prompts, self.policy.fps
+                )
                 if any_rank(must_abort_rollout()):
                     raise RolloutInterrupted
         with clock.phase("reward"):

@@ -157,9 +157,13 @@ def test_blocks_that_are_alike_are_counted_once_each() -> None:
 
 def test_the_sums_of_costs_by_hand() -> None:
     assert meta_model.Cost(linear=3.0, attention=4.0).flop == 7.0
-    work = memory.Work(linear=6.0, attention_forward=3.0, attention_backward=1.0)
+    work = memory.Work.of(linear=6.0, forward=3.0, backward=1.0, rate=memory.MATMUL_RATE)
     assert work.flop == 10.0
     assert work.bound == 10.0 / memory.MATMUL_RATE
+    attention = 3.0 / memory.ATTENTION_RATES[0] + 1.0 / memory.ATTENTION_RATES[1]
+    assert work.expected == pytest.approx(6.0 / memory.MATMUL_RATE + attention)
+    slower = memory.Work.of(6.0, 3.0, 1.0, memory.MATMUL_RATE / 4)
+    assert slower == pytest.approx((10.0, 4 * work.bound, 4 * work.expected))
 
 
 def test_a_policy_without_networks_on_the_meta_device(tiny_policy: Any, tiny_judge: Any) -> None:
