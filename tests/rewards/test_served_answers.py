@@ -261,6 +261,8 @@ def test_the_probability_of_ten_is_that_of_an_answer_that_begins_with_1(
 
 def test_odd_parts_of_an_answer_that_are_not_needed_are_left_out() -> None:
     assert read_answer(body("8.50", [], logprobs={})) == Answer("8.50")
+    for key in ("reasoning_content", "reasoning", "refusal"):  # cut off while it thought
+        assert read_answer(body("", [], message={"content": None, key: "The clip"})) == Answer("")
     whole = json.loads(body("8", logs(("8", -1e-9)), finish_reason="length"))
     whole["usage"] = {"prompt_tokens": 9, "prompt_tokens_details": {"cached_tokens": 5}}
     cut = Answer("8", True, ("8",), ({"8": math.exp(-1e-9)},), 9, 5)

@@ -66,7 +66,7 @@ def failure_of(error: Exception, url: str, key: str) -> TryAgain | Refused:
             return Refused(message, status)
         pause = retry_after(error.response.headers.get("retry-after", ""))
         return TryAgain(message, pause if status == 429 or pause else None)
-    cause = f" ({error.__cause__})" if error.__cause__ else ""
+    cause = f" ({error.__cause__})" if str(error.__cause__ or "") else ""
     words = f"{type(error).__name__}: {str(error) or 'no answer in time'}{cause}"
     return TryAgain(_clean(words, url, key))
 

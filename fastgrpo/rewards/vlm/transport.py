@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeVar
 
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from fastgrpo.rewards.vlm.answers import ROUNDING
 from fastgrpo.rewards.vlm.engine import Clip, Decoding
@@ -129,7 +129,17 @@ class _Part(BaseModel):
 
 
 class _Message(_Part):
-    content: str
+    content: str | None = None
+    reasoning_content: Any = None
+    reasoning: Any = None
+    refusal: Any = None
+
+    @model_validator(mode="after")
+    def _has_a_text(self) -> _Message:
+        # Servers that keep thoughts apart give null for an answer that was cut off within them.
+        if self.content is None and not (self.reasoning_content or self.reasoning or self.refusal):
+            raise ValueError("no text")
+        return self
 
 
 class _Choice(_Part):
@@ -183,14 +193,15 @@ def read_answer(body: bytes) -> Answer:
     """
     completion = _read(_Completion, body, "a chat completion with a text")
     choice = completion.choices[0]
-    choice.message.content.encode()  # JSON can spell what is no text
+    text = choice.message.content or ""
+    text.encode()  # JSON can spell what is no text
     content, usage = [], _Usage()
     with contextlib.suppress(ValidationError):
         content = _Logprobs.model_validate(choice.logprobs).content
     with contextlib.suppress(ValidationError):
         usage = _Usage.model_validate(completion.usage)
     return Answer(
-        choice.message.content,
+        text,
         choice.finish_reason == "length",
         tuple(place.token for place in content),
         tuple(
