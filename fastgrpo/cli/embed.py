@@ -10,7 +10,7 @@ import logging
 from collections.abc import Sequence
 
 from fastgrpo.distributed import collectives
-from fastgrpo.errors import fail
+from fastgrpo.errors import INPUT_ERRORS, fail
 from fastgrpo.training.preflight import checked_prompts
 from fastgrpo.training.recipe_parser import parse_config
 
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             else []
         )
         config.policy.embed([*train, *validation], collectives.start(config.runtime))
-    except (ValueError, FileNotFoundError) as error:
+    except INPUT_ERRORS as error:
         fail(error)
     logger.info(
         f"embed: {type(config.policy).__name__} has what it needs for {len(train)} training and "

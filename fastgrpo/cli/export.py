@@ -7,7 +7,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from fastgrpo.errors import fail
+from fastgrpo.errors import INPUT_ERRORS, fail
 from fastgrpo.training.export import export
 from fastgrpo.training.trust import OPTION
 
@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     try:
         folder = export(options.run, options.checkpoint, options.ema, options.output, options.trust)
-    except (ValueError, OSError) as error:
+    except INPUT_ERRORS as error:
         fail(error)
     print(f"weights and model card: {folder}")
     return 0

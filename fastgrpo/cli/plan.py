@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from fastgrpo.errors import fail, require
+from fastgrpo.errors import INPUT_ERRORS, fail, require
 from fastgrpo.planning.plan import Cluster, plan
 from fastgrpo.training.recipe_parser import parse_config
 
@@ -27,6 +27,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             require(value > 0, f"--{key}", "a number above 0", value)
         cluster = Cluster(options.gpu_memory * 1e9, options.world_size, options.gpus_per_node)
         print(plan(config, cluster))
-    except (ValueError, FileNotFoundError) as error:
+    except INPUT_ERRORS as error:
         fail(error)
     return 0

@@ -207,8 +207,14 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def iteration_of(checkpoint: Path) -> int:
-    """The iteration that a checkpoint was written after."""
-    return int(checkpoint.name.removeprefix(_PREFIX))
+    """The iteration that a checkpoint was written after.
+
+    Raises:
+        UserError: Its folder has another name than `save` gave it.
+    """
+    number = checkpoint.name.removeprefix(_PREFIX)
+    require(number.isdecimal(), "checkpoint", f"a folder {_PREFIX}NNNNNN", checkpoint.name)
+    return int(number)
 
 
 def prune(folder: Path, keep: int) -> None:

@@ -4,8 +4,6 @@ card.
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from fastgrpo.config import TrainConfig
 from fastgrpo.errors import require
+from fastgrpo.files import atomic_folder
 from fastgrpo.policies.lora import has_lora
 from fastgrpo.policies.model_files import fetch
 from fastgrpo.training import checkpoint
@@ -46,10 +45,11 @@ def export(
         The folder.
 
     Raises:
-        ValueError, FileNotFoundError: There is no such run or checkpoint, or it is damaged; it has
-            no average; the folder is not new.
+        ValueError, OSError: There is no such run or checkpoint, or it is damaged; it has no
+            average; the folder is not new, or cannot be written.
     """
     config, path = open_run(run, checkpoint_name, trust)
+    iteration = checkpoint.iteration_of(path)
     folder = Path(output or Path(run) / "export" / f"{path.name}{'_ema' * ema}")
     if not trust and not output:
         check_links(Path(run), "export")
@@ -61,15 +61,13 @@ def export(
     policy.attention = "native"  # nothing is computed: the run's own need not be installed
     policy.load(torch.device("cpu"))
     checkpoint.load_weights(path, policy.transformer, ema)
-    # No name ever points to half an export.
-    partial = folder.with_name(f".partial-{folder.name}")
-    shutil.rmtree(partial, ignore_errors=True)
-    policy.save_pretrained(partial, policy.transformer.state_dict())
-    metrics, iteration = Path(run) / "metrics.jsonl", int(path.name.rpartition("_")[2])
+    metrics = Path(run) / "metrics.jsonl"
     rows = read_metrics(metrics) if metrics.is_file() else []
     rows = [row for row in rows if row["iteration"] <= iteration]
-    model_card(config, rows, iteration, ema).save(partial / "README.md")
-    os.replace(partial, folder)
+    # No name ever points to half an export.
+    with atomic_folder(folder) as partial:
+        policy.save_pretrained(partial, policy.transformer.state_dict())
+        model_card(config, rows, iteration, ema).save(partial / "README.md")
     return folder
 
 

@@ -100,14 +100,19 @@ def open_run(run: str, name: str, trust: bool = False) -> tuple[TrainConfig, Pat
 
 
 def find_checkpoint(name: str, folder: Path) -> Path:
-    """The folder of the checkpoint of this name in a run folder, or of this path, verified."""
-    places = dict.fromkeys([folder / "checkpoints" / name, Path(name)])
-    for place in places:
+    """The folder of the checkpoint of this name in a run folder, or of this path, verified; of the
+    newest for `latest`.
+    """
+    saved = checkpoint.list_checkpoints(folder / "checkpoints")
+    places = list(dict.fromkeys([folder / "checkpoints" / name, Path(name)]))
+    # Not by the link of that name, which need not be there.
+    for place in saved[:1] if name == "latest" else places:
         if place.is_dir():
             checkpoint.verify(place.resolve())
             return place.resolve()
+    there = f"; there are {', '.join(path.name for path in saved)}" if saved else ""
     raise FileNotFoundError(
-        f"checkpoint: expected a checkpoint, found none at {' or '.join(map(str, places))}"
+        f"checkpoint: expected a checkpoint, found none at {' or '.join(map(str, places))}{there}"
     )
 
 

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import pickle
+import shutil
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from fastgrpo import __main__ as command_line
+from fastgrpo.shapes.policy import ShapesPolicy
+from fastgrpo.training import checkpoint
 from fastgrpo.training.export import model_card
 from fastgrpo.training.recipe_parser import parse_config
 
@@ -38,6 +45,57 @@ def test_export_of_the_embedded_world(train: Any, start: Any, tmp_path: Path) ->
     assert (
         'WanTransformer3DModel.from_pretrained("THIS_FOLDER")' in (first / "README.md").read_text()
     )
+
+
+class Payload:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.folder),)
+
+
+def test_what_an_export_may_meet(
+    train: Any, start: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The link became a folder; the disk is full; the checkpoint is a stranger's."""
+    run = train(tmp_path / "run", "--iterations 1")
+    saved = run.folder / "checkpoints"
+
+    def export() -> Any:
+        return start(tmp_path, ["export", str(run.folder)], main=command_line.main)
+
+    def fill_disk(self: ShapesPolicy, folder: Path, weights: Any) -> None:
+        folder.mkdir(parents=True)
+        (folder / "half").write_text("of a file")
+        raise SafetensorError("Error while serializing: I/O error: Os { code: 28, kind: Full }")
+
+    (saved / "latest").unlink()
+    shutil.copytree(saved / "iteration_000001", saved / "latest")
+    with monkeypatch.context() as patch:
+        patch.setattr(ShapesPolicy, "save_pretrained", fill_disk)
+        full = export()
+    folder = run.folder / "export" / "iteration_000001"
+    assert (full.code, full.err) == (2, f"error: no space left on device: {folder}\n")
+    assert not any(folder.parent.iterdir())
+    assert export().code == 0
+    assert (folder / "README.md").is_file()
+
+    path = saved / "iteration_000001"
+    (path / ".metadata").write_bytes(pickle.dumps(Payload(tmp_path / "made")))
+    (path / "manifest.json").unlink()
+    files = {file.name: checkpoint._entry(file) for file in path.iterdir()}
+    checkpoint._write_manifest(path, files)
+    shutil.rmtree(run.folder / "export")
+    resumed = train(run.folder, "--iterations 2 --resume auto")
+    for refused in (export(), resumed):
+        assert refused.code == 2
+        (line,) = refused.err.splitlines()
+        assert "iteration_000001/.metadata: expected the metadata of a checkpoint" in line
+    assert not (tmp_path / "made").exists()
+    renamed = ["export", str(run.folder), "--checkpoint", str(saved / "latest")]
+    (line,) = start(tmp_path, renamed, main=command_line.main).err.splitlines()
+    assert line == "error: checkpoint: expected a folder iteration_NNNNNN, got 'latest'"
 
 
 def test_a_card_says_whose_scores_it_shows() -> None:

@@ -4,8 +4,11 @@ hang when the ranks differ.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Callable
@@ -16,6 +19,7 @@ import pytest
 import torch
 
 from fastgrpo.shapes.captions import train_captions
+from fastgrpo.training import checkpoint
 
 ONE_UPDATE = [
     "--rollout.num_generations 6",
@@ -230,7 +234,9 @@ def test_ranks_with_nothing_to_train_keep_step(
         assert ours["num_skipped_groups"] == theirs["num_skipped_groups"]
 
 
-def test_a_rank_that_dies_takes_the_job_down(tmp_path: Path, tiny: Any, torchrun: Any) -> None:
+def test_a_rank_whose_judge_fails_ends_the_job_with_a_checkpoint(
+    tmp_path: Path, tiny: Any, torchrun: Any
+) -> None:
     begun = time.monotonic()
     broken = ["--iterations 500", "--reward.class_path tiny_parts.BrokenJudge"]
     job = torchrun(tiny(tmp_path / "run", *broken), 2, tmp_path)
@@ -241,6 +247,45 @@ def test_a_rank_that_dies_takes_the_job_down(tmp_path: Path, tiny: Any, torchrun
     assert "RuntimeError: this judge broke on purpose" in out
     assert "tiny_parts.py" in out
     assert (tmp_path / "run" / "metrics.jsonl").read_text().count("\n") == 3
+    # Both ranks answered, so that the last finished iteration is kept.
+    saved = tmp_path / "run" / "checkpoints" / "iteration_000002"
+    checkpoint.verify(saved)
+    (line,) = [line for line in out.splitlines() if line.startswith("stopped after iteration 2: ")]
+    assert (
+        f"rank 1 failed: RuntimeError: this judge broke on purpose; the checkpoint is {saved}"
+        in line
+    )
+    assert line.endswith("--resume auto")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stopped", [0, 1])
+def test_a_rank_that_is_stopped_is_named(
+    tmp_path: Path, tiny: Any, torchrun: Any, stopped: int
+) -> None:
+    argv = ["--iterations 500 --checkpoint.interval 1 --runtime.timeout_minutes 0.15"]
+    job = torchrun(tiny(tmp_path / "run", *argv), 2, tmp_path)
+    for line in job.stdout:
+        if line.startswith("iteration     2 "):
+            break
+    (tasks,) = Path(f"/proc/{job.pid}/task").glob(str(job.pid))
+    workers = [int(pid) for pid in (tasks / "children").read_text().split()]
+    by_rank = {
+        int(dict(e.partition("=")[::2] for e in env.split("\0"))["RANK"]): pid
+        for pid in workers
+        if "RANK=" in (env := Path(f"/proc/{pid}/environ").read_text())
+    }
+    os.kill(by_rank[stopped], signal.SIGSTOP)
+    try:
+        out = finish(job)
+    finally:
+        for pid in workers:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+    assert job.returncode != 0
+    assert f"no answer from rank {stopped}, which" in out
+    assert "no checkpoint of it: RanksLost" in out
+    assert "--resume auto" in out
 
 
 def test_prompts_that_ranks_cannot_share(
