@@ -9,7 +9,7 @@ from pathlib import Path
 
 from huggingface_hub import errors, snapshot_download
 
-from fastgrpo.errors import require
+from fastgrpo.errors import UserError, require
 
 
 def fetch_files(
@@ -68,10 +68,22 @@ def fetch_files(
 
 
 def require_weights(folder: Path, key: str) -> None:
-    """FileNotFoundError if the folder has no safetensors, or not all that its index names."""
+    """Check that a folder has safetensors, and all that its index names.
+
+    Raises:
+        FileNotFoundError: It has not.
+        UserError: The index is damaged.
+    """
     files = {path.name for path in folder.glob("*.safetensors")}
     for index in folder.glob("*.safetensors.index.json"):
-        named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        try:
+            content = json.loads(index.read_text(encoding="utf-8"))
+            named = set(map(str, content["weight_map"].values()))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            got = f"{type(error).__name__}: {error}"
+            raise UserError(
+                f"{key}.model: expected JSON with a weight_map of names in {index}, got {got}"
+            ) from error
         if missing := sorted(named - files):
             raise FileNotFoundError(
                 f"{key}.model: expected the files that {index} names, found no {missing[0]} "

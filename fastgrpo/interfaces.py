@@ -28,12 +28,14 @@ class Policy(ABC):
         model: Hub name or folder of the pipeline in diffusers' format that the weights came from;
             None for a policy that has none.
         attention: The attention backend, in diffusers' words.
+        loaded_by: The method of diffusers that takes what `save_pretrained` writes.
     """
 
     transformer: nn.Module
     fps: int
     model: str | None = None
     attention: str = "native"
+    loaded_by: str = "from_pretrained"
 
     @abstractmethod
     def latent_shape(self, height: int, width: int, num_frames: int) -> tuple[int, ...]:

@@ -63,11 +63,18 @@ def read_configs(folder: Path, pipeline: type, parts: Mapping[str, type]) -> dic
     require(got == pipeline.__name__, key, f"a {pipeline.__name__}", got)
     configs: dict[str, Any] = {"index": index}
     for name, kind in parts.items():
-        got = (index.get(name) or [None, None])[1]
+        part = index.get(name)
+        got = part[1] if isinstance(part, list) and len(part) > 1 else part
         require(got == kind.__name__, key, f"a {kind.__name__} as {name}", got)
         config = _read_json(folder, f"{name}/config.json")
         if hasattr(kind, "config_class"):
-            configs[name] = kind.config_class.from_dict(config)
+            try:
+                configs[name] = kind.config_class.from_dict(config)
+            except Exception as error:  # transformers' own checks of types raise what they like
+                where = f"policy.model: {folder / name / 'config.json'}"
+                raise UserError(
+                    f"{where}: expected a {kind.config_class.__name__}, got {error}"
+                ) from error
         else:
             parameters = inspect.signature(kind).parameters.values()
             defaults = {p.name: p.default for p in parameters if p.default is not p.empty}

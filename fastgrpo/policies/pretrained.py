@@ -224,6 +224,7 @@ class DiffusersPolicy(Policy):
         """
         transformer.eval().requires_grad_(self.lora is None)
         if self.lora is not None:
+            self.loaded_by = "load_lora_weights"
             add_lora(transformer, self.lora, self.lora_targets)
         self.is_fused = fused_serves(device) if self.fused == "auto" else bool(self.fused)
         if self.is_fused:
@@ -320,7 +321,8 @@ class DiffusersPolicy(Policy):
         if Path(self.model).expanduser().is_dir():
             parts = sorted(folder.iterdir())
             is_text = re.compile(r"(text_encoder|tokenizer)(_\d)?").fullmatch
-            identity = {part.name: fingerprint(part) for part in parts if is_text(part.name)}
+            # Every byte: an encoder may differ in one token's row of its embedding.
+            identity = {p.name: fingerprint(p, whole=True) for p in parts if is_text(p.name)}
         identity |= {
             "encoder": f"{self.pipeline_class.__name__}.encode_prompt",
             "length": str(self.max_sequence_length),
@@ -333,7 +335,13 @@ class DiffusersPolicy(Policy):
         """The configuration of each part, checked; needs no weights."""
         folder = fetch(self.model, self.revision, CONFIG_FILES)
         configs = read_configs(folder, self.pipeline_class, self.part_classes)
-        self.check_configs(folder, configs)
+        try:
+            self.check_configs(folder, configs)
+        except (TypeError, KeyError, AttributeError) as error:
+            raise UserError(
+                f"policy.model: expected the values of a {self.pipeline_class.__name__} in the "
+                f"config.json files of {folder}, got {type(error).__name__}: {error}"
+            ) from error
         return configs
 
 

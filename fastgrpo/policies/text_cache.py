@@ -19,12 +19,12 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import secrets
 import time
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,6 +52,10 @@ what a kill may cost.
 """
 _FORMAT = 2  # part of the folder's name, so that shards of the earlier format are not read
 _WHOLE_FILE = 1 << 25  # bytes up to which `fingerprint` reads all of a file
+_STRIDE, _SAMPLE = (
+    1 << 22,
+    1 << 16,
+)  # bytes: of a larger file it reads the second in each of the first
 
 
 class _Entry(NamedTuple):
@@ -150,10 +154,11 @@ class TextCache:
             with safe_open(path, framework="pt") as file:  # fails if the file is cut short
                 header = file.metadata()
             identity, prompts = (json.loads(header[key]) for key in ("identity", "prompts"))
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+            entries = {key: [str(checksum), *names] for key, (checksum, *names) in prompts.items()}
+        except Exception as error:  # whatever a damaged header brings about
             raise _damaged(path, error) from error
         require(identity == self.identity, str(path), f"embeddings of {self.identity}", identity)
-        return dict(prompts)
+        return entries
 
 
 def embed_missing(
@@ -190,26 +195,26 @@ def embed_missing(
         collectives.gather(None)  # nobody writes before all have counted
     world, rank = collectives.world_size(), collectives.rank()
     mine = [p for p in missing if int(prompt_key(p), 16) % world == rank]
-    if rank == 0:
-        _remove_old_partial_files(cache.folder)
     shard: dict[str, dict[str, Tensor]] = {}
     size, start = 0, time.monotonic()
     written = start
-    try:
-        for prompt in tqdm(mine, "embed", unit="prompt", disable=None if rank == 0 else True):
-            shard[prompt] = _checked(prompt, encode_one(prompt))
-            size += sum(tensor.nbytes for tensor in shard[prompt].values())
-            now = time.monotonic()
-            is_late = now - written > max(SHARD_SECONDS, (now - start) / 20)
-            if size >= SHARD_BYTES or len(shard) >= SHARD_PROMPTS or is_late:
+    joined = collectives.failing_together if collectives.started() else nullcontext
+    with joined("text embeddings"):
+        if rank == 0:
+            _remove_old_partial_files(cache.folder)
+        try:
+            for prompt in tqdm(mine, "embed", unit="prompt", disable=None if rank == 0 else True):
+                shard[prompt] = _checked(prompt, encode_one(prompt))
+                size += sum(tensor.nbytes for tensor in shard[prompt].values())
+                now = time.monotonic()
+                is_late = now - written > max(SHARD_SECONDS, (now - start) / 20)
+                if size >= SHARD_BYTES or len(shard) >= SHARD_PROMPTS or is_late:
+                    cache.write(shard)
+                    shard, size, written = {}, 0, now
+        finally:
+            if shard:
                 cache.write(shard)
-                shard, size, written = {}, 0, now
-    finally:
-        if shard:
-            cache.write(shard)
-    if collectives.started():
-        collectives.gather(None)  # all have written
-    cache.refresh()
+    cache.refresh()  # all have written
     if collectives.started():
         unseen = collectives.gather(len(cache.missing(prompts)))
         require(
@@ -225,10 +230,13 @@ def embed_missing(
     return len(mine)
 
 
-def fingerprint(folder: Path) -> str:
+def fingerprint(folder: Path, whole: bool = False) -> str:
     """SHA-256, in 16 hex digits, over the names, sizes and bytes of a model's files.
 
-    A file above 32 MiB counts with its first and last MiB only: 11 GB of weights take milliseconds.
+    Args:
+        folder: The model.
+        whole: Read every byte, some seconds for 10 GB. Otherwise a file above 32 MiB counts with
+            64 KiB in every 4 MiB and its end, which notice a tensor that has changed throughout.
 
     Raises:
         FileNotFoundError: There is no such folder, or no file in it.
@@ -236,15 +244,23 @@ def fingerprint(folder: Path) -> str:
     files = sorted(p for p in Path(folder).rglob("*") if p.is_file() and not p.name.startswith("."))
     if not files:
         raise FileNotFoundError(f"expected a folder with a model's files, found none at {folder}")
-    digest = hashlib.sha256()
-    for file in files:
+
+    def digest_of(file: Path) -> bytes:
         size = file.stat().st_size
-        digest.update(f"{file.relative_to(folder).as_posix()} {size}\n".encode())
         with open(file, "rb") as stream:
-            if size > _WHOLE_FILE:
-                digest.update(stream.read(1 << 20))
-                stream.seek(-(1 << 20), os.SEEK_END)
-            digest.update(stream.read())
+            if whole or size <= _WHOLE_FILE:
+                return hashlib.file_digest(stream, "sha256").digest()
+            digest = hashlib.sha256()
+            for start in (*range(0, size, _STRIDE), size - _SAMPLE):
+                stream.seek(start)
+                digest.update(stream.read(_SAMPLE))
+        return digest.digest()
+
+    digest = hashlib.sha256()
+    with ThreadPoolExecutor() as pool:  # hashing lets other threads run
+        for file, content in zip(files, pool.map(digest_of, files), strict=True):
+            name = f"{file.relative_to(folder).as_posix()} {file.stat().st_size}\n"
+            digest.update(name.encode(errors="surrogateescape") + content)
     return digest.hexdigest()[:16]
 
 

@@ -350,7 +350,7 @@ def conclude(trainer: Trainer, done: int, failed: bool) -> int:
                     trainer.policy.save_pretrained(partial, weights)
     logger.info(
         f"done: {folder}/ holds metrics.jsonl, samples/ (mp4), checkpoints/latest, "
-        "transformer/ (for diffusers' from_pretrained)"
+        f"transformer/ (for diffusers' {trainer.policy.loaded_by})"
         + (" and tensorboard/" if "tensorboard" in config.tracking.trackers else "")
     )
     return 0

@@ -158,7 +158,9 @@ print(json.dumps([same, grown, buffers]))
 def test_an_error_of_one_rank_ends_all(
     large_wan: Path, tmp_path: Path, run_ranks: Any, bad_rank: int
 ) -> None:
-    """The folder of one rank's machine lacks the weights of a part that this rank reads."""
+    """The folder of one rank's machine lacks the weights of a part that this rank reads
+    (`collectives.failing_together`).
+    """
     shutil.copytree(large_wan, tmp_path / "bad")
     part = tmp_path / "bad" / ("vae" if bad_rank else "transformer")
     (part / "diffusion_pytorch_model.safetensors").unlink()

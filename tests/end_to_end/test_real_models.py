@@ -382,7 +382,7 @@ def test_lora(
         "--update.gradient_accumulation",
         "1",
     ]
-    job(
+    said = job(
         arguments(
             "wan2.1_t2v_1.3b",
             wan_folder,
@@ -392,6 +392,7 @@ def test_lora(
             "1e-2",
         )
     )
+    assert "transformer/ (for diffusers' load_lora_weights)" in said
     assert_exact_and_learning(tmp_path / "run", 2)
     fastgrpo(environment, "export", tmp_path / "run")
     export = tmp_path / "run" / "export" / "iteration_000002"

@@ -155,8 +155,15 @@ RANKS = """
         refused = ""
     except ValueError as error:
         refused = str(error)
+    try:
+        broken = encode if rank else lambda prompt: {{}}
+        embed_missing(TextCache(folder / "one fails", {{}}), prompts, broken)
+        failed = ""
+    except ValueError as error:
+        failed = str(error)
     collectives.stop()
-    print(json.dumps([alone_asked, alone.missing(prompts), together_asked, seen, refused]))
+    result = [alone_asked, alone.missing(prompts), together_asked, seen, refused, failed]
+    print(json.dumps(result))
 """
 
 
@@ -169,7 +176,9 @@ def test_ranks_share_the_work_and_all_see_all_of_it(
     assert shares[0] | shares[1] == set(prompts)
     assert not shares[0] & shares[1]
     assert min(map(len, shares)) > 10
-    for rank, (_, missing, together_asked, seen, refused) in enumerate(results):
+    for rank, (_, missing, together_asked, seen, refused, failed) in enumerate(results):
+        # An encoder that fails on one rank ends the command on all.
+        assert failed.startswith("text embeddings: failed on rank 0: " if rank else "the text enco")
         assert missing == []
         # The same shares before and after `collectives.start`, and nothing twice.
         assert sorted(together_asked) == sorted(shares[rank])

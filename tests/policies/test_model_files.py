@@ -152,6 +152,19 @@ def test_damaged_weights(folder: Path) -> None:
     )
     with pytest.raises(FileNotFoundError, match=r"policy.model: .* found no b.safetensors"):
         WanPolicy(str(folder)).load(CPU)
+    for content in ("[]", "{", '{"weight_map": 3}', "{}"):
+        (folder / "transformer" / "diffusion_pytorch_model.safetensors.index.json").write_text(
+            content
+        )
+        with pytest.raises(ValueError, match=r"policy.model: expected JSON with a weight_map"):
+            WanPolicy(str(folder)).load(CPU)
+    (folder / "text_encoder" / "config.json").write_text('{"d_model": "wide"}')
+    with pytest.raises(ValueError, match=r"policy.model: .*config"):
+        WanPolicy(str(folder)).load(CPU)
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"vae": 5}))
+    with pytest.raises(ValueError, match=r"expected a AutoencoderKLWan as vae, got 5"):
+        WanPolicy(str(folder)).load(CPU)
     (folder / "model_index.json").write_text("{")
     with pytest.raises(ValueError, match=r"policy.model: expected JSON in"):
         WanPolicy(str(folder)).load(CPU)

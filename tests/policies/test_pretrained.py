@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from diffusers import WanTransformer3DModel
+from diffusers import WanPipeline, WanTransformer3DModel
 
 from fastgrpo.policies.hunyuan_video import HunyuanVideoPolicy
 from fastgrpo.policies.lora import LoRA, add_lora, has_lora
@@ -47,6 +48,34 @@ def test_texts_are_padded_with_zeros_to_one_length() -> None:
     got = DiffusersPolicy.padded(policy, rows)
     assert got.dtype == torch.float32
     assert got.tolist() == [[[1, 2], [0, 0], [0, 0]], [[1, 1]] * 3]
+
+
+def test_embeddings_belong_to_the_model_and_settings_that_made_them(
+    wan_folder: Path, tmp_path: Path
+) -> None:
+    """Other weights under the same path, a longer text, another precision: another cache."""
+    folder = tmp_path / "model"
+    shutil.copytree(wan_folder, folder)
+    common: Any = {"model": str(folder), "text_cache": str(tmp_path / "text")}
+
+    def place(**settings: Any) -> Path:
+        return WanPolicy(**common, **settings).cache.folder
+
+    places = [place(), place(max_sequence_length=256), place(text_dtype="fp32")]
+    for file in ("text_encoder/model.safetensors", "tokenizer/tokenizer.json"):
+        content = (folder / file).read_bytes()
+        (folder / file).write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
+        places.append(place())
+    assert len(set(places)) == 5
+    assert place() == places[-1]
+
+
+def test_a_policy_says_what_loads_its_weights(wan_folder: Path) -> None:
+    for lora, method in ((None, "from_pretrained"), (LoRA(rank=1), "load_lora_weights")):
+        policy = WanPolicy(str(wan_folder), lora=lora)
+        policy.load(torch.device("cpu"))
+        assert policy.loaded_by == method
+        assert hasattr(WanPipeline, method)
 
 
 def test_a_network_has_a_lora_once_it_is_added() -> None:

@@ -304,6 +304,15 @@ def test_embeddings_of_another_encoder_are_refused(filled: TextCache, tmp_path: 
         other.refresh()
 
 
+@pytest.mark.parametrize("prompts", ["[1]", "5", '{"key": 5}', '{"key": []}', "[" * 9999, "null"])
+def test_an_odd_header_is_one_line(cache: TextCache, prompts: str) -> None:
+    cache.folder.mkdir()
+    header = {"identity": json.dumps(IDENTITY), "prompts": prompts}
+    save_file({"a": torch.zeros(1)}, cache.folder / "000000-0.safetensors", header)
+    with pytest.raises(ValueError, match=r"000000-0.safetensors: cannot be read \(.*Delete it"):
+        cache.refresh()
+
+
 def test_a_prompt_that_was_made_twice_keeps_the_embedding_it_had(
     filled: TextCache, tmp_path: Path
 ) -> None:
@@ -344,11 +353,17 @@ def test_a_fingerprint_is_that_of_names_and_bytes(tmp_path: Path) -> None:
         lambda: (folder / "config.json").rename(folder / "settings.json"),
         lambda: write_at(folder / "part" / "weights", 0),
         lambda: write_at(folder / "part" / "weights", (40 << 20) - 1),
+        lambda: write_at(folder / "part" / "weights", 8 << 20),
         lambda: os.truncate(folder / "part" / "weights", 39 << 20),
     ):
         change()
         seen.append(fingerprint(folder))
-    assert len(set(seen)) == len(seen) == 6
+    assert len(set(seen)) == len(seen) == 7
+    # A single byte between the samples.
+    every = fingerprint(folder, whole=True)
+    write_at(folder / "part" / "weights", (8 << 20) + (2 << 20))
+    assert fingerprint(folder) == seen[-1]
+    assert fingerprint(folder, whole=True) != every
     with pytest.raises(FileNotFoundError, match="none"):
         fingerprint(tmp_path / "none")
 
