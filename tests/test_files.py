@@ -15,6 +15,7 @@ import pytest
 from fastgrpo import files
 from fastgrpo.errors import one_line
 from fastgrpo.files import (
+    atomic_folder,
     atomic_write,
     atomic_write_text,
     find_file,
@@ -145,7 +146,7 @@ def test_a_disk_that_fails_is_no_matter_of_ability(
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(OSError) as caught:
+    with pytest.raises(OSError, match="Input/output") as caught:
         sync(tmp_path)
     assert one_line(caught.value) == f"input/output error: {tmp_path}"
 
@@ -153,13 +154,28 @@ def test_a_disk_that_fails_is_no_matter_of_ability(
 def test_a_full_disk_is_said_with_the_file_that_was_to_be_written(tmp_path: Path) -> None:
     """The kernel's error of a write names no file."""
     (tmp_path / "a.txt").write_text("old")
-    with pytest.raises(OSError) as caught, atomic_write(tmp_path / "a.txt"):
+    with pytest.raises(OSError, match="No space") as caught, atomic_write(tmp_path / "a.txt"):
         os.write(os.open("/dev/full", os.O_WRONLY), b"x")
     assert one_line(caught.value) == f"no space left on device: {tmp_path / 'a.txt'}"
     assert os.listdir(tmp_path) == ["a.txt"]
     with pytest.raises(ConnectionError) as other, naming(tmp_path):
         raise ConnectionError("no answer")
     assert one_line(other.value) == "no answer", "an error of something else stays as it is"
+
+
+def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+    folder = tmp_path / "weights"
+    for content in ("first", "second"):
+        with atomic_folder(folder) as partial:
+            partial.mkdir()
+            (partial / content).touch()
+        assert (os.listdir(tmp_path), os.listdir(folder)) == (["weights"], [content])
+    with pytest.raises(FileNotFoundError), atomic_folder(folder) as partial:
+        (partial / "nowhere" / "a").touch()
+    with pytest.raises(OSError, match="No space left") as caught, atomic_folder(folder):
+        raise RuntimeError("Error while serializing: I/O error: Os { code: 28, kind: StorageFull }")
+    assert caught.value.filename == str(folder)
+    assert (os.listdir(tmp_path), os.listdir(folder)) == (["weights"], ["second"])
 
 
 def test_links_are_neither_followed_nor_emptied(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from fastgrpo.algorithm.seeds import derive_seed
 from fastgrpo.config import RolloutConfig
 from fastgrpo.distributed.collectives import gather, rank, world_size
 from fastgrpo.distributed.sharding import gathered
+from fastgrpo.files import atomic_folder
 from fastgrpo.interfaces import Policy
 from fastgrpo.rewards.queue import ScoringQueue
 from fastgrpo.training.decode import decode
@@ -99,14 +100,16 @@ def evaluate(trainer: Trainer, prompts: list[str], iteration: int) -> dict[str, 
             compute_dtype=trainer.compute_dtype,
         )
         if rank() == 0 and len(validation.videos):
-            save_samples(
-                config.run_folder / "samples" / f"iteration_{iteration:06d}",
-                validation.videos,
-                validation.prompts_shown,
-                policy.fps,
-                validation.scores_shown,
-                stages,
-            )
+            folder = config.run_folder / "samples" / f"iteration_{iteration:06d}"
+            with atomic_folder(folder) as partial:
+                save_samples(
+                    partial,
+                    validation.videos,
+                    validation.prompts_shown,
+                    policy.fps,
+                    validation.scores_shown,
+                    stages,
+                )
     means = zip(stages, validation.stage_means(len(stages)), strict=True)
     return {
         **{f"eval/rewards/{stage}/mean": value for stage, value in means},

@@ -5,7 +5,9 @@ the line that says how to go on; and the run that goes on is the one that was ne
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -187,3 +189,75 @@ def test_a_folder_that_cannot_be_made_is_one_line(
     (line,) = run.err.splitlines()
     said = ("not a directory", "file name too long", "permission denied")
     assert any(f"error: {words}: {tmp_path}" in line for words in said)
+
+
+@pytest.mark.slow
+def test_a_file_system_without_links_locks_modes_and_fsync_of_folders(
+    tmp_path: Path,
+    train: Train,
+    interrupt: Any,
+    uninterrupted: Path,
+    tensors: Any,
+    rows_without_times: Any,
+) -> None:
+    def lack(code: int) -> Callable[..., None]:
+        def refuse(*_: object, **__: object) -> None:
+            raise OSError(code, os.strerror(code))
+
+        return refuse
+
+    fsync = os.fsync
+
+    def only_files(descriptor: int) -> None:
+        lack(errno.EINVAL)() if stat.S_ISDIR(os.fstat(descriptor).st_mode) else fsync(descriptor)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "symlink", lack(errno.EPERM))
+        patch.setattr(os, "fsync", only_files)
+        patch.setattr(Path, "chmod", lack(errno.ENOTSUP))
+        patch.setattr(fcntl, "flock", lack(errno.ENOLCK))
+        with interrupt(2):
+            assert train(tmp_path / "run", *ARGUMENTS).code == 0
+        run = train(tmp_path / "run", *ARGUMENTS, "--resume auto")
+    assert run.code == 0
+    assert run.out.count("has no locks") == 1
+    assert rows_without_times(run.folder) == rows_without_times(uninterrupted)
+    saved = sorted(path.name for path in (run.folder / "checkpoints").iterdir())
+    assert saved == ["iteration_000002", "iteration_000004"]
+
+
+@pytest.mark.slow
+def test_a_tracker_that_goes_down_costs_nothing(
+    tmp_path: Path, train: Train, uninterrupted: Path, assert_same_end: Any
+) -> None:
+    from torch.utils.tensorboard import SummaryWriter
+
+    def fail(*_: object, **__: object) -> None:
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SummaryWriter, "add_scalar", fail)
+        run = train(tmp_path / "run", *ARGUMENTS, "--tracking.trackers [tensorboard]")
+    assert run.code == 0
+    assert run.out.count("tracker 'tensorboard' failed, and the run goes on without it") == 1
+    assert_same_end(run.folder, uninterrupted)
+
+
+def test_scores_out_of_range_do_not_end_a_run(
+    tmp_path: Path, train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The video is without a score, counted, and the reason is said where the run stops for it."""
+
+    def score(self: Any, videos: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        scores = torch.full((len(videos), 3), 0.5) + torch.arange(len(videos))[:, None] / 10
+        scores[0] = 1.5
+        return scores, torch.ones(len(videos), dtype=torch.bool)
+
+    monkeypatch.setattr(tiny_parts.SmoothJudge, "score", score)
+    run = train(tmp_path / "run", "--iterations 1 --scoring.max_invalid_share 0.3")
+    assert run.code == 0
+    assert run.trained_rows[0]["num_invalid_videos"] == 2
+    assert run.trained_rows[0]["judge/refused"] == 3, "one of the evaluation, one a group"
+    stopped = train(tmp_path / "other", "--iterations 2 --scoring.max_invalid_share 0.2")
+    assert stopped.code == 1
+    assert "SmoothJudge: expected scores in [0, 1], got [1.5, 1.5, 1.5] for" in stopped.out

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from fastgrpo.config import CheckpointConfig, TrackingConfig
+from fastgrpo.training import run_folder
 from fastgrpo.training.run_folder import (
     claim,
     differences,
@@ -231,3 +232,16 @@ def test_the_command_that_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     # Of several nodes no process knows how their launcher was called.
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert resume_command(Path("a")).startswith("(your launcher) -m fastgrpo train --config a/")
+
+
+def test_one_checkpoint_too_many_goes_at_a_resume(
+    config: Any, one_rank: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kill between the renaming of a checkpoint and the pruning leaves it."""
+    saved = [config.run_folder / "checkpoints" / f"iteration_00000{i}" for i in (1, 2, 3)]
+    for path in saved:
+        path.mkdir(parents=True)
+    monkeypatch.setattr(run_folder.checkpoint, "newest", lambda folder: saved[-1])
+    config.resume, config.checkpoint = "auto", CheckpointConfig(keep=2)
+    assert find_checkpoint(config) == (saved[-1], True)
+    assert [path.exists() for path in saved] == [False, True, True]
