@@ -31,5 +31,5 @@ def main(argv: Sequence[str] | None = None) -> int:
         folder = export(options.run, options.checkpoint, options.ema, options.output, options.trust)
     except INPUT_ERRORS as error:
         fail(error)
-    print(f"weights and model card: {folder}")
+    print(f"weights, and a model card that says how to load them: {folder}")
     return 0
