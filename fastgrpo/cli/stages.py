@@ -2,9 +2,8 @@
 several sets side by side.
 
 Takes the files of `python -m fastgrpo score`, other .jsonl files with {"video": path, "rewards":
-{stage: number}} a line, and samples.json beside saved samples. The 95 % intervals are of a
-bootstrap over prompts (percentiles), so several videos of one prompt do not count as independent
-ones.
+{stage: number}} a line, and samples.json beside saved samples. The 95 % intervals are Student's t
+over prompts, so several videos of one prompt do not count as independent ones.
 """
 
 from __future__ import annotations

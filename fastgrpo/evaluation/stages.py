@@ -25,8 +25,6 @@ from fastgrpo.evaluation.score_rows import (
 from fastgrpo.evaluation.tables import number, render_table, write_csv, write_json
 from fastgrpo.training.trust import check_links
 
-RESAMPLES = 10_000
-CHUNK = 500
 Floats = NDArray[np.float64]
 Numbers = dict[str, Any]
 """Statistics of one stage by name, as JSON."""
@@ -36,7 +34,6 @@ def compare_stages(
     scores: Sequence[Path],
     names: Sequence[str] | None = None,
     components: bool = False,
-    seed: int = 0,
     output: Path | None = None,
 ) -> str:
     """Summarize the stage scores of each set of videos, and the difference to the first set.
@@ -48,7 +45,6 @@ def compare_stages(
         names: Names of the sets, in the same order; by default those of the files.
         components: Take a published model's raw scores, such as VideoAlign's VQ, MQ and TA, in
             place of the rewards.
-        seed: Seed of the bootstrap.
         output: Folder to write to; by default `stages` beside the first file.
 
     Returns:
@@ -57,7 +53,6 @@ def compare_stages(
     Raises:
         UserError, OSError: Files that cannot be read, or that have different stages.
     """
-    require(seed >= 0, "seed", "at least 0", seed)
     names = name_files(scores, names)
     files = [read_scores(path) for path in scores]
     if components:
@@ -67,11 +62,11 @@ def compare_stages(
     sets, content = {}, {}
     for name, file in zip(names, files, strict=True):
         sets[name] = _score_matrix(file.rows, stages)
-        summaries = summarize(sets[name], _prompts_of(file.rows), seed)
+        summaries = summarize(sets[name], _prompts_of(file.rows))
         differences: dict[str, Numbers] = {}
         try:
             if file is not files[0]:
-                differences = compare(files[0], file, stages, seed)
+                differences = compare(files[0], file, stages)
         except UserError as error:
             why = str(error).removeprefix("scores: ")
             notes.append(f"{name}: no difference to {names[0]}: {why}")
@@ -84,7 +79,7 @@ def compare_stages(
     if output is None:
         check_links(folder.parent, folder.name)
     folder.mkdir(parents=True, exist_ok=True)
-    settings = {"stages": stages, "seed": seed, "resamples": RESAMPLES, "first": names[0]}
+    settings = {"stages": stages, "first": names[0]}
     write_json(folder / "stages.json", settings | {"notes": notes, "sets": content})
     rows = _stage_rows(content)
     write_csv(folder / "stages.csv", rows)
@@ -92,7 +87,7 @@ def compare_stages(
     lines = [
         _stage_table(rows),
         "",
-        f"95 % intervals: bootstrap over prompts, {RESAMPLES} resamples",
+        "95 % intervals: Student's t over prompts, whose videos are not independent",
         *(f"note: {note}" for note in notes),
         f"tables and figure: {folder}",
     ]
@@ -126,20 +121,19 @@ def _prompts_of(rows: Sequence[ScoredRow]) -> list[str]:
     return [f"prompt {row.prompt}" if row.prompt else f"video {row.video}" for row in rows]
 
 
-def summarize(values: Floats, groups: Sequence[str], seed: int) -> list[Numbers]:
+def summarize(values: Floats, groups: Sequence[str]) -> list[Numbers]:
     """Summarize each stage.
 
     Args:
         values: [n, K] scores.
-        groups: The group of each row, for `bootstrap_interval`.
-        seed: Seed of the bootstrap.
+        groups: The group of each row, for `interval_of_means`.
 
     Returns:
         Of each stage the mean; low and high, the ends of its 95 % interval, None with fewer than
         two prompts; std, the sample standard deviation, None with one video; and the quartiles
         q25, median and q75.
     """
-    low, high = bootstrap_interval(values, groups, seed)
+    low, high = interval_of_means(values, groups)
     std = values.std(0, ddof=1) if len(values) > 1 else np.full_like(low, np.nan)
     quartiles = np.percentile(values, (25, 50, 75), axis=0)
     table = np.stack([values.mean(0), low, high, std, *quartiles], axis=1)
@@ -147,9 +141,7 @@ def summarize(values: Floats, groups: Sequence[str], seed: int) -> list[Numbers]
     return [dict(zip(keys, map(number, row), strict=True)) for row in table]
 
 
-def compare(
-    first: ScoreFile, other: ScoreFile, stages: Sequence[str], seed: int
-) -> dict[str, Numbers]:
+def compare(first: ScoreFile, other: ScoreFile, stages: Sequence[str]) -> dict[str, Numbers]:
     """The paired difference other - first of each stage, over the videos of both.
 
     Returns:
@@ -157,42 +149,46 @@ def compare(
     """
     pairs = match_rows([first, other])
     before, after = (_score_matrix(rows, stages) for rows in zip(*pairs, strict=True))
-    found = summarize(after - before, _prompts_of([row for row, _ in pairs]), seed)
+    found = summarize(after - before, _prompts_of([row for row, _ in pairs]))
     return {
         stage: {"videos": len(pairs)} | {key: one[key] for key in ("mean", "low", "high")}
         for stage, one in zip(stages, found, strict=True)
     }
 
 
-def bootstrap_interval(values: Floats, groups: Sequence[str], seed: int) -> tuple[Floats, Floats]:
-    """95 % interval of the means, by a bootstrap over groups (percentiles of RESAMPLES draws).
+def interval_of_means(values: Floats, groups: Sequence[str]) -> tuple[Floats, Floats]:
+    """95 % interval of the means over rows: Student's t, with groups as the independent units.
 
-    Videos of one prompt do not count as independent, so prompts are drawn, not videos.
+    Videos of one prompt are not independent, so the spread is that of prompts: of the ratio (sum of
+    the prompts' sums) / (sum of their sizes), linearised. Percentiles of a bootstrap cover only
+    91 % at 20 prompts.
 
     Args:
         values: [n, K].
         groups: The group of each row.
-        seed: Seed of the draws.
 
     Returns:
         Lower and upper ends [K]; NaN with fewer than two groups.
     """
     names, member = np.unique(np.asarray(groups), return_inverse=True)
-    count = len(names)
+    count, mean = len(names), values.mean(0)
     if count < 2:
-        return np.full(values.shape[1], np.nan), np.full(values.shape[1], np.nan)
-    sizes = np.bincount(member, minlength=count)
-    sums = np.stack(
-        [np.bincount(member, weights=column, minlength=count) for column in values.T], axis=1
-    )
-    rng = np.random.default_rng(seed)
-    means = []
-    # In chunks, since all draws at once take RESAMPLES x count numbers.
-    for _ in range(RESAMPLES // CHUNK):
-        draws = rng.multinomial(count, np.full(count, 1 / count), size=CHUNK)
-        means.append((draws @ sums) / (draws @ sizes)[:, None])
-    low, high = np.percentile(np.concatenate(means), (2.5, 97.5), axis=0)
-    return low, high
+        return np.full_like(mean, np.nan), np.full_like(mean, np.nan)
+    deviations = values - mean
+    sums = np.stack([np.bincount(member, weights=column) for column in deviations.T], axis=1)
+    error = np.sqrt((sums**2).sum(0) * count / (count - 1)) / len(values)
+    half = _t_quantile(count - 1) * error
+    return mean - half, mean + half
+
+
+def _t_quantile(freedom: int) -> float:
+    """The t that 95 % of Student's distribution lie within, by a sum over angles: with t = √ν tan θ
+    the density becomes cos(θ) to the power ν - 1.
+    """
+    angles = np.linspace(0, np.pi / 2, 100_001)
+    density = np.cos(angles) ** (freedom - 1)
+    mass = np.concatenate([[0.0], np.cumsum(density[1:] + density[:-1])])
+    return float(np.sqrt(freedom) * np.tan(np.interp(0.95 * mass[-1], mass, angles)))
 
 
 def _stage_rows(content: Mapping[str, Any]) -> list[dict[str, Any]]:
