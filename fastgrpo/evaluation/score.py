@@ -101,7 +101,7 @@ def score(options: ScoreOptions, arguments: Mapping[str, Any] | None = None) -> 
         reward.load(device)
     except Exception as error:  # a judge's own loading may raise anything, of a file or a server
         raise UserError(f"reward: cannot be loaded: {type(error).__name__}: {error}") from error
-    judge = {"class": f"{type(reward).__module__}.{type(reward).__qualname__}"}
+    judge: Row = {"class": f"{type(reward).__module__}.{type(reward).__qualname__}"}
     judge |= reward.describe() or dict(arguments or {})
     if local := local_contents(arguments or {}):
         judge["local_files"] = local
