@@ -43,6 +43,10 @@ class PeerFailed(RuntimeError):
     """Another rank has failed: raised by `gather` on all that have not."""
 
 
+class FailedElsewhere(UserError):
+    """Another rank's error in a block that all ranks run (`failing_together`)."""
+
+
 class RanksLost(RuntimeError):
     """A collective failed: some rank did not answer."""
 
@@ -234,20 +238,20 @@ def failing_together(task: str) -> Iterator[None]:
         task: What the block does, for the message.
 
     Raises:
-        UserError: On a rank where the block itself went well; has another rank's error.
+        FailedElsewhere: On a rank where the block itself went well; has another rank's error.
     """
     problem: Exception | None = None
     try:
         yield
     except Exception as error:  # whatever it is, the others must hear of it
         problem = error
-    text = None if problem is None else str(problem) or type(problem).__name__
+    text = None if problem is None else one_line(problem) or type(problem).__name__
     texts = gather(text, f"{task} on all ranks")
     if problem is not None:
         raise problem
     failed = [r for r, text in enumerate(texts) if text is not None]
     if failed:
-        raise UserError(f"{task}: failed on rank {failed[0]}: {texts[failed[0]]}")
+        raise FailedElsewhere(f"{task}: failed on rank {failed[0]}: {texts[failed[0]]}")
 
 
 def average_gradients(parameters: Iterable[Tensor]) -> None:

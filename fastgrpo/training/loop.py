@@ -109,7 +109,7 @@ def run(config: TrainConfig, config_yaml: str) -> int:
         trainer = Trainer(config, policy, judge, train_prompts, device, dtype)
         try:
             if found is not None:
-                restore(trainer, found, progress)
+                _restore(trainer, found, progress)
             run_folder.write_record(config, config_yaml, last_row)
         except INPUT_ERRORS as error:
             fail(error)
@@ -133,7 +133,7 @@ def compute_dtype(cfg: RuntimeConfig, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if bf16 else torch.float32
 
 
-def restore(trainer: Trainer, found: Path, progress: Progress) -> None:
+def _restore(trainer: Trainer, found: Path, progress: Progress) -> None:
     """Load a checkpoint into a trainer.
 
     Raises:
@@ -174,13 +174,13 @@ def loop(
         SystemExit: Code 1, after an error of any kind.
     """
     try:
-        failed = iterate(trainer, log, stop, validation_prompts, progress)
+        failed = _iterate(trainer, log, stop, validation_prompts, progress)
         return conclude(trainer, progress.done, failed)
     except BaseException as error:  # also what is no Exception: nothing may cost an iteration
         end_after(error, trainer, log, progress)
 
 
-def iterate(
+def _iterate(
     trainer: Trainer,
     log: MetricsLog | None,
     stop: StopRequest,
@@ -262,7 +262,7 @@ def end_after(
     Raises:
         SystemExit: Code 1.
     """
-    is_own = not isinstance(error, collectives.PeerFailed)
+    is_own = not isinstance(error, collectives.PeerFailed | collectives.FailedElsewhere)
     is_full = isinstance(error, OSError) and error.errno in FULL
     lost = rescue(error, trainer, log, progress)
     if is_own and not is_full:

@@ -131,7 +131,7 @@ def find_checkpoint(config: TrainConfig) -> tuple[Path | None, bool]:
         if collectives.rank() == 0:
             if found is None:
                 used = is_used(folder)
-                require_none_lost(folder, config.checkpoint.interval)
+                _require_none_lost(folder, config.checkpoint.interval)
             else:
                 checkpoint.prune(folder / "checkpoints", config.checkpoint.keep)
     if collectives.any_rank(used and found is None):
@@ -140,7 +140,7 @@ def find_checkpoint(config: TrainConfig) -> tuple[Path | None, bool]:
     return found, used
 
 
-def require_none_lost(folder: Path, interval: int) -> None:
+def _require_none_lost(folder: Path, interval: int) -> None:
     """Check that a run without checkpoints never had one.
 
     Args:

@@ -4,9 +4,11 @@ the line that says how to go on; and the run that goes on is the one that was ne
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
+import shutil
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -261,3 +263,19 @@ def test_scores_out_of_range_do_not_end_a_run(
     stopped = train(tmp_path / "other", "--iterations 2 --scoring.max_invalid_share 0.2")
     assert stopped.code == 1
     assert "SmoothJudge: expected scores in [0, 1], got [1.5, 1.5, 1.5] for" in stopped.out
+
+
+@pytest.mark.parametrize("way", ["stopped early", "finished"])
+def test_checkpoints_that_are_gone_do_not_cost_the_record(
+    tmp_path: Path, train: Train, interrupt: Any, way: str
+) -> None:
+    """A disk that is not mounted, a scratch that was cleaned: refused in one line, nothing lost."""
+    with interrupt(2) if way == "stopped early" else contextlib.nullcontext():
+        folder = train(tmp_path / "run", "--iterations 3").folder
+    shutil.rmtree(folder / "checkpoints")
+    before = (folder / "metrics.jsonl").read_bytes()
+    run = train(folder, "--iterations 3 --resume auto")
+    assert run.code == 2
+    (line,) = run.err.splitlines()
+    assert f"expected the checkpoints of a run in {folder / 'checkpoints'}, found none" in line
+    assert (folder / "metrics.jsonl").read_bytes() == before

@@ -4,7 +4,6 @@ weights, optimizer, metrics, bit for bit.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import random
@@ -252,22 +251,6 @@ def test_killed_before_the_first_checkpoint(
     assert "no checkpoint" in run.out
     assert (run.folder / "metrics.until_000002.jsonl").read_text() == rows
     assert_same_end(run.folder, uninterrupted["plain"].folder)
-
-
-@pytest.mark.parametrize("way", ["stopped early", "finished"])
-def test_checkpoints_that_are_gone_do_not_cost_the_record(
-    tmp_path: Path, train: Train, interrupt: Any, way: str
-) -> None:
-    """A disk that is not mounted, a scratch that was cleaned: refused in one line, nothing lost."""
-    with interrupt(2) if way == "stopped early" else contextlib.nullcontext():
-        folder = train(tmp_path / "run", "--iterations 3").folder
-    shutil.rmtree(folder / "checkpoints")
-    before = (folder / "metrics.jsonl").read_bytes()
-    run = train(folder, "--iterations 3 --resume auto")
-    assert run.code == 2
-    (line,) = run.err.splitlines()
-    assert f"expected the checkpoints of a run in {folder / 'checkpoints'}, found none" in line
-    assert (folder / "metrics.jsonl").read_bytes() == before
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +12,16 @@ import pytest
 import torch
 
 from fastgrpo.config import RuntimeConfig, ScoringConfig, UpdateConfig
-from fastgrpo.training.loop import compute_dtype, conclude, reason_to_stop
+from fastgrpo.distributed.collectives import RanksLost
+from fastgrpo.training import loop
+from fastgrpo.training.loop import (
+    Progress,
+    compute_dtype,
+    conclude,
+    end_after,
+    reason_to_stop,
+    rescue,
+)
 
 
 @pytest.mark.parametrize(
@@ -48,3 +59,72 @@ def test_why_a_run_stopped(one_rank: torch.device, caplog: pytest.LogCaptureFixt
     assert signalled.startswith("stopped by a signal after iteration 4, with a checkpoint")
     assert "--config runs/this/config.yaml --resume auto" in failed
     assert "--config runs/this/config.yaml --resume auto" in signalled
+
+
+def test_a_checkpoints_progress(tmp_path: Path) -> None:
+    assert Progress.at(None) == Progress(done=0, row={"iteration": 0}, state={})
+    path = tmp_path / "iteration_000003"
+    path.mkdir()
+    row = {"iteration": 3, "reward": 0.5}
+    for content in ({"a": 1}, {"a": 1, "row": row}):
+        (path / "state.json").write_text(json.dumps(content))
+        assert Progress.at(path) == Progress(3, content.get("row"), {"a": 1}, saved=3)
+    for row in ({"iteration": 2}, [3], 3):
+        (path / "state.json").write_text(json.dumps({"row": row}))
+        with pytest.raises(ValueError, match=r"state\.json: row: expected metrics of iteration 3"):
+            Progress.at(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({}, ""),
+        ({"saved": 3}, ""),
+        ({"save_failed": True}, "it could not be written"),
+        ({"weights_moved": True}, "the update of iteration 4 was half made"),
+        ({"is_updating": True}, ""),  # alone, before the optimizer's first step
+        ({"done": 0, "saved": None, "row": {}}, "nothing was trained yet"),
+        ({"error": RanksLost("no answer")}, "RanksLost: no answer"),
+        (
+            {"disk": OSError(28, "No space left on device", "x")},
+            "OSError: no space left on device: x",
+        ),
+    ],
+)
+def test_what_is_whole_is_saved_after_an_error_and_nothing_else(
+    one_rank: torch.device, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], reason: str
+) -> None:
+    saves: list[int] = []
+
+    def save(trainer: Any, log: Any, progress: Progress) -> None:
+        if "disk" in changes:
+            raise changes["disk"]
+        saves.append(progress.done)
+
+    monkeypatch.setattr(loop, "save", save)
+    flags = {key: changes.get(key, False) for key in ("is_updating", "weights_moved")}
+    progress = Progress(done=3, row=None, state={}, saved=2)
+    for key in changes.keys() & vars(progress).keys():
+        setattr(progress, key, changes[key])
+    error = changes.get("error", KeyError("choices"))
+    assert rescue(error, SimpleNamespace(**flags), None, progress) == reason
+    assert saves == ([3] if reason == "" and progress.saved != 3 else [])
+
+
+def test_the_last_line_comes_after_the_traceback(
+    one_rank: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(loop, "rescue", lambda *_: "")
+    monkeypatch.setattr(loop.logger, "error", lambda line: print(line, file=sys.stderr))
+    trainer: Any = SimpleNamespace(config=SimpleNamespace(run_folder=Path("runs/this")))
+    with pytest.raises(SystemExit) as stop:
+        end_after(KeyError("choices"), trainer, None, Progress(3, None, {}, saved=3))
+    assert stop.value.code == 1
+    *shown, line = capfd.readouterr().err.splitlines()
+    assert shown == ["KeyError: 'choices'"]
+    assert line.startswith(
+        "stopped after iteration 3: KeyError: 'choices'; the checkpoint is "
+        "runs/this/checkpoints/iteration_000003. Go on with: "
+    )

@@ -23,6 +23,7 @@ from fastgrpo.training.run_folder import (
     differences,
     find_checkpoint,
     is_used,
+    lock_folder,
     note_saved,
     open_log,
     resume_command,
@@ -71,7 +72,7 @@ def test_a_file_system_without_locks_is_a_note(
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    claim(tmp_path, "never").close()
+    lock_folder(tmp_path).close()
     (said,) = caplog.messages
     assert f"{tmp_path} has no locks ({os.strerror(code)})" in said
 
