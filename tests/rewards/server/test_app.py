@@ -301,6 +301,10 @@ def test_a_process_that_hangs_is_ended_and_one_that_ended_is_replaced(start: Any
         os.kill(other, signal.SIGKILL)
         assert asked.result()[0] == 503
     assert server.post(request())[0] == 200
+    (idle,) = decoders_of(os.getpid())
+    os.kill(idle, signal.SIGKILL)
+    time.sleep(0.3)
+    assert server.post(request())[0] == 200
     server.close()
     assert decoders_of(os.getpid()) == []
 
