@@ -7,12 +7,13 @@ from __future__ import annotations
 import logging
 import sys
 import traceback
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from tqdm import tqdm
 
 from fastgrpo.config import RuntimeConfig, TrainConfig
@@ -264,15 +265,15 @@ def end_after(
     """
     is_own = not isinstance(error, collectives.PeerFailed | collectives.FailedElsewhere)
     is_full = isinstance(error, OSError) and error.errno in FULL
-    lost = rescue(error, trainer, log, progress)
+    lost, together = rescue(error, trainer, log, progress)
+    if is_own:
+        get_error_handler().record_exception(error)  # for torchrun's summary
     if is_own and not is_full:
         traceback.print_exception(error)
-    together = True
-    try:
-        collectives.gather(None) if not lost else None  # the line below comes after the traceback
-    except RuntimeError:
-        together = False
-    if collectives.rank() == 0 or lost or not together:
+    if together:
+        with suppress(RuntimeError):
+            collectives.gather(None)  # all tracebacks come before the line
+    if collectives.rank() == 0 or not together:
         done, folder = progress.done, trainer.config.run_folder
         reason = one_line(error) if is_full or not is_own else ""
         reason = reason or f"{type(error).__name__}: {one_line(error)}"
@@ -295,36 +296,35 @@ def end_after(
 
 def rescue(
     error: BaseException, trainer: Trainer, log: MetricsLog | None, progress: Progress
-) -> str:
+) -> tuple[str, bool]:
     """Save the last finished iteration after an error, if it is whole and the other ranks answer.
 
     A rank that fails alone tells the others at the next `gather` that they come to; there is one
     after each micro-batch of videos and after all that rank 0 does alone.
 
     Returns:
-        Why it could not be saved; "" if it is.
+        Why it could not be saved ("" if it is), and whether the ranks are together.
     """
-    done = progress.done
+    done, reason = progress.done, ""
+    if trainer.is_updating and collectives.world_size() > 1:
+        return f"the ranks were in the update of iteration {done + 1}", False
     try:
-        if trainer.is_updating and collectives.world_size() > 1:
-            return f"the ranks were in the update of iteration {done + 1}"
         collectives.report_failure(error)
         ranks = collectives.gather((done, trainer.weights_moved, progress.save_failed))
         at, moved, save_failed = zip(*ranks, strict=True)
         if any(moved):
-            return f"the update of iteration {done + 1} was half made"
-        if len({*at}) > 1:
-            return f"the ranks are after iterations {', '.join(map(str, at))}"
-        if any(save_failed):
-            return "it could not be written"
-        if progress.saved == done:
-            return ""
-        if done == 0 and progress.row is not None:
-            return "nothing was trained yet"
-        save(trainer, log, progress)
-        return ""
+            reason = f"the update of iteration {done + 1} was half made"
+        elif len({*at}) > 1:
+            reason = f"the ranks are after iterations {', '.join(map(str, at))}"
+        elif any(save_failed):
+            reason = "it could not be written"
+        elif done == 0 and progress.row is not None:
+            reason = "nothing was trained yet"
+        elif progress.saved != done:
+            save(trainer, log, progress)
     except BaseException as second:
-        return f"{type(second).__name__}: {one_line(second)}"
+        return f"{type(second).__name__}: {one_line(second)}", False
+    return reason, True
 
 
 def conclude(trainer: Trainer, done: int, failed: bool) -> int:

@@ -242,7 +242,7 @@ def test_killed_before_the_first_checkpoint(
 ) -> None:
     """Rows are there, and no checkpoint: the run starts over, says so, and keeps a copy of them."""
     with each_step(fail_in(3)), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fastgrpo.training.loop, "rescue", lambda *_: "killed")
+        patch.setattr(fastgrpo.training.loop, "rescue", lambda *_: ("killed", True))
         assert train(tmp_path / "run", "--iterations 4").code == 1
     rows = (tmp_path / "run" / "metrics.jsonl").read_text()
     assert rows.count("\n") == 3

@@ -107,7 +107,8 @@ def test_what_is_whole_is_saved_after_an_error_and_nothing_else(
     for key in changes.keys() & vars(progress).keys():
         setattr(progress, key, changes[key])
     error = changes.get("error", KeyError("choices"))
-    assert rescue(error, SimpleNamespace(**flags), None, progress) == reason
+    lost, together = rescue(error, SimpleNamespace(**flags), None, progress)
+    assert (lost, together) == (reason, "error" not in changes and "disk" not in changes)
     assert saves == ([3] if reason == "" and progress.saved != 3 else [])
 
 
@@ -116,7 +117,7 @@ def test_the_last_line_comes_after_the_traceback(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(loop, "rescue", lambda *_: "")
+    monkeypatch.setattr(loop, "rescue", lambda *_: ("", True))
     monkeypatch.setattr(loop.logger, "error", lambda line: print(line, file=sys.stderr))
     trainer: Any = SimpleNamespace(config=SimpleNamespace(run_folder=Path("runs/this")))
     with pytest.raises(SystemExit) as stop:
