@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fastgrpo.distributed import collectives
-from fastgrpo.errors import fail
+from fastgrpo.errors import INPUT_ERRORS, fail
 from fastgrpo.evaluation.calibration import CalibrateOptions, calibrate
 from fastgrpo.training.recipe_parser import parse_config
 
@@ -29,5 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         fail(error)
     try:
         return calibrate(config, config_yaml, options)
+    except INPUT_ERRORS as error:
+        fail(error)
     finally:
         collectives.stop()

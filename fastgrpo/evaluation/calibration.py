@@ -14,14 +14,19 @@ import yaml
 from fastgrpo.algorithm.self_paced import calibrated_threshold, smooth
 from fastgrpo.config import TrainConfig
 from fastgrpo.distributed import collectives
-from fastgrpo.errors import require
+from fastgrpo.errors import UserError, require
 from fastgrpo.evaluation.figures import save_figure
 from fastgrpo.evaluation.report.run_figures import topics
 from fastgrpo.evaluation.report.run_record import RunRecord
 from fastgrpo.training.loop import run
+from fastgrpo.training.run_folder import differences
 from fastgrpo.training.tracking import read_metrics
+from fastgrpo.training.trust import read_mapping
 
 logger = logging.getLogger("fastgrpo")
+
+DECIDES = ("policy", "reward", "prompts", "rollout", "scoring", "update", "seed")
+"""Sections of a configuration that decide the rewards of a stage that is trained alone."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,9 @@ def calibrate(config: TrainConfig, config_yaml: str, options: CalibrateOptions) 
         logger.info(
             f"calibrate: only {stage}, {options.iterations} iterations, in {alone.run_folder}"
         )
+        with collectives.failing_together("calibrate"):
+            if collectives.rank() == 0 and alone.resume == "auto":
+                require_same(alone.run_folder, text)
         code = run(alone, text)
         rows = read_metrics(alone.run_folder / "metrics.jsonl") if collectives.rank() == 0 else []
         done = collectives.gather(rows[-1]["iteration"] if rows else None)[0]
@@ -61,10 +69,31 @@ def calibrate(config: TrainConfig, config_yaml: str, options: CalibrateOptions) 
             logger.info("calibrate: stopped; the same command with --resume auto goes on")
             return code or 1
         trained = [row for row in rows if 0 < row["iteration"] <= options.iterations]
-        curves[stage] = [row[f"rewards/{stage}/mean"] for row in trained]
+        curves[stage] = [row.get(f"rewards/{stage}/mean") for row in trained]
     if collectives.rank() == 0:
         _write_thresholds(config, options, curves)
     return 0
+
+
+def require_same(folder: Path, config_yaml: str) -> None:
+    """Check that the rows of an earlier call were made with this configuration: a threshold is read
+    off one curve, not off the halves of two.
+
+    Raises:
+        UserError: What decides the rewards has changed since. Where a judge's servers are does not
+            decide them.
+    """
+    path = folder / "config.yaml"
+    if not path.is_file():
+        return
+    before, now = read_mapping(path), yaml.safe_load(config_yaml)
+    one, other = ({key: tree.get(key) for key in DECIDES} for tree in (before, now))
+    changed = [line for line in differences(one, other) if ".endpoints: " not in line]
+    if changed:
+        raise UserError(
+            f"{folder} was made with another configuration: {'; '.join(changed)}. Ask for the "
+            "same, or take another --name"
+        )
 
 
 def _only_stage(

@@ -90,7 +90,7 @@ def compare_weights(options: ComparisonOptions) -> Path:
     cfg = options.rollout(config)
     pipeline = options.scheduler == "pipeline"
     scheduler = pipeline_scheduler(policy, options.sde) if pipeline else None
-    output = Path(options.output or run / "samples" / folder_name(options, config, path))
+    output = Path(options.output or run / "samples" / _folder_name(options, config, path))
     if not options.trust and not options.output:
         check_links(run, "samples")
     seed = config.seed if options.seed is None else options.seed
@@ -130,7 +130,7 @@ def compare_weights(options: ComparisonOptions) -> Path:
     return output
 
 
-def folder_name(options: ComparisonOptions, config: TrainConfig, weights: Path) -> str:
+def _folder_name(options: ComparisonOptions, config: TrainConfig, weights: Path) -> str:
     """<checkpoint>_<sampler>, and what else was asked for and is not as the run has it, so that
     videos made otherwise never share a name.
     """

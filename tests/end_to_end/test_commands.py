@@ -214,6 +214,8 @@ def test_the_literal_gate_gets_three(
     )
     assert outcome.code == 0
     assert "iteration     1" not in outcome.out
+    changed = start(tmp_path, [*argv, "--update.learning_rate", "0.5"], main=command_line.main)
+    assert "was made with another configuration: update.learning_rate: " in only_line(changed)
     fragment = tmp_path / "copy" / "world-calibrate" / "thresholds.yaml"
     assert yaml.safe_load(fragment.read_text())["pacing"]["thresholds"] == pytest.approx(
         recomputed_thresholds(folder), abs=5.1e-5

@@ -35,7 +35,7 @@ from fastgrpo.evaluation.evaluation_videos import (
     write_lists,
 )
 from fastgrpo.evaluation.vbench_prompts import EvaluationPrompt
-from fastgrpo.training.sampling import keep_settings, sampling_settings
+from fastgrpo.training.sampling import keep_settings, local_contents, sampling_settings
 
 STILL, MOVING, OTHER = (
     "a red square moving up",
@@ -474,6 +474,7 @@ def test_settings_name_what_decides_a_video(one_rank: torch.device, tmp_path: Pa
     assert made_with()["weights"] == BASE
     assert made_with()["compute_dtype"] == "bfloat16"
     assert made_with()["sampler"]["guidance_scale"] == cfg.guidance_scale
+    assert local_contents([{"base": str(model), "text_cache": str(out)}]).keys() == {str(model)}
     keep_settings(out, made_with(seed=4))  # a start that failed before its first video
     keep_settings(out, made_with())
     (out / "a.mp4").touch()

@@ -87,6 +87,16 @@ def test_a_judge_without_bias_is_near_zero_and_within_chance() -> None:
     assert measure(scores, topic, seed=1).chance != found.chance
 
 
+def test_chance_is_what_95_percent_of_shuffles_stay_below() -> None:
+    """Against shuffles of our own, over 40 seeds, of which each has only 200 shuffles."""
+    rng = np.random.default_rng(5)
+    topic, scores = np.repeat(np.arange(5), 8), rng.uniform(0.2, 0.9, 40)
+    means = rng.permuted(np.tile(scores, (5000, 1)), axis=1).reshape(5000, 5, 8).mean(2)
+    by_chance = 100 * means.std(1) / means.mean(1)
+    shares = [(by_chance < measure(scores, topic, seed).chance).mean() for seed in range(40)]
+    assert 0.94 < np.mean(shares) < 0.96
+
+
 def test_neither_scale_nor_order_changes_kappa() -> None:
     topic = np.repeat(np.arange(4), 10)
     scores = np.random.default_rng(2).uniform(0.2, 0.9, 40)

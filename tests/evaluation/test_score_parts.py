@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from fastgrpo.evaluation.score import plain_row, read_ahead, select_device
-from fastgrpo.evaluation.score_file import judge_hash, open_scores
+from fastgrpo.evaluation.score_file import identify, judge_hash, open_scores
 from fastgrpo.interfaces import RewardModel
 from fastgrpo.rewards.vlm.engine import Clip
 
@@ -39,6 +39,14 @@ def test_a_name_that_is_not_utf_8_has_its_row_and_is_resumed(tmp_path: Path) -> 
     with open_scores(out, {"class": "x"}) as (rows, _):
         assert rows[name, "\u00fc"]["error"] == f"{name}: empty"
     assert "\u00fc" in out.read_text(encoding="utf-8")
+
+
+def test_what_cannot_be_identified_is_unknown(tmp_path: Path) -> None:
+    (tmp_path / "a.mp4").write_bytes(b"four")
+    os.mkfifo(tmp_path / "pipe.mp4")
+    assert identify(str(tmp_path / "a.mp4"), max_bytes=4)["bytes"] == 4
+    for name, most in (("a.mp4", 3), ("none.mp4", 9), (".", 9), ("pipe.mp4", 9), ("a\0.mp4", 9)):
+        assert identify(str(tmp_path / name), most) == {"bytes": None, "sha256": None}
 
 
 def test_a_row_twice_is_refused(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastgrpo.training.prompts import draw_prompts, read_prompts
+from fastgrpo.training.prompts import checked_text, draw_prompts, read_prompts
 
 CAPTIONS = [f"caption {i}" for i in range(7)]
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,6 +45,7 @@ def test_a_line_of_which_nothing_is_seen_is_blank(tmp_path: Path, unseen: str) -
     file = tmp_path / "captions.txt"
     file.write_text(f"one\n{unseen}\ntwo\u200b &nbsp;\n", encoding="utf-8")
     assert read_prompts(str(file), "prompts.train") == ["one", "two\u200b &nbsp;"]
+    assert checked_text(unseen, "where") == ""
 
 
 @pytest.mark.parametrize(

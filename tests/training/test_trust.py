@@ -150,3 +150,13 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "judge.json")
     with pytest.raises(ValueError, match="got a pipe or a device"):
         trust.check_links(tmp_path, *trust.RECORD)
+
+
+def test_a_file_that_grows_beyond_all_measure(tmp_path: Path) -> None:
+    lines = [
+        "a0: &a0 [1]",
+        *(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 9)),
+    ]
+    (tmp_path / "config.yaml").write_text("\n".join(lines))
+    with pytest.raises(ValueError, match="expected at most 10000 nested values"):
+        trust.read_mapping(tmp_path / "config.yaml")

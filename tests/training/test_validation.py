@@ -7,12 +7,20 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from fastgrpo.config import RolloutConfig
+from fastgrpo.config import (
+    EvaluationConfig,
+    PromptsConfig,
+    RolloutConfig,
+    TrainConfig,
+    UpdateConfig,
+)
 from fastgrpo.rewards.queue import ScoringQueue
 from fastgrpo.training.validation import ValidationSet, evaluate, sample_validation
 
@@ -200,6 +208,44 @@ collectives.stop()
         expected = [alone.prompts, alone.scores_PGK, alone.valid_PG, alone.videos.tolist()]
         assert answer[:4] == json.loads(json.dumps(expected))
         assert answer[4][0] == answer[4][1]
+
+
+@pytest.mark.parametrize("uses_average", [False, True])
+@pytest.mark.parametrize("sde", ["ode", "cps"])
+def test_the_evaluation_has_its_own_sampler_and_the_averaged_weights(
+    sample: Any, tiny_policy: Any, tiny_judge: Any, tmp_path: Path, sde: Any, uses_average: bool
+) -> None:
+    """Neither the training's sampler nor, if there is an average, the weights that are trained."""
+    policy, average = tiny_policy(), dict(tiny_policy(7).transformer.named_parameters())
+    rollout = RolloutConfig(**(SETTING | {"sde": "dance"}))
+    config = TrainConfig(
+        policy,
+        tiny_judge(),
+        PromptsConfig("-"),
+        seed=3,
+        output_dir=str(tmp_path),
+        rollout=rollout,
+        update=UpdateConfig(num_best=1, num_worst=1),
+        evaluation=EvaluationConfig(sde=sde, num_generations=2, num_videos=0),
+    )
+    judge = ScoringQueue(config.reward)
+    trainer: Any = SimpleNamespace(
+        config=config,
+        policy=policy,
+        judge=judge,
+        evaluation_weights=average if uses_average else None,
+        device=torch.device("cpu"),
+        compute_dtype=torch.float32,
+    )
+    found = evaluate(trainer, PROMPTS, 1)
+    judge.close()
+    expected = sample(tiny_policy(7 if uses_average else 0), sde=sde, same_noise=False)
+    stages = config.reward.stages
+    means = expected.stage_means(len(stages))
+    assert [found[f"eval/rewards/{stage}/mean"] for stage in stages] == means
+    other = sample(tiny_policy(0 if uses_average else 7), sde=sde, same_noise=False)
+    dance = sample(tiny_policy(7 if uses_average else 0), sde="dance", same_noise=False)
+    assert means not in [made.stage_means(len(stages)) for made in (other, dance)]
 
 
 def test_without_prompts_there_is_no_evaluation() -> None:

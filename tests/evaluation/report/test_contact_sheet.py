@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastgrpo.evaluation.report.contact_sheet import contact_sheet
+from fastgrpo.evaluation.report.contact_sheet import contact_sheet, open_still
 from fastgrpo.training.sample_files import save_samples
 
 STAGES = ("visual_quality", "temporal_coherence", "text_alignment")
@@ -75,3 +75,9 @@ def test_a_sheet_of_several_folders_shows_each_where_it_has_the_prompt(tmp_path:
     for name, count in {"untrained": 3, long: 2, "other": 2}.items():
         pixels = int((sheet == greys[name]).all(axis=-1).sum())
         assert 0.95 * count * strip < pixels <= 1.01 * count * strip
+
+
+def test_a_damaged_still_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n junk")
+    with pytest.raises(ValueError, match=r"a\.png: cannot be read as a picture"):
+        open_still(tmp_path / "a.png")
