@@ -401,9 +401,10 @@ RESHARD = """
 for name in ("full", "lora"):
     trainer = make_trainer(TinyJudge(), update={update!r}, lora=name == "lora", shard="full")
     tensors = trainer.tensors()
-    iteration, state = checkpoint.load(pathlib.Path({source!r}) / name, tensors)
+    saved = checkpoint.newest(pathlib.Path({source!r}) / name)
+    checkpoint.load(saved, tensors)
     trainer.load_tensors(tensors)
-    trainer.load_state_dict(state)
+    trainer.load_state_dict(checkpoint.read_state(saved))
     answer[name] = [digest(state_of(trainer))]
     checkpoint.save(folder / name, 1, trainer.tensors(), trainer.state_dict(), 1)
     answer[name].append(without_times(trainer.step(2)))
@@ -430,10 +431,11 @@ def test_a_checkpoint_goes_from_one_rank_to_two_and_back(
     for name, kind in kinds.items():
         again = trainer(update=EXTRAS, **kind)
         tensors = again.tensors()
-        found = checkpoint.load(folder / name, tensors)
-        assert found is not None
+        saved = checkpoint.newest(folder / name)
+        assert saved is not None
+        checkpoint.load(saved, tensors)
         again.load_tensors(tensors)
-        again.load_state_dict(found[1])
+        again.load_state_dict(checkpoint.read_state(saved))
         assert first[name][0] == digest(state_of(again)) == before[name]
         expected = without_times(begun[name].step(2))
         assert without_times(again.step(2)) == expected
