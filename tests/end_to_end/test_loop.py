@@ -234,6 +234,8 @@ def test_files_of_a_run(whole_run: Any) -> None:
     run, *_ = whole_run
     assert sorted(path.name for path in run.folder.iterdir()) == [
         ".lock",
+        ".made_here",
+        ".saved",
         "checkpoints",
         "config.yaml",
         "metrics.jsonl",
