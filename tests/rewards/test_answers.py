@@ -15,6 +15,7 @@ from fastgrpo.rewards.vlm.answers import (
     LEAST_MASS,
     NUMBER,
     ROUNDING,
+    decimal_places,
     expected_answer,
     parse_answer,
     probabilities_fault,
@@ -33,16 +34,19 @@ NUMBERS = [f"{hundredths / 100:.2f}" for hundredths in range(100, 1001)]
         ("8.", None),
         ("8.5", None),
         ("8.50", 8.5),
-        ("Score: **8.50", 8.5),
+        ("Score: **8.50", None),
+        ("<think>5</think>8.50", None),
+        ("8.50.", None),
         ("8.50/10", None),
+        ("10.0", None),
         ("10.00", 10.0),
     ],
 )
-def test_an_answer_that_was_cut_off_may_end_within_its_number(
-    text: str, value: float | None
-) -> None:
+def test_an_answer_that_was_cut_off_may_go_on(text: str, value: float | None) -> None:
     assert parse_answer(text, cut=True) == value
-    assert parse_answer(text) == float(re.findall(r"\d+\.?\d*", text)[0])
+    assert parse_answer(text) == float(
+        re.findall(r"\d+\.?\d*", text.partition("</think>")[2] or text)[0]
+    )
 
 
 def test_a_constrained_answer_is_any_of_901_numbers() -> None:
@@ -84,6 +88,7 @@ def test_a_constrained_answer_is_any_of_901_numbers() -> None:
         ('{"score": 8.5}', 8.5),
         ("<answer>8.5</answer>", 8.5),
         (r"\boxed{8.5}", 8.5),
+        (r"The answer is $\boxed{8.5}$.", 8.5),
         ("`8.5`", 8.5),
         ("1", 1.0),
         ("1/10", 1.0),
@@ -260,6 +265,8 @@ FIVE = ({"5": 1.0}, {}, {"2": 1.0}, {"5": 1.0})
         (Reply("5.25", ({"5": 1.0, "1": 0.1}, *FIVE[1:])), "at token 1 of '5.25', got 1.1"),
         (Reply("5.25", (FIVE[0], {"0": math.nan}, *FIVE[2:])), "at token 2 of '5.25', got nan"),
         (Reply("5.25", ({"5": math.nan}, *FIVE[1:])), "got nan"),
+        (Reply("5.25", ({"4": 1.0}, *FIVE[1:])), "a probability of '5' at token 1 of '5.25'"),
+        (Reply("5.25", (*FIVE[:3], {"4": 1.0})), "a probability of '5' at token 4 of '5.25'"),
         (Reply("5.25", FIVE, ten=1.1), 'probability of "0" after "1", got 1.1'),
         (Reply("5.25", FIVE, ten=math.nan), "got nan"),
     ],
@@ -284,6 +291,7 @@ def test_what_is_at_the_bounds_is_a_score() -> None:
     places = ({"5": LEAST_MASS}, {}, {"2": 1 + ROUNDING / 2}, {"5": 1.0})
     assert expected_answer(Reply("5.25", places)) == pytest.approx(5.25)
     # Of 10.00 the decimals are zeros.
+    assert (decimal_places("10.00"), decimal_places("1.00")) == ((), (2, 3))
     ten = Reply("10.00", ({"1": 1.0}, {"0": 0.75}, {}, {}, {}), ten=0.75)
     assert expected_answer(ten) == pytest.approx(1 + 9 * 0.75)
 

@@ -12,6 +12,7 @@ import torch
 from fake_vlm import FakeVLM
 
 from fastgrpo.cli import check_judge
+from fastgrpo.rewards.vlm.answers import NUMBER
 from fastgrpo.rewards.vlm.endpoint_check import (
     CHECKS,
     Finding,
@@ -19,10 +20,11 @@ from fastgrpo.rewards.vlm.endpoint_check import (
     needed_checks,
     synthetic_clip,
 )
-from fastgrpo.rewards.vlm.engine import Decoding
+from fastgrpo.rewards.vlm.engine import Clip, Decoding
 from fastgrpo.rewards.vlm.failures import TryAgain
 from fastgrpo.rewards.vlm.judge import StageJudge
 from fastgrpo.rewards.vlm.served import ServerEngine
+from fastgrpo.rewards.vlm.transport import Answer
 
 Engines = Callable[..., ServerEngine]
 PASSED, FAILED, UNKNOWN = True, False, None
@@ -34,7 +36,8 @@ def findings(fake_endpoint: Any, server_engine: Engines) -> Callable[..., dict[s
     """findings(*faults): all findings about a FakeVLM with these faults, by check."""
 
     def find(*faults: str) -> dict[str, Finding]:
-        endpoint = fake_endpoint(answer=FakeVLM(*faults))
+        delay = 0.1 if "parallel" in faults else 0.0  # so that they meet
+        endpoint = fake_endpoint(answer=FakeVLM(*faults), delay=delay)
         engine = server_engine(endpoint)
         engine.counters()
         (found,) = engine.check(CHECKS).values()
@@ -172,6 +175,18 @@ def test_an_endpoint_that_answers_nothing_tells_nothing() -> None:
 
     findings = asyncio.run(check_endpoint(send, CHECKS))
     assert findings == [Finding(name, UNKNOWN, "no answer in 1 s") for name in CHECKS]
+
+
+def test_of_a_ten_the_decimals_need_no_probabilities() -> None:
+    """Those of a model without a constraint, which might have written more."""
+    shares = ({"1": 0.6, "9": 0.3999}, {"0": 0.9, ".": 0.1}, {".": 0.7}, {"0": 0.7}, {"0": 0.7})
+
+    async def send(clip: Clip, question: str, decoding: Decoding, regex: str) -> Answer:
+        return Answer("10.00", False, tuple("10.00"), shares) if regex == NUMBER else begun
+
+    begun = Answer("10", True, ("1", "0"), ({"1": 1.0}, {"0": 1.0}))
+    (finding,) = asyncio.run(check_endpoint(send, ["probabilities"]))
+    assert (finding.holds, finding.evidence) == (PASSED, "of '10.00' and after a first 1")
 
 
 def test_synthetic_clips_have_no_two_frames_alike() -> None:

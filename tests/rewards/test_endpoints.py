@@ -23,6 +23,7 @@ from fastgrpo.rewards.vlm.failures import (
     Refused,
     TryAgain,
     failure_of,
+    hide,
     retry_after,
 )
 
@@ -221,6 +222,10 @@ def test_an_error_is_one_short_line_without_the_key() -> None:
     assert "sec" not in str(failure_of(status_error(500, cut), "http://a/v1", "secret"))
 
 
+def test_without_a_key_nothing_is_hidden() -> None:
+    assert (hide("secrets", "secret"), hide("a", "")) == ("***s", "a")
+
+
 def test_retry_after_is_a_number_or_a_date() -> None:
     for header, seconds in (("2.5", 2.5), ("3", 3.0), ("0", 0.0)):
         assert retry_after(header) == seconds
@@ -238,7 +243,7 @@ def test_retry_after_is_a_number_or_a_date() -> None:
 
 def test_urls_have_a_path() -> None:
     assert check_urls(
-        ["http://a:8000", " https://b/ ", "http://[::1]:1/v1/", "http://c/judge/v1"]
+        ["http://a:8000", " HTTPS://b/ ", "http://[::1]:1/v1/", "http://c/judge/v1"]
     ) == (
         "http://a:8000/v1",
         "https://b/v1",

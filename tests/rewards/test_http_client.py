@@ -63,6 +63,17 @@ def test_a_model_list_elsewhere_is_not_read(
         server_engine(server, patience=3600.0)
 
 
+def test_no_cookie_is_kept(
+    fake_endpoint: Any, fault: Any, server_engine: Engines, random_clip: Clips
+) -> None:
+    """A server could let them grow without an end."""
+    server = fake_endpoint()
+    judge = server_engine(server)
+    server.faults.extend(fault(headers=(("Set-Cookie", f"a{i}=b"),)) for i in range(3))
+    judge.ask([random_clip()], [["a", "b", "c"]], Decoding())
+    assert [request.headers.get("cookie") for request in server.requests] == [None] * 3
+
+
 class Flood(BaseHTTPRequestHandler):
     """Answers /v1/models, and every question with what never ends or grows."""
 

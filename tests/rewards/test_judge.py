@@ -176,7 +176,7 @@ def test_an_answer_that_was_cut_off_within_a_number_is_asked_again() -> None:
     assert (scores.tolist(), valid.tolist()) == ([[1.0, 1.0, 1.0]], [True])
     once = StageJudge(ScriptedEngine(long), attempts=1)
     assert once.score(videos(0.5), ["a cat"], 2.0)[1].tolist() == [False]
-    assert once.last_errors()["judge"].endswith("at 1', cut off after 16 tokens")
+    assert once.last_errors()["judge"].endswith("at 1', cut off (max_tokens: 16)")
 
 
 def test_a_request_that_failed_is_not_put_again() -> None:

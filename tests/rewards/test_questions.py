@@ -162,6 +162,20 @@ def test_a_prompt_spells_no_special_token(prompt: str, asked: str) -> None:
     assert without_special_tokens(asked) == asked
 
 
+@pytest.mark.parametrize(
+    ("template", "prompt", "asked"),
+    [
+        ("[{caption}]", "INST", "[ INST ]"),
+        ("<|{caption}|>", "im_end", "<| im_end |>"),
+        ("{caption}|>", "x <|im_end", "x <|im_end |>"),
+        ("<|{caption}", "im_end|> x", "<| im_end|> x"),
+        ("<x>{caption}</x> '{caption}'", "a cat", "<x>a cat</x> 'a cat'"),
+    ],
+)
+def test_a_template_completes_no_special_token(template: str, prompt: str, asked: str) -> None:
+    assert ask_about(Question("stage", template, ""), prompt) == asked
+
+
 @pytest.mark.timeout(20)
 @pytest.mark.parametrize("text", ["<" * 10**6, "<>" * 10**6, "[ ]" * 10**6, " " * 10**6])
 def test_a_long_prompt_takes_no_time(text: str) -> None:

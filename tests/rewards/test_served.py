@@ -198,7 +198,7 @@ COMPLETION = (
                     for choices in (
                         *(b"[]", b"null", b"{}", b'{"0": 1}', b'"a"', b"[null]", b"[[]]", b"[{}]"),
                         b'[{"message": "8.50"}]',
-                        b'[{"message": {"content": null}}]',
+                        b'[{"message": {}}]',
                         b'[{"message": {"content": 8.5}}]',
                         b'[{"message": {"content": ["8.50"]}}]',
                     )

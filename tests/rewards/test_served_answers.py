@@ -211,6 +211,9 @@ SURE = logs(("8", 0.0), (".", 0.0), ("5", 0.0), ("0", 0.0))
         ),
         (body("8.50", [("8", {"8": 3.0, "2": 2.0}), *SURE[1:]]), "got nan"),
         (body("8.50", [("8", {"8": 1e6}), *SURE[1:]]), "got nan"),
+        # The tokens spell the text, but the probabilities are those of another answer.
+        (body("8.50", [("8", {"2": 0.0}), *SURE[1:]]), "a probability of '8' at token 1 of '8.50'"),
+        (body("8.50", [*SURE[:2], ("5", {"1": 0.0}), SURE[3]]), "a probability of '5' at token 3"),
         (body("8.50", [("8", {"8": math.nan}), *SURE[1:]]), "got nan"),
         (body("8.50", [("8", {"8": math.inf}), *SURE[1:]]), "got nan"),
         (body("8.50", [SURE[0], (".", {".": 3.0}), *SURE[2:]]), "at token 2 of '8.50', got nan"),
@@ -261,17 +264,39 @@ def test_the_probability_of_ten_is_that_of_an_answer_that_begins_with_1(
 
 def test_odd_parts_of_an_answer_that_are_not_needed_are_left_out() -> None:
     assert read_answer(body("8.50", [], logprobs={})) == Answer("8.50")
-    for key in ("reasoning_content", "reasoning", "refusal"):  # cut off while it thought
-        assert read_answer(body("", [], message={"content": None, key: "The clip"})) == Answer("")
+    assert read_answer(body("", [], message={"content": None})) == Answer("")
     whole = json.loads(body("8", logs(("8", -1e-9)), finish_reason="length"))
     whole["usage"] = {"prompt_tokens": 9, "prompt_tokens_details": {"cached_tokens": 5}}
     cut = Answer("8", True, ("8",), ({"8": math.exp(-1e-9)},), 9, 5)
     assert read_answer(json.dumps(whole).encode()) == cut
     whole["usage"] = {"prompt_tokens": 9, "prompt_tokens_details": None}
     assert read_answer(json.dumps(whole).encode()) == cut._replace(cached_tokens=None)
-    whole["usage"] = {"prompt_tokens": "many"}
-    read = read_answer(json.dumps(whole).encode())
-    assert read == cut._replace(prompt_tokens=None, cached_tokens=None)
+    for count in ("many", -1, 10**400):
+        whole["usage"] = {"prompt_tokens": count}
+        read = read_answer(json.dumps(whole).encode())
+        assert read == cut._replace(prompt_tokens=None, cached_tokens=None)
+
+
+@pytest.mark.parametrize(
+    ("reason", "cut"),
+    [
+        *[(reason, False) for reason in (None, "stop", "eos_token", "end_turn")],
+        *[(reason, True) for reason in ("length", "abort", "content_filter", "error", ["stop"], 5)],
+    ],
+)
+def test_an_answer_is_whole_where_the_model_ended_it(reason: Any, cut: bool) -> None:
+    """Else "8" may be the beginning of "8 frames"."""
+    assert read_answer(body("8", [], finish_reason=reason)).cut is cut
+
+
+def test_tokens_of_one_text_are_added_up() -> None:
+    """vLLM lists what a constraint forbids, such as a digit that begins a word, with 0."""
+    whole = json.loads(body("8", [("8", {})]))
+    listed = [("8", math.log(0.4)), ("7", math.log(0.3)), ("8", -9999.0), ("7", math.log(0.2))]
+    (place,) = whole["choices"][0]["logprobs"]["content"]
+    place["top_logprobs"] = [{"token": token, "logprob": logprob} for token, logprob in listed]
+    (digits,) = read_answer(json.dumps(whole).encode()).digits()
+    assert {digit: round(p, 9) for digit, p in digits.items() if p} == {"7": 0.5, "8": 0.4}
 
 
 @pytest.mark.parametrize("logprob", [1e-9, 1e-6, -1e300, -math.inf])

@@ -132,7 +132,7 @@ def test_a_page_that_lists_no_models_is_an_error_at_once(
         ServerEngine((server.url,), "judge", patience=3600.0).load(CPU)
     (line,) = str(raised.value).splitlines()[1:]
     assert re.match(
-        rf"  {server.url}: ValueError: expected a list of models, got '{re.escape(page[:100])}'",
+        rf"  {server.url}: \w+Error: expected a list of models, got '{re.escape(page[:100])}",
         line,
     )
 
@@ -177,16 +177,28 @@ def test_the_key_is_sent_and_seen_nowhere_else(
         [[refused]] = judge.ask([random_clip()], [["a"]], Decoding())
         assert "status 401" in refused.error
         server.faults.append(fault(status=500, body=f"<p>{KEY}".encode()))
-        server.always = fault(body=json.dumps({"choices": KEY}).encode())
+        # At the end of what is shown of a body, where half of it would be left.
+        server.always = fault(body=b"x" * (230 - len(KEY)) + KEY.encode())
         server.key = ""
         [[broken]] = judge.ask([random_clip()], [["a"]], Decoding())
         assert "no answer" in broken.error
+        server.always = fault(
+            body=json.dumps({"choices": [{"message": {"content": KEY}}]}).encode()
+        )
+        [[echo]] = judge.ask([random_clip()], [["a"]], Decoding())
+        assert echo == Reply("***")
+        listed = fake_endpoint(models=["judge", KEY])
+        with pytest.raises(ValueError, match=r"it serves 'judge', '\*\*\*'") as wrong:
+            server_engine(listed, model="other", api_key_env="JUDGE_KEY")
+        roots = server_engine(fake_endpoint(models=[KEY]), model="", api_key_env="JUDGE_KEY")
         seen += [
             refused.error,
             broken.error,
             repr(judge),
             str(vars(judge)["_pool"].endpoints),
             json.dumps(judge.describe()),
+            json.dumps(roots.describe()["servers"]),
+            str(wrong.value),
         ]
         seen += judge.last_errors().values()
         server.key = "another"
@@ -198,7 +210,7 @@ def test_the_key_is_sent_and_seen_nowhere_else(
     assert len(caplog.records) > 20
     seen += [caplog.text, *(str(vars(record)) for record in caplog.records), *capfd.readouterr()]
     assert "***" in refused.error
-    assert KEY not in "".join(seen)
+    assert KEY[:9] not in "".join(seen)
 
 
 @pytest.mark.timeout(60)
@@ -284,7 +296,19 @@ def test_a_key_that_no_header_can_hold_is_refused_and_not_repeated(
             {"endpoints": ("http://a/v1", "ftp://a")},
             r"endpoints\[1\]: expected http://host:port/v1",
         ),
-        ({"endpoints": ("a:8000",)}, r"endpoints\[0\]"),
+        *[
+            ({"endpoints": (url,)}, r"endpoints\[0\]: expected http://host:port/v1")
+            for url in (
+                *("a:8000", "http://", "http://:80/v1", "http://a:0/v1", "http://a:99999/v1"),
+                *("http://a b/v1", "http://a/v 1", "http://a\0/v1", "http://[v1.x]/v1"),
+                *(
+                    "http://☃.net",
+                    "http://１２７.0.0.1/v1",
+                    "http://a/\ud800",
+                    "http://a/" + "b" * 9999,
+                ),
+            )
+        ],
         (
             {"endpoints": ("http://a", "http://a/v1/")},
             "endpoints: expected different ones, got 'http://a/v1, http://a/v1'",

@@ -24,7 +24,7 @@ _GRADE = rf"{_NUMBER}(?: ?/ ?10(?:\.0+)?| ?\( ?out of 10 ?\)| (?:out )?of 10(?:\
 _LABEL = "(?:(?:my|the) )?(?:(?:final|overall) )?(?:score|rating|grade|answer)"
 _ANSWER = re.compile(
     rf"(?:{_LABEL}(?: ?[:=] ?| is(?: |: ?)))?"
-    rf"(?:{_GRADE}|\\boxed ?{{ ?{_GRADE} ?}}|<answer> ?{_GRADE} ?</answer>) ?\.?"
+    rf"(?:{_GRADE}|\$?\\boxed ?{{ ?{_GRADE} ?}}\$?|<answer> ?{_GRADE} ?</answer>) ?\.?"
     rf'|{{ ?"{_LABEL}" ?: ?"?{_GRADE}"? ?}}',
     re.IGNORECASE,
 )
@@ -41,19 +41,18 @@ def parse_answer(text: str, cut: bool = False) -> float | None:
 
     Args:
         text: The answer.
-        cut: It was cut off. Then only a number with two decimals at its very end is taken: "1" may
-            be the beginning of "10.00", "8.50/10" of "8.50/100".
+        cut: The model did not end it. Then it has to match NUMBER, after which a constraint lets
+            nothing follow: "1" may be the beginning of "10.00", "Score: 8.50" of "Score: 8.50/100".
 
     Returns:
         The number, or None.
     """
+    if cut and not re.fullmatch(NUMBER, text):
+        return None
     answer = " ".join(_MARKS.sub(" ", text.rpartition("</think>")[2]).split())
     if not _ANSWER.fullmatch(answer):
         return None
-    number = re.findall(_NUMBER, answer)[0]
-    if cut and not (re.fullmatch(NUMBER, number) and answer.endswith(number)):
-        return None
-    return float(number)
+    return float(re.findall(_NUMBER, answer)[0])
 
 
 def expected_answer(reply: Reply) -> float | None:
@@ -72,7 +71,8 @@ def expected_answer(reply: Reply) -> float | None:
     if probabilities_fault(reply):
         return None
     start = _start(reply)
-    fraction = sum(10.0**-j * _mean_digit(reply.digits[1 + j]) for j in _decimals(reply.text))
+    places = decimal_places(reply.text)
+    fraction = sum(10.0 ** (1 - j) * _mean_digit(reply.digits[j]) for j in places)
     ten = start["1"] / math.fsum(start.values()) * reply.ten if "1" in start else 0.0
     # Inside [1, 10] by construction, but for rounding.
     return min(max(_mean_digit(start) + 9 * ten + (1 - ten) * fraction, 1.0), 10.0)
@@ -82,8 +82,8 @@ def probabilities_fault(reply: Reply) -> str:
     """Why a reply's probabilities are not those of a number that was written; "" if they are.
 
     They are taken by place, so each character of the number has to be a token of its own. At each
-    place that is used the digits together need a probability of LEAST_MASS, and nowhere more
-    than 1.
+    place that is used the digits together need a probability of LEAST_MASS, that which was written
+    must be one of them, and nowhere have they more than 1.
     """
     text, digits = reply.text, reply.digits
     if not digits:
@@ -91,13 +91,15 @@ def probabilities_fault(reply: Reply) -> str:
     if not spelled_by_tokens(reply, NUMBER):
         tokens = f"{list(reply.tokens)} for " if reply.tokens else f"{len(digits)} for "
         return f"expected one token per character of a number, got {tokens[:300]}{text[:100]!r}"
-    used = {0: _start(reply)} | {1 + j: digits[1 + j] for j in _decimals(text)}
+    used = {0: _start(reply)} | {index: digits[index] for index in decimal_places(text)}
     for index, place in enumerate(digits):
         mass = math.fsum(used.get(index, place).values())
         least = LEAST_MASS if index in used else 0.0
         if not least <= mass <= 1 + ROUNDING:  # also for NaN
             expected = f"digits of probability {least} to 1 at token {index + 1} of {text!r}"
             return f"expected {expected}, got {mass:.3g}"
+        if index in used and not place.get(text[index], 0.0) > 0:
+            return f"expected a probability of {text[index]!r} at token {index + 1} of {text!r}"
     if not 0 <= reply.ten <= 1 + ROUNDING:
         return f'expected a probability of "0" after "1", got {reply.ten:.3g}'
     return ""
@@ -120,8 +122,9 @@ def _start(reply: Reply) -> dict[str, float]:
     return {digit: p for digit, p in reply.digits[0].items() if digit != "0"}
 
 
-def _decimals(number: str) -> tuple[int, ...]:
-    return () if number == "10.00" else (1, 2)
+def decimal_places(number: str) -> tuple[int, ...]:
+    """Of a number of NUMBER: the indices of the decimals that are free; of "10.00" none is."""
+    return () if number == "10.00" else (2, 3)
 
 
 def _mean_digit(probabilities: Mapping[str, float]) -> float:

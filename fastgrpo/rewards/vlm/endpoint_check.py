@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fastgrpo.rewards.vlm.answers import NUMBER, ROUNDING, spelled_by_tokens
+from fastgrpo.rewards.vlm.answers import NUMBER, ROUNDING, decimal_places, spelled_by_tokens
 from fastgrpo.rewards.vlm.engine import Clip, Decoding, Reply
 from fastgrpo.rewards.vlm.failures import Refused, TryAgain
 from fastgrpo.rewards.vlm.questions import without_special_tokens
@@ -139,7 +139,7 @@ async def _probabilities(send: Send) -> Outcome:
     forced = await send(synthetic_clip(4), QUESTION, two, FROM_ONE)
     digits = "0123456789"
     for answer, expected, needed in (
-        (whole, NUMBER, {0: digits[1:], 2: digits, 3: digits}),
+        (whole, NUMBER, {0: digits[1:]} | dict.fromkeys(decimal_places(whole.text), digits)),
         (forced, BEGUN, {1: "0"}),
     ):
         text, places = answer.text, answer.places
@@ -148,8 +148,6 @@ async def _probabilities(send: Send) -> Outcome:
             tokens = list(answer.tokens)
             return False, f"expected one token per character of {expected}, got {tokens}"
         for index, wanted in needed.items():
-            if index >= len(text):  # of 10.00
-                continue
             missing, listed = set(wanted) - places[index].keys(), sum(places[index].values())
             if not listed <= 1 + ROUNDING:  # also for NaN
                 return False, f"token {index} of {text!r}: probabilities that add up to {listed}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ipaddress
 import math
 import os
+import re
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,11 @@ from fastgrpo.errors import UserError, require
 
 FAILURES = 2
 """In a row, after which an endpoint is set aside: one may be a connection that was just closed."""
+
+_URL = re.compile(
+    r"https?://(?:[\w.-]{1,255}|\[[\da-f:.]+(?:%25[\w.-]+)?\])(?::\d+)?(?:/[!\"$->@-~]{0,999})?",
+    re.ASCII | re.IGNORECASE,
+)
 
 
 @dataclass(eq=False)
@@ -152,11 +158,11 @@ def check_urls(endpoints: Sequence[str]) -> tuple[str, ...]:
     for i, endpoint in enumerate(endpoints):
         try:
             parts = urlsplit(endpoint.strip())
-            known = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+            known = bool(_URL.fullmatch(endpoint.strip())) and parts.port != 0
         except ValueError:
             known = False
-        if not known or "@" in parts.netloc or parts.query or parts.fragment:
-            # Without a chain: urlsplit's own error may repeat the URL.
+        if not known:
+            # Without a chain: the other error may repeat the URL.
             raise UserError(
                 f"endpoints[{i}]: expected http://host:port/v1 or https, without user, password or "
                 "query; a key belongs into the environment variable that api_key_env names"

@@ -59,7 +59,7 @@ class Reply:
         tokens: The texts of those tokens. Empty also where each is one character of `text`.
         ten: Probability of "0" after a first token "1".
         error: Why there is no answer at all, else "".
-        cut: max_tokens ended the answer, not the model.
+        cut: Something else than the model ended the answer, such as max_tokens.
     """
 
     text: str = ""

@@ -51,10 +51,12 @@ def failure_of(error: Exception, url: str, key: str) -> TryAgain | Refused:
 
     Args:
         error: TimeoutError, openai.OpenAIError, or any other for an answer that is no JSON or not
-            what was asked for.
+            what was asked for. A Refused stays one.
         url: The endpoint.
         key: What must not be repeated, "" for nothing.
     """
+    if isinstance(error, Refused):
+        return Refused(_clean(str(error), url, key), error.status)
     if isinstance(error, openai.APIStatusError):
         status = error.status_code
         location = error.response.headers.get("location", "")
@@ -89,8 +91,13 @@ def _host(location: str) -> str:
         return "an address that cannot be read"
 
 
+def hide(text: str, key: str) -> str:
+    """A text that a server may have written, without the key. To be cut afterwards, if at all: half
+    a key is no better.
+    """
+    return text.replace(key, "***") if key else text
+
+
 def _clean(error: str, url: str, key: str) -> str:
-    # Before it is cut: half a key is no better.
-    hidden = error.replace(key, "***") if key else error
-    line = " ".join(hidden.split())
+    line = " ".join(hide(error, key).split())
     return f"{url}: {line if len(line) <= LONGEST_ERROR else line[:LONGEST_ERROR] + ' ...'}"

@@ -43,6 +43,7 @@ class BoundedClient(DefaultAsyncHttpxClient):
                     raise OpenAIError(f"expected at most {LONGEST_BODY} bytes of an answer")
         finally:
             await response.aclose()
+            self.cookies.clear()  # which would grow, and be sent with every question
         return type(response)(
             response.status_code, headers=response.headers, content=bytes(body), request=request
         )

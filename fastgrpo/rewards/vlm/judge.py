@@ -226,7 +226,7 @@ class StageJudge(RewardModel):
         else:
             value = parse_answer(reply.text, reply.cut)
             error = "" if value else f"expected one number in [1, 10], got {reply.text[:300]!r}"
-        end = f", cut off after {self._greedy.max_tokens} tokens" if error and reply.cut else ""
+        end = f", cut off (max_tokens: {self._greedy.max_tokens})" if error and reply.cut else ""
         return Reading(value, reply.text, error + end, attempt)
 
     def _seed(self, clip: Clip, question: str, attempt: int) -> int:

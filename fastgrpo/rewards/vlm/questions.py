@@ -67,7 +67,10 @@ def ask_about(question: Question, prompt: str) -> str:
     """The question about a video with this prompt, which is taken word for word but for
     `without_special_tokens`; a template without `{caption}` does not tell it.
     """
-    return question.template.replace("{caption}", without_special_tokens(prompt))
+    # A template such as "[{caption}]" must not complete a name, as of the prompt "INST".
+    template = re.sub(r"([<\[][^\s<>\[\]]*){caption}", r"\1 {caption}", question.template)
+    template = re.sub(r"{caption}([^\s<>\[\]]*[>\]])", r"{caption} \1", template)
+    return template.replace("{caption}", without_special_tokens(prompt))
 
 
 def without_special_tokens(text: str) -> str:

@@ -29,7 +29,7 @@ from fastgrpo.rewards.vlm.endpoints import (
     read_key,
 )
 from fastgrpo.rewards.vlm.engine import Clip, Decoding, Engine, Reply
-from fastgrpo.rewards.vlm.failures import LONGEST_ERROR, Refused, TryAgain, failure_of
+from fastgrpo.rewards.vlm.failures import LONGEST_ERROR, Refused, TryAgain, failure_of, hide
 from fastgrpo.rewards.vlm.http_client import make_client
 from fastgrpo.rewards.vlm.transport import (
     BEGUN,
@@ -250,23 +250,21 @@ class ServerEngine(Engine):
         Raises:
             Refused: It does not serve the model.
         """
+
+        def read(body: bytes) -> str:
+            try:
+                roots = read_models(body)
+            except ValueError as error:
+                raise Refused(str(error)) from None
+            if not self._model and len(roots) == 1:
+                (self._model,) = roots
+            if self._model not in roots:
+                served = ", ".join(map(repr, roots))
+                raise Refused(f"expected model {self._model!r}, it serves {served}")
+            return roots[self._model]
+
         send = endpoint.client.models.with_raw_response.list
-        body = await self._request(endpoint, send, bytes)
-        try:
-            roots = read_models(body)
-        except ValueError as error:
-            failure = failure_of(error, endpoint.url, self._key)
-            endpoint.last_error = str(failure)
-            raise Refused(endpoint.last_error) from None
-        if not self._model and len(roots) == 1:
-            (self._model,) = roots
-        if self._model not in roots:
-            served = ", ".join(map(repr, roots))[:LONGEST_ERROR]
-            endpoint.last_error = (
-                f"{endpoint.url}: expected model {self._model!r}, it serves {served}"
-            )
-            raise Refused(endpoint.last_error)
-        said = {"root": roots[self._model]}
+        said = {"root": await self._request(endpoint, send, read)}
         # Few servers have this page, and nothing depends on it.
         with contextlib.suppress(Exception):
             async with asyncio.timeout(self._timeout):
@@ -274,7 +272,8 @@ class ServerEngine(Engine):
                 answer = await endpoint.client.get(url, cast_to=object)
             said["version"] = str(answer["version"] or "")
         endpoint.last_error = ""
-        return {name: value[:LONGEST_ERROR] for name, value in said.items() if value}
+        shown = {name: hide(value, self._key)[:LONGEST_ERROR] for name, value in said.items()}
+        return {name: value for name, value in shown.items() if value}
 
     async def _disconnect(self) -> None:
         for endpoint in self._pool.endpoints:
@@ -335,9 +334,11 @@ class ServerEngine(Engine):
         try:
             request = chat_request(self._model, video, question, decoding, regex)
             answer, home = await self._complete(request, home)
+            # What is no number is logged; no number is as long as a key.
+            text = hide(answer.text, self._key) if len(self._key) > 5 else answer.text
             if not decoding.probabilities:
-                return Reply(answer.text, cut=answer.cut), home
-            reply = Reply(answer.text, answer.digits(), cut=answer.cut, tokens=answer.tokens)
+                return Reply(text, cut=answer.cut), home
+            reply = Reply(text, answer.digits(), cut=answer.cut, tokens=answer.tokens)
             if spelled_by_tokens(reply, NUMBER):
                 ten = await self._ten(reply, video, question, decoding, home)
                 reply = replace(reply, ten=ten)
@@ -361,7 +362,7 @@ class ServerEngine(Engine):
         if not spelled_by_tokens(written, BEGUN):
             raise Refused(
                 "expected the probabilities of an answer that begins with 1, "
-                f"got those of {''.join(forced.tokens)[:LONGEST_ERROR]!r}"
+                f"got those of {hide(''.join(forced.tokens), self._key)[:LONGEST_ERROR]!r}"
             )
         return written.digits[1]["0"]
 

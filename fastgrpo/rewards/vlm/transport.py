@@ -14,10 +14,10 @@ import io
 import json
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple, TypeVar
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fastgrpo.rewards.vlm.answers import ROUNDING
 from fastgrpo.rewards.vlm.engine import Clip, Decoding
@@ -31,6 +31,8 @@ BEGUN = r"1\.|10"
 VIDEO_TYPE = "data:video/jpeg;base64"
 """Head of the data URL of a list of images."""
 _DIGITS = tuple("0123456789")
+_ENDS = ("stop", "eos", "eos_token", "stop_sequence", "end_turn", None)
+"""Reasons for which an answer is whole, as servers of several makes call them; None: not said."""
 
 
 class Video(NamedTuple):
@@ -95,7 +97,7 @@ class Answer(NamedTuple):
 
     Attributes:
         text: Of the answer.
-        cut: max_tokens ended it.
+        cut: The server does not say that the model ended it.
         tokens: The answer's tokens; empty if the server gave no probabilities, or none that can be
             read.
         places: For each of them, the probabilities of the listed tokens in its place. NaN for what
@@ -129,17 +131,8 @@ class _Part(BaseModel):
 
 
 class _Message(_Part):
-    content: str | None = None
-    reasoning_content: Any = None
-    reasoning: Any = None
-    refusal: Any = None
-
-    @model_validator(mode="after")
-    def _has_a_text(self) -> _Message:
-        # Servers that keep thoughts apart give null for an answer that was cut off within them.
-        if self.content is None and not (self.reasoning_content or self.reasoning or self.refusal):
-            raise ValueError("no text")
-        return self
+    # null: no text, or none yet where thoughts are kept apart and took all of max_tokens.
+    content: str | None
 
 
 class _Choice(_Part):
@@ -167,12 +160,15 @@ class _Logprobs(_Part):
     content: list[_Place] = Field(fail_fast=True)
 
 
+_Count = Annotated[int, Field(ge=0, le=1 << 40)]
+
+
 class _Cached(_Part):
-    cached_tokens: int | None = None
+    cached_tokens: _Count | None = None
 
 
 class _Usage(_Part):
-    prompt_tokens: int | None = None
+    prompt_tokens: _Count | None = None
     prompt_tokens_details: _Cached | None = None
 
 
@@ -202,12 +198,9 @@ def read_answer(body: bytes) -> Answer:
         usage = _Usage.model_validate(completion.usage)
     return Answer(
         text,
-        choice.finish_reason == "length",
+        choice.finish_reason not in _ENDS,
         tuple(place.token for place in content),
-        tuple(
-            {top.token: _probability(top.logprob) for top in place.top_logprobs}
-            for place in content
-        ),
+        tuple(map(_probabilities, content)),
         usage.prompt_tokens,
         (usage.prompt_tokens_details or _Cached()).cached_tokens,
     )
@@ -230,9 +223,15 @@ def _read(kind: type[Content], body: bytes, expected: str) -> Content:
     try:
         return kind.model_validate(json.loads(body))
     except (ValueError, RecursionError) as error:  # RecursionError: JSON that is only brackets
-        start, why = body[:100].decode(errors="replace"), type(error).__name__
-        raise ValueError(f"expected {expected}, got {start!r} ({why})") from None
+        # The whole body: it may repeat the key, which is to be hidden before the line is cut.
+        got = body.decode(errors="replace")
+        raise ValueError(f"{type(error).__name__}: expected {expected}, got {got!r}") from None
 
 
-def _probability(logprob: float) -> float:
-    return math.exp(logprob) if logprob <= ROUNDING else math.nan
+def _probabilities(place: _Place) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for top in place.top_logprobs:
+        # Tokens of one text may be two, such as a digit with and without the mark of a word.
+        probability = math.exp(top.logprob) if top.logprob <= ROUNDING else math.nan
+        found[top.token] = found.get(top.token, 0.0) + probability
+    return found
