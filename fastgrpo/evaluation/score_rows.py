@@ -133,7 +133,8 @@ def match_rows(files: Sequence[ScoreFile]) -> list[list[ScoredRow]]:
     path, or else by path and prompt. If any row has no video, they are told apart by the prompt.
 
     Raises:
-        UserError: A file has a video or a prompt twice, or no video is in all files.
+        UserError: A file has a video or a prompt twice, or no video is in all files, or one has
+            another prompt in another file.
     """
     kinds: list[Callable[[ScoredRow], Any]] = [
         lambda row: Path(row.video or "").name,
@@ -155,7 +156,12 @@ def match_rows(files: Sequence[ScoreFile]) -> list[list[ScoredRow]]:
     common = sorted(set(tables[0]).intersection(*tables[1:]))
     examples = [next(iter(table)) for table in tables]
     require(common, "scores", "a video that all files have", examples)
-    return [[table[key] for table in tables] for key in common]
+    matched = [[table[key] for table in tables] for key in common]
+    for rows in matched:
+        # Videos of one name that show other prompts are not the same video.
+        prompts = list(dict.fromkeys(row.prompt for row in rows if row.prompt))
+        require(len(prompts) < 2, "scores", f"one prompt of {rows[0].video} in all files", prompts)
+    return matched
 
 
 def name_files(

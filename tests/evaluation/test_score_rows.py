@@ -161,7 +161,7 @@ def test_videos_are_matched_by_the_first_name_that_tells_them_apart() -> None:
         return [[row.row_index for row in rows] for rows in match_rows(files)]
 
     names = score_file(("/x/b.mp4", "p"), ("/x/a.mp4", "p"), ("/x/c.mp4", "p"))
-    assert places(names, score_file(("/y/a.mp4", None), ("b.mp4", "q"))) == [[1, 0], [0, 1]]
+    assert places(names, score_file(("/y/a.mp4", None), ("b.mp4", "p"))) == [[1, 0], [0, 1]]
     assert places(names) == [[1], [0], [2]]  # sorted
     paths = score_file(("/x/a.mp4", "p"), ("/y/a.mp4", "p"))
     assert places(paths, score_file(("/y/a.mp4", "p"), ("/z/a.mp4", "p"))) == [[1, 0]]
@@ -178,6 +178,10 @@ def test_videos_are_matched_by_the_first_name_that_tells_them_apart() -> None:
         ([[("a.mp4", "p"), ("a.mp4", "p")]], r"each video once in s.jsonl, got .*a.mp4.* 2 times"),
         ([[(None, "p"), (None, "p")]], "each video once in s.jsonl, got 'p 2 times'"),
         ([[("a.mp4", None)], [("b.mp4", None)]], r"all files have, got \['a.mp4', 'b.mp4'\]"),
+        (
+            [[("a.mp4", "p")], [("a.mp4", "q")]],
+            r"one prompt of a.mp4 in all files, got \['p', 'q'\]",
+        ),
         ([[(None, "p")], [("a.mp4", None)]], "a video or a prompt in all rows of s.jsonl"),
     ],
 )

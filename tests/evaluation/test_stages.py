@@ -189,6 +189,17 @@ def test_sets_without_a_common_video(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert results(tmp_path / "out")["sets"]["two"]["difference"] is None
 
 
+def test_a_name_with_another_prompt_is_another_video(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"video": "a.mp4", "prompt": prompt, "score": 0.5} for prompt in ("a cat", "a dog")]
+    files = [write_rows(tmp_path / f"{i}.jsonl", [row]) for i, row in enumerate(rows)]
+    assert call(*files) == 0
+    assert (
+        "no difference to 0: expected one prompt of a.mp4 in all files" in capsys.readouterr().out
+    )
+
+
 def test_one_video_has_no_interval(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert call(write_rows(tmp_path / "s.jsonl", [{"video": "a.mp4", "score": 0.25}])) == 0
     line = capsys.readouterr().out.splitlines()[2]
