@@ -208,10 +208,14 @@ def attention_operators() -> list[Any]:
 
 def place(module: nn.Module, device: torch.device) -> None:
     """Move a module's tensors to `device`, with rank 0's values; sharded ones stay."""
+    placed: dict[int, tuple[Tensor, nn.Parameter]] = {}  # with the tensors, whose ids stay theirs
     for owner in module.modules():
         parameters = [*owner.named_parameters(recurse=False)]
         for name, tensor in [*parameters, *owner.named_buffers(recurse=False)]:
             if isinstance(tensor, DTensor):
+                continue
+            if id(tensor) in placed:  # two modules share it
+                owner._parameters[name] = placed[id(tensor)][1]
                 continue
             if tensor.is_meta:
                 data = torch.empty_like(tensor, device=device).contiguous()
@@ -221,10 +225,14 @@ def place(module: nn.Module, device: torch.device) -> None:
                 dist.broadcast(data, src=0)
             if not isinstance(tensor, nn.Parameter):
                 owner._buffers[name] = data
-            elif tensor.is_meta:
-                owner._parameters[name] = nn.Parameter(data, requires_grad=tensor.requires_grad)
+                continue
+            parameter = tensor
+            if tensor.is_meta:
+                parameter = nn.Parameter(data, requires_grad=tensor.requires_grad)
+                owner._parameters[name] = parameter
             else:
                 tensor.data = data
+            placed[id(tensor)] = tensor, parameter
 
 
 @contextmanager

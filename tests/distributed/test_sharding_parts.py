@@ -91,6 +91,11 @@ def test_place_leaves_what_is_sharded(one_rank: Any) -> None:
     place(linear, CPU)
     assert linear.weight.device == CPU
     assert not linear.weight.requires_grad
+    tied = nn.Sequential(nn.Linear(2, 2, device="meta"), nn.Linear(2, 2, device="meta"))
+    tied[1].weight = tied[0].weight
+    place(tied, CPU)
+    assert tied[1].weight is tied[0].weight
+    assert tied[0].bias is not tied[1].bias
 
 
 LOADING = """
