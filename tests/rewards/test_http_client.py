@@ -74,6 +74,16 @@ def test_no_cookie_is_kept(
     assert [request.headers.get("cookie") for request in server.requests] == [None] * 3
 
 
+@pytest.mark.parametrize("coding", ["", "Identity"])
+def test_an_answer_that_is_named_plain_is_taken(
+    coding: str, fake_endpoint: Any, fault: Any, server_engine: Engines, random_clip: Clips
+) -> None:
+    server = fake_endpoint()
+    judge = server_engine(server)
+    server.always = fault(headers=(("Content-Encoding", coding),))
+    assert judge.ask([random_clip()], [["a"]], Decoding()) == [[Reply("7.25")]]
+
+
 class Flood(BaseHTTPRequestHandler):
     """Answers /v1/models, and every question with what never ends or grows."""
 

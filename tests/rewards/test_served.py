@@ -199,6 +199,7 @@ COMPLETION = (
                         *(b"[]", b"null", b"{}", b'{"0": 1}', b'"a"', b"[null]", b"[[]]", b"[{}]"),
                         b'[{"message": "8.50"}]',
                         b'[{"message": {}}]',
+                        b'[{"message": {"content": "3"}}, {"message": {"content": "8"}}]',
                         b'[{"message": {"content": 8.5}}]',
                         b'[{"message": {"content": ["8.50"]}}]',
                     )

@@ -34,7 +34,7 @@ class BoundedClient(DefaultAsyncHttpxClient):
         response = await super().send(request, **options | {"stream": True})
         try:
             coding = response.headers.get("Content-Encoding", "identity")
-            if coding.lower() != "identity":
+            if coding.lower() not in ("", "identity"):
                 raise OpenAIError(f"expected an answer that is not compressed, got {coding[:40]!r}")
             body = bytearray()
             async for part in response.aiter_raw():

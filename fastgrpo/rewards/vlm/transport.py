@@ -142,7 +142,7 @@ class _Choice(_Part):
 
 
 class _Completion(_Part):
-    choices: list[_Choice] = Field(min_length=1, fail_fast=True)
+    choices: list[_Choice] = Field(min_length=1, max_length=1, fail_fast=True)  # as asked
     usage: Any = None
 
 
