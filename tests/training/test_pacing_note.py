@@ -10,7 +10,13 @@ import pytest
 from fastgrpo.config import PacingConfig, PromptsConfig, TrainConfig
 from fastgrpo.shapes.judge import ShapesJudge
 from fastgrpo.shapes.policy import ShapesPolicy
-from fastgrpo.training.pacing_note import describe_distances, distances, log_pacing, stuck_stage
+from fastgrpo.training.pacing_note import (
+    Distance,
+    describe_distances,
+    distances,
+    log_pacing,
+    stuck_stage,
+)
 
 STAGES = ("visual_quality", "temporal_smoothness", "text_alignment")
 
@@ -28,6 +34,7 @@ def test_distances_by_hand() -> None:
     """(0.60 - 0.75) / 0.02 = -7.5; (0.80 - 0.75) / 0.02 = 2.5; the last stage has no gate."""
     found = distances(pacing(), STAGES, row(0.60, 0.80, 0.35))
     assert [d.temperatures for d in found] == pytest.approx([-7.5, 2.5])
+    assert found[1] == Distance("temporal_smoothness", 0.80, 0.75, found[1].temperatures)
     assert describe_distances(found) == (
         "visual_quality 0.600, 7.5 T below its threshold 0.75; "
         "temporal_smoothness 0.800, 2.5 T above its threshold 0.75"

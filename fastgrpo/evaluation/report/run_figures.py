@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from fastgrpo.algorithm.self_paced import smooth
 from fastgrpo.evaluation.figures import COLORS, INK, Line, Panel, Series, draw, indexed_line, series
 from fastgrpo.evaluation.report.run_record import RunRecord
+from fastgrpo.training.pacing_note import describe_distances
 from fastgrpo.training.tracking import Row
 
 Runs = Sequence[RunRecord]
@@ -146,6 +147,11 @@ def _weights(runs: Runs, window: int) -> Topic:
         "competence, `competence/<stage>`: when that of a stage passes its threshold, weight moves "
         "on to the next stage."
     )
+    if len(runs) == 1 and runs[0].trained:
+        for trained in (runs[0].trained[0], runs[0].trained[-1]):
+            if found := runs[0].distances(trained):
+                said = describe_distances(found)
+                words += f" After iteration {trained['iteration']}: {said} (T: the gate's width)."
     return Topic("weights", "What is being taught?", _not_empty(panels), words)
 
 

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from fastgrpo.algorithm.self_paced import smooth
+from fastgrpo.config import PacingConfig
 from fastgrpo.errors import UserError, require
 from fastgrpo.evaluation.figures import series
 from fastgrpo.training.checkpoint import list_checkpoints
+from fastgrpo.training.pacing_note import Distance, distances
 from fastgrpo.training.tracking import Row, read_metrics, stage_names
 from fastgrpo.training.trust import RECORD, check_links, read_mapping
 
@@ -59,6 +61,13 @@ class RunRecord:
         pacing = self.config.get("pacing") or {}
         gated = pacing.get("mode", "self_paced") in ("self_paced", "two_stage")
         return list(pacing.get("thresholds") or []) if gated else []
+
+    def distances(self, row: Row) -> list[Distance]:
+        """How far each stage is from its threshold after a row's iteration."""
+        values, fields = self.config.get("pacing") or {}, ("mode", "gate", "gate_temperature")
+        known = {key: values[key] for key in fields if key in values}
+        pacing = PacingConfig(thresholds=tuple(self.thresholds), **known)
+        return distances(pacing, self.stages, row)
 
     @property
     def samples(self) -> list[Path]:
@@ -224,6 +233,9 @@ def _read_config(path: Path) -> dict[str, Any]:
         isinstance(thresholds, list) and all(type(one) in (int, float) for one in thresholds)
     )
     require(ok, f"{path}: pacing.thresholds", "a list of numbers", thresholds)
+    width = (config.get("pacing") or {}).get("gate_temperature", 1.0)
+    ok = type(width) in (int, float) and width > 0
+    require(ok, f"{path}: pacing.gate_temperature", "a positive number", width)
     return config
 
 

@@ -160,6 +160,9 @@ def test_weights_competence_and_hoyer_of_one_run() -> None:
             expected = (ITERATIONS, [formula(i) for i in ITERATIONS])
             assert lines(panel)[f"{key}/{stage}"].points == expected
     assert [value for value, _ in competence.levels] == [0.54, 0.35]
+    # (0.01 - 0.54) / 0.05 and (0.30 - 0.54) / 0.05, with the default width of the gate.
+    assert "After iteration 1: visual_quality 0.010, 10.6 T below" in drawn["weights"].words
+    assert "After iteration 30: visual_quality 0.300, 4.8 T below" in drawn["weights"].words
     rows = make_rows()
     for row in rows:
         for stage in STAGES:
