@@ -190,6 +190,11 @@ except (KeyError, PeerFailed) as error:
     report_failure(error)
     answer["heard"] = str(error)
 answer["together"] = gather(r)
+try:
+    with collectives.failing_together("a task"):
+        assert r == 0, "only here"
+except (AssertionError, collectives.FailedElsewhere) as error:
+    answer["task"] = str(error)
 
 # The others are in a collective of another kind: nothing answers, and nothing is mixed up.
 collectives.PATIENCE = collectives._ROLL_CALL = 0.5
@@ -216,6 +221,7 @@ def test_a_rank_that_failed_is_heard_of_at_the_next_meeting(
     first, second = run_ranks(FAILED)
     assert first["heard"] == "rank 1 failed: KeyError: 'choices'"
     assert first["together"] == second["together"] == [0, 1]
+    assert (first["task"], second["task"]) == ("a task: failed on rank 1: only here", "only here")
     assert "waited in vain for the others to hear of an error: no answer from" in second["lost"]
     assert "waited in vain for the gradients" in first["lost"]
 
