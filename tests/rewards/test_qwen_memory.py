@@ -13,7 +13,7 @@ from transformers import Qwen2_5_VLConfig
 
 from benchmarks.judge import CONFIGS
 from fastgrpo.planning.meta_model import measure
-from fastgrpo.rewards.media.frames import FrameSettings
+from fastgrpo.rewards.media.frames import FrameSettings, make_clip, preparing_bytes
 from fastgrpo.rewards.vlm import qwen_memory
 from fastgrpo.rewards.vlm.judge import StageJudge
 from fastgrpo.rewards.vlm.qwen import TransformersEngine
@@ -58,6 +58,24 @@ def test_the_estimate_is_what_a_run_takes(
     taken = sum(measure(score, [videos, *module.parameters(), *module.buffers()], False)[2:])
     assert len(scores[0]) == num_videos
     assert 0.97 * taken < estimate < 1.4 * taken
+
+
+@pytest.mark.parametrize("fps", [0.5, 8.0], ids=["few frames", "all frames"])
+def test_preparing_a_clip_takes_what_is_said(fps: float) -> None:
+    videos, settings = (
+        torch.rand(2, 16, 3, 56, 84),
+        FrameSettings(fps=fps, min_frames=2, min_pixels=784),
+    )
+    clips = []
+
+    def prepare() -> torch.Tensor:
+        assert torch.isfinite(videos[0]).all()
+        clips.append(make_clip(videos[0], 8.0, settings).frames)
+        return torch.empty(0)
+
+    taken = sum(measure(prepare, [videos], False)[2:])
+    seen, _, *size = clips[0].shape
+    assert 0.9 * taken < preparing_bytes(videos, seen, size) < 1.5 * taken
 
 
 def test_the_published_7b_in_numbers(qwen_folder: Path) -> None:

@@ -86,11 +86,11 @@ def seen_clip(video: Tensor, fps: float, wanted_fps: float, max_pixels: int) -> 
     """
     frames = quantise(video, sampled_frames(len(video), fps, wanted_fps))
     height, width = frames.shape[-2:]
-    size = clip_size(height, width, len(frames), frame_budget(max_pixels))
+    size = clip_size(height, width, len(frames), _frame_budget(max_pixels))
     return Clip(resize(frames, size), wanted_fps)
 
 
-def frame_budget(max_pixels: int) -> FrameSettings:
+def _frame_budget(max_pixels: int) -> FrameSettings:
     """The sizes of a frame that VideoAlign sees, from 100,352 to max_pixels pixels."""
     return FrameSettings(min_pixels=min(_MIN_PIXELS, max_pixels), max_pixels=max_pixels)
 
@@ -189,7 +189,7 @@ class VideoAlign(PerVideoReward):
         """As `RewardModel.working_bytes`: of one video, since each is computed by itself."""
         _, length, _, height, width = videos.shape
         seen = len(sampled_frames(length, fps, self._published.fps))
-        size = clip_size(height, width, seen, frame_budget(self._published.max_pixels))
+        size = clip_size(height, width, seen, _frame_budget(self._published.max_pixels))
         patches = seen // _PAIR * math.prod(size) // 14**2
         itemsize, config = DTYPES[self.dtype].itemsize, self._config
         preparing = preparing_bytes(videos, seen, size)
