@@ -177,6 +177,19 @@ def test_an_endpoint_that_answers_nothing_tells_nothing() -> None:
     assert findings == [Finding(name, UNKNOWN, "no answer in 1 s") for name in CHECKS]
 
 
+@pytest.mark.parametrize("check", ["frames", "frame rate", "prefix cache"])
+def test_counts_that_are_missing_are_no_evidence(check: str) -> None:
+    """Of the first answer, and of a server that counts all as 0."""
+    counts = iter([None, 100, 300, 0, 0])
+
+    async def send(*_: Any) -> Answer:
+        await asyncio.sleep(0.02)
+        return Answer("7.00", True, prompt_tokens=next(counts, 0), cached_tokens=0)
+
+    (finding,) = asyncio.run(check_endpoint(send, [check]))
+    assert finding.holds is UNKNOWN
+
+
 def test_of_a_ten_the_decimals_need_no_probabilities() -> None:
     """Those of a model without a constraint, which might have written more."""
     shares = ({"1": 0.6, "9": 0.3999}, {"0": 0.9, ".": 0.1}, {".": 0.7}, {"0": 0.7}, {"0": 0.7})
