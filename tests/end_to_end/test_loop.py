@@ -480,10 +480,8 @@ def test_it_climbs_the_reward_it_is_given(tmp_path: Path, train: Callable[..., A
     assert run.code == 0
     key = f"eval/rewards/{STAGES[0]}/mean"
     assert run.rows[-1][key] > run.rows[0][key] + 0.03
-    assert (
-        yaml.safe_load((run.folder / "config.yaml").read_text())["reward"]["class_path"]
-        == "tiny_parts.RedJudge"
-    )
+    config = yaml.safe_load((run.folder / "config.yaml").read_text())
+    assert config["reward"]["class_path"] == "tiny_parts.RedJudge"
 
 
 def test_seeds(
