@@ -109,7 +109,7 @@ class TensorRTLLMEngine(Engine):
         )
         made = self._llm.generate(asked, sampling_params=params, use_tqdm=False)
         outputs = [one.outputs[0] for one in made]
-        return [Reply(output.text, cut=output.finish_reason == "length") for output in outputs]
+        return [Reply(output.text, cut=output.finish_reason != "stop") for output in outputs]
 
     def _write(self, asked: list[dict[str, Any]]) -> list[Reply]:
         """The likeliest numbers, with the probabilities of the digits in their places."""

@@ -108,7 +108,7 @@ class LLM:
         assert set(one) == {"prompt", "multi_modal_data", "mm_processor_kwargs"}
         written = one["prompt"].partition("<assistant>")[2]
         if not params.return_generation_logits:
-            reason = "length" if one["prompt"].endswith("b<assistant>") else "stop"
+            reason = "timeout" if one["prompt"].endswith("b<assistant>") else "stop"
             return types.SimpleNamespace(text=f"about {one['prompt']}", finish_reason=reason)
         row = torch.full((1, len(VOCABULARY)), -math.inf)
         for token, p in self.logits.get(written, {"0": 1.0}).items():
