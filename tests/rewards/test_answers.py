@@ -267,6 +267,10 @@ FIVE = ({"5": 1.0}, {}, {"2": 1.0}, {"5": 1.0})
         (Reply("5.25", ({"5": math.nan}, *FIVE[1:])), "got nan"),
         (Reply("5.25", ({"4": 1.0}, *FIVE[1:])), "a probability of '5' at token 1 of '5.25'"),
         (Reply("5.25", (*FIVE[:3], {"4": 1.0})), "a probability of '5' at token 4 of '5.25'"),
+        (
+            Reply("10.00", ({"1": 1.0}, {"0": 0.4}, {}, {}, {}), ten=0.4),
+            "digits of probability 0.5 to 1 at token 2 of '10.00', got 0.4",
+        ),
         (Reply("5.25", FIVE, ten=1.1), 'probability of "0" after "1", got 1.1'),
         (Reply("5.25", FIVE, ten=math.nan), "got nan"),
     ],

@@ -92,6 +92,8 @@ def probabilities_fault(reply: Reply) -> str:
         tokens = f"{list(reply.tokens)} for " if reply.tokens else f"{len(digits)} for "
         return f"expected one token per character of a number, got {tokens[:300]}{text[:100]!r}"
     used = {0: _start(reply)} | {index: digits[index] for index in decimal_places(text)}
+    if text == "10.00":
+        used[1] = {"0": reply.ten}
     for index, place in enumerate(digits):
         mass = math.fsum(used.get(index, place).values())
         least = LEAST_MASS if index in used else 0.0
