@@ -14,6 +14,9 @@ class UserError(ValueError):
 INPUT_ERRORS = (ValueError, OSError)
 """What a command ends with in one line: a wrong value, or what the file system refuses."""
 
+_LONGEST = 4000
+"""Characters of a message that are shown."""
+
 
 def require(ok: object, key: str, expected: str, got: object) -> None:
     """Check one value that came from outside the program.
@@ -32,12 +35,18 @@ def require(ok: object, key: str, expected: str, got: object) -> None:
 
 
 def one_line(error: object) -> str:
-    """The message of an error on one line; of a failed file operation as `reason: path`."""
-    text = str(error)
+    """The message of an error on one line; of a failed file operation as `reason: path`. A very
+    long one is cut, and one that cannot be made is said to be so.
+    """
+    try:
+        text = str(error)
+    except Exception as second:
+        return f"(its message cannot be shown: {type(second).__name__})"
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         reason = error.strerror
         text = f"{reason[:1].lower()}{reason[1:]}: {os.fsdecode(error.filename)}"
-    return " ".join(text.split())
+    text = " ".join(text[: 10 * _LONGEST].split())
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
 
 
 def fail(error: object) -> NoReturn:

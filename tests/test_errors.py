@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fastgrpo.errors import UserError, fail, require
+from fastgrpo.errors import UserError, fail, one_line, require
 
 
 def test_fail_speaks_once_a_node_and_ends_with_code_2(
@@ -27,3 +27,22 @@ def test_require_names_key_expectation_and_value() -> None:
     require(True, "a.b", "at least 1", 0)
     with pytest.raises(UserError, match=r"^a\.b: expected at least 1, got '0'$"):
         require(False, "a.b", "at least 1", "0")
+
+
+class Mute(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("no words")
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError("a\n  b"), "a b"),
+        (OSError(28, "No space left on device", "x"), "no space left on device: x"),
+        (OSError(28, "No space left on device"), "[Errno 28] No space left on device"),
+        (ValueError("x" * 10**6), "x" * 4000 + "…"),
+        (Mute(), "(its message cannot be shown: RuntimeError)"),
+    ],
+)
+def test_any_error_is_one_line(error: Exception, line: str) -> None:
+    assert one_line(error) == line

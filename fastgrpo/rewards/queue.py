@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -11,8 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgrpo.errors import UserError
+from fastgrpo.errors import UserError, one_line
 from fastgrpo.interfaces import RewardModel
+
+logger = logging.getLogger("fastgrpo")
 
 Scores = list[list[float]]
 ROUNDING = 1e-6
@@ -40,13 +43,8 @@ class ScoringQueue:
         self._last_refused = ""
 
     def submit(self, videos: Tensor, prompts: Sequence[str], fps: float) -> None:
-        """Queue videos [n, T, 3, H, W] of `fps` with their n prompts."""
-        waiting = [f for f in self._batches if not f.done()]
-        if len(waiting) >= self.max_pending:
-            began = time.perf_counter()
-            for scored in wait(waiting, return_when=FIRST_COMPLETED).done:
-                scored.result()
-            self._blocked += time.perf_counter() - began
+        """Queue videos [n, T, 3, H, W] of `fps` with their n prompts, once there is room."""
+        self.has_room(None)
         made = None
         if videos.is_cuda:
             # On the trainer's stream, the judge would wait for the sampling it is to overlap with.
@@ -54,6 +52,26 @@ class ScoringQueue:
             made = torch.cuda.Event()
             made.record()
         self._batches.append(self._workers.submit(self._score, videos, list(prompts), fps, made))
+
+    def has_room(self, seconds: float | None) -> bool:
+        """Wait at most `seconds` until `submit` would not block; whether it would not.
+
+        Raises:
+            Exception: Whatever the judge raised.
+        """
+        waiting = [f for f in self._batches if not f.done()]
+        if len(waiting) < self.max_pending:
+            return True
+        began = time.perf_counter()
+        scored = wait(waiting, seconds, return_when=FIRST_COMPLETED).done
+        self._blocked += time.perf_counter() - began
+        for batch in scored:
+            batch.result()
+        return bool(scored)
+
+    def is_done(self, seconds: float) -> bool:
+        """Wait at most `seconds` until `collect` would not block; whether it would not."""
+        return not wait(self._batches, seconds).not_done
 
     def collect(self, num_generations: int) -> tuple[list[Scores], list[list[bool]]]:
         """Wait for all that was submitted since the last call.
@@ -76,16 +94,19 @@ class ScoringQueue:
 
     def close(self) -> None:
         """Close the judge, and end the threads when their present batches are done, without waiting
-        for them.
+        for them. A judge that cannot be closed is a warning: nobody needs it any more.
 
         Python waits for such threads when it exits, so a judge that waits for its server has to be
         told that nobody waits for it.
         """
         self._workers.shutdown(wait=False, cancel_futures=True)
-        self.reward.close()
+        try:
+            self.reward.close()
+        except Exception as error:
+            logger.warning(f"{type(self.reward).__name__} failed at its end: {one_line(error)}")
 
     def blocked_seconds(self) -> float:
-        """Seconds that `submit` has waited for the judge since the last call."""
+        """Seconds that a batch has waited for the judge since the last call."""
         seconds, self._blocked = self._blocked, 0.0
         return seconds
 

@@ -25,9 +25,10 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import is_dataclass
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -45,11 +46,13 @@ from fastgrpo.distributed.collectives import (
     waiting_for_ranks,
     world_size,
 )
-from fastgrpo.errors import UserError, require
+from fastgrpo.errors import UserError, one_line, require
 from fastgrpo.files import naming, remove, sync
 
 logger = logging.getLogger("fastgrpo")
 
+_MOST_BYTES = 2**26
+"""Of a state or a manifest."""
 _PREFIX = "iteration_"
 _REFUSED = ".refused"
 _STATE = "state.json"
@@ -153,7 +156,8 @@ def newest(folder: Path) -> Path | None:
     with failing_together("resume"):
         if rank() == 0:
             for leftover in [*folder.glob(".partial-*"), *folder.glob(".discarded-*")]:
-                remove(leftover)
+                with _unless_stuck(leftover):
+                    remove(leftover)
             names = [checkpoint.name for checkpoint in list_checkpoints(folder)]
     for name in gather(names)[0]:
         problem = None
@@ -199,9 +203,13 @@ def load(checkpoint: Path, tensors: dict[str, Any]) -> None:
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """The `state` that `save` was given."""
+    """The `state` that `save` was given.
+
+    Raises:
+        ValueError, OSError: It cannot be read.
+    """
     path = checkpoint / _STATE
-    state = json.loads(path.read_text())
+    state = _read_json(path)
     require(isinstance(state, dict), str(path), "keys and their values", state)
     return dict(state)
 
@@ -218,9 +226,12 @@ def iteration_of(checkpoint: Path) -> int:
 
 
 def prune(folder: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints. On one rank."""
+    """Remove all but the newest `keep` checkpoints, and those not that cannot be removed. On one
+    rank.
+    """
     for old in list_checkpoints(folder)[keep:]:
-        _discard(old)
+        with _unless_stuck(old):
+            _discard(old)
 
 
 def load_weights(checkpoint: Path, transformer: nn.Module, ema: bool) -> None:
@@ -290,8 +301,19 @@ class _Disk(FileSystem):
             raise OSError(cause.errno, cause.strerror, cause.filename or str(path)) from error
 
 
-class _Unpickler(pickle.Unpickler):
+class _Unpickler(pickle._Unpickler):  # Python's own, since that in C lets nobody change BUILD
     """Knows what a checkpoint's metadata is made of, and nothing that runs code."""
+
+    dispatch: ClassVar = dict(pickle._Unpickler.dispatch)
+
+    def load_build(self) -> None:
+        # It sets attributes of anything: of a class too, such as `PosixPath.is_relative_to`.
+        made = type(self.stack[-2])  # type: ignore[attr-defined]
+        if not is_dataclass(made):
+            raise pickle.UnpicklingError(f"attributes of a {made.__name__} are no part of it")
+        super().load_build()  # type: ignore[misc]
+
+    dispatch[pickle.BUILD[0]] = load_build  # type: ignore[assignment]
 
     def find_class(self, module: str, name: str) -> Any:
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
@@ -307,6 +329,8 @@ class _Reader(dcp.FileSystemReader):
         path = Path(self.path) / _METADATA
         try:
             metadata = _Unpickler(io.BytesIO(path.read_bytes())).load()
+            if not isinstance(metadata, Metadata):
+                raise TypeError(f"a {type(metadata).__name__}")
             for info in metadata.storage_data.values():
                 if not _TENSORS.fullmatch(info.relative_path) or info.transform_descriptors:
                     raise ValueError(f"a tensor in {info.relative_path!r}")
@@ -317,7 +341,6 @@ class _Reader(dcp.FileSystemReader):
             raise
         except Exception as error:  # the file says what happens here
             raise UserError(f"{path}: expected the metadata of a checkpoint: {error}") from error
-        assert isinstance(metadata, Metadata)
         return metadata
 
 
@@ -357,18 +380,12 @@ def verify(checkpoint: Path, part: int = 0, num_parts: int = 1) -> None:
     """
     manifest = checkpoint / "manifest.json"
     try:
-        files = json.loads(manifest.read_text())["files"]
+        files = _read_json(manifest)["files"]
         expected = [(name, e["bytes"], e["sha256"]) for name, e in files.items()]
-    except (
-        FileNotFoundError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        RecursionError,
-    ) as error:
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{manifest}: unreadable ({error!r})") from error
-    for name in sorted({_STATE, _METADATA} - files.keys()):
+    tensors = {path.name for path in checkpoint.glob("*.distcp")}
+    for name in sorted({_STATE, _METADATA, *tensors} - files.keys()):
         raise UserError(f"{manifest}: unreadable (without {name})")
     for name, size, digest in sorted(expected)[part::num_parts]:
         file = checkpoint / name
@@ -382,6 +399,16 @@ def verify(checkpoint: Path, part: int = 0, num_parts: int = 1) -> None:
             raise UserError(f"{file}: expected {size} bytes, got {file.stat().st_size}")
         if _sha256(file) != digest:
             raise UserError(f"{file}: its SHA-256 is not the one it was written with")
+
+
+def _read_json(path: Path) -> Any:
+    """ValueError also if it is too large or too deep to be one of ours."""
+    size = path.stat().st_size
+    require(size <= _MOST_BYTES, str(path), f"at most {_MOST_BYTES} bytes", size)
+    try:
+        return json.loads(path.read_text())
+    except RecursionError as error:
+        raise UserError(f"{path}: nested too deeply") from error
 
 
 def _free_name(checkpoint: Path) -> Path:
@@ -424,4 +451,14 @@ def _discard(checkpoint: Path) -> None:
     hidden = checkpoint.with_name(f".discarded-{checkpoint.name}")
     remove(hidden)
     os.replace(checkpoint, hidden)
-    remove(hidden)
+    with _unless_stuck(hidden):
+        remove(hidden)
+
+
+@contextmanager
+def _unless_stuck(path: Path) -> Iterator[None]:
+    """Warn of what cannot be removed, and go on: NFS keeps a file while somebody reads it."""
+    try:
+        yield
+    except OSError as error:
+        logger.warning(f"note: {path} could not be removed: {one_line(error)}")

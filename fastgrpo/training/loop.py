@@ -60,6 +60,9 @@ class Progress:
         if found is None:
             return cls(done=0, row={"iteration": 0}, state={})
         state, done = checkpoint.read_state(found), checkpoint.iteration_of(found)
+        saved = state.pop("iteration", done)  # earlier versions did not write it
+        key = f"{found / 'state.json'}: iteration"
+        require(saved == done, key, f"{done}, as its folder is called", saved)
         row = state.pop("row", None)
         ok = row is None or (isinstance(row, dict) and row.get("iteration") == done)
         require(ok, f"{found / 'state.json'}: row", f"metrics of iteration {done}", row)
@@ -164,7 +167,7 @@ def loop(
     Args:
         trainer: New, or restored.
         log: On rank 0.
-        stop: Asked after each iteration, and during a rollout.
+        stop: Asked after each iteration, and during a rollout, an evaluation's too.
         validation_prompts: Evaluated at the first and the last state, and in between.
         progress: Where `trainer` is.
 
@@ -176,7 +179,7 @@ def loop(
     """
     try:
         failed = _iterate(trainer, log, stop, validation_prompts, progress)
-        return conclude(trainer, progress.done, failed)
+        return conclude(trainer, progress, failed)
     except BaseException as error:  # also what is no Exception: nothing may cost an iteration
         end_after(error, trainer, log, progress)
 
@@ -198,27 +201,28 @@ def _iterate(
         while True:
             done = progress.done
             finished = done >= config.iterations
-            if progress.row is not None:
-                row = progress.row
-                if done == 0 or finished or (every and done % every == 0):
-                    row = row | evaluate(trainer, validation_prompts, done)
-                record(log, row, trainer)
-                progress.row = None
-                bar.update(done - bar.n)
-                # After what rank 0 does alone: here the others hear of its failure.
-                stopping = collectives.any_rank(stop.requested)
-                failed = (
-                    trainer.skipped_in_a_row >= config.update.max_skipped_updates
-                    or trainer.invalid_share > config.scoring.max_invalid_share
-                )
-                if finished or stopping or failed or (done and done % interval == 0):
-                    save(trainer, log, progress)
-            if finished or stopping or failed:
-                return failed
             try:
+                if progress.row is not None:
+                    row = progress.row
+                    if done == 0 or finished or (every and done % every == 0):
+                        must_abort = stop.must_abort_rollout
+                        row = row | evaluate(trainer, validation_prompts, done, must_abort)
+                    record(log, row, trainer)
+                    progress.row = None
+                    bar.update(done - bar.n)
+                    # After what rank 0 does alone: here the others hear of its failure.
+                    stopping = collectives.any_rank(stop.requested)
+                    failed = (
+                        trainer.skipped_in_a_row >= config.update.max_skipped_updates
+                        or trainer.invalid_share > config.scoring.max_invalid_share
+                    )
+                    if finished or stopping or failed or (done and done % interval == 0):
+                        save(trainer, log, progress)
+                if finished or stopping or failed:
+                    return failed
                 row = trainer.step(done + 1, stop.must_abort_rollout)
             except RolloutInterrupted:
-                # Nothing of that iteration has happened yet. A resume makes the same one.
+                # Nothing of that rollout has happened yet. A resume makes the same one.
                 if progress.saved != done:
                     save(trainer, log, progress)
                 return False
@@ -244,7 +248,8 @@ def save(trainer: Trainer, log: MetricsLog | None, progress: Progress) -> None:
     """Write the checkpoint of the last finished iteration, and the rows before it to the disk."""
     config, done = trainer.config, progress.done
     folder, keep = config.run_folder, config.checkpoint.keep
-    state = progress.state | ({} if progress.row is None else {"row": progress.row})
+    row = {} if progress.row is None else {"row": progress.row}
+    state = {"iteration": done, **progress.state, **row}
     progress.save_failed = True
     if log is not None:
         log.sync()
@@ -267,9 +272,11 @@ def end_after(
     is_full = isinstance(error, OSError) and error.errno in FULL
     lost, together = rescue(error, trainer, log, progress)
     if is_own:
-        get_error_handler().record_exception(error)  # for torchrun's summary
+        with suppress(Exception):  # such as a full disk
+            get_error_handler().record_exception(error)  # for torchrun's summary
     if is_own and not is_full:
-        traceback.print_exception(error)
+        with suppress(OSError):  # a terminal that is gone
+            traceback.print_exception(error)
     if together:
         with suppress(RuntimeError):
             collectives.gather(None)  # all tracebacks come before the line
@@ -327,9 +334,9 @@ def rescue(
     return reason, True
 
 
-def conclude(trainer: Trainer, done: int, failed: bool) -> int:
+def conclude(trainer: Trainer, progress: Progress, failed: bool) -> int:
     """Export the policy if all is done, and log what lies where or how to go on."""
-    config, folder = trainer.config, trainer.config.run_folder
+    config, folder, done = trainer.config, trainer.config.run_folder, progress.done
     command = run_folder.resume_command(folder)
     if failed:
         logger.warning(
@@ -337,7 +344,7 @@ def conclude(trainer: Trainer, done: int, failed: bool) -> int:
             f"{folder}/checkpoints. After a change go on with: {command}"
         )
         return 1
-    if done < config.iterations:
+    if done < config.iterations or progress.row is not None:
         logger.warning(
             f"stopped by a signal after iteration {done}, with a checkpoint. Go on with: {command}"
         )

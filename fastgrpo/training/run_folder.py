@@ -39,6 +39,7 @@ WRITTEN = (
     "report",
 )
 """What a run writes to its folder, besides what trackers write."""
+_LARGE = ("checkpoints", "samples")
 
 
 def claim(folder: Path, resume: str) -> TextIO | None:
@@ -61,7 +62,10 @@ def claim(folder: Path, resume: str) -> TextIO | None:
     with collectives.failing_together("the run folder"):
         if collectives.rank() == 0:
             if not trust.is_made_here(folder):
-                trust.check_links(folder, *WRITTEN)
+                # Before the first start there is nothing of anybody in it, and a person may have
+                # put the large folders elsewhere.
+                is_new = not (is_used(folder) or (folder / "config.yaml").exists())
+                trust.check_links(folder, *{*WRITTEN} - {*(_LARGE if is_new else ())})
             if resume == "never" and is_used(folder):
                 raise FileExistsError(
                     f"{folder} holds a run already: add `--resume auto` to go on with it, or give "
@@ -107,8 +111,13 @@ def is_used(folder: Path) -> bool:
     metrics = folder / "metrics.jsonl"
     has_rows = metrics.exists() and metrics.stat().st_size > 0
     kept = (folder / name for name in (SAVED, "transformer", "export"))
-    has_checkpoints = any((folder / "checkpoints").glob("[!.]*"))
-    return has_rows or has_checkpoints or any(path.exists() for path in kept)
+    return has_rows or _has_traces(folder) or any(path.exists() for path in kept)
+
+
+def _has_traces(folder: Path) -> bool:
+    """Whether there are checkpoints, or what is left of them: a link, damaged ones."""
+    found = (folder / "checkpoints").glob("*")  # a disk mounted there has a lost+found
+    return any(path.name.startswith(("iteration_", "latest")) for path in found)
 
 
 def find_checkpoint(config: TrainConfig) -> tuple[Path | None, bool]:
@@ -160,7 +169,7 @@ def _require_none_lost(folder: Path, interval: int) -> None:
         name = saved.read_text().strip()[:100]
     # The row of an iteration is written before its checkpoint.
     traces = [(folder / n).exists() for n in ("transformer", "export")]
-    if name or last > interval or any(traces) or any((folder / "checkpoints").glob("[!.]*")):
+    if name or last > interval or any(traces) or _has_traces(folder):
         raise UserError(
             f"resume: expected the checkpoints of a run in {folder / 'checkpoints'}, found none, "
             f"though {folder} has the record of one that had some"

@@ -1,4 +1,6 @@
-"""SIGINT and SIGTERM as a request to stop at the next good moment."""
+"""SIGINT, SIGTERM and SIGHUP (a terminal that is closed) as a request to stop at the next good
+moment.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +15,8 @@ logger = logging.getLogger("fastgrpo")
 
 PATIENCE = 5.0
 """Seconds after a signal for which a rollout goes on. Schedulers kill after 30 or more."""
+
+HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class StopRequest:
@@ -42,9 +46,11 @@ class StopRequest:
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """Take SIGINT and SIGTERM as requests to stop inside a `with` block."""
+    """Take the signals as requests to stop inside a `with` block; one that this process was started
+    to ignore, as `nohup` does with SIGHUP, stays ignored.
+    """
     stop = StopRequest()
-    handled = (signal.SIGINT, signal.SIGTERM)
+    handled = [n for n in HANDLED if signal.getsignal(n) is not signal.SIG_IGN]
     previous = {number: signal.signal(number, stop.receive) for number in handled}
     try:
         yield stop

@@ -30,8 +30,9 @@ from fastgrpo.algorithm.advantages import choose_and_shuffle, group_advantages
 from fastgrpo.algorithm.seeds import derive_seed
 from fastgrpo.algorithm.self_paced import Pacer, group_statistics, mix
 from fastgrpo.config import TrainConfig
-from fastgrpo.distributed.collectives import any_rank, gather, rank, world_size
+from fastgrpo.distributed.collectives import gather, rank, world_size
 from fastgrpo.distributed.sharding import gathered
+from fastgrpo.errors import require
 from fastgrpo.interfaces import Policy
 from fastgrpo.rewards.queue import ScoringQueue
 from fastgrpo.training.decode import decode
@@ -48,9 +49,33 @@ from fastgrpo.training.trajectory import Group
 from fastgrpo.training.update import UpdateStatistics, make_optimizer, update
 from fastgrpo.training.weights import WITHOUT_ADAPTERS, average_weights, copy_weights
 
+POLL = 1.0
+"""Seconds between two looks at a signal while the judge is waited for."""
+
 
 class RolloutInterrupted(Exception):
-    """A step was aborted during its rollout, before any weight, counter or pacer state changed."""
+    """A rollout was aborted, before any weight, counter or pacer state changed."""
+
+
+def wait_for_judge(
+    is_ready: Callable[[float], bool], must_abort_rollout: Callable[[], bool]
+) -> None:
+    """Wait until the judge is ready on all ranks, which call this together.
+
+    Args:
+        is_ready: Waits for the seconds that it is given, at most, and says whether the judge is.
+        must_abort_rollout: As for `Trainer.step`.
+
+    Raises:
+        RolloutInterrupted: `must_abort_rollout` was true on at least one rank; raised on all.
+    """
+    while True:
+        ranks = gather((is_ready(POLL), must_abort_rollout()), "the judge of all ranks")
+        ready, must_abort = zip(*ranks, strict=True)
+        if any(must_abort):
+            raise RolloutInterrupted
+        if all(ready):
+            return
 
 
 class Trainer:
@@ -104,8 +129,9 @@ class Trainer:
 
         Args:
             iteration: Counted from 1.
-            must_abort_rollout: Asked after every micro-batch of videos, on every rank: true if a
-                signal is older than PATIENCE seconds (`signals.StopRequest`).
+            must_abort_rollout: Asked after every micro-batch of videos and while the judge is
+                waited for, on every rank: true if a signal is older than PATIENCE seconds
+                (`signals.StopRequest`).
 
         Returns:
             The metrics over all ranks.
@@ -135,13 +161,12 @@ class Trainer:
         with clock.phase("rollout"), gathered(self.policy.transformer, cfg.parallel.keep_gathered):
             share_first_step = cfg.rollout.share_first_step
             for batch in sample_videos(self.policy, rollout, share_first_step=share_first_step):
-                # Without a name, which would hold the last frames through the update.
-                self.judge.submit(
-                    decode(self.policy, batch.latents), batch.prompts, self.policy.fps
-                )
-                if any_rank(must_abort_rollout()):
-                    raise RolloutInterrupted
+                frames = decode(self.policy, batch.latents)
+                wait_for_judge(self.judge.has_room, must_abort_rollout)
+                self.judge.submit(frames, batch.prompts, self.policy.fps)
+                del frames  # which would be held through the update
         with clock.phase("reward"):
+            wait_for_judge(self.judge.is_done, must_abort_rollout)
             scores_PGK, valid_PG = self.judge.collect(G)
         # Eqs. 7-8: mean and saturation of each stage, over the valid videos of a group.
         groups = [
@@ -291,6 +316,15 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict()`.
+
+        Raises:
+            UserError: A counter is no count, or the pacer's state is not of this judge.
+            KeyError, TypeError, AttributeError: It is no such state.
+        """
+        for key in ("prompts_drawn", "skipped_in_a_row"):
+            is_count = isinstance(state[key], int) and state[key] >= 0
+            require(is_count, f"state: {key}", "a count", state[key])
         self.prompts_drawn = state["prompts_drawn"]
         self.skipped_in_a_row = state["skipped_in_a_row"]
         self.pacer.load_state_dict(state["pacer"])

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastgrpo.errors import UserError
+from fastgrpo.errors import UserError, one_line
 from fastgrpo.files import atomic_write, keep_copy, naming, sync
 
 logger = logging.getLogger("fastgrpo")
@@ -40,7 +40,8 @@ class MetricsLog:
     run makes one; a context manager.
 
     Each row is on its way to the disk when `log` returns, so a process killed later loses none.
-    One killed inside `log` leaves at most half a line, which `read_metrics` drops.
+    One killed inside `log` leaves at most half a line, which `read_metrics` drops. A file that
+    somebody removed or replaced meanwhile is begun anew, or continued.
 
     A tracker that fails later than at its start is left out from then on, with a warning: it is
     only a view.
@@ -78,16 +79,16 @@ class MetricsLog:
         self.path = run / "metrics.jsonl"
         if last_iteration is not None:
             kept = truncate_metrics(self.path, last_iteration)
-            if missing := sorted({*range(last_iteration + 1)} - {*kept}):
+            if missing := _missing(kept, last_iteration):
                 logger.warning(
-                    f"note: {self.path} lacks the rows of iterations {_ranges(missing)}: the file "
-                    "was changed or lost"
+                    f"note: {self.path} lacks the rows of iterations {missing}: the file was "
+                    "changed or lost"
                 )
         self._trackers: dict[str, Any] = {}
         try:
             for name in dict.fromkeys(trackers):
                 self._trackers[name] = _start_tracker(name, run, project, last_iteration, config)
-            self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115  (open as the run is)
+            self.path.open("ab").close()
         except BaseException:
             self._finish_trackers()
             raise
@@ -103,33 +104,33 @@ class MetricsLog:
             for key, value in row.items()
         }
         line = json.dumps(finite, allow_nan=False).encode() + b"\n"
-        size = os.fstat(self._file.fileno()).st_size
-        try:
-            with naming(self.path):
+        with naming(self.path), open(self.path, "ab", buffering=0) as file:
+            size = os.fstat(file.fileno()).st_size
+            try:
                 while line:  # a disk that is nearly full takes a part of it
-                    line = line[self._file.write(line) :]
-        except OSError:
-            self._file.truncate(size)
-            raise
+                    line = line[file.write(line) :]
+            except OSError:
+                file.truncate(size)
+                raise
         step = finite.pop("iteration")
         scalars = {key: value for key, value in finite.items() if value is not None}
         for name, tracker in [*self._trackers.items()]:
             try:
                 tracker.log(scalars, step=step)
-            except Exception as error:  # a tracker may raise anything, of a server or a disk
+            except (Exception, SystemExit) as error:  # anything, of a server or a disk
                 del self._trackers[name]
                 logger.warning(
                     f"tracker {name!r} failed, and the run goes on without it; {self.path} has "
-                    f"every row: {type(error).__name__}: {error}"
+                    f"every row: {type(error).__name__}: {one_line(error)}"
                 )
 
     def sync(self) -> None:
         """Wait until all rows are on the disk."""
-        sync(self.path)
+        if self.path.exists():
+            sync(self.path)
 
     def close(self) -> None:
-        """End the trackers and close the file; a second call does nothing."""
-        self._file.close()
+        """End the trackers; a second call does nothing."""
         self._finish_trackers()
 
     def _finish_trackers(self) -> None:
@@ -137,8 +138,8 @@ class MetricsLog:
             name, tracker = self._trackers.popitem()
             try:
                 tracker.finish()
-            except Exception as error:
-                logger.warning(f"tracker {name!r} failed at its end: {error}")
+            except (Exception, SystemExit) as error:
+                logger.warning(f"tracker {name!r} failed at its end: {one_line(error)}")
 
     def __enter__(self) -> MetricsLog:
         return self
@@ -207,15 +208,14 @@ def truncate_metrics(path: Path, last_iteration: int) -> list[int]:
     return [iteration for _, iteration in kept]
 
 
-def _ranges(numbers: Sequence[int]) -> str:
-    """Ascending numbers in words: 1, 4 to 6."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1][1:] = [number]
-        else:
-            runs.append([number])
-    return ", ".join(" to ".join(map(str, run)) for run in runs)
+def _missing(numbers: Sequence[int], last: int) -> str:
+    """Which of 0 to `last` are not among the numbers, in words: 1, 4 to 6."""
+    gaps, expected = [], 0
+    for number in [*sorted({*numbers}), last + 1]:
+        if number > expected:
+            gaps.append(" to ".join(map(str, dict.fromkeys((expected, number - 1)))))
+        expected = number + 1
+    return ", ".join(gaps)
 
 
 def _parse_lines(path: Path) -> Iterator[tuple[bytes, Row]]:
@@ -346,7 +346,8 @@ def _start_tracker(
             )
     except (Exception, SystemExit) as error:
         raise UserError(
-            f"tracking.trackers: {name!r} could not start: {type(error).__name__}: {error}"
+            f"tracking.trackers: {name!r} could not start: {type(error).__name__}: "
+            f"{one_line(error)}"
         ) from error
     return tracker
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,7 @@ from fastgrpo.training.decode import decode
 from fastgrpo.training.metrics import Stopwatch
 from fastgrpo.training.rollout import sample_videos, start_rollout
 from fastgrpo.training.sample_files import save_samples
-from fastgrpo.training.step import Trainer
+from fastgrpo.training.step import Trainer, wait_for_judge
 from fastgrpo.training.weights import using_weights
 
 
@@ -67,11 +68,19 @@ class ValidationSet:
         ]
 
 
-def evaluate(trainer: Trainer, prompts: list[str], iteration: int) -> dict[str, Any]:
+def evaluate(
+    trainer: Trainer,
+    prompts: list[str],
+    iteration: int,
+    must_abort_rollout: Callable[[], bool] = lambda: False,
+) -> dict[str, Any]:
     """Score the validation prompts with the same noise every time, and save the first videos.
 
     Returns:
         The `eval/...` metrics; none without prompts.
+
+    Raises:
+        RolloutInterrupted: As `Trainer.step`.
     """
     if not prompts:
         return {}
@@ -98,6 +107,7 @@ def evaluate(trainer: Trainer, prompts: list[str], iteration: int) -> dict[str, 
             num_videos=cfg.num_videos,
             device=trainer.device,
             compute_dtype=trainer.compute_dtype,
+            must_abort_rollout=must_abort_rollout,
         )
         if rank() == 0 and len(validation.videos):
             folder = config.run_folder / "samples" / f"iteration_{iteration:06d}"
@@ -129,6 +139,7 @@ def sample_validation(
     num_videos: int,
     device: torch.device,
     compute_dtype: torch.dtype,
+    must_abort_rollout: Callable[[], bool] = lambda: False,
 ) -> ValidationSet:
     """Sample all prompts and score them. All ranks call this; each takes its share.
 
@@ -141,6 +152,10 @@ def sample_validation(
         num_videos: How many prompts' first videos are kept.
         device: Where the trajectories lie.
         compute_dtype: Of the forward pass.
+        must_abort_rollout: As for `Trainer.step`.
+
+    Raises:
+        RolloutInterrupted: As `Trainer.step`.
     """
     # Every rank makes the same number of passes, since sharded ranks must call the network
     # together. The last ranks repeat prompts as needed, and the repeats are dropped at the end.
@@ -165,12 +180,13 @@ def sample_validation(
         )
         for batch in sample_videos(policy, rollout, share_first_step=cfg.share_first_step):
             frames = decode(policy, batch.latents)
+            wait_for_judge(judge.has_room, must_abort_rollout)
             judge.submit(frames, batch.prompts, policy.fps)
-            gather(None, "the evaluation of all ranks")  # here a rank that failed is heard of
             for index, video in zip(batch.sample_indices, frames, strict=True):
                 prompt, generation = divmod(index, cfg.num_generations)
                 if generation == 0 and begin + prompt < num_kept:
                     videos.append((video.nan_to_num() * 255).round().to(torch.uint8).cpu())
+    wait_for_judge(judge.is_done, must_abort_rollout)
     ranks = gather((*judge.collect(cfg.num_generations), videos))
     scores, valid, shown = ([item for of_rank in ranks for item in of_rank[i]] for i in range(3))
     return ValidationSet(

@@ -290,6 +290,30 @@ def test_close_closes_a_judge_that_can_be(opened: Callable[..., ScoringQueue]) -
     assert gone.is_set()
 
 
+def test_a_judge_that_fails_at_its_end_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    judge = Judge()
+    judge.close = fail  # type: ignore[method-assign]
+    ScoringQueue(judge).close()
+    assert caplog.messages == ["Judge failed at its end: no answer"]
+
+
+def test_a_wait_for_a_judge_that_stands_still_has_an_end(
+    opened: Callable[..., ScoringQueue],
+) -> None:
+    go = threading.Event()
+    queue = opened(Judge(lambda: go.wait(10)), max_pending=2)
+    assert queue.has_room(0)
+    assert queue.is_done(0)
+    queue.submit(videos(0.5), ["a"], 8.0)
+    assert queue.has_room(0)
+    assert not queue.is_done(0.01)
+    queue.submit(videos(0.5), ["a"], 8.0)
+    assert not queue.has_room(0.01)
+    go.set()
+    assert queue.has_room(10)
+    assert queue.is_done(10)
+
+
 def test_close_ends_the_thread_and_what_waits() -> None:
     go = threading.Event()
     judge = Judge(lambda: go.wait(10))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import errno
 import io
+import json
 import os
 import pickle
 import shutil
@@ -12,11 +13,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from small_checkpoints import blank, load, state_of, tensors_of, write
+from torch.distributed.checkpoint.metadata import Metadata
 
 from fastgrpo.errors import one_line
 from fastgrpo.training import checkpoint
-from fastgrpo.training.checkpoint import iteration_of, list_checkpoints, parts, prune, save, verify
+from fastgrpo.training.checkpoint import (
+    iteration_of,
+    list_checkpoints,
+    parts,
+    prune,
+    read_state,
+    save,
+    verify,
+)
 
 
 class Payload:
@@ -55,6 +66,73 @@ def test_a_strangers_checkpoint_runs_no_code(one_rank: Any, tmp_path: Path) -> N
     with pytest.raises(ValueError, match=r"expected the tensors of this network.*weights_only"):
         load(tmp_path, blank())
     assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize(
+    "attributes",
+    [
+        b"cpathlib\nPosixPath\nN}X\x0e\x00\x00\x00is_relative_toctorch\nSize\ns\x86b.",
+        b"ctorch.serialization\n_get_layout\n}X\x05\x00\x00\x00cacheNsb.",
+        b"ctorch.distributed.checkpoint.metadata\nMetadata\nN}X\x01\x00\x00\x00aNs\x86b.",
+        b"ctorch.serialization\n_get_layout\n.",
+        b"(lp0\n.",
+    ],
+)
+def test_a_strangers_metadata_changes_no_class(
+    one_rank: Any, tmp_path: Path, attributes: bytes
+) -> None:
+    """A pickle can set attributes of a class that it may name: then no path would be outside of
+    any folder, for the whole process.
+    """
+    (path,) = write(tmp_path, 1)
+    (path / ".metadata").write_bytes(b"\x80\x02" + attributes)
+    before = (Path.is_relative_to, torch.serialization._get_layout.cache)
+    with pytest.raises(ValueError, match=r"\.metadata: expected the metadata of a checkpoint"):
+        parts(sealed(path))
+    assert (Path.is_relative_to, torch.serialization._get_layout.cache) == before
+    assert not hasattr(Metadata, "a")
+
+
+@pytest.mark.parametrize("name", ["state.json", "manifest.json"])
+@pytest.mark.parametrize("content", ["[" * 10**5, " " * 2**26 + "{}"], ids=["deep", "large"])
+def test_json_beyond_all_measure_is_one_line(
+    one_rank: Any, tmp_path: Path, name: str, content: str
+) -> None:
+    (path,) = write(tmp_path, 1)
+    (path / name).write_text(content)
+    with pytest.raises(ValueError, match=rf"{name}: .*(nested too deeply|at most \d+ bytes)"):
+        verify(path) if name == "manifest.json" else read_state(sealed(path))
+
+
+def test_tensors_that_the_manifest_lacks_are_not_believed(one_rank: Any, tmp_path: Path) -> None:
+    (path,) = write(tmp_path, 1)
+    manifest = json.loads((path / "manifest.json").read_text())
+    del manifest["files"]["__0_0.distcp"]
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=r"manifest\.json: .*without __0_0\.distcp"):
+        verify(path)
+
+
+def test_what_cannot_be_removed_stays_with_a_warning(
+    one_rank: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """As on NFS, where a file that another process reads stays as .nfs0001."""
+
+    def refuse(path: Any, *_: object, **__: object) -> None:
+        raise OSError(errno.ENOTEMPTY, "Directory not empty", str(path))
+
+    write(tmp_path, 1)
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    write(tmp_path, 2, keep=1)
+    left = tmp_path / ".discarded-iteration_000001"
+    assert left.is_dir()
+    assert load(tmp_path, blank()) == (2, state_of(2))
+    write(tmp_path, 2, keep=1)  # that iteration again
+    assert load(tmp_path, blank()) == (2, state_of(2))
+    assert f"note: {left} could not be removed: directory not empty: {left}" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["../outside.distcp", "/etc/passwd", "state.json", ".."])

@@ -52,8 +52,8 @@ def test_why_a_run_stopped(one_rank: torch.device, caplog: pytest.LogCaptureFixt
     assert reason_to_stop(stopped).startswith(
         "5 updates in a row (update.max_skipped_updates) could not be made"
     )
-    assert conclude(stopped, 3, failed=True) == 1
-    assert conclude(stopped, 4, failed=False) == 0
+    assert conclude(stopped, Progress(3, None, {}), failed=True) == 1
+    assert conclude(stopped, Progress(4, None, {}), failed=False) == 0
     failed, signalled = caplog.messages
     assert failed.startswith(f"stopped after iteration 3: {reason_to_stop(stopped)}. The state is")
     assert signalled.startswith("stopped by a signal after iteration 4, with a checkpoint")
@@ -69,6 +69,9 @@ def test_a_checkpoints_progress(tmp_path: Path) -> None:
     for content in ({"a": 1}, {"a": 1, "row": row}):
         (path / "state.json").write_text(json.dumps(content))
         assert Progress.at(path) == Progress(3, content.get("row"), {"a": 1}, saved=3)
+    (path / "state.json").write_text('{"iteration": 4}')
+    with pytest.raises(ValueError, match=r"iteration: expected 3, as its folder is called, got 4"):
+        Progress.at(path)
     for row in ({"iteration": 2}, [3], 3):
         (path / "state.json").write_text(json.dumps({"row": row}))
         with pytest.raises(ValueError, match=r"state\.json: row: expected metrics of iteration 3"):

@@ -81,6 +81,7 @@ def test_a_file_system_without_locks_is_a_note(
 def test_a_link_out_of_the_folder_is_not_followed(tmp_path: Path, one_rank: Any, name: str) -> None:
     mine, run = tmp_path / "mine", tmp_path / "run"
     run.mkdir()
+    (run / "config.yaml").touch()  # of a run, which was not made here
     mine.write_text("thesis")
     (run / name).symlink_to(mine)
     with pytest.raises(ValueError, match="got one outside of it"):
@@ -89,6 +90,20 @@ def test_a_link_out_of_the_folder_is_not_followed(tmp_path: Path, one_rank: Any,
     (run / name).unlink()
     (run / ".lock").symlink_to(run / "config.yaml")
     with pytest.raises(OSError, match=r"symbolic links.*\.lock"):
+        claim(run, "auto")
+
+
+def test_a_persons_own_links_before_the_first_start(tmp_path: Path, one_rank: Any) -> None:
+    """To a large disk, where nothing is yet; once something is there, they are a stranger's."""
+    run = tmp_path / "run"
+    for name in ("checkpoints", "samples"):
+        (tmp_path / "scratch" / name).mkdir(parents=True)
+        run.mkdir(exist_ok=True)
+        (run / name).symlink_to(tmp_path / "scratch" / name)
+    (tmp_path / "scratch" / "checkpoints" / "lost+found").mkdir()  # a disk of its own
+    claim(run, "never").close()
+    (tmp_path / "scratch" / "checkpoints" / "iteration_000001").mkdir()
+    with pytest.raises(ValueError, match="got one outside of it"):
         claim(run, "auto")
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +14,7 @@ from fastgrpo.training import signals
 from fastgrpo.training.signals import PATIENCE, StopRequest, stop_on_signals
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_is_a_request_and_a_second_one_changes_nothing(
     number: signal.Signals,
     capsys: pytest.CaptureFixture[str],
@@ -39,6 +41,22 @@ def test_signals_are_given_back_after_an_error() -> None:
     with pytest.raises(KeyError), stop_on_signals():
         raise KeyError
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_a_signal_that_nohup_ignores_stays_ignored() -> None:
+    code = (
+        "import os, signal\n"
+        "from fastgrpo.training.signals import stop_on_signals\n"
+        "with stop_on_signals() as stop:\n"
+        "    os.kill(os.getpid(), signal.SIGHUP)\n"
+        "    print(stop.requested)\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    print(stop.requested)\n"
+    )
+    done = subprocess.run(
+        ["nohup", sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True
+    )
+    assert done.stdout.split() == ["False", "True"]
 
 
 def test_the_first_signal_counts(monkeypatch: pytest.MonkeyPatch) -> None:

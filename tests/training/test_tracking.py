@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import errno
-import io
 import json
 import math
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from fastgrpo.errors import one_line
 from fastgrpo.training.tracking import (
     MetricsLog,
     check_trackers,
@@ -156,23 +157,40 @@ def test_rows_that_are_missing_are_said(
     assert f"{tmp_path / 'metrics.jsonl'} lacks the rows of iterations {missing}:" in said
 
 
-def test_a_full_disk_leaves_whole_rows_and_names_the_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_checkpoint_of_a_wild_number_is_noted_at_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A disk with room for half a row."""
+    (tmp_path / "metrics.jsonl").write_text('{"iteration": 1}\n')
+    MetricsLog(tmp_path, last_iteration=10**15).close()
+    assert f"lacks the rows of iterations 0, 2 to {10**15}:" in caplog.text
+
+
+@pytest.mark.parametrize("where", ["removed", "replaced"])
+def test_a_file_that_is_removed_meanwhile_costs_only_its_rows(tmp_path: Path, where: str) -> None:
+    path = tmp_path / "metrics.jsonl"
+    with MetricsLog(tmp_path) as log:
+        log.log({"iteration": 0})
+        path.unlink()
+        log.sync()
+        if where == "replaced":
+            path.write_text('{"iteration": 7}\n')
+        log.log({"iteration": 1})
+        log.sync()
+    assert [row["iteration"] for row in read_metrics(path)][-1] == 1
+    assert len(read_metrics(path)) == 1 + (where == "replaced")
+
+
+def test_a_full_disk_leaves_whole_rows_and_names_the_file(tmp_path: Path) -> None:
+    """With room for half a row."""
     with MetricsLog(tmp_path) as log:
         log.log({"iteration": 0, "r": 0.5})
-        room = [9, 0]
-
-        class Full(io.FileIO):
-            def write(self, data: bytes) -> int:
-                if not (taken := room.pop(0)):
-                    raise OSError(errno.ENOSPC, "No space left on device")
-                return super().write(data[:taken])
-
-        monkeypatch.setattr(log, "_file", Full(tmp_path / "metrics.jsonl", "ab"))
-        with pytest.raises(OSError, match="No space") as caught:
-            log.log({"iteration": 1, "r": 0.5})
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (36, hard))
+        try:
+            with pytest.raises(OSError, match="File too large") as caught:
+                log.log({"iteration": 1, "r": 0.5})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert caught.value.filename == str(tmp_path / "metrics.jsonl")
     assert (tmp_path / "metrics.jsonl").read_text() == '{"iteration": 0, "r": 0.5}\n'
 
@@ -304,17 +322,19 @@ def test_a_tracker_of_ones_own_gets_scalars_and_configuration(
     assert not (tmp_path / "other" / "metrics.jsonl").exists()
 
 
+@pytest.mark.parametrize("error", [BrokenPipeError(errno.EPIPE, "Broken pipe"), SystemExit(1)])
 @pytest.mark.parametrize("where", ["log", "finish"])
 def test_a_tracker_that_fails_is_left_out_and_the_rows_go_on(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     where: str,
+    error: BaseException,
 ) -> None:
     from torch.utils.tensorboard import SummaryWriter
 
     def fail(*_: object, **__: object) -> None:
-        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+        raise error
 
     name = {"log": "add_scalar", "finish": "close"}[where]
     with MetricsLog(tmp_path, ["tensorboard"]) as log:
@@ -324,7 +344,7 @@ def test_a_tracker_that_fails_is_left_out_and_the_rows_go_on(
     assert [row["iteration"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [0, 1, 2]
     (said,) = caplog.messages
     assert "tracker 'tensorboard' failed" in said
-    assert "Broken pipe" in said
+    assert one_line(error) in said
 
 
 def test_unknown_and_missing_trackers_are_one_error(
