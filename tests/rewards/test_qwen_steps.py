@@ -65,7 +65,8 @@ def test_draws_have_the_softmax_distribution() -> None:
         torch.testing.assert_close(
             share, torch.softmax(logits / temperature, -1), rtol=0, atol=2e-4
         )
-    assert draw(logits[None], 0.0, grid[:1]).tolist() == [2]
+    for greedy in (0.0, 1e-300, 5e-324):
+        assert draw(30 * logits[None], greedy, grid[-1:]).tolist() == [2]
     edges = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
     assert draw(logits.expand(2, -1), 1.0, edges).tolist() == [0, 4]
 

@@ -15,6 +15,7 @@ import math
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import h11
 import torch
 from fastapi import Depends, FastAPI, HTTPException, Request
 from starlette.requests import ClientDisconnect
@@ -78,7 +79,9 @@ def read_question(
     except Exception as error:  # a strange request raises many kinds
         raise ValueError(f"expected a request of ServerEngine, got {error!r}") from error
     wrong = sorted(key for key in {*known, *request} if known.get(key) != request.get(key))
-    if wrong or regex not in ("", NUMBER, FROM_ONE):
+    if regex not in ("", NUMBER, FROM_ONE):
+        wrong.append("structured_outputs")
+    if wrong:
         raise ValueError(f"expected a request of ServerEngine for {model}, got others: {wrong}")
     if not 1 <= tokens <= limits.tokens or not 1e-3 < fps <= 1000:
         raise ValueError(f"expected up to {limits.tokens} tokens and 1000 frames/s")
@@ -169,6 +172,19 @@ class _Memory:
             hold(0)
 
 
+class _Parser(h11.Connection):
+    """Refuses bodies in chunks: a megabyte of chunks of one byte keeps it busy for seconds, in
+    which no other client is heard. The trainer's client names a body's length.
+    """
+
+    def next_event(self) -> Any:
+        """As of the base."""
+        event = super().next_event()
+        if isinstance(event, h11.Request) and dict(event.headers).get(b"transfer-encoding"):
+            raise h11.RemoteProtocolError("expected a Content-Length")
+        return event
+
+
 class Connection(H11Protocol):
     """A connection that is closed when no request on it has begun or ended for a while; uvicorn by
     itself would wait for the rest of a request's head for ever.
@@ -180,6 +196,7 @@ class Connection(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin to watch it."""
         super().connection_made(transport)
+        self.conn = _Parser(h11.SERVER)
         self.loop.call_later(self.IDLE, self._watch, self)
 
     def _watch(self, last: object) -> None:

@@ -6,6 +6,8 @@ import json
 import os
 import shlex
 import shutil
+import signal
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -129,14 +131,24 @@ class JudgeServer:
             raise UserError(f"options: {error}") from error
         config = uvicorn.Config(
             create_app(judge, self.name or self.model, token or None),
-            host=self.host,
-            port=self.port,
             http=Connection,
             ws="none",
             access_log=False,
             limit_concurrency=1000,  # connections
             timeout_graceful_shutdown=GRACE,
         )
-        listener = config.bind_socket()
+        listener = self._bind()
         judge.load(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        # Ctrl-C ends the process as SIGTERM does, without waiting for the engine's thread.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
         uvicorn.Server(config).run(sockets=[listener])
+
+    def _bind(self) -> socket.socket:
+        require(0 <= self.port < 2**16, "port", "0 to 65535", self.port)
+        listener = socket.socket(socket.AF_INET6 if ":" in self.host else socket.AF_INET)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((self.host, self.port))
+        except OSError as error:
+            raise UserError(f"host, port: {self.host}:{self.port}: {error.strerror}") from error
+        return listener

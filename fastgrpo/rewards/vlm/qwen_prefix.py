@@ -72,7 +72,9 @@ def draw(logits: Tensor, temperature: float, uniform: Tensor) -> Tensor:
     """
     if temperature == 0:
         return logits.argmax(-1)
-    cumulative = torch.softmax(logits.double() / temperature, -1).cumsum(-1)
+    # From the largest down: divided by a tiny temperature, it would be infinite.
+    above = logits.double() - logits.amax(-1, keepdim=True)
+    cumulative = torch.softmax(above / temperature, -1).cumsum(-1)
     level = uniform[:, None].to(cumulative) * cumulative[:, -1:]
     drawn = torch.searchsorted(cumulative, level, right=True)
     return drawn[:, 0].clamp_(max=logits.shape[-1] - 1)

@@ -274,11 +274,14 @@ def test_memory_is_bounded(start: Any) -> None:
 
 
 def test_slow_clients_are_not_waited_for(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither for the rest of a head nor for the rest of a body."""
+    """Neither for the rest of a head nor for the rest of a body; nor are a million chunks read."""
     monkeypatch.setattr(Connection, "IDLE", 0.2)
     server = start(requests=1, upload=0.5)
     head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: judge\r\n"
-    for sent, answer in ((head, b""), (b"", b""), (head + BODY_TO_COME, b"HTTP/1.1 504")):
+    chunks = b"Transfer-Encoding: chunked\r\n\r\n1\r\n{\r\n"
+    refused, late = b"HTTP/1.1 400", b"HTTP/1.1 504"
+    cases = (head, b""), (b"", b""), (head + BODY_TO_COME, late), (head + chunks, refused)
+    for sent, answer in cases:
         with socket.create_connection(("127.0.0.1", server.port), timeout=20) as client:
             client.sendall(sent)
             assert client.recv(12) == answer
@@ -324,7 +327,9 @@ def test_strangers_and_large_bodies_are_refused(start: Any) -> None:
         assert status == 401
         assert TOKEN not in text
     assert server.post(bytes(10_001))[0] == 413
-    assert server.post(request(user="x"))[0] == 400
+    status, text = server.post(request(structured_outputs={"regex": "(a+)+$"}))
+    assert status == 400
+    assert "structured_outputs" in text
     assert server.engine.calls == []
 
 

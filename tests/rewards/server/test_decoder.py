@@ -83,6 +83,8 @@ def test_a_request_is_split_from_its_frames() -> None:
         png(ROWS, header(28, 28)),
         png(header(28, 28), header(5600, 5600), ROWS),
         png(header(28, 28), ROWS, end=png(header(28, 28), ROWS)),
+        png(header(28, 28), chunk(b"IDAT", b""), ROWS),
+        png(header(28, 28), *[chunk(b"IDAT", b"x" * 4000)] * 90, ROWS),
         png(header(28, 28), TEXT, ROWS),
         png(header(28, 28), ROWS, TEXT),
         png(header(28, 28, bits=16), ROWS),
@@ -169,14 +171,17 @@ def test_memory_and_time_of_the_processes_are_bounded() -> None:
     of which none is looked at; an honest request between and after them.
     """
     good, bombs = body(GOOD, GOOD), body(*[png(header(28, 28), BOMB)] * 768)
+    deep = [body(GOOD, GOOD)[:-1] + b',"a":' + b"[" * n + b"]" * n + b"}" for n in (450, 980)]
     brackets = b"[" + b"[]," * (7 << 20) + b"0]"
     limits = Limits(parts=1 << 40, memory=512 << 20)
     start = time.monotonic()
-    results = split_all([good, brackets, good, bombs, good], limits)
+    results = split_all([good, brackets, good, bombs, good, *deep], limits)
     assert time.monotonic() - start < 30
-    assert results[::2] == [[2, 28, 28]] * 3
+    assert results[:5:2] == [[2, 28, 28]] * 3
     assert "MemoryError" in results[1]
     assert results[3] == [768, 28, 28]
+    assert results[5] == [2, 28, 28]
+    assert "RecursionError" in results[6]  # here it would fail in the server
 
 
 def test_the_protocol_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,6 +189,7 @@ def test_the_protocol_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
     out = io.BytesIO()
     sent = b"".join(len(one).to_bytes(8, "big") + one for one in (b"[]", body(GOOD, GOOD)))
     monkeypatch.setattr("resource.setrlimit", lambda *_: None)
+    monkeypatch.setattr("sys.setrecursionlimit", lambda _: None)
     monkeypatch.setattr(sys, "argv", ["decoder", "{}"])
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(sent)))
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(out))

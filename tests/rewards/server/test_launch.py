@@ -23,6 +23,7 @@ from fastgrpo.rewards.vlm.served import ServerEngine
 ROOT = Path(__file__).resolve().parents[3]
 TOKEN = "a-token-of-the-test"
 VLLM = ["--engine", "vllm", "--model", "a folder/Qwen"]
+OURS = ["--engine", "transformers", "--model", "m"]
 
 
 def test_print_shows_vllm_s_command_line_for_a_shell(
@@ -55,6 +56,9 @@ def test_print_shows_vllm_s_command_line_for_a_shell(
         (["--engine", "transformers", "--model", "m", "--options.x", "1"], "options: "),
         (["--engine", "tensorrt_llm", "--model", "m", "--port", "0"], "tensorrt_llm"),
         (["--engine", "other", "--model", "m"], "engine"),
+        ([*OURS, "--port", "70000"], "port: expected 0 to 65535, got 70000"),
+        ([*OURS, "--port", "-1"], "port: expected 0 to 65535, got -1"),
+        ([*OURS, "--port", "TAKEN"], "host, port: 127.0.0.1:TAKEN: Address already in use"),
     ],
 )
 def test_what_cannot_be_used_is_one_line_and_exit_code_2(
@@ -65,10 +69,12 @@ def test_what_cannot_be_used_is_one_line_and_exit_code_2(
 ) -> None:
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("FASTGRPO_JUDGE_TOKEN", raising=False)
-    with pytest.raises(SystemExit) as ended:
-        serve_judge.main(arguments)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        with pytest.raises(SystemExit) as ended:
+            serve_judge.main([argument.replace("TAKEN", port) for argument in arguments])
     assert ended.value.code == 2
-    assert words in capsys.readouterr().err
+    assert words.replace("TAKEN", port) in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("host", ["127.8.9.1", "::1", "localhost"])
@@ -113,7 +119,7 @@ def test_our_server_serves_a_folder_and_ends_at_a_signal(
         time.sleep(0.5)
     finally:
         engine.close()
-        process.terminate()
-    assert process.wait(15) in (0, -signal.SIGTERM)
+        process.send_signal(signal.SIGINT)
+    assert process.wait(15) == -signal.SIGINT  # without a traceback
     for client in clients:
         client.close()
