@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,7 +32,7 @@ def fetch_files(
         FileNotFoundError: It is neither a folder nor a model that the hub has and shows.
         ValueError: The hub has it and refuses.
     """
-    folder = Path(model).expanduser()
+    folder = Path(os.path.expanduser(model))
     if folder.is_dir():
         require(revision is None, f"{key}.revision", f"none beside the folder {folder}", revision)
         return folder
@@ -63,7 +64,7 @@ def fetch_files(
             f"{nowhere}, and {at} is not in the hub's local cache, nor can the hub be reached. "
             f"Download it with `hf download {model}` where there is a network, or give a folder"
         ) from error
-    except (errors.HfHubHTTPError, OSError) as error:
+    except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
         raise ValueError(f"{key}.model: cannot fetch {at} from the hub: {error}") from error
 
 
@@ -79,7 +80,7 @@ def require_weights(folder: Path, key: str) -> None:
         try:
             content = json.loads(index.read_text(encoding="utf-8"))
             named = set(map(str, content["weight_map"].values()))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             got = f"{type(error).__name__}: {error}"
             raise UserError(
                 f"{key}.model: expected JSON with a weight_map of names in {index}, got {got}"

@@ -88,10 +88,10 @@ def load(
     """
     with failing_together("loading the policy"):
         policy.load(device)
-    network = policy.transformer
-    tensors = [*network.named_parameters(), *network.named_buffers()]
-    # Broadcasts of tensors that differ would hang or mix them up.
-    shapes = [(name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors]
+        network = policy.transformer
+        tensors = [*network.named_parameters(), *network.named_buffers()]
+    # Broadcasts of tensors that differ would hang or mix them up, and so would other gradients.
+    shapes = [(name, tuple(t.shape), t.dtype, t.requires_grad) for name, t in tensors]
     require_agreement("the tensors of the policy's transformer", shapes)
     prepare(network, cfg, device, compute_dtype)
 
@@ -220,7 +220,9 @@ def place(module: nn.Module, device: torch.device) -> None:
             if tensor.is_meta:
                 data = torch.empty_like(tensor, device=device).contiguous()
             else:
-                data = tensor.detach().to(device).contiguous()
+                # Copied also where it is on the device: a tensor of a file lies at any address,
+                # and on a CPU the same product has other bits at another alignment.
+                data = tensor.detach().to(device, copy=True).contiguous()
             if world_size() > 1:
                 dist.broadcast(data, src=0)
             if not isinstance(tensor, nn.Parameter):

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 import transformers
 from diffusers.utils import logging
-from safetensors import SafetensorError
 
 from fastgrpo.errors import UserError, require
 from fastgrpo.hub import fetch_files, require_weights
@@ -90,11 +89,27 @@ def _read_json(folder: Path, name: str) -> dict[str, Any]:
         raise FileNotFoundError(
             f"policy.model: expected a model in diffusers' format, found no {name} in {folder}"
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"policy.model: expected JSON in {folder / name}, got {error}") from error
     kind = type(content).__name__
     require(kind == "dict", f"policy.model: {folder / name}", "a JSON object", kind)
     return dict(content)
+
+
+def build_part(kind: Any, config: Any) -> Any:
+    """Make one part of a model from its configuration (`read_configs`), with random weights, on
+    torch's default device.
+
+    Raises:
+        UserError: The configuration has a value that cannot be.
+    """
+    try:
+        return kind.from_config(config)
+    except Exception as error:  # diffusers checks no types: whatever a wrong value brings about
+        raise UserError(
+            f"policy.model: expected the values of a {kind.__name__} in its config.json, got "
+            f"{type(error).__name__}: {error}"
+        ) from error
 
 
 def load_part(
@@ -116,11 +131,17 @@ def load_part(
     require_weights(folder / name, "policy")
     try:
         module, info = kind.from_pretrained(
-            folder, subfolder=name, dtype=dtype, output_loading_info=True, local_files_only=True
+            folder,
+            subfolder=name,
+            dtype=dtype,
+            output_loading_info=True,
+            local_files_only=True,
+            use_safetensors=True,  # never a pickle beside them
         )
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+    except Exception as error:  # also what a wrong value in config.json brings about
         raise UserError(
-            f"policy.model: expected a readable {kind.__name__} in {folder / name}, got {error}"
+            f"policy.model: expected a readable {kind.__name__} in {folder / name}, got "
+            f"{type(error).__name__}: {error}"
         ) from error
     keys = ("missing_keys", "mismatched_keys", *(() if may_have_more else ("unexpected_keys",)))
     wrong = {key.removesuffix("_keys"): list(info[key])[:3] for key in keys if info[key]}
@@ -148,9 +169,10 @@ def load_text_pipeline(
         parts[file.parent.name] = load_tokenizer(file.parent)
     try:
         whole = pipeline.from_pretrained(folder, dtype=dtype, local_files_only=True, **parts)
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+    except Exception as error:  # as in load_tokenizer
         raise UserError(
-            f"policy.model: expected readable tokenizers in {folder}, got {error}"
+            f"policy.model: expected readable tokenizers in {folder}, got "
+            f"{type(error).__name__}: {error}"
         ) from error
     return whole.to(device)
 

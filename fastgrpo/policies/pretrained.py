@@ -9,6 +9,7 @@ All that computes is diffusers' own, transformers' or peft's.
 import functools
 import gc
 import math
+import os
 import re
 import warnings
 from abc import abstractmethod
@@ -32,6 +33,7 @@ from fastgrpo.policies.lora import LoRA, add_lora, has_lora
 from fastgrpo.policies.model_files import (
     CONFIG_FILES,
     NETWORK_FILES,
+    build_part,
     fetch,
     load_part,
     load_text_pipeline,
@@ -140,7 +142,11 @@ class DiffusersPolicy(Policy):
 
     def latent_shape(self, height: int, width: int, num_frames: int) -> tuple[int, ...]:
         """[C, T, H, W]; reads only the model's configuration files."""
-        channels, time, space, patch = self.compression()
+        compression = channels, time, space, patch = self.compression()
+        sizes = [channels, time, space, *(patch if isinstance(patch, Sequence) else [patch])]
+        are_sizes = len(sizes) == 6 and all(isinstance(n, int) and n > 0 for n in sizes)
+        expected = "sizes of latents and patches, whole numbers above 0, in the config.json files"
+        require(are_sizes, "policy.model", expected, compression)
         step = space * patch[1]
         require(height % step == 0, "height", f"a number divisible by {step}", height)
         require(width % step == 0, "width", f"a number divisible by {step}", width)
@@ -203,13 +209,13 @@ class DiffusersPolicy(Policy):
             transformer = load_part(kinds["transformer"], folder, "transformer", torch.float32)
         else:
             with torch.device("meta"):
-                transformer = kinds["transformer"].from_config(self.configs["transformer"])
+                transformer = build_part(kinds["transformer"], self.configs["transformer"])
         self.use(transformer, load_part(kinds["vae"], folder, "vae", vae_dtype), device)
 
     def new_networks(self) -> tuple[Any, Any]:
         """A transformer and a VAE with random weights, on torch's default device."""
         transformer, vae = (
-            self.part_classes[name].from_config(self.configs[name])
+            build_part(self.part_classes[name], self.configs[name])
             for name in ("transformer", "vae")
         )
         with quiet_diffusers():  # it warns of modules that should stay fp32; here none should
@@ -318,7 +324,7 @@ class DiffusersPolicy(Policy):
         """
         folder = fetch(self.model, self.revision, CONFIG_FILES)
         identity = {"model": self.model, "commit": folder.name}
-        if Path(self.model).expanduser().is_dir():
+        if os.path.isdir(os.path.expanduser(self.model)):
             parts = sorted(folder.iterdir())
             is_text = re.compile(r"(text_encoder|tokenizer)(_\d)?").fullmatch
             # Every byte: an encoder may differ in one token's row of its embedding.

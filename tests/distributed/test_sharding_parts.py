@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,18 @@ def test_place_leaves_what_is_sharded(one_rank: Any) -> None:
     assert tied[0].bias is not tied[1].bias
 
 
+def test_place_copies_what_lies_at_an_odd_address() -> None:
+    """As tensors of a file do; the same product has other bits at another alignment, and only rank
+    0 reads the file.
+    """
+    linear = nn.Linear(4, 4)
+    linear.weight.data = torch.arange(17.0)[1:].view(4, 4)
+    assert linear.weight.data_ptr() % 64
+    place(linear, CPU)
+    assert linear.weight.data_ptr() % 64 == 0
+    assert linear.weight[3].tolist() == [13, 14, 15, 16]
+
+
 LOADING = """
 import json, re, sys
 import torch
@@ -180,6 +193,31 @@ except (ValueError, FileNotFoundError) as error:
     own = errors.pop(bad_rank)
     assert own.startswith(f"policy.model: expected safetensors in {part}")
     assert errors == [f"loading the policy: failed on rank {bad_rank}: {own}"]
+
+
+@pytest.mark.parametrize(
+    ("after", "words"),
+    [
+        ("del self.transformer", "loading the policy: failed on rank 1: .*'transformer'"),
+        ("self.transformer.requires_grad_(False)", "tensors of the policy's transformer: expected"),
+    ],
+)
+def test_a_policy_that_loads_otherwise_on_another_rank_ends_all(
+    run_ranks: Any, after: str, words: str
+) -> None:
+    body = f"""
+from conftest import TinyPolicy
+class Odd(TinyPolicy):
+    def load(self, device):
+        if rank == 1:
+            {after}
+try:
+    sharding.load(Odd(), ParallelConfig(), device, torch.float32)
+except (ValueError, AttributeError) as error:
+    print(json.dumps(str(error)))
+"""
+    errors = run_ranks(LOADING.format(folder="", body=body))
+    assert re.search(words, errors[0])
 
 
 def test_ranks_with_other_networks_are_refused(

@@ -170,6 +170,47 @@ def test_damaged_weights(folder: Path) -> None:
         WanPolicy(str(folder)).load(CPU)
 
 
+@pytest.mark.parametrize(
+    ("part", "key", "value"),
+    [
+        ("transformer", "num_layers", "2"),
+        ("transformer", "num_attention_heads", 0),
+        ("transformer", "attention_head_dim", 23),  # an assertion without words
+        ("transformer", "rope_max_seq_len", "1024"),
+        ("transformer", "patch_size", [1, 0, 2]),
+        ("transformer", "patch_size", "122"),
+        ("transformer", "patch_size", 2),
+        ("vae", "scale_factor_temporal", "4"),
+        ("vae", "scale_factor_spatial", -8),
+        ("vae", "dim_mult", []),
+    ],
+)
+def test_a_value_that_cannot_be_is_one_line(
+    folder: Path, part: str, key: str, value: object
+) -> None:
+    """For sizes, for `plan`, and for the ranks with and without weights."""
+    edit(folder / part / "config.json", **{key: value})
+
+    def plan() -> None:
+        policy = WanPolicy(str(folder))
+        policy.latent_shape(32, 48, 9)
+        policy.load_meta()
+
+    with pytest.raises(ValueError, match=r"^policy\.model: expected "):
+        plan()
+    if part == "transformer":
+        with pytest.raises(ValueError, match=r"^policy\.model: expected "):
+            WanPolicy(str(folder)).load(CPU)
+
+
+def test_a_pickle_beside_other_safetensors_is_not_read(folder: Path) -> None:
+    weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    torch.save(load_file(weights), weights.with_suffix(".bin"))
+    weights.rename(weights.with_suffix(".fp16.safetensors"))
+    with pytest.raises(ValueError, match=r"transformer, got .*diffusion_pytorch_model.safetensors"):
+        WanPolicy(str(folder)).load(CPU)
+
+
 def test_damaged_text_encoder(folder: Path, tmp_path: Path) -> None:
     """transformers itself would fill what is missing with random numbers; more does no harm."""
     weights = folder / "text_encoder" / "model.safetensors"
@@ -237,7 +278,7 @@ def test_a_tokenizer_is_taken_as_it_was_saved(folder: Path) -> None:
 
 
 def test_no_such_folder(tmp_path: Path, wan_folder: Path) -> None:
-    for model in (str(tmp_path / "none"), "none", "./none"):
+    for model in (str(tmp_path / "none"), "none", "./none", "~nobody-here/none/x"):
         with pytest.raises(
             FileNotFoundError,
             match=r"policy.model: expected a folder .* or a hub id OWNER/NAME, found no folder at",
