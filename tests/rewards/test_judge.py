@@ -162,21 +162,17 @@ def test_a_video_whose_stage_gets_no_number_is_left_out() -> None:
 
 
 def test_an_answer_that_was_cut_off_within_a_number_is_asked_again() -> None:
-    """Of "... 10.00" the beginning "... 1" would be the worst grade instead of the best."""
+    """Of "Score: 10.00" the beginning "Score: 1" would be the worst grade instead of the best."""
 
     def long(bright: float, stage: int, decoding: Decoding) -> Reply:
-        return (
-            Reply("10.00")
-            if decoding.temperature
-            else Reply("I would rate the quality of this video at 1", cut=True)
-        )
+        return Reply("10.00") if decoding.temperature else Reply("Score: 1", cut=True)
 
     judge = StageJudge(ScriptedEngine(long))
     scores, valid = judge.score(videos(0.5), ["a cat"], 2.0)
     assert (scores.tolist(), valid.tolist()) == ([[1.0, 1.0, 1.0]], [True])
     once = StageJudge(ScriptedEngine(long), attempts=1)
     assert once.score(videos(0.5), ["a cat"], 2.0)[1].tolist() == [False]
-    assert once.last_errors()["judge"].endswith("at 1', cut off (max_tokens: 16)")
+    assert once.last_errors()["judge"].endswith("got 'Score: 1', cut off (max_tokens: 16)")
 
 
 def test_a_request_that_failed_is_not_put_again() -> None:
