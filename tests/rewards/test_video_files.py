@@ -187,6 +187,8 @@ def test_constant_rate_by_hand() -> None:
     )  # the file's own rate is wrong
     assert constant_rate([0.0, 1.0, 2.0, 10.0], 2.0, 1.0) == (pytest.approx(4 / 12), [1, 2, 2, 3])
     assert constant_rate([0.0], 0.0, 24.0) == (24.0, [0])
+    assert constant_rate([0.0, 0.017], 0.017, 60.0) == (60.0, [0, 1])
+    assert constant_rate([0.0, 0.018], 0.018, 60.0)[0] == pytest.approx(1 / 0.018)
     assert constant_rate([0.0], 0.5, 0.0) == (2.0, [0])
     with pytest.raises(ValueError, match="no times"):
         constant_rate([1.0, 1.0, 1.0], 0.0, 25.0)

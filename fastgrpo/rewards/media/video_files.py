@@ -175,8 +175,8 @@ def constant_rate(
     Args:
         times: Seconds of its n frames, ascending.
         tail: How long the last one is shown, 0 if unknown.
-        nominal: The rate that the file names. It is used if the times agree within 1 %, since
-            times are rounded (to milliseconds in WebM).
+        nominal: The rate that the file names. It is used if the times agree within 1 %, or within
+            a millisecond in all, to which they are rounded in WebM.
 
     Returns:
         Frames per second, and n indices: 0 ... n - 1 unless some frame is more than half a frame
@@ -196,7 +196,9 @@ def constant_rate(
         span = times[-1] - times[0] + (tail or gap)
         gap = span / n
         order = [bisect.bisect_right(times, times[0] + (i + 0.5) * gap) - 1 for i in order]
-    return (nominal if nominal and abs(nominal * gap - 1) < 0.01 else 1 / gap), order
+    if nominal and abs(gap - 1 / nominal) <= max(0.01 / nominal, 1.001e-3 / max(n - 1, 1)):
+        return nominal, order
+    return 1 / gap, order
 
 
 @contextmanager
