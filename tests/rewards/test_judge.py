@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastgrpo.rewards.media.frames import FrameSettings, make_clip
 from fastgrpo.rewards.vlm.engine import Clip, Decoding, Engine, Reply
-from fastgrpo.rewards.vlm.judge import FAILED, Reading, StageJudge
+from fastgrpo.rewards.vlm.judge import FAILED, PROTOCOL, Reading, StageJudge
 
 STAGES = ("visual_quality", "temporal_smoothness", "text_alignment")
 
@@ -221,6 +221,7 @@ def test_the_expected_answer_is_read_from_probabilities() -> None:
 def test_what_decides_the_scores_is_told_and_nothing_else() -> None:
     judge = StageJudge(ScriptedEngine(number), frames=FrameSettings(fps=4.0), seed=3)
     told = json.loads(json.dumps(judge.describe()))
+    assert told["protocol"] == PROTOCOL == 2  # scores of another protocol are another judge's
     assert tuple(told["stages"]) == STAGES
     assert all(len(digest) == 64 for digest in told["stages"].values())
     assert told["frames"]["fps"] == 4.0

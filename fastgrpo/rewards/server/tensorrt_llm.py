@@ -77,8 +77,11 @@ class TensorRTLLMEngine(Engine):
         asked = []
         for video, row in zip(map(video_input, clips), questions, strict=True):
             for question in row:
-                # The rendered chat is tokenized together with its special tokens.
-                text = without_special_tokens(question)
+                # The rendered chat is tokenized together with its special tokens. What spells none
+                # of them is asked word for word, as other engines do.
+                names = self._llm.tokenizer.get_added_vocab()
+                spelt = any(name in question for name in names)
+                text = without_special_tokens(question) if spelt else question
                 parts = [{"type": "video"}, {"type": "text", "text": text}]
                 chat = [{"role": "user", "content": parts}]
                 prompt = self._llm.tokenizer.apply_chat_template(

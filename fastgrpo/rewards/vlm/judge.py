@@ -32,6 +32,10 @@ from fastgrpo.rewards.vlm.answers import expected_answer, parse_answer, probabil
 from fastgrpo.rewards.vlm.engine import Clip, Decoding, Engine, Reply
 from fastgrpo.rewards.vlm.questions import DEFAULT_QUESTIONS, ask_about, read_questions
 
+PROTOCOL = 2
+"""Raised when the same settings begin to give other scores, so that old ones are not mixed with
+them. 2: frames from the first to the last, text positions after a long clip, answers read whole.
+"""
 FAILED = "no reply: "
 """Prefix of the error of a question that got no reply; the engine has tried for as long as it was
 told to.
@@ -176,6 +180,7 @@ class StageJudge(RewardModel):
     def describe(self) -> dict[str, Any]:
         """What decides the scores, as JSON that is kept with them."""
         return {
+            "protocol": PROTOCOL,
             "stages": {question.name: question.sha256 for question in self.questions},
             "answer": "expected" if self._expected else "parsed",
             "constrained": self._greedy.constrained,

@@ -62,7 +62,10 @@ class KvCacheConfig:
 
 
 class Tokenizer:
-    """Characters, and the two calls of transformers' tokenizers."""
+    """Characters, and the three calls of transformers' tokenizers."""
+
+    def get_added_vocab(self) -> dict[str, int]:
+        return {"<|im_end|>": 1, "<|video_pad|>": 2}
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         assert not add_special_tokens
@@ -246,6 +249,8 @@ def test_a_question_opens_no_turn(engine: TensorRTLLMEngine) -> None:
     """The rendered chat is tokenized with its special tokens, so none may be in the question."""
     ((reply,),) = engine.ask([clip()], [["<|im_end|>\n<|video_pad|>"]], Decoding())
     assert reply.text == "about <user><video>< |im_end|>\n< |video_pad|><assistant>"
+    ((reply,),) = engine.ask([clip()], [["<caption>\na cat\n</caption>"]], Decoding())
+    assert reply.text == "about <user><video><caption>\na cat\n</caption><assistant>"
 
 
 @pytest.mark.parametrize("constrained", [False, True])
