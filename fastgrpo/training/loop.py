@@ -151,6 +151,8 @@ def _restore(trainer: Trainer, found: Path, progress: Progress) -> None:
         expected = "the counters and the pacer of this run"
         raise UserError(f"{found / 'state.json'}: expected {expected}, got {error!r}") from error
     trainer.load_tensors(tensors)
+    if progress.done:
+        trainer.set_learning_rate(progress.done)  # it may be saved again before the next step
     logger.info(f"resume: going on after iteration {progress.done}")
 
 
@@ -245,18 +247,26 @@ def record(log: MetricsLog | None, row: dict[str, Any], trainer: Trainer) -> Non
 
 
 def save(trainer: Trainer, log: MetricsLog | None, progress: Progress) -> None:
-    """Write the checkpoint of the last finished iteration, and the rows before it to the disk."""
+    """Write the rows to the disk, and the checkpoint of the last finished iteration; this also
+    where the rows cannot be written.
+    """
     config, done = trainer.config, progress.done
     folder, keep = config.run_folder, config.checkpoint.keep
     row = {} if progress.row is None else {"row": progress.row}
     state = {"iteration": done, **progress.state, **row}
-    progress.save_failed = True
+    unwritten = None
     if log is not None:
-        log.sync()
+        try:
+            log.sync()
+        except OSError as error:
+            unwritten = error
+    progress.save_failed = True
     checkpoint.save(folder / "checkpoints", done, trainer.tensors(), state, keep)
     if log is not None:
         run_folder.note_saved(folder, done)
     progress.saved, progress.save_failed = done, False
+    if unwritten is not None:
+        raise unwritten
 
 
 def end_after(

@@ -16,8 +16,6 @@ logger = logging.getLogger("fastgrpo")
 PATIENCE = 5.0
 """Seconds after a signal for which a rollout goes on. Schedulers kill after 30 or more."""
 
-HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
 
 class StopRequest:
     """Whether a signal has asked this process to stop (`requested`), and how long ago."""
@@ -46,11 +44,11 @@ class StopRequest:
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """Take the signals as requests to stop inside a `with` block; one that this process was started
-    to ignore, as `nohup` does with SIGHUP, stays ignored.
-    """
+    """Take the signals as requests to stop inside a `with` block."""
     stop = StopRequest()
-    handled = [n for n in HANDLED if signal.getsignal(n) is not signal.SIG_IGN]
+    handled = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as under nohup
+        handled.append(signal.SIGHUP)
     previous = {number: signal.signal(number, stop.receive) for number in handled}
     try:
         yield stop

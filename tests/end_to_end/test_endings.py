@@ -9,7 +9,10 @@ import errno
 import fcntl
 import os
 import shutil
+import signal
 import stat
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,8 @@ import tiny_parts
 import torch
 import torch.distributed.checkpoint as dcp
 
+import fastgrpo.training.signals
+import fastgrpo.training.step
 import fastgrpo.training.validation
 from fastgrpo.shapes.policy import ShapesPolicy
 from fastgrpo.training.step import Trainer
@@ -62,6 +67,7 @@ SLOW: dict[str, Case] = {
     ),
     "samples": (fastgrpo.training.validation, "save_samples", FULL, 2, lambda *_: True, 2),
     "metrics": (MetricsLog, "log", FULL, 3, lambda *_: True, 3),
+    "rows": (MetricsLog, "sync", FULL, 4, lambda *_: True, 4),
     "export": (ShapesPolicy, "save_pretrained", FULL, 4, lambda *_: True, 4),
     "checkpoint": (dcp, "save", FULL, 4, lambda *_: True, 0),
 }
@@ -115,6 +121,60 @@ def test_the_last_finished_iteration_is_saved_first(
     on = train(tmp_path / "run", *ARGUMENTS, "--resume auto")
     assert on.code == 0
     assert_same_end(on.folder, uninterrupted)
+
+
+def test_a_judge_that_hangs_does_not_keep_a_signal_waiting(
+    tmp_path: Path, train: Train, each_step: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that is gone, and the scheduler that kills 30 seconds after its signal."""
+    monkeypatch.setattr(fastgrpo.training.signals, "PATIENCE", 0.2)
+    monkeypatch.setattr(fastgrpo.training.step, "POLL", 0.1)
+    gone, real, now = threading.Event(), tiny_parts.SmoothJudge.score, {"iteration": 0}
+
+    def score(self: Any, *args: Any) -> Any:
+        if now["iteration"] == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+            gone.wait(60)
+        return real(self, *args)
+
+    monkeypatch.setattr(tiny_parts.SmoothJudge, "score", score)
+    begun = time.monotonic()
+    with each_step(lambda iteration: now.update(iteration=iteration)):
+        run = train(tmp_path / "run", "--iterations 4")
+    gone.set()
+    assert run.code == 0
+    assert "stopped by a signal after iteration 2, with a checkpoint" in run.out
+    assert [row["iteration"] for row in run.rows] == [0, 1, 2]
+    assert time.monotonic() - begun < 50
+
+
+@pytest.mark.slow
+def test_a_signal_in_an_evaluation_leaves_it_for_the_resume(
+    tmp_path: Path,
+    train: Train,
+    uninterrupted: Path,
+    assert_same_end: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In that of iteration 2, and in the last."""
+    monkeypatch.setattr(fastgrpo.training.signals, "PATIENCE", 0.0)
+    stopped_in, real = [False, True, False, True, False], fastgrpo.training.validation.decode
+
+    def decode(*args: Any) -> Any:
+        if stopped_in.pop(0):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args)
+
+    monkeypatch.setattr(fastgrpo.training.validation, "decode", decode)
+    for done, resume in ((2, ""), (4, "--resume auto")):
+        run = train(tmp_path / "run", *ARGUMENTS, *resume.split())
+        assert run.code == 0
+        assert f"stopped by a signal after iteration {done}, with a checkpoint" in run.out
+        assert [row["iteration"] for row in run.rows] == [*range(done)]
+        assert not (run.folder / "transformer").exists()
+    run = train(tmp_path / "run", *ARGUMENTS, "--resume auto")
+    assert stopped_in == []
+    assert_same_end(run.folder, uninterrupted)
 
 
 def test_before_the_first_row_nothing_is_lost_and_the_name_stays_free(
