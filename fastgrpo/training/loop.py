@@ -281,34 +281,41 @@ def end_after(
     is_own = not isinstance(error, collectives.PeerFailed | collectives.FailedElsewhere)
     is_full = isinstance(error, OSError) and error.errno in FULL
     lost, together = rescue(error, trainer, log, progress)
-    if is_own:
-        with suppress(Exception):  # such as a full disk
-            get_error_handler().record_exception(error)  # for torchrun's summary
     if is_own and not is_full:
         with suppress(OSError):  # a terminal that is gone
             traceback.print_exception(error)
     if together:
         with suppress(RuntimeError):
             collectives.gather(None)  # all tracebacks come before the line
-    if collectives.rank() == 0 or not together:
-        done, folder = progress.done, trainer.config.run_folder
-        reason = one_line(error) if is_full or not is_own else ""
-        reason = reason or f"{type(error).__name__}: {one_line(error)}"
-        saved = progress.saved
-        newest = folder / "checkpoints" / f"iteration_{saved or 0:06d}"
-        state = f"the checkpoint is {newest}"
-        if lost:
-            last = "There is none" if saved is None else f"The newest is {newest}"
-            state = f"no checkpoint of it: {lost}. {last}"
-        line = (
-            f"stopped after iteration {done}: {reason}; {state}. Go on with: "
-            f"{run_folder.resume_command(folder)}"
-        )
-        if collectives.rank() == 0:
-            logger.error(line)
-        else:
+    done, folder, saved = progress.done, trainer.config.run_folder, progress.saved
+    reason = one_line(error) if is_full or not is_own else ""
+    reason = reason or f"{type(error).__name__}: {one_line(error)}"
+    newest = folder / "checkpoints" / f"iteration_{saved or 0:06d}"
+    state = f"the checkpoint is {newest}"
+    if lost:
+        last = "There is none" if saved is None else f"The newest is {newest}"
+        state = f"no checkpoint of it: {lost}. {last}"
+    line = (
+        f"stopped after iteration {done}: {reason}; {state}. Go on with: "
+        f"{run_folder.resume_command(folder)}"
+    )
+    if collectives.rank() == 0:
+        logger.error(line)
+    elif not together:
+        with suppress(OSError):
             print(f"rank {collectives.rank()}: {line}", file=sys.stderr)
+    if is_own:
+        _tell_launcher(line, error)
     raise SystemExit(1) from error
+
+
+def _tell_launcher(line: str, error: BaseException) -> None:
+    """For torchrun's summary, the last that it prints: the traceback, then the line."""
+    try:
+        raise RuntimeError(line) from error
+    except RuntimeError as said:
+        with suppress(Exception):  # such as a full disk
+            get_error_handler().record_exception(said)
 
 
 def rescue(

@@ -54,7 +54,10 @@ def test_why_a_run_stopped(one_rank: torch.device, caplog: pytest.LogCaptureFixt
     )
     assert conclude(stopped, Progress(3, None, {}), failed=True) == 1
     assert conclude(stopped, Progress(4, None, {}), failed=False) == 0
-    failed, signalled = caplog.messages
+    # Its update is made, but a signal ended its evaluation.
+    assert conclude(stopped, Progress(9, {"iteration": 9}, {}), failed=False) == 0
+    failed, signalled, last = caplog.messages
+    assert last.startswith("stopped by a signal after iteration 9, with a checkpoint")
     assert failed.startswith(f"stopped after iteration 3: {reason_to_stop(stopped)}. The state is")
     assert signalled.startswith("stopped by a signal after iteration 4, with a checkpoint")
     assert "--config runs/this/config.yaml --resume auto" in failed
@@ -117,9 +120,12 @@ def test_what_is_whole_is_saved_after_an_error_and_nothing_else(
 
 def test_the_last_line_comes_after_the_traceback(
     one_rank: torch.device,
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
+    """In torchrun's summary too, which it prints after all else."""
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
     monkeypatch.setattr(loop, "rescue", lambda *_: ("", True))
     monkeypatch.setattr(loop.logger, "error", lambda line: print(line, file=sys.stderr))
     trainer: Any = SimpleNamespace(config=SimpleNamespace(run_folder=Path("runs/this")))
@@ -132,3 +138,6 @@ def test_the_last_line_comes_after_the_traceback(
         "stopped after iteration 3: KeyError: 'choices'; the checkpoint is "
         "runs/this/checkpoints/iteration_000003. Go on with: "
     )
+    summary = json.loads((tmp_path / "error.json").read_text())["message"]["extraInfo"]
+    first, *_, last = summary["py_callstack"].splitlines()
+    assert (first, last) == ("KeyError: 'choices'", f"RuntimeError: {line}")
