@@ -125,7 +125,7 @@ class Scale:
 
 
 SCALES = {
-    "full": Scale(16, 53, 480, 832, 15.0),
+    "full": Scale(16, 53, 480, 832, 15.0, FrameSettings(fps=4.0)),  # as the recipes
     "tiny": Scale(3, 9, 60, 80, 4.0, FrameSettings(min_pixels=56 * 56), batch=2),
 }
 

@@ -1,7 +1,7 @@
 """Attention within the windows of Qwen2.5-VL's vision tower: windows of one length are a batch.
 
-The tower attends within windows of at most 64 patches in all but four of its layers: some 120
-windows per layer for 6 frames of 476x840. transformers calls torch once for each window; here
+The tower attends within windows of at most 64 patches in all but four of its layers: some 280
+windows per layer for 14 frames of 476x840. transformers calls torch once for each window; here
 there is one call for each of their few lengths, over all videos at once.
 """
 
