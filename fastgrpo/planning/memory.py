@@ -26,8 +26,6 @@ ACTIVATIONS: tuple[Literal["none", "keep_attention", "full"], ...] = (
     "keep_attention",
     "full",
 )
-SMALLER_DECODE = "policy.vae_tiling true or policy.vae_dtype bf16"
-NOTHING_FITS = "more GPUs, a LoRA (policy.lora), or a smaller video"
 ELSEWHERE = "a judge on another GPU (of TransformersEngine: device) or served"
 RESERVES = {
     "CUDA's context, modules": 0.7e9,  # some 0.5 GB for torch's own kernels, and Triton's
@@ -338,6 +336,34 @@ def describe(cfg: ParallelConfig) -> str:
     return " ".join(f"--parallel.{name} {value}" for name, value in settings(cfg).items())
 
 
+def smaller(config: TrainConfig, counts: Counts, phase: str, world_size: int) -> list[str]:
+    """What besides `parallel` lowers the bytes of a phase, and changes nothing that is trained but
+    the bits of a decode or of a batch.
+    """
+    policy, roll, size = config.policy, config.rollout, config.rollout.micro_batch_size
+    videos = math.ceil(roll.num_prompts / world_size) * roll.num_generations
+    least = config.reward.concurrency
+    decodes, waits = phase == "decode", phase in ("rollout", "decode")
+    fewer = size * least < min(size * config.scoring.max_pending, videos)
+    return [
+        words
+        for applies, words in (
+            (decodes and getattr(policy, "vae_tiling", None) is False, "policy.vae_tiling true"),
+            (decodes and getattr(policy, "vae_dtype", None) == "fp32", "policy.vae_dtype bf16"),
+            (phase != "step" and size > 1, "rollout.micro_batch_size 1"),
+            (waits and fewer, f"scoring.max_pending {least}"),
+            (counts.judge and not config.reward.component_names, ELSEWHERE),
+        )
+        if applies
+    ]
+
+
+def nothing_fits(config: TrainConfig) -> str:
+    """What is left where no settings of `parallel` fit."""
+    has_choice = getattr(config.policy, "lora", config.policy) is None
+    return f"more GPUs, {'a LoRA (policy.lora), ' * has_choice}or a smaller video"
+
+
 def check_fits(config: TrainConfig, gpu_memory_bytes: float, world_size: int) -> None:
     """Refuse, before anything is allocated, a recipe that does not fit into a GPU. A policy that
     cannot be planned is not checked.
@@ -358,8 +384,8 @@ def check_fits(config: TrainConfig, gpu_memory_bytes: float, world_size: int) ->
     if needed <= room:
         return
     fitting = (describe(cfg) for cfg in candidates(config, world_size) if needs(cfg)[1] <= room)
-    advice = next(fitting, f"{NOTHING_FITS}: no settings of `parallel` are enough")
-    changes = [*[SMALLER_DECODE] * (phase == "decode"), *[ELSEWHERE] * bool(counts.judge), advice]
+    advice = next(fitting, f"{nothing_fits(config)}: no settings of `parallel` are enough")
+    changes = [*smaller(config, counts, phase, world_size), advice]
     raise UserError(
         f"parallel: expected a recipe that fits into the {gpu_memory_bytes / 1e9:.1f} GB of a GPU, "
         f"but the {phase} of this one needs about {needed / 1e9:.1f} GB, and {RESERVE / 1e9:.1f} "

@@ -133,15 +133,18 @@ def settings_table(config: TrainConfig, counts: Counts, cluster: Cluster) -> str
     lines = [table(f"settings, against {_giga(room)} GB", head, rows), ""]
     own = memory.resolve(config.parallel, world_size)
     phase, needed = memory.peak(memory.memory(config, counts, own, world_size))
-    if phase == "decode" and needed > room:
+    changes = memory.smaller(config, counts, phase, world_size)
+    if phase == "decode" and changes and needed > room:
         lines.append(
-            f"as configured, the decode needs most: {memory.SMALLER_DECODE} would lower it\n"
+            f"as configured, the decode needs most: {', or '.join(changes)} would lower it\n"
         )
-    advice = f"recommended: {memory.describe(best)}" if best else ""
-    if not best:
-        elsewhere = f"{memory.ELSEWHERE}, " if counts.judge else ""
-        advice = f"nothing fits: {elsewhere}{memory.NOTHING_FITS}"
-    return "\n".join([*lines, advice])
+        changes = []
+    advice = f"nothing fits: {', or '.join([*changes, memory.nothing_fits(config)])}"
+    lines.append(f"recommended: {memory.describe(best)}" if best else advice)
+    prompts = config.rollout.num_prompts
+    if prompts % world_size:
+        lines.append(f"the trainer takes a number of GPUs that divides the {prompts} prompts")
+    return "\n".join(lines)
 
 
 def _assumptions(config: TrainConfig, counts: Counts) -> str:

@@ -111,6 +111,9 @@ class DiffusersPolicy(Policy):
     """Whether several videos at a time attend with a mask over the text."""
 
     def __post_init__(self) -> None:
+        for name in ("fps", "max_sequence_length"):
+            number = getattr(self, name)
+            require(number >= 1, f"policy.{name}", "at least 1", number)
         self.transformer: Any
         self.vae: Any
         self.is_fused: bool

@@ -293,7 +293,7 @@ def _remove_old_partial_files(folder: Path) -> None:
     have a writer.
     """
     for path in folder.glob(".partial-*"):
-        with suppress(FileNotFoundError):  # its writer is done
+        with suppress(OSError):  # its writer is done, or the cache is only to be read
             if time.time() - path.stat().st_mtime > 3600:
                 path.unlink()
 

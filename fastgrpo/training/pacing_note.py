@@ -94,7 +94,8 @@ def log_pacing(config: TrainConfig, row: Mapping[str, float | None]) -> None:
     """After the first iteration, log how far each stage is from its threshold, and again after
     REMINDER of the run if a gate is still far.
 
-    The first is a warning where a stage is far above its threshold: nothing of it is ever trained.
+    The first is a warning where a stage is far above its threshold and the gate is `difference`:
+    nothing of it is ever trained.
 
     Args:
         config: The configuration of the run.
@@ -106,11 +107,13 @@ def log_pacing(config: TrainConfig, row: Mapping[str, float | None]) -> None:
     reminder = iteration == max(2, round(REMINDER * config.iterations))
     if not found or not (iteration == 1 or (reminder and stuck)):
         return
-    skipped = any(d.temperatures > FAR for d in found)
+    over = [d.stage for d in found if d.temperatures > FAR]
+    skipped = ", ".join(over) if config.pacing.gate == "difference" else ""
     level = logging.WARNING if reminder or skipped else logging.INFO
+    said = stuck or (f"{skipped} is hardly trained" if skipped else "")
     consequence = (
-        f": {stuck}. `python -m fastgrpo calibrate` measures the thresholds of this judge"
-        if stuck
+        f": {said}. `python -m fastgrpo calibrate` measures the thresholds of this judge"
+        if said
         else ""
     )
     logger.log(level, f"pacing: {describe_distances(found)}{consequence}")

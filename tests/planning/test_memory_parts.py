@@ -14,6 +14,8 @@ from torch import Tensor
 from fastgrpo.cli import plan
 from fastgrpo.config import EvaluationConfig, ParallelConfig, TrainConfig
 from fastgrpo.planning import memory, meta_model
+from fastgrpo.planning.plan import Cluster, settings_table
+from fastgrpo.policies.lora import LoRA
 from fastgrpo.policies.wan import WanPolicy
 from fastgrpo.shapes.judge import ShapesJudge
 
@@ -52,6 +54,56 @@ def test_the_reserve_is_held_against_the_gpu(
     with pytest.raises(ValueError, match="fits into"):
         memory.check_fits(config, needed + memory.RESERVE - 1, 8)
     assert sum(memory.RESERVES.values()) == memory.RESERVE
+
+
+def test_what_a_refusal_names_lowers_the_number(wan_folder: Path) -> None:
+    """Each change by itself; what has been done is not named again."""
+
+    def phases_of(config: TrainConfig) -> tuple[memory.Counts, dict[str, float]]:
+        counts = memory.count(config)
+        phases = memory.memory(config, counts, ParallelConfig(shard="none"), 1)
+        return counts, {name: sum(parts.values()) for name, parts in phases.items()}
+
+    def with_policy(config: TrainConfig, **settings: Any) -> TrainConfig:
+        policy = WanPolicy(str(wan_folder), **settings)
+        policy.configs["vae"]["base_dim"] = 96  # as Wan's: frames take less than what makes them
+        return dataclasses.replace(config, policy=policy)
+
+    size: dict[str, Any] = {"height": 480, "width": 832, "num_frames": 5}
+    config = recipe(None, micro_batch_size=2, num_prompts=2, **size)
+    config = with_policy(dataclasses.replace(config, reward=OwnGpuJudge()))
+    rollout = dataclasses.replace(config.rollout, micro_batch_size=1)
+    scoring = dataclasses.replace(config.scoring, max_pending=1)
+    changes = {
+        "policy.vae_tiling true": with_policy(config, vae_tiling=True),
+        "policy.vae_dtype bf16": with_policy(config, vae_dtype="bf16"),
+        "rollout.micro_batch_size 1": dataclasses.replace(config, rollout=rollout),
+        "scoring.max_pending 1": dataclasses.replace(config, scoring=scoring),
+        memory.ELSEWHERE: dataclasses.replace(config, reward=ShapesJudge()),
+    }
+    counts, before = phases_of(config)
+    assert max(before, key=lambda name: before[name]) == "decode"
+    assert memory.smaller(config, counts, "decode", 1) == [*changes]
+    for words, changed in changes.items():
+        assert phases_of(changed)[1]["decode"] < before["decode"], words
+    assert memory.smaller(config, counts, "rollout", 1) == [*changes][2:]
+    assert memory.smaller(config, counts, "step", 1) == [memory.ELSEWHERE]
+    done = with_policy(config, vae_tiling=True, vae_dtype="bf16", lora=LoRA(rank=1))
+    done = dataclasses.replace(done, rollout=rollout, scoring=scoring, reward=ShapesJudge())
+    counts, _ = phases_of(done)
+    assert memory.smaller(done, counts, "decode", 1) == []
+    assert memory.nothing_fits(config) == "more GPUs, a LoRA (policy.lora), or a smaller video"
+    assert memory.nothing_fits(done) == "more GPUs, or a smaller video"
+
+
+def test_the_plan_says_which_numbers_of_gpus_the_trainer_takes(
+    shapes: tuple[TrainConfig, memory.Counts],
+) -> None:
+    config, counts = shapes
+    for gpus, told in ((2, False), (3, True), (64, True)):
+        text = settings_table(config, counts, Cluster(80e9, gpus, 8))
+        words = f"a number of GPUs that divides the {config.rollout.num_prompts} prompts"
+        assert (words in text) == told
 
 
 def test_a_judge_on_this_gpu_works_beside_sampling_and_decode(wan_folder: Path) -> None:

@@ -78,6 +78,13 @@ def test_a_policy_says_what_loads_its_weights(wan_folder: Path) -> None:
         assert hasattr(WanPipeline, method)
 
 
+@pytest.mark.parametrize("key", ["fps", "max_sequence_length"])
+def test_a_number_that_cannot_be_is_refused(key: str) -> None:
+    settings: dict[str, Any] = {key: 0}
+    with pytest.raises(ValueError, match=rf"policy\.{key}: expected at least 1, got 0"):
+        WanPolicy("none", **settings)
+
+
 def test_a_network_has_a_lora_once_it_is_added() -> None:
     sizes = {"num_attention_heads": 2, "attention_head_dim": 12, "ffn_dim": 8, "num_layers": 1}
     network = WanTransformer3DModel(in_channels=4, out_channels=4, text_dim=8, freq_dim=8, **sizes)

@@ -242,6 +242,14 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 # Damage
 
 
+def test_a_cache_in_which_nothing_may_be_removed_is_read(filled: TextCache) -> None:
+    """Such as a read-only copy; here a folder stands for what cannot be removed."""
+    left = filled.folder / ".partial-000001.safetensors"
+    left.mkdir()
+    os.utime(left, (0, 0))
+    assert embed_missing(filled, [], lambda _: {}) == 0
+
+
 def test_a_shard_that_was_deleted_is_made_again(filled: TextCache, tmp_path: Path) -> None:
     shards(filled)[1].unlink()
     again = TextCache(tmp_path, IDENTITY)

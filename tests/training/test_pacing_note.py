@@ -84,12 +84,24 @@ def test_two_stages_and_the_literal_gate() -> None:
     assert stuck_stage(literal, STAGES, distances(literal, STAGES, near)) is None
 
 
+def test_a_stage_above_its_threshold_is_what_the_literal_gate_trains(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    literal = pacing(gate="literal", thresholds=(0.75, 0.75, 0.75))
+    config = TrainConfig(ShapesPolicy(), ShapesJudge(), PromptsConfig("a.txt"), pacing=literal)
+    with caplog.at_level(logging.INFO, logger="fastgrpo"):
+        log_pacing(config, {"iteration": 1, **row(0.85, 0.74, 0.35)})
+    assert [record.levelname for record in caplog.records] == ["INFO"]
+    assert "trained" not in caplog.text
+
+
 @pytest.mark.parametrize(
     ("iteration", "means", "level", "words"),
     [
         (1, (0.60, 0.50, 0.35), "INFO", "7.5 T below its threshold 0.75"),
         (1, (0.724, 0.672, 0.466), "INFO", "1.3 T below"),
         (1, (0.85, 0.85, 0.80), "WARNING", "calibrate"),
+        (1, (0.85, 0.75, 0.35), "WARNING", "visual_quality is hardly trained. `python -m"),
         (2, (0.60, 0.50, 0.35), None, ""),
         (30, (0.60, 0.50, 0.35), "WARNING", "only visual_quality is trained"),  # a fifth of 150
         (30, (0.724, 0.672, 0.466), None, ""),
