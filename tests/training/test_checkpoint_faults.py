@@ -76,6 +76,8 @@ def test_a_strangers_checkpoint_runs_no_code(one_rank: Any, tmp_path: Path) -> N
         b"ctorch.distributed.checkpoint.metadata\nMetadata\nN}X\x01\x00\x00\x00aNs\x86b.",
         b"ctorch.serialization\n_get_layout\n.",
         b"(lp0\n.",
+        b"ctorch.distributed.checkpoint.metadata\nBytesStorageMetadata\n)\x81}("
+        b"X\x0c\x00\x00\x00storage_data}X\x13\x00\x00\x00state_dict_metadata}ub.",
     ],
 )
 def test_a_strangers_metadata_changes_no_class(
@@ -131,6 +133,9 @@ def test_what_cannot_be_removed_stays_with_a_warning(
     assert left.is_dir()
     assert load(tmp_path, blank()) == (2, state_of(2))
     write(tmp_path, 2, keep=1)  # that iteration again
+    write(tmp_path, 1)
+    prune(tmp_path, 1)
+    assert iteration_of(list_checkpoints(tmp_path)[-1]) == 1, "its hidden name is taken"
     assert load(tmp_path, blank()) == (2, state_of(2))
     assert f"note: {left} could not be removed: directory not empty: {left}" in caplog.text
 

@@ -118,6 +118,26 @@ def test_what_is_whole_is_saved_after_an_error_and_nothing_else(
     assert saves == ([3] if reason == "" and progress.saved != 3 else [])
 
 
+def test_rows_that_cannot_be_written_cost_no_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> None:
+        raise OSError(5, "Input/output error", "metrics.jsonl")
+
+    saves: list[Any] = []
+    monkeypatch.setattr(loop.checkpoint, "save", lambda *args: saves.append(args))
+    trainer: Any = SimpleNamespace(
+        config=SimpleNamespace(run_folder=tmp_path, checkpoint=SimpleNamespace(keep=2)),
+        tensors=dict,
+    )
+    progress = Progress(3, {"iteration": 3}, {"a": 1}, saved=2)
+    with pytest.raises(OSError, match=r"metrics\.jsonl"):
+        loop.save(trainer, SimpleNamespace(sync=fail), progress)  # type: ignore[arg-type]
+    state = {"iteration": 3, "a": 1, "row": {"iteration": 3}}
+    assert saves == [(tmp_path / "checkpoints", 3, {}, state, 2)]
+    assert (progress.saved, progress.save_failed) == (3, False)
+
+
 def test_the_last_line_comes_after_the_traceback(
     one_rank: torch.device,
     tmp_path: Path,
