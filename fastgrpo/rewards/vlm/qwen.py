@@ -103,6 +103,7 @@ class TransformersEngine(Engine):
                 attn_implementation=self.attention,
                 output_loading_info=True,
                 local_files_only=True,
+                use_safetensors=True,  # never a pickle beside them
                 # Straight there: eight ranks' copies in the host's memory would be 130 GB.
                 device_map={"": own},
             )
