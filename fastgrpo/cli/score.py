@@ -17,9 +17,10 @@ from collections.abc import Sequence
 import jsonargparse
 import yaml
 
-from fastgrpo.errors import UserError, fail
+from fastgrpo.errors import fail, require
 from fastgrpo.evaluation.score import ScoreOptions, score
 from fastgrpo.files import find_file
+from fastgrpo.training.trust import read_mapping
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,8 +63,7 @@ def only_reward(argv: Sequence[str]) -> list[str]:
         at = i if equals else i + 1
         if flag == "--config" and at < len(words):
             path = path or words[at]
-            values = yaml.safe_load(find_file(path, "config").read_text(encoding="utf-8"))
-            if not isinstance(values, dict) or not values.get("reward"):
-                raise UserError(f"config: expected a recipe with the section reward, got {path}")
-            words[at] = f"{flag}=" * bool(equals) + yaml.safe_dump({"reward": values["reward"]})
+            reward = read_mapping(find_file(path, "config")).get("reward")
+            require(reward, "config", "a recipe with the section reward", path)
+            words[at] = f"{flag}=" * bool(equals) + yaml.safe_dump({"reward": reward})
     return words

@@ -22,10 +22,12 @@ from fastgrpo.errors import UserError, require
 from fastgrpo.evaluation import ablation_results as results
 from fastgrpo.evaluation.figures import save_figure
 from fastgrpo.evaluation.report.run_record import NAMES_OF_THE_RUN, read_runs
+from fastgrpo.evaluation.score_file import judge_hash
 from fastgrpo.evaluation.tables import render_table, write_csv
 from fastgrpo.training.checkpoint import list_checkpoints
 from fastgrpo.training.run_folder import differences
 from fastgrpo.training.signals import stop_on_signals
+from fastgrpo.training.trust import check_links
 
 logger = logging.getLogger("fastgrpo")
 
@@ -111,6 +113,7 @@ def check_ablation(config: TrainConfig, arguments: Sequence[str]) -> None:
             "prompts.validation: expected prompts to compare on, got none, and "
             "evaluation.num_videos is 0"
         )
+    check_links(config.run_folder, "table.*", "cells.csv", "curves.*", "logs")
     traces = ("config.yaml", "metrics.jsonl", "checkpoints")
     if any((config.run_folder / name).exists() for name in traces):
         raise UserError(f"{config.run_folder} is a run's folder: give the ablation another --name")
@@ -166,7 +169,8 @@ def read_result(cell: _Cell) -> results.CellResult:
             "same, or take another --name"
         )
     rows = [row for row in record.rows if row["iteration"] <= cell.config.iterations]
-    return results.CellResult(cell.mode, cell.seed, rows)
+    judge = judge_hash(record.judge) if record.judge else ""
+    return results.CellResult(cell.mode, cell.seed, rows, judge)
 
 
 def is_finished(cell: _Cell) -> bool:

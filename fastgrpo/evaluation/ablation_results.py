@@ -28,11 +28,15 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class CellResult:
-    """The metrics of one run of an ablation; `rows` is empty for a cell that has not begun."""
+    """The metrics of one run of an ablation; `rows` is empty for a cell that has not begun.
+
+    `judge` stands for what the judge said of itself (judge.json), "" if it said nothing.
+    """
 
     mode: str
     seed: int
     rows: list[Row]
+    judge: str = ""
 
     @property
     def name(self) -> str:
@@ -149,7 +153,9 @@ def caption(iteration: int | None) -> str:
 
 
 def absences(cells: Sequence[CellResult], iterations: int, iteration: int | None) -> list[str]:
-    """A line for each cell that is missing, unfinished, or not in the table."""
+    """A line for each cell that is missing, unfinished, or not in the table, and one for those that
+    another judge has scored.
+    """
     lines = []
     for cell in cells:
         out = "" if iteration in cell.evaluated else ", not in the table"
@@ -157,6 +163,12 @@ def absences(cells: Sequence[CellResult], iterations: int, iteration: int | None
             lines.append(f"{cell.name}: missing")
         elif out or cell.last < iterations:
             lines.append(f"{cell.name}: at iteration {cell.last} of {iterations}{out}")
+    begun = [cell for cell in cells if cell.rows]
+    if others := [cell.name for cell in begun if cell.judge != begun[0].judge]:
+        lines.append(
+            f"not scored by the same judge as {begun[0].name} (judge.json), so their scores do not "
+            f"compare with its: {', '.join(others)}"
+        )
     return lines
 
 

@@ -106,7 +106,7 @@ def measure_bias(options: BiasOptions) -> str:
     matched = match_rows(files)
     which = list(options.score) * (len(files) // len(options.score))
     values = [
-        np.array(pick(file, rows, score))
+        np.array(pick(file, rows, score), dtype=np.float64)
         for file, rows, score in zip(files, zip(*matched, strict=True), which, strict=True)
     ]
     first = [rows[0] for rows in matched]

@@ -18,6 +18,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.legend import Legend
 from matplotlib.ticker import MaxNLocator
 
 Series = tuple[list[int], list[float]]
@@ -163,7 +164,7 @@ def draw(
         place.set_axis_off()
     if entries:
         letters = max(map(len, entries))
-        figure.legend(
+        legend = figure.legend(
             entries.values(),
             entries,
             loc="outside upper left",
@@ -173,6 +174,7 @@ def draw(
             fontsize=9,
             labelcolor=INK,
         )
+        _as_written(legend)
     return figure
 
 
@@ -182,10 +184,11 @@ def finish(
     """Give axes that have been drawn their title, labels, legend and the style of all figures."""
     entries = len(axes.get_legend_handles_labels()[0]) if legend else 0
     pad = 6 + 16 * math.ceil(entries / 3)
-    axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color=INK, pad=pad)
+    text: dict[str, Any] = {"parse_math": False}  # a name with dollars is no formula
+    axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color=INK, pad=pad, **text)
     if entries:
         # Between title and curves, three per line: beside them it would take a fifth of the width.
-        axes.legend(
+        names = axes.legend(
             loc="lower left",
             bbox_to_anchor=(-0.01, 1.0),
             ncols=3,
@@ -195,14 +198,21 @@ def finish(
             fontsize=9,
             labelcolor=INK,
         )
-    axes.set_ylabel(ylabel, fontsize=9, color=FAINT)
-    axes.set_xlabel(xlabel, fontsize=9, color=FAINT)
+        _as_written(names)
+    axes.set_ylabel(ylabel, fontsize=9, color=FAINT, **text)
+    axes.set_xlabel(xlabel, fontsize=9, color=FAINT, **text)
     axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
     axes.tick_params(which="both", labelsize=9, colors=FAINT, length=0)
     axes.grid(True, color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color(GRID)
+
+
+def _as_written(legend: Legend) -> None:
+    """Show the names in a legend as they are, with dollars that are no formula."""
+    for text in legend.get_texts():
+        text.set_parse_math(False)
 
 
 def _draw_panel(axes: Axes, panel: Panel) -> None:

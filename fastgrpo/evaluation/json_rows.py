@@ -8,6 +8,7 @@ from typing import Any
 
 from fastgrpo.errors import UserError
 from fastgrpo.files import find_file
+from fastgrpo.training.prompts import unique_keys
 
 
 def read_json(path: Path | str, key: str) -> Any:
@@ -25,11 +26,11 @@ def read_json(path: Path | str, key: str) -> Any:
     try:
         text = file.read_text(encoding="utf-8-sig")
         if file.suffix.lower() == ".json":
-            return json.loads(text)
+            return json.loads(text, object_pairs_hook=unique_keys)
         for number, line in enumerate(text.split("\n"), start=1):
             where = f"{file}, line {number}"
             if line.strip():
-                rows.append(json.loads(line))
+                rows.append(json.loads(line, object_pairs_hook=unique_keys))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{key}: cannot read {where} as JSON in UTF-8: {error}") from error
     return rows

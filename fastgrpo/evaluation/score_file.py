@@ -7,17 +7,19 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from fastgrpo.errors import UserError, require
-from fastgrpo.files import atomic_write
+from fastgrpo.files import atomic_write, unless_unsupported
 
 Row = dict[str, Any]
 Key = tuple[str, str]
 """Video and prompt."""
+_BEGIN = b'{"video": '  # of every row
 
 
 def judge_hash(judge: Mapping[str, Any]) -> str:
@@ -90,6 +92,9 @@ def open_scores(
     file: BinaryIO = path.open("a+b")
     try:
         _lock(file, path)
+        # Between the two lines above another process may have replaced the file, and ended.
+        is_there = os.path.samestat(os.fstat(file.fileno()), path.stat())
+        require(is_there, "output", "one process to write it", f"another that writes {path}")
         rows = _read(file, path, name)
         stale = {key: row for key, row in rows.items() if is_stale(row)}
         kept = {
@@ -116,25 +121,19 @@ def open_scores(
 
 
 def _lock(file: BinaryIO, path: Path) -> None:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise UserError(f"output: another process is writing {path}") from error
+    with unless_unsupported():  # then the user has to see to it that only one writes
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            raise UserError(f"output: another process is writing {path}") from error
 
 
 def _read(file: BinaryIO, path: Path, judge: str) -> dict[Key, Row]:
     file.seek(0)
-    data = file.read()
-    whole = data.rfind(b"\n") + 1
-    if whole < len(data):
-        if _parse(data[whole:]) is None:
-            file.truncate(whole)
-            data = data[:whole]
-        else:  # only its newline is missing
-            file.write(b"\n")
-            data += b"\n"
+    *lines, tail = file.read().split(b"\n")
+    is_whole = not _is_half(tail)  # only its newline is missing
     rows: dict[Key, Row] = {}
-    for number, line in enumerate(data.split(b"\n")[:-1], start=1):
+    for number, line in enumerate([*lines, tail] if tail and is_whole else lines, start=1):
         row: Any = _parse(line)
         where = f"output: {path}, line {number}"
         require(row is not None, where, "a row of scores", line[:80].decode(errors="replace"))
@@ -147,13 +146,28 @@ def _read(file: BinaryIO, path: Path, judge: str) -> dict[Key, Row]:
         key = row["video"], row["prompt"]
         require(key not in rows, where, "one row per video and prompt", key)
         rows[key] = row
+    # Not before all lines were found to be ours: another file is left as it is.
+    if tail and is_whole:
+        file.write(b"\n")
+    elif tail:
+        file.truncate(file.tell() - len(tail))
     return rows
+
+
+def _is_half(line: bytes) -> bool:
+    """Whether a line is the begin of a row that was not written to its end."""
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        written = line.rstrip(b"\0")  # which a power cut may leave
+        return written.startswith(_BEGIN) or _BEGIN.startswith(written)
+    return False
 
 
 def _parse(line: bytes) -> Row | None:
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     texts = [row.get(key) for key in ("video", "prompt", "judge")] if isinstance(row, dict) else [0]
     return row if all(isinstance(text, str) for text in texts) else None

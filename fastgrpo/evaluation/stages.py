@@ -113,7 +113,7 @@ def _common_stages(files: Sequence[ScoreFile]) -> list[str]:
 
 def _score_matrix(rows: Sequence[ScoredRow], stages: Sequence[str]) -> Floats:
     """[n, K] scores."""
-    return np.array([[row.scores[stage] for stage in stages] for row in rows])
+    return np.array([[row.scores[stage] for stage in stages] for row in rows], dtype=np.float64)
 
 
 def _prompts_of(rows: Sequence[ScoredRow]) -> list[str]:
@@ -159,9 +159,11 @@ def compare(first: ScoreFile, other: ScoreFile, stages: Sequence[str]) -> dict[s
 def interval_of_means(values: Floats, groups: Sequence[str]) -> tuple[Floats, Floats]:
     """95 % interval of the means over rows: Student's t, with groups as the independent units.
 
-    Videos of one prompt are not independent, so the spread is that of prompts: of the ratio (sum of
-    the prompts' sums) / (sum of their sizes), linearised. Percentiles of a bootstrap cover only
-    91 % at 20 prompts.
+    Videos of one prompt are not independent, so the error is the jackknife's over prompts: from the
+    means without each of them. The degrees of freedom are those of as many prompts of one size as
+    give the same weight, (Σn)² / Σn² - 1. Together they cover 94 to 99 % with from two prompts on,
+    however unequal they are; with all prompts' degrees of freedom and the linearised ratio it was
+    84 % at 1, 1, 2, 5 and 11 videos. Percentiles of a bootstrap cover only 91 % at 20 prompts.
 
     Args:
         values: [n, K].
@@ -174,14 +176,16 @@ def interval_of_means(values: Floats, groups: Sequence[str]) -> tuple[Floats, Fl
     count, mean = len(names), values.mean(0)
     if count < 2:
         return np.full_like(mean, np.nan), np.full_like(mean, np.nan)
+    sizes = np.bincount(member)[:, None]
     deviations = values - mean
     sums = np.stack([np.bincount(member, weights=column) for column in deviations.T], axis=1)
-    error = np.sqrt((sums**2).sum(0) * count / (count - 1)) / len(values)
-    half = _t_quantile(count - 1) * error
+    without = sums / (len(values) - sizes)  # less the mean, and with the sign turned
+    error = np.sqrt((without**2).sum(0) * (count - 1) / count)
+    half = _t_quantile(max(1.0, len(values) ** 2 / (sizes**2).sum() - 1)) * error
     return mean - half, mean + half
 
 
-def _t_quantile(freedom: int) -> float:
+def _t_quantile(freedom: float) -> float:
     """The t that 95 % of Student's distribution lie within, by a sum over angles: with t = √ν tan θ
     the density becomes cos(θ) to the power ν - 1.
     """
@@ -252,5 +256,6 @@ def stage_figure(sets: Mapping[str, Floats], content: Mapping[str, Any]) -> Figu
         drawn = axes.errorbar(places, means, ends, fmt=marker, color=color, label=name, capsize=6)
         drawn.lines[0].set_gid(f"means/{name}")
     figures.finish(axes, "Stage scores", "score", "")
-    axes.set_xticks(range(len(stages)), [stage.replace("_", " ") for stage in stages])
+    names = [stage.replace("_", " ") for stage in stages]
+    axes.set_xticks(range(len(stages)), names, parse_math=False)
     return figure

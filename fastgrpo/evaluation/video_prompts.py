@@ -29,9 +29,13 @@ def list_videos(videos: str) -> list[str]:
     path = Path(videos)
     if path.is_dir():
         files = (file for file in path.iterdir() if file.suffix.lower()[1:] in ENDINGS.split("|"))
-        names = sorted(str(file) for file in files if file.is_file())
+        # A link to nothing is a video that is missing, and gets a row that says so.
+        names = sorted(str(file) for file in files if not file.is_dir())
     elif path.suffix.lower() == ".txt":
-        lines = find_file(videos, "videos").read_text(encoding="utf-8-sig").split("\n")
+        try:
+            lines = find_file(videos, "videos").read_text(encoding="utf-8-sig").split("\n")
+        except UnicodeDecodeError as error:
+            raise UserError(f"videos: {videos}: expected paths in UTF-8, got {error}") from error
         names = [line.strip() for line in lines if line.strip()]
     elif path.is_file():
         names = [videos]
@@ -63,7 +67,7 @@ def match_prompts(names: Sequence[str], prompts: str, sorted_by_name: bool = Fal
         expected = f"one for each of {len(names)} videos in {prompts}"
         require(not missing, "prompts", expected, f"none for {len(missing)}: {missing[:1]}")
         return [by_name[name] for name in short]
-    found = read_prompts(prompts, "prompts")
+    found = read_prompts(prompts, "prompts", in_order=True)
     expected = f"one for each of {len(names)} videos in {prompts}"
     require(len(found) == len(names), "prompts", expected, len(found))
     counted = sorted(names, key=_as_people_count)

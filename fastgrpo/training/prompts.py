@@ -14,7 +14,7 @@ import html
 import json
 import random
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ _UNSEEN = ("Zs", "Zl", "Zp", "Cc", "Cf")
 _INSTALL = 'pip install "fastgrpo[prompts]"'
 
 
-def read_prompts(path: str, key: str) -> list[str]:
+def read_prompts(path: str, key: str, in_order: bool = False) -> list[str]:
     """The prompts of a file or a data set, without blank ones; as `checked_text` gives them.
 
     Args:
@@ -40,6 +40,8 @@ def read_prompts(path: str, key: str) -> list[str]:
             `hub:OWNER/NAME[/CONFIGURATION][:SPLIT]`, a data set with such a column, read by the
             `datasets` library; the split is `train` by default.
         key: Of the configuration, for the messages.
+        in_order: They belong to other things in the same order, so a blank one before the last is
+            refused: nobody can tell whether it counts.
 
     Raises:
         FileNotFoundError, ValueError: There is no such file or data set, it cannot be read, or it
@@ -56,6 +58,11 @@ def read_prompts(path: str, key: str) -> list[str]:
         require(not is_other_table, key, "a text file, .jsonl or .parquet", source)
         reader = {".jsonl": _read_jsonl, ".parquet": _read_parquet}.get(suffix, _read_text)
         prompts = reader(file, key)
+    if in_order:
+        last = max((i for i, prompt in enumerate(prompts) if prompt), default=0)
+        number = next((i for i, prompt in enumerate(prompts[:last], start=1) if not prompt), None)
+        expected = "a prompt in every line or row, as their order counts"
+        require(number is None, f"{key}: {source}", expected, f"none in number {number}")
     prompts = [prompt for prompt in prompts if prompt]
     if not prompts:
         raise ValueError(f"{key}: expected at least one prompt in {source}, got none")
@@ -107,6 +114,20 @@ def checked_text(text: str, where: str) -> str:
     return text.strip() if is_seen else ""
 
 
+def unique_keys(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, for `json.loads`, which by itself takes the last of two values of a key.
+
+    Raises:
+        ValueError: A key is there twice, with different values.
+    """
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found and found[key] != value:
+            raise ValueError(f"the key {key!r} is given twice")
+        found[key] = value
+    return found
+
+
 def _read_text(file: Path, key: str) -> list[str]:
     return [
         checked_text(line, f"{key}: {file}, line {number}")
@@ -129,11 +150,11 @@ def _read_lines(file: Path, key: str) -> list[str]:
 def _read_jsonl(file: Path, key: str) -> list[str]:
     column, prompts = "", []
     for number, line in enumerate(_read_lines(file, key), start=1):
-        if not line.strip():
+        if not line.strip():  # of a table, no row
             continue
         where = f"{key}: {file}, line {number}"
         try:
-            row = json.loads(line)
+            row = json.loads(line, object_pairs_hook=unique_keys)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{where}: expected a JSON object, got {error}") from error
         require(isinstance(row, dict), where, "a JSON object", line[:80])

@@ -120,7 +120,10 @@ class _Loader(yaml.SafeLoader):
 
 
 def _load_yaml(text: str) -> Any:
-    content = yaml.load(text, _Loader)
+    try:
+        content = yaml.load(text, _Loader)
+    except RecursionError as error:
+        raise yaml.YAMLError("it is nested too deeply") from error
     if mends := [*_names_of_version_01(content)]:
         raise yaml.YAMLError(
             f"this was written for an earlier version of fastgrpo: {', '.join(mends)}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from fastgrpo.errors import UserError, require
 from fastgrpo.files import atomic_write
+from fastgrpo.training.prompts import checked_text
 from fastgrpo.training.trust import inside
 
 
@@ -96,7 +98,9 @@ def read_samples(folder: Path) -> dict[str, Any]:
     is_object = isinstance(summary, dict) and isinstance(summary.get("samples"), list)
     require(is_object, str(path), "an object with the list samples", summary)
     stages = summary.setdefault("stages", None)
-    are_names = isinstance(stages, list) and all(isinstance(stage, str) for stage in stages)
+    are_names = isinstance(stages, list) and all(
+        isinstance(stage, str) and stage.isprintable() for stage in stages
+    )
     require(stages is None or are_names, f"{path}: stages", "a list of names, or null", stages)
     for number, entry in enumerate(summary["samples"], start=1):
         _check_entry(entry, stages, f"{path}: entry {number}")
@@ -109,6 +113,7 @@ def _check_entry(entry: Any, stages: Sequence[str] | None, where: str) -> None:
     require(isinstance(entry, dict), where, "an object", entry)
     for key in ("prompt", "video", "still"):
         require(isinstance(entry.get(key), str), f"{where}: {key}", "a text", entry.get(key))
+    checked_text(entry["prompt"], f"{where}: prompt")
     count = entry.get("still_frames")
     ok = type(count) is int and count >= 1
     require(ok, f"{where}: still_frames", "an integer of at least 1", count)
@@ -151,17 +156,14 @@ def match_samples(summaries: Sequence[Mapping[str, Any]]) -> list[list[dict[str,
         summary the entry with the same prompt, or None. The n-th of a repeated prompt is matched
         with the n-th.
     """
-    rest = [list(summary["samples"]) for summary in summaries[1:]]
-    rows: list[list[dict[str, Any] | None]] = []
-    for first in summaries[0]["samples"]:
-        row = [first]
-        for entries in rest:
-            match = next((e for e in entries if e["prompt"] == first["prompt"]), None)
-            if match is not None:
-                entries.remove(match)
-            row.append(match)
-        rows.append(row)
-    return rows
+    tables = []
+    for summary in summaries:
+        times, table = Counter[str](), dict[tuple[str, int], dict[str, Any]]()
+        for entry in summary["samples"]:
+            times[entry["prompt"]] += 1
+            table[entry["prompt"], times[entry["prompt"]]] = entry
+        tables.append(table)
+    return [[table.get(key) for table in tables] for key in tables[0]]
 
 
 def format_scores(scores: Sequence[float | None] | None) -> str:

@@ -35,7 +35,13 @@ from fastgrpo.training.loop import compute_dtype
 from fastgrpo.training.recipe_parser import parse_config
 from fastgrpo.training.rollout import start_rollout
 from fastgrpo.training.trajectory import branch_velocities
-from fastgrpo.training.trust import RECORD, check_links, check_trusted, read_mapping
+from fastgrpo.training.trust import (
+    RECORD,
+    check_links,
+    check_trusted,
+    is_made_here,
+    read_mapping,
+)
 from fastgrpo.training.validation import ValidationSet
 
 logger = logging.getLogger("fastgrpo")
@@ -133,7 +139,9 @@ def read_run(run: str, trust: bool = False, built: Collection[str] = ("policy",)
     """
     folder = Path(run)
     if not trust:
-        check_links(folder, *RECORD, "checkpoints")
+        check_links(folder, *RECORD)
+        if not is_made_here(folder):  # else checkpoints may lie on another disk: they are only read
+            check_links(folder, "checkpoints")
     values = read_config(folder)
     if not trust:
         check_trusted(folder, values, built)
@@ -186,7 +194,7 @@ def sampling_settings(
     if weights is not None:
         manifest = (weights / "manifest.json").read_bytes()  # it has the hash of every other file
         of_weights = f"{weights.name} {hashlib.sha256(manifest).hexdigest()[:16]}"
-    local = local_contents(policy)
+    local = local_contents(policy) if collectives.rank() == 0 else {}  # whose settings are kept
     return {
         "weights": of_weights,
         "policy": policy,
@@ -223,8 +231,8 @@ def keep_settings(output: Path, made_with: Mapping[str, Any]) -> None:
 
 
 def local_contents(section: Any) -> dict[str, str]:
-    """The fingerprint of each folder of weights that a section of a configuration names: its path
-    stays the same when other weights are put there.
+    """The fingerprint of each folder of weights that a section of a configuration names, over
+    every byte: its path stays the same when other weights are put there, be it a few.
     """
     found: dict[str, str] = {}
     if isinstance(section, list | tuple):
@@ -233,7 +241,7 @@ def local_contents(section: Any) -> dict[str, str]:
         found |= local_contents(value)
         if key in WEIGHTS and isinstance(value, str) and Path(value).expanduser().is_dir():
             with contextlib.suppress(OSError):  # of an empty folder, which loading refuses
-                found[value] = fingerprint(Path(value).expanduser())
+                found[value] = fingerprint(Path(value).expanduser(), whole=True)
     return found
 
 

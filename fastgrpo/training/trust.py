@@ -16,10 +16,10 @@ import os
 import re
 import secrets
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import fields
+from dataclasses import is_dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import yaml
 
@@ -154,10 +154,12 @@ def inside(folder: Path, name: str | Path) -> Path:
 
 def _foreign(values: Mapping[str, Any], built: Collection[str]) -> Iterator[str]:
     """What in a configuration names code, a server, or a place outside the working directory."""
-    known = {field.name for field in fields(TrainConfig)}
+    kinds = get_type_hints(TrainConfig)
     for section, value in values.items():
-        if section not in known:  # such as policy.class_path, with a dot
+        if section not in kinds:  # such as policy.class_path, with a dot
             yield f"the key {section}"
+        elif isinstance(value, str) and is_dataclass(kinds[section]):
+            yield f"{section}: {value}"  # a file that holds the section
         if section == "reward" and section not in built:
             continue
         for key, text in _texts(value, str(section)):
@@ -167,6 +169,9 @@ def _foreign(values: Mapping[str, Any], built: Collection[str]) -> Iterator[str]
             if section in built:
                 leads_out = path.is_absolute() or ".." in path.parts or text.startswith("~")
                 is_foreign |= leads_out or name in ASKS
+            if section == "prompts" and section in built:
+                # Any other text would be shown beside the samples, such as one of the user's.
+                is_foreign |= not text.startswith(("fastgrpo/", "hub:"))
             if section in built and section != "prompts":
                 # A text stands for a class where one is expected, and so does YAML in a text.
                 is_foreign |= is_class or not set("{}\"'\n").isdisjoint(text)

@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -156,30 +156,41 @@ def test_links_that_lead_out(
     assert after == before
 
 
-@pytest.mark.parametrize("name", ["../../../secret.txt", "{}/secret.txt", "link", "a\0b", "."])
-@pytest.mark.parametrize("command", ["report", "sample"])
-def test_samples_that_name_a_file_outside(
-    run: Path, fastgrpo: Any, tmp_path: Path, command: str, name: str
-) -> None:
-    """`sample` deleted it, and `report` would show it to whoever reads the page."""
-    words = words_of(command, run, tmp_path)
-    folder = run / "samples" / "iteration_000000"
-    if command == "sample":
-        assert fastgrpo(*words).code == 0
-        folder = run / "samples" / "iteration_000001_ode_prompts_videos1" / "base"
+OUTSIDE = ("../../../secret.txt", "{}/secret.txt", "link", "a\0b", ".")
+
+
+def name_outside(folder: Path, tmp_path: Path, names: Sequence[str]) -> None:
+    """Let the samples.json of a folder name these videos."""
     summary = json.loads((folder / "samples.json").read_text())
-    summary["samples"][0]["video"] = name.format(tmp_path)
+    sample = summary["samples"][0]
+    summary["samples"] = [{**sample, "video": name.format(tmp_path)} for name in names]
     (folder / "samples.json").write_text(json.dumps(summary))
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_a_report_shows_no_file_outside(
+    run: Path, fastgrpo: Any, tmp_path: Path, name: str
+) -> None:
+    folder = run / "samples" / "iteration_000000"
+    name_outside(folder, tmp_path, [name])
     if name == "link":
-        (folder / "link").symlink_to("../../../../secret.txt")
-    outcome = fastgrpo(*words)
-    if command == "report" or name == "link":
-        assert "expected" in only_line(outcome)
+        (folder / "link").symlink_to("../../../secret.txt")
+    assert "expected" in only_line(fastgrpo("report", run))
+    assert not (run / "report" / "report.html").exists()
+
+
+def test_samples_that_are_made_again_delete_no_file_outside(
+    run: Path, fastgrpo: Any, tmp_path: Path
+) -> None:
+    words = words_of("sample", run, tmp_path)
+    assert fastgrpo(*words).code == 0
+    folder = run / "samples" / "iteration_000001_ode_prompts_videos1" / "base"
+    name_outside(folder, tmp_path, OUTSIDE)
+    assert fastgrpo(*words).code == 0
     assert (tmp_path / "secret.txt").read_text() == SECRET
-    assert (
-        not (run / "report" / "report.html").exists()
-        or SECRET not in (run / "report" / "report.html").read_text()
-    )
+    assert len(json.loads((folder / "samples.json").read_text())["samples"]) == 1
+    (folder / "link").symlink_to("../../../../secret.txt")
+    assert "link: expected a file in" in only_line(fastgrpo(*words))
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ overlays, and what it refuses.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,11 @@ def test_unfinished_cells_are_left_out_and_named() -> None:
         "joint_seed1: missing",
     ]
     assert absences(complete(), 12, 12) == []
+    cells = [replace(cell, judge="0f" if i == 1 else "") for i, cell in enumerate(complete())]
+    missing, line = absences([*cells, CellResult("joint", 2, [])], 12, 12)
+    assert missing == "joint_seed2: missing"
+    assert line.startswith("not scored by the same judge as one_stage_seed0 (judge.json)")
+    assert line.endswith(": joint_seed0")
 
 
 def test_while_none_is_finished_all_are_compared_where_all_have_been() -> None:
@@ -204,9 +210,10 @@ def test_cells_are_the_overlays(recipe: list[str], tmp_path: Path) -> None:
     ]
     assert len(cells) == 10
     for cell in cells:
-        overlay = RECIPES / (
-            "dancegrpo.yaml" if cell.mode == "static" else f"ablation_{cell.mode}.yaml"
-        )
+        if cell.mode == "static":  # its recipe, dancegrpo.yaml, has another judge too
+            assert cell.config.pacing == replace(config.pacing, mode="static")
+            continue
+        overlay = RECIPES / f"ablation_{cell.mode}.yaml"
         where = [
             "--output_dir",
             str(tmp_path / "ab"),
@@ -294,6 +301,10 @@ def test_refused_under_torchrun_and_in_a_runs_folder(
     config, _, _ = parse_config(base)
     check_ablation(config, base)
     config.run_folder.mkdir()
+    (config.run_folder / "table.md").symlink_to(tmp_path / "elsewhere.md")
+    with pytest.raises(ValueError, match=r"table\.md: expected a file in"):
+        check_ablation(config, base)
+    (config.run_folder / "table.md").unlink()
     (config.run_folder / "metrics.jsonl").touch()
     with pytest.raises(ValueError, match="is a run's folder: give the ablation another --name"):
         check_ablation(config, base)

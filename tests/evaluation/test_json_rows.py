@@ -25,12 +25,19 @@ def test_any_other_file_is_a_value_per_line(tmp_path: Path) -> None:
     assert read_json(str(path), "key") == [{"a": 1}, "one\u2028line", [2]]
 
 
+def test_a_key_twice_with_the_same_value(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text('{"a": 1, "a": 1, "b": NaN}')
+    assert read_json(path, "key")["a"] == 1
+
+
 @pytest.mark.parametrize(
     ("name", "content", "where"),
     [
         ("a.json", b"{", "a.json as"),
         ("a.json", b'"\xff"', "a.json as"),
         ("a.jsonl", b"1\n\n{\n", "a.jsonl, line 3 as"),
+        ("a.jsonl", b'1\n{"a": 1, "a": 2}\n', "a.jsonl, line 2 as"),
     ],
 )
 def test_what_cannot_be_read_is_named(

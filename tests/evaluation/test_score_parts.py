@@ -4,6 +4,8 @@ in tests/rewards/test_score.py.
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import threading
 import time
@@ -61,6 +63,40 @@ def test_a_row_twice_is_refused(tmp_path: Path) -> None:
         open_scores(path, {"a": 1}),
     ):
         pass
+
+
+@pytest.mark.parametrize(
+    ("code", "goes_on"), [(errno.ENOLCK, True), (errno.ENOTSUP, True), (errno.EACCES, False)]
+)
+def test_a_file_system_without_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, goes_on: bool
+) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    if goes_on:
+        with open_scores(tmp_path / "s.jsonl", {}) as (_, add):
+            add({"video": "v", "prompt": "p"})
+        assert (tmp_path / "s.jsonl").read_text()
+        return
+    with (
+        pytest.raises(ValueError, match="another process is writing"),
+        open_scores(tmp_path / "s.jsonl", {}),
+    ):
+        pass
+
+
+def test_a_file_that_was_replaced_before_it_was_locked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "s.jsonl"
+    monkeypatch.setattr(
+        fcntl, "flock", lambda *_: (path.unlink(), path.write_text('{"video": "other'))
+    )
+    with pytest.raises(ValueError, match="one process to write it"), open_scores(path, {}):
+        pass
+    assert path.read_text() == '{"video": "other'
 
 
 def test_a_score_that_is_not_a_number_is_none() -> None:

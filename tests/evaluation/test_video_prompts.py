@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fastgrpo.evaluation.video_prompts import match_prompts
+from fastgrpo.evaluation.video_prompts import list_videos, match_prompts
 
 
 def test_captions_by_name(tmp_path: Path) -> None:
@@ -31,6 +31,25 @@ def test_captions_by_name(tmp_path: Path) -> None:
     for name, content in contents.items():
         (tmp_path / name).write_text(content)
         assert match_prompts(names, str(tmp_path / name)) == ["caption b", "caption a"], name
+
+
+def test_lines_after_the_last_caption_are_none(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\r\n\r\n \r\n")
+    assert match_prompts(["a.mp4", "b.mp4"], str(tmp_path / "p.txt")) == ["one", "two"]
+
+
+def test_the_videos_of_a_folder_and_of_a_list(tmp_path: Path) -> None:
+    """A link to nothing is a video that is missing, not none; a folder is no video."""
+    (tmp_path / "b.MP4").touch()
+    (tmp_path / "a.mp4").symlink_to("nowhere")
+    (tmp_path / "c.mp4").mkdir()
+    names = [str(tmp_path / name) for name in ("a.mp4", "b.MP4")]
+    assert list_videos(str(tmp_path)) == names
+    (tmp_path / "list.txt").write_bytes("\r\n\r\n".join(names).encode("utf-8-sig"))
+    assert list_videos(str(tmp_path / "list.txt")) == names
+    (tmp_path / "list.txt").write_bytes(b"caf\xe9.mp4\n")
+    with pytest.raises(ValueError, match=r"videos: .*list.txt: expected paths in UTF-8"):
+        list_videos(str(tmp_path / "list.txt"))
 
 
 @pytest.mark.parametrize(
@@ -61,6 +80,13 @@ def test_captions_in_order_of_names(tmp_path: Path, names: str, has_one_order: b
     ("name", "content", "message"),
     [
         ("p.txt", "one\ntwo\nthree\n", "for each of 4 videos in .*, got 3"),
+        ("p.txt", "one\n\ntwo\nthree\nfour\n", "as their order counts, got 'none in number 2'"),
+        (
+            "p.jsonl",
+            '{"prompt": "1"}\n{"prompt": " "}\n' * 2,
+            "order counts, got 'none in number 2",
+        ),
+        ("p.json", '{"a.mp4": "one", "a.mp4": "two"}', "p.json as JSON .*'a.mp4' is given twice"),
         ("p.jsonl", '{"prompt": "one"}\n', "for each of 4 videos in .*, got 1"),
         (
             "p.json",

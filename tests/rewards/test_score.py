@@ -348,7 +348,8 @@ def test_a_video_that_has_changed_is_scored_again(
 
 
 @pytest.mark.parametrize(
-    "broken", [b'{"video": "half', b'{"video": "x", "prompt": "y"', b"\xff\xfe"]
+    "broken",
+    [b'{"video": "half', b'{"video": "x", "prompt": "y"', b'{"vi', b'{"video": "\0\0\0', b"\0\0"],
 )
 def test_a_half_written_line_is_dropped_and_no_more(
     tmp_path: Path, videos: Path, broken: bytes
@@ -378,14 +379,19 @@ def test_rows_of_another_judge_are_refused(
     assert (out.read_bytes(), describe_beside(out).read_bytes()) == (before, beside)
 
 
-@pytest.mark.parametrize("line", ["", "[]", "{}", '{"video": "x"}', "junk"])
+@pytest.mark.parametrize(
+    "line",
+    ["", "[]", "{}", '{"video": "x"}', "junk", "[" * 99_999, '{"video": "a.mp4", "prompt": "x"}'],
+)
+@pytest.mark.parametrize("end", ["\n", ""])
 def test_a_file_of_something_else_is_refused(
-    tmp_path: Path, videos: Path, line: str, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, videos: Path, line: str, end: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Not even a last line without its end is taken away from a file of prompts."""
     out = tmp_path / "s.jsonl"
-    out.write_text(f"{line}\n")
+    out.write_text(before := f"{line}{end}" or "x")
     assert "line 1: expected a row of scores" in refused(capsys, videos)
-    assert out.read_text() == f"{line}\n"
+    assert out.read_text() == before
 
 
 def test_two_processes_do_not_write_one_file(
@@ -457,6 +463,7 @@ def test_captions_in_order_of_videos_with_two_orders(
         (["--limits.max_pixels", "0"], "limits.max_pixels: expected a positive number"),
         (["--decoder", "vlc"], "decoder"),
         (["--batch-size", "3"], "batch-size"),
+        (["--config", "damaged.yaml"], "damaged.yaml: cannot be read as YAML"),
     ],
 )
 def test_nothing_could_start(
@@ -465,7 +472,10 @@ def test_nothing_could_start(
     options: list[str],
     message: str,
     capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    (tmp_path / "damaged.yaml").write_text("[" * 9999)
+    monkeypatch.chdir(tmp_path)
     assert message in refused(capsys, videos, *options)
     assert not (tmp_path / "s.jsonl").exists()
 

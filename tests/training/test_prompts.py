@@ -64,6 +64,11 @@ def test_a_line_of_which_nothing_is_seen_is_blank(tmp_path: Path, unseen: str) -
             b'{"prompt": "a\\u0000"}',
             "line 1, column 'prompt': expected text without NUL",
         ),
+        (
+            "a.jsonl",
+            b'{"prompt": "a", "prompt": "b"}',
+            "line 1: expected a JSON object, got the key",
+        ),
         ("a.jsonl", b'{"prompt": "a"}\n' + b"[" * 100_000, "line 2: expected a JSON object, got"),
         ("a.jsonl", b'{"prompt": "a"}\n{"prompt": "\xff"}', "a.jsonl, line 2: expected UTF-8"),
     ],

@@ -214,6 +214,7 @@ def test_help_and_print_config_end_with_code_0(
             ["expected a subclass of fastgrpo.rewards.vlm.engine.Engine, got fastgrpo.config."],
         ),
         ("{", ["line 1"]),
+        ("[" * 9999, ["nested too deeply"]),
         ("- 1\n", ["config"]),
     ],
 )

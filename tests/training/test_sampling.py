@@ -24,6 +24,7 @@ from fastgrpo.distributed import collectives, sharding
 from fastgrpo.shapes.judge import ShapesJudge
 from fastgrpo.training import checkpoint, sampling
 from fastgrpo.training.sampling import SamplingOptions, Unscored
+from fastgrpo.training.trust import sign
 
 CPU = torch.device("cpu")
 SHAPES_JUDGE = "fastgrpo.shapes.judge.ShapesJudge"
@@ -73,8 +74,8 @@ def test_a_run_is_read_without_its_judge(tmp_path: Path, reward: str) -> None:
     ("content", "problem"),
     [
         (None, "run: expected a run folder with config.yaml, found none at"),
-        ("a: [", "config: cannot read .*config.yaml as YAML"),
-        ("- 1\n", "config: .*config.yaml: expected keys and their values"),
+        ("a: [", "config.yaml: cannot be read as YAML"),
+        ("- 1\n", "config.yaml: expected keys and their values"),
     ],
 )
 def test_a_run_that_cannot_be_read(tmp_path: Path, content: str | None, problem: str) -> None:
@@ -82,6 +83,35 @@ def test_a_run_that_cannot_be_read(tmp_path: Path, content: str | None, problem:
         (tmp_path / "config.yaml").write_text(content)
     with pytest.raises((ValueError, FileNotFoundError), match=problem):
         sampling.read_run(str(tmp_path))
+
+
+def test_own_checkpoints_may_lie_on_another_disk(tmp_path: Path) -> None:
+    run, scratch = tmp_path / "run", tmp_path / "scratch"
+    run.mkdir()
+    scratch.mkdir()
+    (run / "config.yaml").write_text(yaml.safe_dump(RECIPE | {"reward": {"class_path": "no"}}))
+    (run / "checkpoints").symlink_to(scratch)
+    with pytest.raises(ValueError, match="checkpoints: expected a file in"):
+        sampling.read_run(str(run))
+    sign(run)
+    assert sampling.read_run(str(run)).name == "written"
+    (run / "judge.json").symlink_to(scratch)
+    with pytest.raises(ValueError, match=r"judge\.json: expected a file in"):
+        sampling.read_run(str(run))
+
+
+def test_weights_are_told_apart_by_every_byte(tmp_path: Path) -> None:
+    """A fine-tuned head may be the only change, in the middle of a file of the same size."""
+    with open(tmp_path / "weights", "wb") as file:
+        file.truncate(40 << 20)
+    section = {"init_args": {"engine": [{"model": str(tmp_path)}]}}
+    before = sampling.local_contents(section)
+    assert before == sampling.local_contents(section)
+    with open(tmp_path / "weights", "r+b") as file:
+        file.seek((10 << 20) + 99)
+        file.write(b"x")
+    assert before != sampling.local_contents(section)
+    assert before.keys() == {str(tmp_path)}
 
 
 @pytest.mark.usefixtures("tiny_run")

@@ -55,6 +55,10 @@ def judge(engine: Any) -> dict[str, Any]:
         (policy(text_cache="a/../../b"), "text_cache"),
         (policy(model="~/model"), "~/model"),
         ({"prompts": {"validation": "/home/you/letters.txt"}}, "prompts.validation"),
+        ({"prompts": {"train": "letters.txt"}}, "prompts.train: letters.txt"),
+        ({"prompts": {"train": "hub:someone/prompts"}}, None),
+        ({"prompts": {"train": "fastgrpo/../letters.txt"}}, "prompts.train"),
+        ({"rollout": "/home/you/rollout"}, "rollout: /home/you/rollout"),
     ],
 )
 def test_what_a_configuration_may_name(tmp_path: Path, changed: Any, found: str | None) -> None:

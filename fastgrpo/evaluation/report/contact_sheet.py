@@ -17,6 +17,9 @@ from fastgrpo.training.sample_files import format_scores, match_samples, read_sa
 
 MARGIN = 32
 """Pixels around the sheet."""
+MAX_PROMPTS = 64
+"""Prompts on a sheet or page, so that it can be opened whatever was sampled."""
+_MAX_LETTERS, _MAX_WIDTH = 200, 2400  # of a line of text, and the pixels of a row of frames
 
 
 def contact_sheet(
@@ -46,13 +49,15 @@ def contact_sheet(
     stages = next((summary["stages"] for summary in summaries if summary["stages"]), None)
     if stages:
         blocks.append(_text(f"Scores in order: {', '.join(stages).replace('_', ' ')}", 14))
-    for row in matched:
+    for row in matched[:MAX_PROMPTS]:
         prompt = next(entry["prompt"] for entry in row if entry)
         blocks.append(_text(f"\n{textwrap.shorten(prompt, 100, placeholder=' …')}", 17))
         for (label, folder), entry in zip(folders.items(), row, strict=True):
             if entry:
                 blocks.append(_text(f"{label}   {format_scores(entry['scores'])}", 13))
                 blocks.append(_strip(folder, entry))
+    if len(matched) > MAX_PROMPTS:
+        blocks.append(_text(f"\n… and {len(matched) - MAX_PROMPTS} prompts more", 17))
     width, height = max(block.width for block in blocks), sum(block.height for block in blocks)
     sheet = Image.new("RGB", (width + 2 * MARGIN, height + 2 * MARGIN), "white")
     top = MARGIN
@@ -66,6 +71,7 @@ def _text(text: str, size: int) -> Image.Image:
     """Lines of text on white."""
     path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
     font = ImageFont.truetype(path, size)
+    text = "\n".join(line[:_MAX_LETTERS] for line in text.split("\n"))
     blank = ImageDraw.Draw(Image.new("RGB", (1, 1)))
     _, _, width, height = blank.multiline_textbbox((0, 0), text, font)
     image = Image.new("RGB", (math.ceil(width), math.ceil(height) + 8), "white")
@@ -95,6 +101,7 @@ def _strip(folder: Path, entry: Mapping[str, Any]) -> Image.Image:
         still = ImageOps.scale(still, math.ceil(72 / still.height), Image.Resampling.NEAREST)
     elif still.height > 120:
         still = ImageOps.contain(still, (still.width, 120))
+    still.thumbnail((_MAX_WIDTH, still.height))
     draw = ImageDraw.Draw(still)
     for frame in range(1, entry["still_frames"]):
         x = round(frame * still.width / entry["still_frames"])

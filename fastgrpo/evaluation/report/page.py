@@ -86,7 +86,8 @@ def write_report(
     }
     html = _environment().get_template("report.html").render(context)
     with atomic_write(folder / "report.html") as path:
-        path.write_text(html, encoding="utf-8")
+        # A folder's name may be no UTF-8, and a text of a run no valid one.
+        path.write_text(html, encoding="utf-8", errors="backslashreplace")
     return folder / "report.html"
 
 
@@ -167,7 +168,8 @@ def _scores(runs: Sequence[RunRecord], window: int) -> dict[str, Any]:
             (run.label, scores.iterations[1], scores.last) if scores else (run.label, None, {})
             for run, scores in zip(runs, found, strict=True)
         ]
-        if validation and len({run.config.get("seed") for run in runs}) > 1:
+        seeds = [run.config.get("seed") for run in runs]
+        if validation and any(seed != seeds[0] for seed in seeds):
             note += " The seeds of the runs differ, and so does that noise."
         note += " One number per run says nothing of how far seeds scatter: `ablate` measures that."
     rows = [dict(zip(("label", "iteration", "scores"), entry, strict=True)) for entry in entries]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fastgrpo.errors import require
-from fastgrpo.evaluation.report.contact_sheet import contact_sheet, open_still
+from fastgrpo.evaluation.report.contact_sheet import MAX_PROMPTS, contact_sheet, open_still
 from fastgrpo.evaluation.report.run_record import RunRecord
 from fastgrpo.training.sample_files import format_scores, match_samples, read_samples
 from fastgrpo.training.trust import check_links
@@ -69,8 +69,10 @@ def videos_section(runs: Sequence[RunRecord], folder: Path) -> dict[str, Any]:
         section["sheet"] = _jpeg_url(sheet, 4000)
     if stages := summaries[0]["stages"]:
         note += f" Scores: {', '.join(stages).replace('_', ' ')}."
+    if len(matched) > MAX_PROMPTS:
+        note += f" The first {MAX_PROMPTS} of {len(matched)} prompts."
     room = MAX_PAGE_VIDEO_BYTES
-    for row in matched:
+    for row in matched[:MAX_PROMPTS]:
         clips = []
         for (label, path), entry in zip(columns.items(), row, strict=True):
             if entry:
@@ -110,7 +112,7 @@ def attachments(folders: Sequence[Path]) -> list[dict[str, Any]]:
 
 
 def _read_text(path: Path) -> str:
-    text = path.read_text(encoding="utf-8")
+    text = path.read_text(encoding="utf-8", errors="replace")
     left_out = len(text) - MAX_TEXT_LENGTH
     note = f"\n… and {left_out} characters more in the file" if left_out > 0 else ""
     return text[:MAX_TEXT_LENGTH] + note

@@ -120,6 +120,8 @@ class Scores:
     last: dict[str, float | None]
 
 
+_MOST = {"iteration": 1e15, "step_time": 1e9}
+"""The greatest numbers that a run can have had."""
 MISSING = "–"
 """Stands for the value of a key that a configuration does not have."""
 
@@ -212,11 +214,24 @@ def _read_run(folder: Path, label: str) -> RunRecord:
     return RunRecord(
         folder=folder,
         label=label,
-        rows=read_metrics(metrics) if metrics.is_file() else [],
+        rows=_read_rows(metrics) if metrics.is_file() else [],
         config=_read_config(folder / "config.yaml"),
         earlier=earlier,
         judge=read_mapping(judge) if judge.is_file() else {},
     )
+
+
+def _read_rows(path: Path) -> list[Row]:
+    """The rows of metrics.jsonl, with names and numbers that a figure can show."""
+    rows = read_metrics(path)
+    for row in rows:
+        for key, value in row.items():
+            most = _MOST.get(key, 1e100)
+            where = f"{path}: iteration {row['iteration']:.0f}: {key!r}"
+            require(key.isprintable(), where, "a name that can be printed", key)
+            ok = value is None or abs(value) <= most
+            require(ok, where, f"a number of at most {most:g}", value)
+    return rows
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -245,5 +260,6 @@ def _labels(folders: Sequence[Path]) -> list[str]:
     while True:
         labels = ["/".join(folder.parts[-parts:]) for folder in folders]
         if len(set(labels)) == len(labels):
-            return labels
+            # A name need not be UTF-8, but is drawn.
+            return [label.encode(errors="backslashreplace").decode() for label in labels]
         parts += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastgrpo.evaluation.report.contact_sheet import contact_sheet, open_still
+from fastgrpo.evaluation.report.contact_sheet import MAX_PROMPTS, contact_sheet, open_still
 from fastgrpo.training.sample_files import save_samples
 
 STAGES = ("visual_quality", "temporal_coherence", "text_alignment")
@@ -57,6 +58,22 @@ def test_contact_sheet_of_large_videos_is_shrunk_and_without_shared_prompts_refu
     assert height < 450
     with pytest.raises(ValueError, match="none shared"):
         contact_sheet(folders(tmp_path, "before", "after"), tmp_path / "no.png")
+
+
+def test_a_sheet_is_bounded(tmp_path: Path) -> None:
+    """So many prompts, letters in a line and pixels in a row, whatever a run may hold."""
+    save_samples(tmp_path, torch.zeros(1, 1, 3, 16, 16), ["one"], 8, [[0.5]], ["s" * 10_000])
+    Image.new("RGB", (4000, 80)).save(tmp_path / "00_one.png")
+    summary = json.loads((tmp_path / "samples.json").read_text())
+    heights = []
+    for more in (0, 9):
+        entries = [{**summary["samples"][0], "prompt": str(i)} for i in range(MAX_PROMPTS + more)]
+        (tmp_path / "samples.json").write_text(json.dumps({**summary, "samples": entries}))
+        contact_sheet(dict.fromkeys("ab", tmp_path), tmp_path / "sheet.png")
+        width, height = Image.open(tmp_path / "sheet.png").size
+        heights.append(height)
+        assert width < 2600
+    assert heights[0] < heights[1] < heights[0] + 100
 
 
 def test_a_sheet_of_several_folders_shows_each_where_it_has_the_prompt(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -335,6 +336,22 @@ def test_runs_without_any_evaluation_are_compared_by_training_scores(
     ]
     assert "not evaluated alike" not in page.text
     assert "Nothing but their names: the configurations are equal." in page.text
+
+
+def test_odd_texts_are_shown(
+    tmp_path: Path, make_run: Make, parse: Parse, one_figure: None
+) -> None:
+    """Dollars that are no formula; text that is no valid one; values that cannot be hashed."""
+    name = os.fsdecode(b"caf\xe9 $x^ y$")
+    runs = [make_run(tmp_path / f"{i}" / name, config=f"seed: [{i}]\n") for i in range(2)]
+    rows = "".join(f'{{"iteration": {i}, "rewards/$\\\\frac{{$/mean": 0.5}}\n' for i in range(3))
+    (runs[0] / "metrics.jsonl").write_text(rows)
+    (runs[0] / "judge.json").write_text('{"name": "\\ud800 <script>alert(1)</script>"}')
+    page = report.write_report(*runs)
+    assert "$\\frac{$" in parse(page).text
+    text = page.read_text(encoding="utf-8")
+    assert r"\ud800 &lt;script&gt;alert(1)" in text
+    assert "<script>alert" not in text
 
 
 def test_attached_folders(tmp_path: Path, make_run: Make, parse: Parse, one_figure: None) -> None:

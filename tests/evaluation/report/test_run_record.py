@@ -83,6 +83,18 @@ def test_modes_without_gates_have_no_thresholds() -> None:
         ("judge.json", "3", r"judge\.json: expected keys and their values, got 3"),
         ("metrics.jsonl", '{"iteration": 1}\n{"iteration": 2, "r": "x"}\n', r"jsonl, line 2"),
         ("metrics.jsonl", f'{{"iteration": 1, "r": {10**400}}}\n', r"jsonl, line 1"),
+        ("metrics.jsonl", f'{{"iteration": {10**300}}}\n', "a number of at most 1e.15"),
+        (
+            "metrics.jsonl",
+            '{"iteration": 1, "r": -1e308}\n',
+            "1: 'r': expected a number of at most",
+        ),
+        (
+            "metrics.jsonl",
+            '{"iteration": 1, "step_time": 1e11}\n',
+            "'step_time': expected a number",
+        ),
+        ("metrics.jsonl", '{"iteration": 1, "rewards/\\ud800/mean": 1}\n', "can be printed"),
     ],
 )
 def test_a_broken_file_is_named(
