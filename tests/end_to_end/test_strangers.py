@@ -204,6 +204,8 @@ def test_samples_that_are_made_again_delete_no_file_outside(
         ({"stages": 3}, "stages: expected a list of names, or null, got 3"),
         ({"samples": [3]}, "entry 1: expected an object, got 3"),
         ({"prompt": None}, "entry 1: prompt: expected a text, got None"),
+        ({"prompt": "\ud800"}, "entry 1: prompt: expected valid text"),
+        ({"stages": ["\ud800"]}, "stages: expected a list of names, or null"),
         ({"video": ["x"]}, "entry 1: video: expected a text"),
         ({"still_frames": 0}, "entry 1: still_frames: expected an integer of at least 1, got 0"),
         ({"scores": "high"}, "entry 1: scores: expected a number for each of stages, got 'high'"),

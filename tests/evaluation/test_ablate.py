@@ -4,6 +4,7 @@ overlays, and what it refuses.
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 import yaml
 
 from fastgrpo import __main__ as command_line
-from fastgrpo.evaluation.ablation import MODES, check_ablation, make_cells
+from fastgrpo.evaluation.ablation import MODES, check_ablation, make_cells, read_result
 from fastgrpo.evaluation.ablation_results import (
     LAST_ITERATIONS,
     UNTRAINED,
@@ -311,6 +312,21 @@ def test_refused_under_torchrun_and_in_a_runs_folder(
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     with pytest.raises(ValueError, match="not under torchrun"):
         check_ablation(config, base)
+
+
+def test_a_cell_knows_its_judge(tmp_path: Path) -> None:
+    base = ["--config", str(RECIPES / "shapes.yaml"), "--output_dir", str(tmp_path)]
+    config, text, _ = parse_config(base)
+    (cell,) = make_cells(config, text, base, ["joint"], [0])
+    cell.folder.mkdir(parents=True)
+    (cell.folder / "config.yaml").write_text(yaml.safe_dump(cell.values))
+    (cell.folder / "metrics.jsonl").write_text('{"iteration": 0}\n')
+    assert read_result(cell).judge == ""
+    found = set()
+    for judge in ({"name": "a"}, {"name": "b"}):
+        (cell.folder / "judge.json").write_text(json.dumps(judge))
+        found.add(read_result(cell).judge)
+    assert len(found - {""}) == 2
 
 
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:

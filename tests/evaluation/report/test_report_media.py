@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from fastgrpo.evaluation.report import report_media
 from fastgrpo.evaluation.report.report_media import (
     attachments,
     data_url,
@@ -83,6 +84,19 @@ def test_clips_and_their_sheet(tmp_path: Path, add_samples: Callable[..., None])
     (run.folder / "samples" / "iteration_000020" / "samples.json").write_text("{")
     with pytest.raises(ValueError, match=r"iteration_000020/samples\.json"):
         videos_section([run], tmp_path)
+
+
+def test_the_first_prompts_of_many(
+    tmp_path: Path, add_samples: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = record(tmp_path / "run", "run")
+    for iteration in (0, 1):
+        add_samples(run.folder, iteration, ["a", "b", "c"], 9)
+    assert "first" not in videos_section([run], tmp_path)["videos_note"]
+    monkeypatch.setattr(report_media, "MAX_PROMPTS", 2)
+    section = videos_section([run], tmp_path)
+    assert [pair["prompt"] for pair in section["pairs"]] == ["a", "b"]
+    assert "The first 2 of 3 prompts." in section["videos_note"]
 
 
 def test_what_is_attached(tmp_path: Path) -> None:
