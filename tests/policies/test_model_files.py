@@ -203,6 +203,17 @@ def test_a_value_that_cannot_be_is_one_line(
             WanPolicy(str(folder)).load(CPU)
 
 
+def test_a_part_without_weights_has_the_tensors_of_the_file(folder: Path) -> None:
+    kind = WanPolicy.part_classes["transformer"]
+    with torch.device("meta"):
+        network = model_files.build_part(kind, WanPolicy(str(folder)).configs["transformer"])
+    saved = load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
+    assert all(parameter.is_meta for parameter in network.parameters())
+    assert {name: p.shape for name, p in network.named_parameters()} == {
+        name: tensor.shape for name, tensor in saved.items()
+    }
+
+
 def test_a_pickle_beside_other_safetensors_is_not_read(folder: Path) -> None:
     weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
     torch.save(load_file(weights), weights.with_suffix(".bin"))
