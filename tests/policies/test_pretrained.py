@@ -51,9 +51,11 @@ def test_texts_are_padded_with_zeros_to_one_length() -> None:
 
 
 def test_embeddings_belong_to_the_model_and_settings_that_made_them(
-    wan_folder: Path, tmp_path: Path
+    wan_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Other weights under the same path, a longer text, another precision: another cache."""
+    for name, size in {"_WHOLE_FILE": 0, "_SAMPLE": 1}.items():  # as if the files were large
+        monkeypatch.setattr(f"fastgrpo.policies.text_cache.{name}", size)
     folder = tmp_path / "model"
     shutil.copytree(wan_folder, folder)
     common: Any = {"model": str(folder), "text_cache": str(tmp_path / "text")}
