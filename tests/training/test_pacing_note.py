@@ -100,6 +100,7 @@ def test_a_stage_above_its_threshold_is_what_the_literal_gate_trains(
     [
         (1, (0.60, 0.50, 0.35), "INFO", "7.5 T below its threshold 0.75"),
         (1, (0.724, 0.672, 0.466), "INFO", "1.3 T below"),
+        (1, (0.78, 0.70, 0.35), "INFO", "1.5 T above"),
         (1, (0.85, 0.85, 0.80), "WARNING", "calibrate"),
         (1, (0.85, 0.75, 0.35), "WARNING", "visual_quality is hardly trained. `python -m"),
         (2, (0.60, 0.50, 0.35), None, ""),
