@@ -13,7 +13,7 @@ Departures from textbook GRPO (docs/method.md, sections 2 and 3):
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -34,7 +34,7 @@ from fastgrpo.distributed.collectives import gather, rank, world_size
 from fastgrpo.distributed.sharding import gathered
 from fastgrpo.errors import require
 from fastgrpo.interfaces import Policy
-from fastgrpo.rewards.queue import ScoringQueue
+from fastgrpo.rewards.queue import Scores, ScoringQueue
 from fastgrpo.training.decode import decode
 from fastgrpo.training.metrics import (
     Stopwatch,
@@ -57,25 +57,38 @@ class RolloutInterrupted(Exception):
     """A rollout was aborted, before any weight, counter or pacer state changed."""
 
 
-def wait_for_judge(
-    is_ready: Callable[[float], bool], must_abort_rollout: Callable[[], bool]
-) -> None:
-    """Wait until the judge is ready on all ranks, which call this together.
+class AbortableQueue:
+    """A judge's queue that all ranks wait for together, so that a signal can end the wait.
 
     Args:
-        is_ready: Waits for the seconds that it is given, at most, and says whether the judge is.
-        must_abort_rollout: As for `Trainer.step`.
+        judge: The queue.
+        must_abort: As for `Trainer.step`.
 
     Raises:
-        RolloutInterrupted: `must_abort_rollout` was true on at least one rank; raised on all.
+        RolloutInterrupted: By both methods.
     """
-    while True:
-        ranks = gather((is_ready(POLL), must_abort_rollout()), "the judge of all ranks")
-        ready, must_abort = zip(*ranks, strict=True)
-        if any(must_abort):
-            raise RolloutInterrupted
-        if all(ready):
-            return
+
+    def __init__(self, judge: ScoringQueue, must_abort: Callable[[], bool]) -> None:
+        self.judge, self.must_abort = judge, must_abort
+
+    def submit(self, videos: Tensor, prompts: Sequence[str], fps: float) -> None:
+        """As `ScoringQueue.submit`. All ranks call this together."""
+        self._wait_until(self.judge.has_room)
+        self.judge.submit(videos, prompts, fps)
+
+    def collect(self, num_generations: int) -> tuple[list[Scores], list[list[bool]]]:
+        """As `ScoringQueue.collect`. All ranks call this together."""
+        self._wait_until(self.judge.is_done)
+        return self.judge.collect(num_generations)
+
+    def _wait_until(self, is_ready: Callable[[float], bool]) -> None:
+        while True:
+            ranks = gather((is_ready(POLL), self.must_abort()), "the judge of all ranks")
+            ready, must_abort = zip(*ranks, strict=True)
+            if any(must_abort):
+                raise RolloutInterrupted
+            if all(ready):
+                return
 
 
 class Trainer:
@@ -141,6 +154,7 @@ class Trainer:
         """
         cfg, G, clock = self.config, self.config.rollout.num_generations, Stopwatch()
         self.is_updating = self.weights_moved = False
+        judge = AbortableQueue(self.judge, must_abort_rollout)
         self.set_learning_rate(iteration)
         # Each rank takes its block of the iteration's prompts. A slot is a prompt's number among
         # the iteration's prompts on all ranks.
@@ -161,13 +175,10 @@ class Trainer:
         with clock.phase("rollout"), gathered(self.policy.transformer, cfg.parallel.keep_gathered):
             share_first_step = cfg.rollout.share_first_step
             for batch in sample_videos(self.policy, rollout, share_first_step=share_first_step):
-                frames = decode(self.policy, batch.latents)
-                wait_for_judge(self.judge.has_room, must_abort_rollout)
-                self.judge.submit(frames, batch.prompts, self.policy.fps)
-                del frames  # which would be held through the update
+                # Without a name, which would hold the last frames through the update.
+                judge.submit(decode(self.policy, batch.latents), batch.prompts, self.policy.fps)
         with clock.phase("reward"):
-            wait_for_judge(self.judge.is_done, must_abort_rollout)
-            scores_PGK, valid_PG = self.judge.collect(G)
+            scores_PGK, valid_PG = judge.collect(G)
         # Eqs. 7-8: mean and saturation of each stage, over the valid videos of a group.
         groups = [
             Group(scores_GK, valid_G, group_statistics(scores_GK, valid_G, cfg.pacing.saturation))

@@ -24,7 +24,7 @@ from fastgrpo.training.decode import decode
 from fastgrpo.training.metrics import Stopwatch
 from fastgrpo.training.rollout import sample_videos, start_rollout
 from fastgrpo.training.sample_files import save_samples
-from fastgrpo.training.step import Trainer, wait_for_judge
+from fastgrpo.training.step import AbortableQueue, Trainer
 from fastgrpo.training.weights import using_weights
 
 
@@ -100,14 +100,13 @@ def evaluate(
     ):
         validation = sample_validation(
             policy,
-            trainer.judge,
+            AbortableQueue(trainer.judge, must_abort_rollout),
             prompts,
             sampler,
             seed=config.seed,
             num_videos=cfg.num_videos,
             device=trainer.device,
             compute_dtype=trainer.compute_dtype,
-            must_abort_rollout=must_abort_rollout,
         )
         if rank() == 0 and len(validation.videos):
             folder = config.run_folder / "samples" / f"iteration_{iteration:06d}"
@@ -131,7 +130,7 @@ def evaluate(
 @torch.no_grad()
 def sample_validation(
     policy: Policy,
-    judge: ScoringQueue,
+    judge: ScoringQueue | AbortableQueue,
     prompts: list[str],
     cfg: RolloutConfig,
     *,
@@ -139,7 +138,6 @@ def sample_validation(
     num_videos: int,
     device: torch.device,
     compute_dtype: torch.dtype,
-    must_abort_rollout: Callable[[], bool] = lambda: False,
 ) -> ValidationSet:
     """Sample all prompts and score them. All ranks call this; each takes its share.
 
@@ -152,10 +150,9 @@ def sample_validation(
         num_videos: How many prompts' first videos are kept.
         device: Where the trajectories lie.
         compute_dtype: Of the forward pass.
-        must_abort_rollout: As for `Trainer.step`.
 
     Raises:
-        RolloutInterrupted: As `Trainer.step`.
+        RolloutInterrupted: By an `AbortableQueue`.
     """
     # Every rank makes the same number of passes, since sharded ranks must call the network
     # together. The last ranks repeat prompts as needed, and the repeats are dropped at the end.
@@ -180,13 +177,11 @@ def sample_validation(
         )
         for batch in sample_videos(policy, rollout, share_first_step=cfg.share_first_step):
             frames = decode(policy, batch.latents)
-            wait_for_judge(judge.has_room, must_abort_rollout)
             judge.submit(frames, batch.prompts, policy.fps)
             for index, video in zip(batch.sample_indices, frames, strict=True):
                 prompt, generation = divmod(index, cfg.num_generations)
                 if generation == 0 and begin + prompt < num_kept:
                     videos.append((video.nan_to_num() * 255).round().to(torch.uint8).cpu())
-    wait_for_judge(judge.is_done, must_abort_rollout)
     ranks = gather((*judge.collect(cfg.num_generations), videos))
     scores, valid, shown = ([item for of_rank in ranks for item in of_rank[i]] for i in range(3))
     return ValidationSet(

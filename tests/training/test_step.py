@@ -8,7 +8,6 @@ import copy
 import json
 import math
 import statistics
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -19,7 +18,7 @@ from tiny_training import CPU, same_bits, weights_of, without_times
 from fastgrpo.config import PacingConfig, PromptsConfig, RolloutConfig, TrainConfig, UpdateConfig
 from fastgrpo.rewards.queue import ScoringQueue
 from fastgrpo.training import step
-from fastgrpo.training.step import RolloutInterrupted, Trainer
+from fastgrpo.training.step import Trainer
 
 CAPTIONS = ["a cat", "a dog", "a fish", "a cow", "a horse"]
 STAGES = ("red", "green", "blue")
@@ -201,21 +200,6 @@ def test_the_reward_is_the_self_paced_mixture(
         mixed = [sum(a * b for a, b in zip(w, row, strict=True)) for row in group]
         got = [advantages[6 * g + i] for i in range(6)]
         assert got == pytest.approx(normalised(mixed), abs=2e-3)
-
-
-def test_a_rollout_is_left_also_while_the_judge_is_waited_for(
-    make: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The judge stands still with the last batch; nothing has changed."""
-    monkeypatch.setattr(step, "POLL", 0.01)
-    trainer, untouched, asked = make(), make(), iter([False] * 5)
-    go = threading.Event()
-    trainer.judge.reward.score = lambda *_: go.wait(10)  # type: ignore[method-assign,assignment]
-    with pytest.raises(RolloutInterrupted):
-        trainer.step(1, lambda: next(asked, True))
-    go.set()
-    assert same_bits(weights(trainer), weights(untouched))
-    assert trainer.state_dict() == untouched.state_dict()
 
 
 def test_a_group_without_scores_is_skipped_and_counted(
