@@ -147,7 +147,8 @@ def inside(folder: Path, name: str | Path) -> Path:
         raise UserError(
             f"{folder / name}: expected a file in {folder}, got one outside of it, {path}; if the "
             "link is your own, copy the folder with `cp -rL`, or add --trust to sample, evaluate "
-            "and export"
+            "and export (a run's own user is known by a key in ~/.local/state/fastgrpo: where the "
+            "home folder does not last, as in a container, set XDG_STATE_HOME to one that does)"
         )
     return path
 
