@@ -117,7 +117,7 @@ def test_unfinished_cells_are_left_out_and_named() -> None:
         "joint_seed1: missing",
     ]
     assert absences(complete(), 12, 12) == []
-    cells = [replace(cell, judge="0f" if i == 1 else "") for i, cell in enumerate(complete())]
+    cells = [replace(cell, judge="" if i == 1 else "0f") for i, cell in enumerate(complete())]
     missing, line = absences([*cells, CellResult("joint", 2, [])], 12, 12)
     assert missing == "joint_seed2: missing"
     assert line.startswith("not scored by the same judge as one_stage_seed0 (judge.json)")
