@@ -219,6 +219,7 @@ def build(
     policy.use(transformer, vae, device)
     for module in transformer.modules() if masked else ():
         module._forward_pre_hooks.clear()
-    parallel: Any = dataclasses.replace(config.parallel, activations=activations, compile=compiled)  # type: ignore[arg-type]
+    changes: dict[str, Any] = {"activations": activations, "compile": compiled}
+    parallel = dataclasses.replace(config.parallel, **changes)
     sharding.prepare(policy.transformer, parallel, device, compute_dtype(config.runtime, device))
     return policy

@@ -373,7 +373,7 @@ def conclude(trainer: Trainer, progress: Progress, failed: bool) -> int:
                 with atomic_folder(folder / "transformer") as partial:
                     trainer.policy.save_pretrained(partial, weights)
     logger.info(
-        f"done: {folder}/ holds metrics.jsonl, samples/ (mp4), checkpoints/latest, "
+        f"done: {folder}/ holds metrics.jsonl, samples/ (mp4), checkpoints/, "
         f"transformer/ (for diffusers' {trainer.policy.loaded_by})"
         + (" and tensorboard/" if "tensorboard" in config.tracking.trackers else "")
     )

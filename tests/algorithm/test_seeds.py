@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -26,7 +27,8 @@ def test_seeds_of_different_words_differ() -> None:
     purposes = ("sde", "first", "order", "epoch")
     words = list(itertools.product((0, 1), purposes, range(10), range(8), range(16)))
     # The same digits cut differently, or as text, are other words too.
-    words += [(1, 23), (12, 3), (123,), ("1", 23), (1, "23"), ("1, 23",), (0,), (0, 0), ()]  # type: ignore[list-item]
+    cut: list[Any] = [(1, 23), (12, 3), (123,), ("1", 23), (1, "23"), ("1, 23",), (0,), (0, 0), ()]
+    words += cut
     assert len({derive_seed(*w) for w in words}) == len(words)
 
 

@@ -81,7 +81,7 @@ def test_a_prompt_as_text(published: Source, tmp_path: Path) -> None:
 )
 def test_a_prompt_that_is_none(tmp_path: Path, name: str, content: str, problem: str) -> None:
     (tmp_path / name).write_text(content)
-    with pytest.raises(ValueError) as caught:  # noqa: PT011  (the text is full of special characters)
+    with pytest.raises(ValueError) as caught:  # noqa: PT011  (special characters)
         read_prompt(str(tmp_path / name))
     assert problem in str(caught.value)
     assert str(caught.value).startswith("reward.init_args.prompt_file: ")

@@ -104,9 +104,12 @@ def test_a_step_left_out_leaves_the_next_one_on_policy(
     policy = tiny_policy()
     rollout = sampled(policy)
     (rollout.latents if fault == "state" else rollout.log_probs)[0] = math.nan
-    watched, optimizer = Watched(policy, rollout), Recorder(policy, 0.02)
-    cfg = UpdateConfig(gradient_accumulation=2, max_grad_norm=1e9)
-    stats = update(watched, optimizer, rollout, [0, 1, 2, 3], ADVANTAGES, cfg)  # type: ignore[arg-type]
+    watched: Any = Watched(policy, rollout)
+    optimizer, cfg = (
+        Recorder(policy, 0.02),
+        UpdateConfig(gradient_accumulation=2, max_grad_norm=1e9),
+    )
+    stats = update(watched, optimizer, rollout, [0, 1, 2, 3], ADVANTAGES, cfg)
     assert stats.skipped == [True, False]
     assert watched.calls == ["cond+", "uncond+"] * 12
     assert stats.ratios[6:] == [1.0] * 6
@@ -130,7 +133,8 @@ def test_a_ratio_that_is_not_1_shows(tiny_policy: Any) -> None:
     )
     assert ratio.tolist() == joint.stats.ratios != [1.0]
     expected = known_gradients(rollout, batch, UpdateConfig(), 1 / 7.0, torch.float32)
-    assert same_bits([watched.gradients["cond"], watched.gradients["uncond"]], expected)  # type: ignore[arg-type]
+    own = [watched.gradients["cond"], watched.gradients["uncond"]]
+    assert same_bits(own, expected)  # type: ignore[arg-type]
 
 
 SHARDED = """

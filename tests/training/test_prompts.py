@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -15,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastgrpo.training.prompts import checked_text, draw_prompts, read_prompts
+from fastgrpo.training.prompts import checked_text, draw_prompts, read_prompts, unique_keys
 
 CAPTIONS = [f"caption {i}" for i in range(7)]
 ROOT = Path(__file__).resolve().parents[2]
@@ -381,3 +382,11 @@ def test_without_shuffling_the_files_order_repeats() -> None:
     assert draw_prompts(CAPTIONS, 5, 6, seed=1, shuffle=False) == [
         CAPTIONS[i] for i in (5, 6, 0, 1, 2, 3)
     ]
+
+
+def test_a_json_key_given_twice_with_two_values_is_refused() -> None:
+    """`json.loads` by itself takes the last, and the prompt that was meant may be the first."""
+    read = partial(json.loads, object_pairs_hook=unique_keys)
+    assert read('{"a": 1, "b": {"a": 2}, "a": 1}') == {"a": 1, "b": {"a": 2}}
+    with pytest.raises(ValueError, match="the key 'a' is given twice"):
+        read('{"b": [{"a": "a cat", "a": "a dog"}]}')

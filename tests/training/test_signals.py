@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -19,7 +20,11 @@ def test_a_signal_is_a_request_and_a_second_one_changes_nothing(
     number: signal.Signals,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
 ) -> None:
+    # Tests that were started by nohup would ignore SIGHUP.
+    request.addfinalizer(partial(signal.signal, number, signal.getsignal(number)))
+    signal.signal(number, signal.SIG_DFL)
     before = signal.getsignal(number)
     with stop_on_signals() as stop:
         assert stop.requested is False

@@ -111,7 +111,8 @@ def _levels(runs: Runs, stage: str = "") -> tuple[tuple[float, str], ...]:
         return tuple(zip(runs[0].thresholds[: len(runs[0].stages)], COLORS, strict=False))
     found = [dict(zip(run.stages, run.thresholds, strict=False)).get(stage) for run in runs]
     colors = itertools.cycle(COLORS)
-    return tuple((value, color) for value, color in zip(found, colors) if value is not None)  # noqa: B905
+    pairs = zip(found, colors, strict=False)
+    return tuple((value, color) for value, color in pairs if value is not None)
 
 
 def _reward(runs: Runs, window: int) -> Topic:
