@@ -45,7 +45,7 @@ def test_training_on_an_aesthetic_score(train: Callable[..., Any], tmp_path: Pat
         )
     )
     run = train(
-        tmp_path / "run", "--config", str(overlay), "--config", str(RECIPE), "--iterations 2"
+        tmp_path / "run", "--config", str(RECIPE), "--config", str(overlay), "--iterations 2"
     )
     assert run.code == 0, run.err
     for row in run.trained_rows:

@@ -233,10 +233,12 @@ def test_its_blocks_compile(
     """
     torch._dynamo.reset()
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-    compiled, text = make(), policy.encode(PROMPTS[:1])
+    eager, compiled, text = make(), make(), policy.encode(PROMPTS[:1])
+    # Both copied from their file: tensors at another alignment give other bits.
+    sharding.prepare(eager.transformer, ParallelConfig(), CPU, torch.float32)
     sharding.prepare(compiled.transformer, ParallelConfig(compile=True), CPU, torch.float32)
     with torch.no_grad():
-        rollout, expected = (p.velocity(*inputs(policy), text) for p in (compiled, policy))
+        rollout, expected = (p.velocity(*inputs(policy), text) for p in (compiled, eager))
     update = compiled.velocity(*inputs(policy), text)
     update.sum().backward()
     assert torch.equal(rollout, expected)

@@ -141,6 +141,10 @@ class JudgeServer:
         judge.load(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         # Ctrl-C ends the process as SIGTERM does, without waiting for the engine's thread.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+        # uvicorn names the address of no socket that it is given, and --port 0 takes any free one.
+        listener.listen()
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        print(f"serving at http://{host}:{listener.getsockname()[1]}/v1", flush=True)
         uvicorn.Server(config).run(sockets=[listener])
 
     def _bind(self) -> socket.socket:
