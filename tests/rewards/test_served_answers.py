@@ -222,7 +222,7 @@ SURE = logs(("8", 0.0), (".", 0.0), ("5", 0.0), ("0", 0.0))
         (body("8.50", SURE, logprobs={"content": {}}), "the probabilities of digits"),
         (body("8.50", SURE, logprobs=[[[]]]), "the probabilities of digits"),
         (body("8.50", [(["8"], {}), *SURE[1:]]), "the probabilities of digits"),  # type: ignore
-        (body("8.50", [("8", {"8": "high"}), *SURE[1:]]), "probabilities of digits"),  # type: ignore
+        (body("8.50", [("8", {"8": "high"}), *SURE[1:]]), "of digits"),  # type: ignore
     ],
 )
 def test_probabilities_of_something_else_are_no_score(

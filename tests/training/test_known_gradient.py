@@ -105,10 +105,8 @@ def test_a_step_left_out_leaves_the_next_one_on_policy(
     rollout = sampled(policy)
     (rollout.latents if fault == "state" else rollout.log_probs)[0] = math.nan
     watched: Any = Watched(policy, rollout)
-    optimizer, cfg = (
-        Recorder(policy, 0.02),
-        UpdateConfig(gradient_accumulation=2, max_grad_norm=1e9),
-    )
+    optimizer = Recorder(policy, 0.02)
+    cfg = UpdateConfig(gradient_accumulation=2, max_grad_norm=1e9)
     stats = update(watched, optimizer, rollout, [0, 1, 2, 3], ADVANTAGES, cfg)
     assert stats.skipped == [True, False]
     assert watched.calls == ["cond+", "uncond+"] * 12
