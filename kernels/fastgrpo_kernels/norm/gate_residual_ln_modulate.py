@@ -23,10 +23,10 @@ from typing import Any
 from torch import Tensor
 
 from .. import checks
-from ..dispatch import operation, register, select_backend
+from ..dispatch import call, register, select_backend
 from . import reference
 from .layout import modulations
-from .triton_gate_residual_ln_modulate import empty_outputs, first_given, forward, needs_dy
+from .triton_gate_residual_ln_modulate import empty_outputs, first_given, needs_dy
 
 
 def _fake(x: Tensor, y: Tensor | None, gate: Any, scale: Tensor | None, *_: Any) -> Any:
@@ -67,8 +67,8 @@ def _backward(
     dresidual = None if y is None else dresidual  # what arrives at an empty output
     dmodulated = None if scale is None else dmodulated
     needed = [needs_gate, dmodulated is not None and any(needs)]
-    dx, dy, dgate, dscale, dshift = operation(backend, "gate_residual_ln_modulate_backward")(
-        dresidual, dmodulated, *saved, needed
+    dx, dy, dgate, dscale, dshift = call(
+        backend, "gate_residual_ln_modulate_backward", dresidual, dmodulated, *saved, needed
     )
     dx = dx if dresidual is None or dmodulated is not None else dresidual
     if y is None or not needs_dy(y, gate, dx):
@@ -106,9 +106,10 @@ def ln_modulate(
     Returns:
         x's shape and dtype, rounded once from fp32 (float64 for float64 x).
     """
-    if select_backend("ln_modulate", x, backend) == "reference":
+    selected = select_backend("ln_modulate", x, backend)
+    if selected == "reference":
         return reference.ln_modulate(x, scale, shift, eps=eps)
-    return _launch(x, None, eps, scale=scale, shift=shift)[1]
+    return _launch(selected, x, None, eps, scale=scale, shift=shift)[1]
 
 
 def gate_residual(x: Tensor, y: Tensor, gate: Tensor, *, backend: str | None = None) -> Tensor:
@@ -130,9 +131,10 @@ def gate_residual(x: Tensor, y: Tensor, gate: Tensor, *, backend: str | None = N
     Returns:
         x's shape and dtype, rounded once from fp32 (float64 for float64 x).
     """
-    if select_backend("gate_residual", x, backend) == "reference":
+    selected = select_backend("gate_residual", x, backend)
+    if selected == "reference":
         return reference.gate_residual(x, y, gate)
-    return _launch(x, y, 0.0, gate=gate)[0]
+    return _launch(selected, x, y, 0.0, gate=gate)[0]
 
 
 def gate_residual_ln_modulate(
@@ -166,13 +168,16 @@ def gate_residual_ln_modulate(
     Returns:
         Residual and modulated, both in x's shape and dtype.
     """
-    if select_backend("gate_residual_ln_modulate", x, backend) == "reference":
+    selected = select_backend("gate_residual_ln_modulate", x, backend)
+    if selected == "reference":
         return reference.gate_residual_ln_modulate(x, y, gate, scale, shift, eps=eps)
     gates = {} if gate is None else {"gate": gate}
-    return _launch(x, y, eps, **gates, scale=scale, shift=shift)
+    return _launch(selected, x, y, eps, **gates, scale=scale, shift=shift)
 
 
-def _launch(x: Tensor, y: Tensor | None, eps: float, **given: Tensor) -> tuple[Tensor, Tensor]:
+def _launch(
+    backend: str, x: Tensor, y: Tensor | None, eps: float, **given: Tensor
+) -> tuple[Tensor, Tensor]:
     """Check the arguments, and call the op: residual and modulated."""
     checks.check_sequence("x", x)
     if y is not None:
@@ -180,4 +185,6 @@ def _launch(x: Tensor, y: Tensor | None, eps: float, **given: Tensor) -> tuple[T
         y = y.contiguous()
     views = modulations(x, given)
     gate, scale, shift = map(views.get, ("gate", "scale", "shift"))
-    return forward(x.contiguous(), y, gate, scale, shift, eps)[:2]
+    arguments = x.contiguous(), y, gate, scale, shift, eps
+    residual, modulated, _ = call(backend, "gate_residual_ln_modulate", *arguments)
+    return residual, modulated

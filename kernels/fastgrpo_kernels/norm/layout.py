@@ -56,7 +56,10 @@ def modulations(x: Tensor, given: dict[str, Tensor]) -> dict[str, Tensor]:
     )
     if summed or len({value.dtype for value in given.values()}) > 1:
         views = {name: checks.modulation(name, value.float(), x) for name, value in given.items()}
-    return {name: view.expand(-1, tokens, -1) for name, view in views.items()}
+    return {
+        name: view if view.shape[1] == tokens else view.expand(-1, tokens, -1)
+        for name, view in views.items()
+    }
 
 
 def row_constants(x: Tensor, values: int) -> dict[str, Any]:

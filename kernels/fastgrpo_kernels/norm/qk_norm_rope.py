@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..dispatch import operation, register, select_backend
+from ..dispatch import call, register, select_backend
 from . import reference
-from .triton_qk_norm_rope import empty_outputs, forward
+from .triton_qk_norm_rope import empty_outputs
 
 
 def _fake(q: Tensor, k: Tensor, q_weight: Tensor, *_: Any) -> Any:
@@ -51,8 +51,8 @@ def _backward(
         for x, d in zip(saved, (dq_out, dk_out), strict=False)
     ]
     needs_weights = any(ctx.needs_input_grad[2:4])
-    dq, dk, *weights = operation(backend, "qk_norm_rope_backward")(
-        gradients, list(saved), needs_weights
+    dq, dk, *weights = call(
+        backend, "qk_norm_rope_backward", gradients, list(saved), needs_weights
     )
     return dq, dk, *(weights if needs_weights else (None, None)), None, None, None
 
@@ -100,7 +100,8 @@ def qk_norm_rope(
     Returns:
         q' and k', contiguous, in the dtype of q, rounded once from fp32 (float64 for float64).
     """
-    if select_backend("qk_norm_rope", q, backend) == "reference":
+    selected = select_backend("qk_norm_rope", q, backend)
+    if selected == "reference":
         return reference.qk_norm_rope(q, k, q_weight, k_weight, cos, sin, eps=eps)
     checks.check_qk(q, k, q_weight, k_weight)
     checks.check_rotation(cos, sin, q, k)
@@ -110,5 +111,6 @@ def qk_norm_rope(
         cos, sin = cos.detach().float(), sin.detach().float()
         if cos.stride() != sin.stride():
             cos, sin = cos.contiguous(), sin.contiguous()
-    q_out, k_out, _, _ = forward(q, k, q_weight, k_weight, cos, sin, eps)
+    arguments = q, k, q_weight, k_weight, cos, sin, eps
+    q_out, k_out, _, _ = call(selected, "qk_norm_rope", *arguments)
     return q_out, k_out
