@@ -27,7 +27,7 @@ from benchmarks.common.rows import Measurement, number
 from benchmarks.common.timing import Usage
 from fastgrpo.config import TrainConfig, UpdateConfig
 from fastgrpo.planning import memory
-from fastgrpo.policies.pretrained import fused_serves
+from fastgrpo.policies.fused import fused_serves
 from fastgrpo.training.loop import compute_dtype
 from fastgrpo.training.rollout import sample_videos, start_rollout
 from fastgrpo.training.trajectory import Rollout, branch_velocity

@@ -105,7 +105,7 @@ def _require(ok: bool, module: nn.Module, expected: str, got: str) -> None:
 
 
 class RotaryTables:
-    """cos and sin, [L, D / 2] fp32, contiguous, made once per forward.
+    """cos and sin, [L, D / 2] fp32, contiguous.
 
     Neither a tuple nor a dataclass: FSDP2 casts tensors that it finds in a module's arguments to
     the dtype of its parameters, and angles in bf16 would blur positions.
@@ -120,14 +120,37 @@ class RotaryTables:
 
 def _wan_rope(rope: Any, hidden_states: Tensor) -> RotaryTables:
     """diffusers' tables [1, L, 1, D] hold each angle twice."""
-    cos, sin = type(rope).forward(rope, hidden_states)
-    return RotaryTables(cos[0, :, 0, 0::2], sin[0, :, 0, 1::2])
+
+    def tables() -> RotaryTables:
+        cos, sin = type(rope).forward(rope, hidden_states)
+        return RotaryTables(cos[0, :, 0, 0::2], sin[0, :, 0, 1::2])
+
+    return _kept(rope, hidden_states, tables)
 
 
 def _hunyuan_rope(rope: Any, hidden_states: Tensor) -> RotaryTables:
     """diffusers' tables [L, D] hold each angle twice."""
-    cos, sin = type(rope).forward(rope, hidden_states)
-    return RotaryTables(cos[:, 0::2], sin[:, 1::2])
+
+    def tables() -> RotaryTables:
+        cos, sin = type(rope).forward(rope, hidden_states)
+        return RotaryTables(cos[:, 0::2], sin[:, 1::2])
+
+    return _kept(rope, hidden_states, tables)
+
+
+def _kept(rope: Any, x: Tensor, make: Callable[[], RotaryTables]) -> RotaryTables:
+    """The tables for the sizes and the device of x, made at the first call with them.
+
+    They depend on nothing else. Fake tensors and traced ones are not kept.
+    """
+    if type(x) is not Tensor or torch.compiler.is_compiling():
+        return make()
+    key = x.shape[2:], x.device
+    if getattr(rope, "kept_key", None) != key:
+        with torch.inference_mode(False), torch.no_grad():
+            rope.kept_tables, rope.kept_key = make(), key
+    tables: RotaryTables = rope.kept_tables
+    return tables
 
 
 class FusedProcessor:

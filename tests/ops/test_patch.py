@@ -26,9 +26,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.overrides import TorchFunctionMode
 
+from fastgrpo.policies.fused import fused_serves
 from fastgrpo.policies.hunyuan_video import HunyuanVideoPolicy
 from fastgrpo.policies.lora import LoRA
-from fastgrpo.policies.pretrained import fused_serves
 from fastgrpo.policies.wan import WanPolicy
 
 CPU = torch.device("cpu")
@@ -233,10 +233,21 @@ def test_rollout_and_update_compute_the_same_bits(
 # -------- in place, no more
 
 
-def test_auto_is_off_on_a_cpu(make: Callable[..., RealPolicy]) -> None:
-    assert not make(fused="auto").is_fused
-    assert not fused_serves(CPU)
+def test_auto_follows_the_compiled_operations(
+    make: Callable[..., RealPolicy], monkeypatch: pytest.MonkeyPatch, recwarn: Any
+) -> None:
+    """On a CPU: in where csrc/ serves. The plain reference is slower than diffusers' blocks."""
+    has_library = not dispatch.unsupported_reason("cpp", "ln_modulate", torch.empty(0))
+    assert make(fused="auto").is_fused == fused_serves(CPU) == has_library
     assert make(fused=True).is_fused
+    assert not make(fused=False).is_fused
+    monkeypatch.setattr(dispatch, "_library_error", "csrc/ is not built")
+    recwarn.clear()
+    assert not fused_serves(CPU)
+    assert not make(fused="auto").is_fused
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match=r"policy.fused: .* got only their .*csrc/ is not built"):
+        assert make(fused=True).is_fused
 
 
 def test_objects_change_and_classes_do_not(make: Callable[..., RealPolicy]) -> None:
@@ -270,6 +281,25 @@ def test_objects_change_and_classes_do_not(make: Callable[..., RealPolicy]) -> N
         ) in policy.transformer.parameters():  # the copy's blocks compute with the copy's weights
             parameter.zero_()
         assert not policy.velocity(latents, timesteps, text).any()
+
+
+def test_rotary_tables_are_those_of_diffusers_at_every_size(
+    make: Callable[..., RealPolicy],
+) -> None:
+    """They are kept between forwards; another size or another network makes its own."""
+    policy, plain = make(fused=True), make(fused=False)
+    latents, timesteps, text = inputs(policy)
+    for x in (latents, latents[..., :2], latents, latents[:, :, :1]):
+        given = x, timesteps, text
+        rope, kept = policy.transformer.rope, []
+        for _ in range(2):
+            with torch.inference_mode():  # what is kept must serve a later backward
+                kept.append(rope(x))
+        assert kept[0] is kept[1]
+        cos, sin = (table.reshape(-1, 24) for table in plain.transformer.rope(x))
+        assert torch.equal(kept[0].cos.repeat_interleave(2, dim=1), cos)
+        assert torch.equal(kept[0].sin.repeat_interleave(2, dim=1), sin)
+        policy.velocity(*given).sum().backward()
 
 
 def test_every_block_runs_the_operations_and_the_tables_are_made_once(

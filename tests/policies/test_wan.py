@@ -385,7 +385,7 @@ def test_autocast_would_give_flash_attention_two_dtypes(policy: WanPolicy) -> No
 
 def test_a_transformer_in_memory_is_prepared_alike(policy: WanPolicy) -> None:
     network, vae = copy.deepcopy(policy.transformer).train(), copy.deepcopy(policy.vae)
-    other = WanPolicy("unused")
+    other = WanPolicy("unused", fused=False)
     other.use(network, vae, CPU)
     assert not other.is_fused
     assert not network.training

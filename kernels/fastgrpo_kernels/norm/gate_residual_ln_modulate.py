@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .. import checks
@@ -182,7 +183,7 @@ def _launch(
     checks.check_sequence("x", x)
     if y is not None:
         checks.check_like("y", y, x)
-        y = y.contiguous()
+        y = (y.float() if y.dtype == torch.float64 else y).contiguous()
     views = modulations(x, given)
     gate, scale, shift = map(views.get, ("gate", "scale", "shift"))
     arguments = x.contiguous(), y, gate, scale, shift, eps

@@ -105,7 +105,7 @@ def qk_norm_rope(
         return reference.qk_norm_rope(q, k, q_weight, k_weight, cos, sin, eps=eps)
     checks.check_qk(q, k, q_weight, k_weight)
     checks.check_rotation(cos, sin, q, k)
-    if q_weight.dtype != k_weight.dtype:
+    if q_weight.dtype != k_weight.dtype or q_weight.dtype == torch.float64:
         q_weight, k_weight = q_weight.float(), k_weight.float()
     if cos is not None and sin is not None:
         cos, sin = cos.detach().float(), sin.detach().float()
