@@ -39,7 +39,7 @@ def make(wan_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable
             max_sequence_length=LENGTH,
             text_cache=str(cache),
             text_dtype="fp32",
-            **options,
+            **({"fused": False} | options),  # diffusers' own bits
         )
         policy.embed(PROMPTS, CPU)
         policy.load(CPU)
