@@ -22,6 +22,19 @@ from torch import Tensor
 from ..dispatch import jit, tl, triton, triton_op
 from ..triton_reduce import column_sum
 from .layout import aligned, row_constants, stages, strided
+from .triton_rows import (
+    add,
+    columns,
+    fma,
+    load,
+    mul,
+    plus_one,
+    rounded,
+    scaled,
+    store,
+    thread_sums,
+    zeros,
+)
 
 FORWARD_VALUES, BACKWARD_VALUES, FUSED_BACKWARD_VALUES = 40, 16, 24
 """Channels of a row in one thread's registers, at most. The fused backward keeps three sums, which
@@ -56,27 +69,33 @@ def _gate_residual_ln_modulate_fwd_kernel(
     shift_l,
     eps,
     C: tl.constexpr,
-    BLOCK: tl.constexpr,
+    HEAD: tl.constexpr,
+    TAIL: tl.constexpr,
     WIDTH: tl.constexpr,
+    THREADS: tl.constexpr,
 ):
     program = tl.program_id(0)
     row = program.to(tl.int64)
     sample, token = (program // L).to(tl.int64), (program % L).to(tl.int64)
-    cols = tl.max_contiguous(tl.arange(0, BLOCK), WIDTH)
-    mask = cols < C
-    x_row = _load_once(x + row * C, cols, mask)
+    cols = columns(HEAD, TAIL, WIDTH)
+    x_row = load(x + row * C, cols, C)
     if y is not None:
-        y_row = _load_once(y + row * C, cols, mask)
-        if gate is not None:
-            y_row = _load_shared(gate + sample * gate_b + token * gate_l, cols, mask) * y_row
-        stored = (x_row + y_row).to(residual.dtype.element_ty)
-        tl.store(residual + row * C + cols, stored, mask=mask)
-        x_row = stored.to(tl.float32)  # the LayerNorm sees the residual as stored
+        y_row = load(y + row * C, cols, C)
+        if gate is None:
+            x_row = add(x_row, y_row)
+        else:
+            x_row = fma(load(gate + sample * gate_b + token * gate_l, cols, C), y_row, x_row)
+        x_row = rounded(x_row, residual.dtype.element_ty)  # the LayerNorm sees it as stored
+        store(residual + row * C, x_row, cols, C)
     if scale is not None:
-        mean, rstd, normed = _layer_norm(x_row, mask, eps, C)
-        scale_row = _load_shared(scale + sample * scale_b + token * scale_l, cols, mask)
-        shift_row = _load_shared(shift + sample * shift_b + token * shift_l, cols, mask)
-        tl.store(modulated + row * C + cols, normed * (1.0 + scale_row) + shift_row, mask=mask)
+        mean = tl.sum(thread_sums(x_row, WIDTH, THREADS), axis=0) * (1.0 / C)
+        x_row = centred(x_row, mean, cols, C)
+        variance = tl.sum(thread_sums(mul(x_row, x_row), WIDTH, THREADS), axis=0) * (1.0 / C)
+        rstd = tl.rsqrt(variance + eps)
+        scale_row = load(scale + sample * scale_b + token * scale_l, cols, C)
+        shift_row = load(shift + sample * shift_b + token * shift_l, cols, C)
+        out = fma(scaled(x_row, rstd), plus_one(scale_row), shift_row)
+        store(modulated + row * C, out, cols, C)
         tl.store(statistics + 2 * row, mean)
         tl.store(statistics + 2 * row + 1, rstd)
 
@@ -103,105 +122,99 @@ def _gate_residual_ln_modulate_bwd_kernel(
     scale_b,
     scale_l,
     C: tl.constexpr,
-    BLOCK: tl.constexpr,
+    HEAD: tl.constexpr,
+    TAIL: tl.constexpr,
+    WIDTH: tl.constexpr,
+    THREADS: tl.constexpr,
     TOKENS: tl.constexpr,
     RELOADS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     program = tl.program_id(0)
     sample, first = (program // num_parts).to(tl.int64), (program % num_parts) * rows_per_part
-    cols = tl.arange(0, BLOCK)
-    mask = cols < C
-    dgate_sum = tl.zeros([BLOCK], tl.float32)
-    dscale_sum = tl.zeros([BLOCK], tl.float32)
-    dshift_sum = tl.zeros([BLOCK], tl.float32)
+    cols = columns(HEAD, TAIL, WIDTH)
+    dgate_sum, dscale_sum, dshift_sum = zeros(cols), zeros(cols), zeros(cols)
     if not RELOADS:
         if scale is not None:
-            scale_row = _load_row(scale + sample * scale_b, cols, mask)
+            scale_row = load(scale + sample * scale_b, cols, C)
         if gate is not None:
-            gate_row = _load_row(gate + sample * gate_b, cols, mask)
+            gate_row = load(gate + sample * gate_b, cols, C)
     for token in tl.range(first, tl.minimum(first + rows_per_part, L), num_stages=STAGES):
         row = sample * L + token
         token_offset = row - sample * L  # int64
         if dmodulated is not None:
-            dmodulated_row = _load_row(dmodulated + row * C, cols, mask)
-            rstd = tl.load(statistics + 2 * row + 1)
-            normed = _load_row(residual + row * C, cols, mask)
-            normed = tl.where(mask, (normed - tl.load(statistics + 2 * row)) * rstd, 0.0)
+            grad_row = load(dmodulated + row * C, cols, C)
+            mean, rstd = tl.load(statistics + 2 * row), tl.load(statistics + 2 * row + 1)
+            normed = scaled(centred(load(residual + row * C, cols, C), mean, cols, C), rstd)
             if dscale is not None:
                 if TOKENS:
-                    tl.store(dscale + row * C + cols, dmodulated_row * normed, mask=mask)
-                    tl.store(dshift + row * C + cols, dmodulated_row, mask=mask)
+                    store(dscale + row * C, mul(grad_row, normed), cols, C)
+                    store(dshift + row * C, grad_row, cols, C)
                 else:
-                    dscale_sum += dmodulated_row * normed
-                    dshift_sum += dmodulated_row
+                    dscale_sum = fma(grad_row, normed, dscale_sum)
+                    dshift_sum = add(dshift_sum, grad_row)
             if RELOADS:
-                scale_place = scale + sample * scale_b + token_offset * scale_l
-                scale_row = _load_row(scale_place, cols, mask)
-            grad_row = _layer_norm_grad(dmodulated_row * (1.0 + scale_row), normed, rstd, C)
+                scale_row = load(scale + sample * scale_b + token_offset * scale_l, cols, C)
+            grad_row = layer_norm_grad(
+                mul(grad_row, plus_one(scale_row)), normed, rstd, C, WIDTH, THREADS
+            )
             if dresidual is not None:
-                grad_row += _load_row(dresidual + row * C, cols, mask)
-            tl.store(dx + row * C + cols, grad_row, mask=mask)
+                grad_row = add(grad_row, load(dresidual + row * C, cols, C))
+            store(dx + row * C, grad_row, cols, C)
         else:
-            grad_row = _load_row(dresidual + row * C, cols, mask)
+            grad_row = load(dresidual + row * C, cols, C)
         if dgate is not None:
-            dgate_row = _load_row(y + row * C, cols, mask) * grad_row
+            y_row = load(y + row * C, cols, C)
             if TOKENS:
-                tl.store(dgate + row * C + cols, dgate_row, mask=mask)
+                store(dgate + row * C, mul(y_row, grad_row), cols, C)
             else:
-                dgate_sum += dgate_row
+                dgate_sum = fma(y_row, grad_row, dgate_sum)
         if dy is not None:
             if gate is not None:
                 if RELOADS:
-                    gate_place = gate + sample * gate_b + token_offset * gate_l
-                    gate_row = _load_row(gate_place, cols, mask)
-                grad_row *= gate_row
-            tl.store(dy + row * C + cols, grad_row, mask=mask)
+                    gate_row = load(gate + sample * gate_b + token_offset * gate_l, cols, C)
+                grad_row = mul(grad_row, gate_row)
+            store(dy + row * C, grad_row, cols, C)
     part = program.to(tl.int64) * C
     if not TOKENS:
         if dgate is not None:
-            tl.store(dgate + part + cols, dgate_sum, mask=mask)
+            store(dgate + part, dgate_sum, cols, C)
         if dscale is not None:
-            tl.store(dscale + part + cols, dscale_sum, mask=mask)
-            tl.store(dshift + part + cols, dshift_sum, mask=mask)
+            store(dscale + part, dscale_sum, cols, C)
+            store(dshift + part, dshift_sum, cols, C)
 
 
 @jit
-def _load_row(pointer, cols, mask):
-    """A row in fp32, 0 outside the mask."""
-    return tl.load(pointer + cols, mask=mask, other=0.0).to(tl.float32)
+def centred(x, mean, cols, C: tl.constexpr):
+    """x - mean, 0 beyond the row."""
+    tail = None
+    if cols[1] is not None:
+        tail = tl.where(cols[1] < C, x[1] - mean, 0.0)
+    return tl.where(cols[0] < C, x[0] - mean, 0.0), tail
 
 
 @jit
-def _load_once(pointer, cols, mask):
-    """A row that no other program reads: it may leave the L1 cache first."""
-    row = tl.load(pointer + cols, mask=mask, other=0.0, eviction_policy="evict_first")
-    return row.to(tl.float32)
+def layer_norm_grad(
+    grad, normed, rstd, C: tl.constexpr, WIDTH: tl.constexpr, THREADS: tl.constexpr
+):
+    """Gradient of a row before its LayerNorm, of which `grad` is that of the normalised row. The
+    program waits once for both sums.
+    """
+    sums = (
+        thread_sums(grad, WIDTH, THREADS),
+        thread_sums(mul(grad, normed), WIDTH, THREADS),
+    )
+    mean_grad, mean_dot = tl.reduce(sums, 0, _add_pairs)
+    mean_grad, mean_dot = mean_grad * (1.0 / C), mean_dot * (1.0 / C)
+    tail = None
+    if grad[1] is not None:
+        tail = (grad[1] - mean_grad - normed[1] * mean_dot) * rstd
+    return (grad[0] - mean_grad - normed[0] * mean_dot) * rstd, tail
 
 
 @jit
-def _load_shared(pointer, cols, mask):
-    """A row that many programs read."""
-    row = tl.load(pointer + cols, mask=mask, other=0.0, eviction_policy="evict_last")
-    return row.to(tl.float32)
-
-
-@jit
-def _layer_norm(x, mask, eps, C: tl.constexpr):
-    """Mean, 1 / sqrt(var + eps) and the normalised row of x (fp32, 0 outside the mask)."""
-    mean = tl.div_rn(tl.sum(x, axis=0), C * 1.0)
-    centred = tl.where(mask, x - mean, 0.0)
-    variance = tl.div_rn(tl.sum(centred * centred, axis=0), C * 1.0)
-    rstd = tl.div_rn(1.0, tl.sqrt_rn(variance + eps))
-    return mean, rstd, centred * rstd
-
-
-@jit
-def _layer_norm_grad(dnormed, normed, rstd, C: tl.constexpr):
-    """Gradient of a row before its LayerNorm; both rows are fp32 and 0 outside the mask."""
-    mean_grad = tl.div_rn(tl.sum(dnormed, axis=0), C * 1.0)
-    mean_dot = tl.div_rn(tl.sum(dnormed * normed, axis=0), C * 1.0)
-    return (dnormed - mean_grad - normed * mean_dot) * rstd
+def _add_pairs(a, b, c, d):
+    return a + c, b + d
 
 
 # Launchers.
@@ -239,15 +252,10 @@ def forward(
         gate, *gate_steps = strided(gate)
         scale, *scale_steps = strided(scale)
         shift, *shift_steps = strided(shift)
-        # WIDTH, the channels that a thread loads at once, is x's for every operand: the compiler
-        # lays a row out by the widest load of the kernel, the order of the row's sums follows the
-        # layout, and no other operand's dtype may change it.
-        width = 16 // x.element_size()
         steps = (*gate_steps, *scale_steps, *shift_steps)
         with torch.cuda.device_of(x):
             _gate_residual_ln_modulate_fwd_kernel[(x.shape[0] * x.shape[1],)](
                 *(x, y, gate, scale, shift, *outputs, x.shape[1], *steps, eps),
-                WIDTH=width,
                 **row_constants(x, FORWARD_VALUES),
             )
     return outputs
@@ -303,7 +311,7 @@ def backward(
                 TOKENS=tokens,
                 RELOADS=fused or tokens,
                 STAGES=num_stages,
-                **constants,
+                **(constants | {"enable_fp_fusion": True}),
             )
     if not tokens:
         sums = [None if s is None else column_sum(s, modulation.dtype)[:, None] for s in sums]
