@@ -191,6 +191,7 @@ def _widths(counts: dict[str, int]) -> str:
 TURNS = {
     "_gate_residual_ln_modulate_bwd_kernel": "rows_per_part",
     "_qk_norm_rope_bwd_kernel": "part_tokens",
+    "_bias_gelu_bwd_kernel": "tiles_per_part",
 }
 """Kernels with a loop -> the argument that has its turns, of which one is one of the source."""
 
@@ -254,6 +255,7 @@ VARIANTS = {
     "modulation frozen": Variant(MODULATION, wrt=("x", "y")),
     "no gate": Variant(("gate_residual_ln_modulate",), change=_without("gate")),
     "no rotation": Variant(("qk_norm_rope",), change=_without("cos", "sin")),
+    "no bias": Variant(("bias_gelu",), change=_without("bias"), wrt=("hidden",)),
     "weights frozen": Variant(("qk_norm_rope",), wrt=("q", "k")),
 }
 

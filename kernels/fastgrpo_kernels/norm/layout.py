@@ -63,8 +63,7 @@ def row_constants(x: Tensor, values: int) -> dict[str, Any]:
     """How a kernel holds a row: C, its two pieces, the channels that a thread loads at once, and
     the fewest warps (at most 16) with `values` per thread.
 
-    A row of the next power of two would leave a quarter (1536 in 2048) to three eighths (5120 in
-    8192) of the lanes idle. WIDTH, 16 bytes of x, holds for every operand: the compiler lays a row
+    The pieces are those of triton_rows.py. WIDTH, 16 bytes of x, holds for every operand: the compiler lays a row
     out by the widest load of the kernel, the order of the row's sums follows the layout, and no
     other operand's dtype may change it.
     """

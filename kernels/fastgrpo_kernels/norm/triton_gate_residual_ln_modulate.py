@@ -6,12 +6,15 @@ the kernel is compiled. So the fused op has the bits of the two ops one after th
 normalises the residual as it is stored, in the same arithmetic.
 
 Forward: one program per row. The row stays in registers, so the variance is that of the differences
-(two passes, one read). Arithmetic is fp32 without fused multiply-adds, in an order that only x's
-dtype and C decide.
+(two passes, one read). Arithmetic is fp32, its order decided by x's dtype and C alone; what is
+fused to a multiply-add is written as such, and nothing else is.
 
 Backward: a program walks through the rows of one part of L and keeps its share of the sums in
-registers; `column_sum` adds the parts up. The parts depend only on L, so no gradient depends on
-what else is in the batch.
+registers; `column_sums` adds the parts up. The parts depend only on L, so no gradient depends on
+what else is in the batch. The sums over the tokens are not a second kernel, which would keep fewer
+registers: it would read dmodulated and the residual again (and y, and dx), 5 tensors instead of 3
+for `ln_modulate`, 10 instead of 6 for the fused op, where G7 (docs/performance.md) leaves 15 %.
+Instead a thread has 12 channels, not 16 to 24, and a row's two sums are one wait.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch import jit, tl, triton, triton_op
-from ..triton_reduce import column_sum
+from ..triton_reduce import column_sums
 from .layout import aligned, row_constants, stages, strided
 from .triton_rows import (
     add,
@@ -36,10 +39,9 @@ from .triton_rows import (
     zeros,
 )
 
-FORWARD_VALUES, BACKWARD_VALUES, FUSED_BACKWARD_VALUES = 40, 16, 24
-"""Channels of a row in one thread's registers, at most. The fused backward keeps three sums, which
-want more registers than 16 warps can have; for the same reason it reads scale and gate again for
-each row.
+FORWARD_VALUES, BACKWARD_VALUES = 40, 12
+"""Channels of a row in one thread's registers, at most (more where 16 warps are too few). A
+backward keeps up to three sums and four operands of each.
 """
 MAX_PARTS = 528
 """Parts of L in a backward: four programs for each of an H100's 132 SMs."""
@@ -288,8 +290,9 @@ def backward(
     wanted = [needed[0], needed[1], needed[1]]
 
     (B, L, C), rows = like.shape, 1
-    values = FUSED_BACKWARD_VALUES if fused else BACKWARD_VALUES
-    constants = row_constants(like, values)
+    constants = row_constants(like, BACKWARD_VALUES)
+    if scale is not None and not fused:  # fewer than the compiler takes, but none spills
+        constants["maxnreg"] = 80 if constants["num_warps"] < 16 else 64
     if any(needed) and not tokens:  # without a sum over L every row is a part
         rows = max(MIN_ROWS, triton.cdiv(L, MAX_PARTS))
     read = [dresidual, dmodulated, residual, y if needed[0] else None, *(scale, gate) * fused]
@@ -298,8 +301,12 @@ def backward(
 
     dx = None if dmodulated is None else torch.empty_like(like)
     dy = torch.empty_like(y) if y is not None and needs_dy(y, gate, like) else None
-    shape, dtype = ((B, L, C), modulation.dtype) if tokens else ((B, num_parts, C), torch.float32)
-    sums = [like.new_empty(shape, dtype=dtype) if wants else None for wants in wanted]
+    if tokens:
+        sums = [like.new_empty(like.shape, dtype=modulation.dtype) if w else None for w in wanted]
+    else:
+        partials = like.new_empty((sum(wanted), B, num_parts, C), dtype=torch.float32)
+        parts = iter(partials.unbind())
+        sums = [next(parts) if w else None for w in wanted]
     if like.numel():
         gate, *gate_steps = strided(gate)
         scale, *scale_steps = strided(scale)
@@ -311,10 +318,11 @@ def backward(
                 TOKENS=tokens,
                 RELOADS=fused or tokens,
                 STAGES=num_stages,
-                **(constants | {"enable_fp_fusion": True}),
+                **constants,
             )
     if not tokens:
-        sums = [None if s is None else column_sum(s, modulation.dtype)[:, None] for s in sums]
+        totals = iter(column_sums(partials, modulation.dtype))
+        sums = [next(totals)[:, None] if w else None for w in wanted]
     gradients = [like.new_empty(0) if d is None else d for d in (dx, dy, *sums)]
     return gradients[0], gradients[1], gradients[2], gradients[3], gradients[4]
 
