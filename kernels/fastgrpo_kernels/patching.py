@@ -25,7 +25,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from .activation.bias_gelu import bias_gelu
+from .dispatch import select_backend
 from .norm.gate_residual_ln_modulate import (
     gate_residual,
     gate_residual_ln_modulate,
@@ -298,12 +301,32 @@ def _hunyuan_single_block(
     shift, scale, gate = block.norm.linear(block.norm.silu(temb)).chunk(3, dim=1)
 
     normed = ln_modulate(x, scale, shift, eps=block.norm.norm.eps)
-    mlp = block.act_mlp(block.proj_mlp(normed))
+    mlp = _linear_gelu(block.proj_mlp, normed, block.act_mlp)
     y = block.attn(
         hidden_states=normed, attention_mask=attention_mask, image_rotary_emb=image_rotary_emb
     )
     x = gate_residual(x, block.proj_out(torch.cat([y, mlp], dim=2)), gate)
     return x[:, :length], x[:, length:]
+
+
+def _gelu(module: Any, hidden_states: Tensor) -> Tensor:
+    """GELU.forward: what a feed-forward layer begins with."""
+    if module.approximate != "tanh":
+        return type(module).forward(module, hidden_states)  # type: ignore[no-any-return]
+    return _linear_gelu(module.proj, hidden_states, module.gelu)
+
+
+def _linear_gelu(linear: nn.Module, x: Tensor, gelu: Callable[[Tensor], Tensor]) -> Tensor:
+    """GELU of a linear layer's output; its bias is added on the way to the activation.
+
+    Where plain PyTorch would serve, the layer adds its bias itself: apart it would be one pass
+    more. So does a layer with an adapter (LoRA), which adds to its output.
+    """
+    if select_backend("bias_gelu", x) == "reference":
+        return gelu(linear(x))
+    if type(linear) is nn.Linear:
+        return bias_gelu(F.linear(x, linear.weight), linear.bias)
+    return bias_gelu(linear(x), None)
 
 
 _FORWARDS: dict[str, Callable[..., Any]] = {
@@ -312,5 +335,6 @@ _FORWARDS: dict[str, Callable[..., Any]] = {
     "HunyuanVideoSingleTransformerBlock": _hunyuan_single_block,
     "WanRotaryPosEmbed": _wan_rope,
     "HunyuanVideoRotaryPosEmbed": _hunyuan_rope,
+    "GELU": _gelu,
 }
 """Classes of diffusers, and what takes the place of their forward."""

@@ -65,11 +65,27 @@ def modulations(x: Tensor, given: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def row_constants(x: Tensor, values: int) -> dict[str, Any]:
-    """C, the block that holds a row, and the fewest warps (at most 16) with `values` per thread."""
+    """How a kernel holds a row: C, its two pieces, the channels that a thread loads at once, and
+    the fewest warps (at most 16) with `values` per thread.
+
+    The pieces are those of triton_rows.py. WIDTH, 16 bytes of x, holds for every operand: the compiler lays a row
+    out by the widest load of the kernel, the order of the row's sums follows the layout, and no
+    other operand's dtype may change it.
+    """
     C = x.shape[2]
     num_warps = min(triton.next_power_of_2(triton.cdiv(C, 32 * values)), 16)
-    block = triton.next_power_of_2(C)
-    return {"C": C, "BLOCK": block, "num_warps": num_warps, "enable_fp_fusion": False}
+    threads = 32 * num_warps
+    head = max(triton.next_power_of_2(C + 1) // 2, threads)
+    tail = max(triton.next_power_of_2(C - head), threads) if C > head else 0
+    return {
+        "C": C,
+        "HEAD": head,
+        "TAIL": tail,
+        "WIDTH": 16 // x.element_size(),
+        "THREADS": threads,
+        "num_warps": num_warps,
+        "enable_fp_fusion": False,
+    }
 
 
 def stages(x: Tensor, constants: dict[str, Any], read: list[Tensor]) -> int:
@@ -80,6 +96,6 @@ def stages(x: Tensor, constants: dict[str, Any], read: list[Tensor]) -> int:
     if x.is_cuda:
         properties = torch.cuda.get_device_properties(x.device)
         space = getattr(properties, "shared_memory_per_block_optin", 48 * 1024)
-    row_bytes = constants["BLOCK"] * sum(tensor.element_size() for tensor in read)
+    row_bytes = (constants["HEAD"] + constants["TAIL"]) * sum(tensor.element_size() for tensor in read)
     prefetched = min(constants["num_warps"] * PREFETCH_BYTES, space - 8 * 1024) // row_bytes
     return 1 + min(prefetched, 2)

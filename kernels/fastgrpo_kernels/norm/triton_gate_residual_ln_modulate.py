@@ -6,12 +6,15 @@ the kernel is compiled. So the fused op has the bits of the two ops one after th
 normalises the residual as it is stored, in the same arithmetic.
 
 Forward: one program per row. The row stays in registers, so the variance is that of the differences
-(two passes, one read). Arithmetic is fp32 without fused multiply-adds, in an order that only x's
-dtype and C decide.
+(two passes, one read). Arithmetic is fp32, its order decided by x's dtype and C alone; what is
+fused to a multiply-add is written as such, and nothing else is.
 
 Backward: a program walks through the rows of one part of L and keeps its share of the sums in
-registers; `column_sum` adds the parts up. The parts depend only on L, so no gradient depends on
-what else is in the batch.
+registers; `column_sums` adds the parts up. The parts depend only on L, so no gradient depends on
+what else is in the batch. The sums over the tokens are not a second kernel, which would keep fewer
+registers: it would read dmodulated and the residual again (and y, and dx), 5 tensors instead of 3
+for `ln_modulate`, 10 instead of 6 for the fused op, where G7 (docs/performance.md) leaves 15 %.
+Instead a thread has 12 channels, not 16 to 24, and a row's two sums are one wait.
 """
 
 from __future__ import annotations
@@ -20,13 +23,25 @@ import torch
 from torch import Tensor
 
 from ..dispatch import jit, tl, triton, triton_op
-from ..triton_reduce import column_sum
+from ..triton_reduce import column_sums
 from .layout import aligned, row_constants, stages, strided
+from .triton_rows import (
+    add,
+    columns,
+    fma,
+    load,
+    mul,
+    plus_one,
+    rounded,
+    scaled,
+    store,
+    thread_sums,
+    zeros,
+)
 
-FORWARD_VALUES, BACKWARD_VALUES, FUSED_BACKWARD_VALUES = 40, 16, 24
-"""Channels of a row in one thread's registers, at most. The fused backward keeps three sums, which
-want more registers than 16 warps can have; for the same reason it reads scale and gate again for
-each row.
+FORWARD_VALUES, BACKWARD_VALUES = 40, 12
+"""Channels of a row in one thread's registers, at most (more where 16 warps are too few). A
+backward keeps up to three sums and four operands of each.
 """
 MAX_PARTS = 528
 """Parts of L in a backward: four programs for each of an H100's 132 SMs."""
@@ -56,27 +71,33 @@ def _gate_residual_ln_modulate_fwd_kernel(
     shift_l,
     eps,
     C: tl.constexpr,
-    BLOCK: tl.constexpr,
+    HEAD: tl.constexpr,
+    TAIL: tl.constexpr,
     WIDTH: tl.constexpr,
+    THREADS: tl.constexpr,
 ):
     program = tl.program_id(0)
     row = program.to(tl.int64)
     sample, token = (program // L).to(tl.int64), (program % L).to(tl.int64)
-    cols = tl.max_contiguous(tl.arange(0, BLOCK), WIDTH)
-    mask = cols < C
-    x_row = _load_once(x + row * C, cols, mask)
+    cols = columns(HEAD, TAIL, WIDTH)
+    x_row = load(x + row * C, cols, C)
     if y is not None:
-        y_row = _load_once(y + row * C, cols, mask)
-        if gate is not None:
-            y_row = _load_shared(gate + sample * gate_b + token * gate_l, cols, mask) * y_row
-        stored = (x_row + y_row).to(residual.dtype.element_ty)
-        tl.store(residual + row * C + cols, stored, mask=mask)
-        x_row = stored.to(tl.float32)  # the LayerNorm sees the residual as stored
+        y_row = load(y + row * C, cols, C)
+        if gate is None:
+            x_row = add(x_row, y_row)
+        else:
+            x_row = fma(load(gate + sample * gate_b + token * gate_l, cols, C), y_row, x_row)
+        x_row = rounded(x_row, residual.dtype.element_ty)  # the LayerNorm sees it as stored
+        store(residual + row * C, x_row, cols, C)
     if scale is not None:
-        mean, rstd, normed = _layer_norm(x_row, mask, eps, C)
-        scale_row = _load_shared(scale + sample * scale_b + token * scale_l, cols, mask)
-        shift_row = _load_shared(shift + sample * shift_b + token * shift_l, cols, mask)
-        tl.store(modulated + row * C + cols, normed * (1.0 + scale_row) + shift_row, mask=mask)
+        mean = tl.sum(thread_sums(x_row, WIDTH, THREADS), axis=0) * (1.0 / C)
+        x_row = centred(x_row, mean, cols, C)
+        variance = tl.sum(thread_sums(mul(x_row, x_row), WIDTH, THREADS), axis=0) * (1.0 / C)
+        rstd = tl.rsqrt(variance + eps)
+        scale_row = load(scale + sample * scale_b + token * scale_l, cols, C)
+        shift_row = load(shift + sample * shift_b + token * shift_l, cols, C)
+        out = fma(scaled(x_row, rstd), plus_one(scale_row), shift_row)
+        store(modulated + row * C, out, cols, C)
         tl.store(statistics + 2 * row, mean)
         tl.store(statistics + 2 * row + 1, rstd)
 
@@ -103,105 +124,99 @@ def _gate_residual_ln_modulate_bwd_kernel(
     scale_b,
     scale_l,
     C: tl.constexpr,
-    BLOCK: tl.constexpr,
+    HEAD: tl.constexpr,
+    TAIL: tl.constexpr,
+    WIDTH: tl.constexpr,
+    THREADS: tl.constexpr,
     TOKENS: tl.constexpr,
     RELOADS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     program = tl.program_id(0)
     sample, first = (program // num_parts).to(tl.int64), (program % num_parts) * rows_per_part
-    cols = tl.arange(0, BLOCK)
-    mask = cols < C
-    dgate_sum = tl.zeros([BLOCK], tl.float32)
-    dscale_sum = tl.zeros([BLOCK], tl.float32)
-    dshift_sum = tl.zeros([BLOCK], tl.float32)
+    cols = columns(HEAD, TAIL, WIDTH)
+    dgate_sum, dscale_sum, dshift_sum = zeros(cols), zeros(cols), zeros(cols)
     if not RELOADS:
         if scale is not None:
-            scale_row = _load_row(scale + sample * scale_b, cols, mask)
+            scale_row = load(scale + sample * scale_b, cols, C)
         if gate is not None:
-            gate_row = _load_row(gate + sample * gate_b, cols, mask)
+            gate_row = load(gate + sample * gate_b, cols, C)
     for token in tl.range(first, tl.minimum(first + rows_per_part, L), num_stages=STAGES):
         row = sample * L + token
         token_offset = row - sample * L  # int64
         if dmodulated is not None:
-            dmodulated_row = _load_row(dmodulated + row * C, cols, mask)
-            rstd = tl.load(statistics + 2 * row + 1)
-            normed = _load_row(residual + row * C, cols, mask)
-            normed = tl.where(mask, (normed - tl.load(statistics + 2 * row)) * rstd, 0.0)
+            grad_row = load(dmodulated + row * C, cols, C)
+            mean, rstd = tl.load(statistics + 2 * row), tl.load(statistics + 2 * row + 1)
+            normed = scaled(centred(load(residual + row * C, cols, C), mean, cols, C), rstd)
             if dscale is not None:
                 if TOKENS:
-                    tl.store(dscale + row * C + cols, dmodulated_row * normed, mask=mask)
-                    tl.store(dshift + row * C + cols, dmodulated_row, mask=mask)
+                    store(dscale + row * C, mul(grad_row, normed), cols, C)
+                    store(dshift + row * C, grad_row, cols, C)
                 else:
-                    dscale_sum += dmodulated_row * normed
-                    dshift_sum += dmodulated_row
+                    dscale_sum = fma(grad_row, normed, dscale_sum)
+                    dshift_sum = add(dshift_sum, grad_row)
             if RELOADS:
-                scale_place = scale + sample * scale_b + token_offset * scale_l
-                scale_row = _load_row(scale_place, cols, mask)
-            grad_row = _layer_norm_grad(dmodulated_row * (1.0 + scale_row), normed, rstd, C)
+                scale_row = load(scale + sample * scale_b + token_offset * scale_l, cols, C)
+            grad_row = layer_norm_grad(
+                mul(grad_row, plus_one(scale_row)), normed, rstd, C, WIDTH, THREADS
+            )
             if dresidual is not None:
-                grad_row += _load_row(dresidual + row * C, cols, mask)
-            tl.store(dx + row * C + cols, grad_row, mask=mask)
+                grad_row = add(grad_row, load(dresidual + row * C, cols, C))
+            store(dx + row * C, grad_row, cols, C)
         else:
-            grad_row = _load_row(dresidual + row * C, cols, mask)
+            grad_row = load(dresidual + row * C, cols, C)
         if dgate is not None:
-            dgate_row = _load_row(y + row * C, cols, mask) * grad_row
+            y_row = load(y + row * C, cols, C)
             if TOKENS:
-                tl.store(dgate + row * C + cols, dgate_row, mask=mask)
+                store(dgate + row * C, mul(y_row, grad_row), cols, C)
             else:
-                dgate_sum += dgate_row
+                dgate_sum = fma(y_row, grad_row, dgate_sum)
         if dy is not None:
             if gate is not None:
                 if RELOADS:
-                    gate_place = gate + sample * gate_b + token_offset * gate_l
-                    gate_row = _load_row(gate_place, cols, mask)
-                grad_row *= gate_row
-            tl.store(dy + row * C + cols, grad_row, mask=mask)
+                    gate_row = load(gate + sample * gate_b + token_offset * gate_l, cols, C)
+                grad_row = mul(grad_row, gate_row)
+            store(dy + row * C, grad_row, cols, C)
     part = program.to(tl.int64) * C
     if not TOKENS:
         if dgate is not None:
-            tl.store(dgate + part + cols, dgate_sum, mask=mask)
+            store(dgate + part, dgate_sum, cols, C)
         if dscale is not None:
-            tl.store(dscale + part + cols, dscale_sum, mask=mask)
-            tl.store(dshift + part + cols, dshift_sum, mask=mask)
+            store(dscale + part, dscale_sum, cols, C)
+            store(dshift + part, dshift_sum, cols, C)
 
 
 @jit
-def _load_row(pointer, cols, mask):
-    """A row in fp32, 0 outside the mask."""
-    return tl.load(pointer + cols, mask=mask, other=0.0).to(tl.float32)
+def centred(x, mean, cols, C: tl.constexpr):
+    """x - mean, 0 beyond the row."""
+    tail = None
+    if cols[1] is not None:
+        tail = tl.where(cols[1] < C, x[1] - mean, 0.0)
+    return tl.where(cols[0] < C, x[0] - mean, 0.0), tail
 
 
 @jit
-def _load_once(pointer, cols, mask):
-    """A row that no other program reads: it may leave the L1 cache first."""
-    row = tl.load(pointer + cols, mask=mask, other=0.0, eviction_policy="evict_first")
-    return row.to(tl.float32)
+def layer_norm_grad(
+    grad, normed, rstd, C: tl.constexpr, WIDTH: tl.constexpr, THREADS: tl.constexpr
+):
+    """Gradient of a row before its LayerNorm, of which `grad` is that of the normalised row. The
+    program waits once for both sums.
+    """
+    sums = (
+        thread_sums(grad, WIDTH, THREADS),
+        thread_sums(mul(grad, normed), WIDTH, THREADS),
+    )
+    mean_grad, mean_dot = tl.reduce(sums, 0, _add_pairs)
+    mean_grad, mean_dot = mean_grad * (1.0 / C), mean_dot * (1.0 / C)
+    tail = None
+    if grad[1] is not None:
+        tail = (grad[1] - mean_grad - normed[1] * mean_dot) * rstd
+    return (grad[0] - mean_grad - normed[0] * mean_dot) * rstd, tail
 
 
 @jit
-def _load_shared(pointer, cols, mask):
-    """A row that many programs read."""
-    row = tl.load(pointer + cols, mask=mask, other=0.0, eviction_policy="evict_last")
-    return row.to(tl.float32)
-
-
-@jit
-def _layer_norm(x, mask, eps, C: tl.constexpr):
-    """Mean, 1 / sqrt(var + eps) and the normalised row of x (fp32, 0 outside the mask)."""
-    mean = tl.div_rn(tl.sum(x, axis=0), C * 1.0)
-    centred = tl.where(mask, x - mean, 0.0)
-    variance = tl.div_rn(tl.sum(centred * centred, axis=0), C * 1.0)
-    rstd = tl.div_rn(1.0, tl.sqrt_rn(variance + eps))
-    return mean, rstd, centred * rstd
-
-
-@jit
-def _layer_norm_grad(dnormed, normed, rstd, C: tl.constexpr):
-    """Gradient of a row before its LayerNorm; both rows are fp32 and 0 outside the mask."""
-    mean_grad = tl.div_rn(tl.sum(dnormed, axis=0), C * 1.0)
-    mean_dot = tl.div_rn(tl.sum(dnormed * normed, axis=0), C * 1.0)
-    return (dnormed - mean_grad - normed * mean_dot) * rstd
+def _add_pairs(a, b, c, d):
+    return a + c, b + d
 
 
 # Launchers.
@@ -239,15 +254,10 @@ def forward(
         gate, *gate_steps = strided(gate)
         scale, *scale_steps = strided(scale)
         shift, *shift_steps = strided(shift)
-        # WIDTH, the channels that a thread loads at once, is x's for every operand: the compiler
-        # lays a row out by the widest load of the kernel, the order of the row's sums follows the
-        # layout, and no other operand's dtype may change it.
-        width = 16 // x.element_size()
         steps = (*gate_steps, *scale_steps, *shift_steps)
         with torch.cuda.device_of(x):
             _gate_residual_ln_modulate_fwd_kernel[(x.shape[0] * x.shape[1],)](
                 *(x, y, gate, scale, shift, *outputs, x.shape[1], *steps, eps),
-                WIDTH=width,
                 **row_constants(x, FORWARD_VALUES),
             )
     return outputs
@@ -280,8 +290,9 @@ def backward(
     wanted = [needed[0], needed[1], needed[1]]
 
     (B, L, C), rows = like.shape, 1
-    values = FUSED_BACKWARD_VALUES if fused else BACKWARD_VALUES
-    constants = row_constants(like, values)
+    constants = row_constants(like, BACKWARD_VALUES)
+    if scale is not None and not fused:  # fewer than the compiler takes, but none spills
+        constants["maxnreg"] = 80 if constants["num_warps"] < 16 else 64
     if any(needed) and not tokens:  # without a sum over L every row is a part
         rows = max(MIN_ROWS, triton.cdiv(L, MAX_PARTS))
     read = [dresidual, dmodulated, residual, y if needed[0] else None, *(scale, gate) * fused]
@@ -290,8 +301,12 @@ def backward(
 
     dx = None if dmodulated is None else torch.empty_like(like)
     dy = torch.empty_like(y) if y is not None and needs_dy(y, gate, like) else None
-    shape, dtype = ((B, L, C), modulation.dtype) if tokens else ((B, num_parts, C), torch.float32)
-    sums = [like.new_empty(shape, dtype=dtype) if wants else None for wants in wanted]
+    if tokens:
+        sums = [like.new_empty(like.shape, dtype=modulation.dtype) if w else None for w in wanted]
+    else:
+        partials = like.new_empty((sum(wanted), B, num_parts, C), dtype=torch.float32)
+        parts = iter(partials.unbind())
+        sums = [next(parts) if w else None for w in wanted]
     if like.numel():
         gate, *gate_steps = strided(gate)
         scale, *scale_steps = strided(scale)
@@ -306,7 +321,8 @@ def backward(
                 **constants,
             )
     if not tokens:
-        sums = [None if s is None else column_sum(s, modulation.dtype)[:, None] for s in sums]
+        totals = iter(column_sums(partials, modulation.dtype))
+        sums = [next(totals)[:, None] if w else None for w in wanted]
     gradients = [like.new_empty(0) if d is None else d for d in (dx, dy, *sums)]
     return gradients[0], gradients[1], gradients[2], gradients[3], gradients[4]
 

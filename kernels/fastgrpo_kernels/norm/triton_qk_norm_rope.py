@@ -8,7 +8,7 @@ registers.
 
 Backward: the forward keeps rstd: without it every program would wait for a second sum, with all its
 values in registers. A program walks through one part of L and keeps its share of dweight in
-registers; `column_sum` adds the parts up in a fixed order. The parts depend on L alone.
+registers; `column_sums` adds the parts up in a fixed order. The parts depend on L alone.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch import jit, tl, triton, triton_op
-from ..triton_reduce import column_sum
+from ..triton_reduce import column_sums
 from .layout import aligned, strided
 
 MAX_PARTS, MIN_TOKENS = 264, 4
@@ -330,5 +330,5 @@ def backward(
                 NEEDS_WEIGHTS=needs_weights,
                 maxnreg=_max_registers(q, constants),
             )
-    dq_weight, dk_weight = (column_sum(half, q_weight.dtype)[0] for half in partials.split(1))
-    return dq, dk, dq_weight, dk_weight
+    dq_weight, dk_weight = column_sums(partials[:, None], q_weight.dtype)
+    return dq, dk, dq_weight[0], dk_weight[0]
