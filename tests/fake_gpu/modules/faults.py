@@ -1,0 +1,5 @@
+"""Faults to plant."""
+from contextlib import contextmanager
+@contextmanager
+def planted(name):
+    yield
