@@ -47,9 +47,8 @@ class FakeGPU(TorchDispatchMode):
 
     Args:
         products: The dtype of all matrix products, convolutions and attention, by phase.
-        fp64_in: Functions that compute in fp64 by design.
-        read_int: What an integer that depends on the network's values reads as; 1.0 is what a
-            float does.
+        fp64_in: Functions that compute in fp64 by design; nothing else may, in those phases.
+        read: read(dtype, place) is what a value reads as that depends on the network's.
 
     Attributes:
         live: Bytes of the tensors on the GPU now.
@@ -66,11 +65,11 @@ class FakeGPU(TorchDispatchMode):
         self,
         products: Mapping[str, torch.dtype] = {},  # noqa: B006
         fp64_in: frozenset[str] = frozenset(),
-        read_int: int = 1,
+        read: Callable[[torch.dtype, str], float] = lambda dtype, place: 1,
     ) -> None:
         super().__init__()
         FakeGPU.current = self
-        self.products, self.fp64_in, self.read_int = products, fp64_in, read_int
+        self.products, self.fp64_in, self.value_read = products, fp64_in, read
         self.live = 0
         self.peaks: Counter[str] = Counter()
         self.waits: dict[str, Counter[str]] = defaultdict(Counter)
@@ -139,7 +138,7 @@ class FakeGPU(TorchDispatchMode):
         if name in _COPIES:
             self._count_copy(name, given, args)
         elif name in _INDEXING and on_gpu:
-            self._count_index(args[1])
+            self._check_index(*args)
         elif on_gpu and name in _WAITING:
             self.wait(name)
         elif on_gpu and any(tensor.ndim for tensor in on_host):
@@ -167,7 +166,11 @@ class FakeGPU(TorchDispatchMode):
         if from_gpu != to_gpu:
             self.wait("to the GPU" if to_gpu else "to the host")
 
-    def _count_index(self, indices: Any) -> None:
+    def _check_index(self, tensor: Tensor, indices: Any, values: Any = None, *_: Any) -> None:
+        """Indices may lie on the host, if the host waits for them; nothing else may."""
+        if not is_on_gpu(tensor) or (values is not None and values.ndim and not is_on_gpu(values)):
+            given = [tensor, *(t for t in (*indices, values) if t is not None)]
+            raise self.Fault(f"wrong device: index of {_described(given)} @ {_place()}")
         for index in indices:
             if index is None:
                 continue
@@ -187,7 +190,7 @@ class FakeGPU(TorchDispatchMode):
             )
 
     def _check_fp64(self, func: Any, tensor: Tensor) -> None:
-        if self.phase and tensor.dtype == torch.float64 and tensor.numel() > _LARGE:
+        if self.phase in self.products and tensor.dtype == torch.float64 and tensor.numel() > _LARGE:
             place = _place()
             if place.rpartition(".")[2] not in self.fp64_in:
                 raise self.Fault(f"wrong dtype: fp64 on the GPU, {func} {_described([tensor])} @ {place}")
@@ -203,7 +206,7 @@ class FakeGPU(TorchDispatchMode):
         return _with_values(out, found)
 
     def _stand_in(self, tensor: Tensor) -> Tensor:
-        number = 1.0 if tensor.is_floating_point() else self.read_int
+        number = self.value_read(tensor.dtype, _place())
         return torch.full(tensor.shape, number, dtype=tensor.dtype, device="cpu")
 
     def _track(self, tensor: Tensor) -> None:

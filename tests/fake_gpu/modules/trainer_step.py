@@ -9,17 +9,26 @@ import math
 import os
 import tempfile
 import threading
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import faults
 import torch
 import torch.distributed as dist
+
+# Named by the recipes: imported once, before the forks.
+import diffusers
+import fastgrpo.policies.hunyuan_video
+import fastgrpo.policies.wan
+import fastgrpo.rewards.vlm.qwen
+import fastgrpo.shapes.judge
+import peft
 from fake_cuda import CUDA
 from fake_gpu import FakeGPU
+from faults import FAULTS
 from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -49,8 +58,14 @@ SMALL = {
 }
 
 
-FP64_IN = frozenset({"uniform", "box_muller", "gaussian_kl"})
-"""Functions whose fp64 is meant: the first noise, once per video, and the KL's sum of squares."""
+FP64_IN = frozenset({"uniform", "box_muller", "gaussian_kl", "autograd"})
+"""Functions whose fp64 is meant: the first noise, once per video, and the KL's sum of squares. In
+the backward pass nobody can tell whose it is; there is none without some in a forward pass.
+"""
+
+
+STREAMS = ("blocks", "transformer_blocks", "single_transformer_blocks")
+"""The lists of blocks that the latents' tokens go through."""
 
 
 class SlowJudge(RewardModel):
@@ -80,7 +95,7 @@ def run(
     layers: int = 2,
     world_size: int = 1,
     decode: bool = False,
-    fault: str = "",
+    faults: Sequence[str] = (),
     options: dict[str, Any] = {},  # noqa: B006
 ) -> dict[str, Any]:
     """Build the trainer, run one step.
@@ -91,14 +106,13 @@ def run(
         world_size: Ranks of a process group in which this one is rank 0 and the others are not
             there.
         decode: Run the VAE; otherwise the frames come out of nothing.
-        fault: A key of `faults.FAULTS`, planted before the step.
+        faults: Keys of `FAULTS`, planted before the step.
         options: Of `train`, in place of the recipe's.
 
     Returns:
         JSON: `waits` by phase and place, `peaks` and `plan` by phase in bytes, `metrics` of the
         step, `videos` that reached the judge.
     """
-    join(world_size)
     published = random_models.with_layers(random_models.MODELS[model], layers)
     given = SMALL | {"rollout.num_prompts": world_size} | options
     words = [word for key, value in given.items() for word in (f"--{key}", str(value))]
@@ -106,6 +120,7 @@ def run(
         place = Path(folder) / "model"
         config = random_models.recipe(model, published, place, CUDA, words)
         random_models.embed(config, published)
+        join(world_size)  # after the texts, which each rank would only embed its share of
         policy: Any = config.policy
         if not decode:
             size = config.rollout.num_frames, 3, config.rollout.height, config.rollout.width
@@ -114,8 +129,13 @@ def run(
         products = {"rollout": dtype, "update": dtype, "decode": DTYPES[policy.vae_dtype]}
         with FakeGPU(products, fp64_in=FP64_IN) as gpu:
             judge = SlowJudge()
-            trainer = build(config, judge, dtype)
-            with phases(gpu, judge), faults.planted(fault):
+            with gpu.during("build"):
+                trainer = build(config, judge, dtype)
+            with ExitStack() as planted:
+                # The faults inside what counts: what they do counts for their phase.
+                for name in faults:
+                    planted.enter_context(FAULTS[name](trainer))
+                planted.enter_context(phases(gpu, judge))
                 metrics = trainer.step(1)
         planned = plan(config, world_size, decode)
     return {
@@ -124,6 +144,7 @@ def run(
         "plan": planned,
         "metrics": {key: value for key, value in metrics.items() if _is_finite(value)},
         "videos": judge.videos,
+        "cpu_seconds": time.process_time(),
     }
 
 
@@ -149,8 +170,9 @@ def build(config: TrainConfig, judge: RewardModel, dtype: torch.dtype) -> Traine
         vae = build_part(kinds["vae"], policy.configs["vae"]).to(dtype_of_vae)
     policy.use(transformer, vae, CUDA)
     sharding.prepare(policy.transformer, config.parallel, CUDA, dtype)
-    for block in sharding.blocks_of(policy.transformer):
-        block.register_forward_pre_hook(lambda _, args: check_stream(args[0], dtype))
+    for name in meta_model.lists_of_blocks(policy.transformer):
+        for block in policy.transformer.get_submodule(name) if name in STREAMS else ():
+            block.register_forward_pre_hook(lambda _, args: check_stream(args[0], dtype))
     queue = ScoringQueue(judge, config.scoring.max_pending)
     return Trainer(config, policy, queue, [random_models.PROMPT] * 8, CUDA, dtype)
 
