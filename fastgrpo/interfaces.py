@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 
 Conditioning = Mapping[str, Tensor]
-"""What one branch of a policy is conditioned on: keyword tensors of the network, batch first."""
+"""What one branch of a policy is conditioned on: keyword tensors of the network, batch first, on
+the device; or on the host, if that is where `velocity` reads them.
+"""
 
 
 class Policy(ABC):

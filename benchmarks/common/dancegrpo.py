@@ -87,15 +87,13 @@ def velocities(
     or one after the other.
     """
     if "batched_cfg" not in handicaps or rollout.unconditional is None:
-        return branch_velocities(
-            policy, rollout, latents, torch.tensor([video]), torch.tensor([step])
-        )
+        return branch_velocities(policy, rollout, latents, rollout.index([video], [step]))
     prompt = video // rollout.num_generations
     both = {
         name: torch.cat([tensor[prompt : prompt + 1], rollout.unconditional[name]])
         for name, tensor in rollout.conditioning.items()
     }
-    timesteps = rollout.timesteps[[step, step]].to(latents.device, torch.float32)
+    timesteps = rollout.timesteps[step].expand(2)
     bf16 = rollout.compute_dtype != torch.float32
     with torch.autocast(
         latents.device.type, rollout.compute_dtype, enabled=bf16, cache_enabled=False

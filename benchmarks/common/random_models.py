@@ -217,6 +217,7 @@ def build(
     with device:
         transformer, vae = policy.new_networks()
     policy.use(transformer, vae, device)
+    policy.cuts_text = not masked
     for module in transformer.modules() if masked else ():
         module._forward_pre_hooks.clear()
     changes: dict[str, Any] = {"activations": activations, "compile": compiled}

@@ -34,7 +34,7 @@ from fastgrpo.distributed.sharding import gathered
 from fastgrpo.planning import memory
 from fastgrpo.training.decode import decode
 from fastgrpo.training.rollout import sample_videos
-from fastgrpo.training.update import TrainedTransition, backpropagate, update
+from fastgrpo.training.update import TrainedTransition, backpropagate, trained_rows, update
 
 IMPLEMENTATIONS: dict[str, dict[str, Any]] = {
     "eager": {"fused": False},
@@ -185,9 +185,8 @@ def our_iteration(bench: Bench) -> None:
         bench.config, device, activations=activations, **IMPLEMENTATIONS[bench.ours]
     )
     optimizer, warm = with_optimizer(policy, cfg), sampled(bench, policy)
-    backpropagate(
-        policy, warm, [TrainedTransition(0, 0, 1.0)], cfg, None, scale=1.0, on_policy=True
-    )
+    (rows,) = trained_rows(warm, [TrainedTransition(0, 0, 1.0)])
+    backpropagate(policy, warm, rows, cfg, None, scale=1.0, on_policy=True)
     optimizer.zero_grad(set_to_none=True)
     decode(policy, warm.latents[:, -1])
 

@@ -35,6 +35,7 @@ from fastgrpo.training.update import (
     TrainedTransition,
     make_optimizer,
     micro_batch,
+    trained_rows,
     trained_steps,
     transition_loss,
 )
@@ -391,8 +392,8 @@ def check_bits(policy: Any, rollout: Rollout, cfg: UpdateConfig) -> Bits:
             pass
     equal, ratios, mismatches = True, [], []
     for step in trained_steps(rollout, 0, cfg.timestep_fraction, seed=0):
-        batch = micro_batch(rollout, [TrainedTransition(0, step, 1.0)])
-        at = batch.latents, batch.sample_indices, batch.steps
+        batch = micro_batch(rollout, *trained_rows(rollout, [TrainedTransition(0, step, 1.0)]))
+        at = batch.latents, batch.index
         again = [
             branch_velocity(policy, rollout, *at, conditional=c).detach()
             for c in (True, False)[:branches]

@@ -17,7 +17,12 @@ from fastgrpo.config import UpdateConfig
 from fastgrpo.distributed.collectives import average_gradients, clip_gradients, gather
 from fastgrpo.errors import UserError
 from fastgrpo.interfaces import Policy
-from fastgrpo.training.trajectory import Rollout, branch_velocities, branch_velocity
+from fastgrpo.training.trajectory import (
+    Rollout,
+    TransitionIndex,
+    branch_velocities,
+    branch_velocity,
+)
 from fastgrpo.training.weights import using_weights
 
 
@@ -28,6 +33,20 @@ class TrainedTransition:
     sample_index: int
     step: int
     advantage: float
+
+
+class TrainedRows(NamedTuple):
+    """At most B = micro_batch_size transitions to train, filled up to B, for the device to look up.
+
+    Attributes:
+        index: Where they lie in the rollout.
+        valid_mask: [B] bool, False for what fills them up.
+        advantages: [B] fp32.
+    """
+
+    index: TransitionIndex
+    valid_mask: Tensor
+    advantages: Tensor
 
 
 class _TransitionStats(NamedTuple):
@@ -53,15 +72,14 @@ class MicroBatch:
     What fills it up is zeros with advantage zero, never NaN.
 
     Attributes:
-        sample_indices, steps: [B] int64 on the CPU.
+        index: Where they lie in the rollout.
         valid_mask: [B] bool, False for what fills the batch up.
         latents, next_latents: [B, *latent_shape] fp32, x and x'.
         old_log_probs, advantages: [B] fp32.
-        a, b, std: [B] float64.
+        a, b, std: [B] fp32.
     """
 
-    sample_indices: Tensor
-    steps: Tensor
+    index: TransitionIndex
     valid_mask: Tensor
     latents: Tensor
     next_latents: Tensor
@@ -175,10 +193,11 @@ def update(
     stats = UpdateStatistics()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     most_videos = max(gather(len(chosen)))
+    noise_seeds = rollout.noise_seeds.tolist()
     for begin in range(0, most_videos, cfg.gradient_accumulation):
         transitions = []
         for index in chosen[begin : begin + cfg.gradient_accumulation]:
-            seed = derive_seed("trained steps", int(rollout.noise_seeds[index]))
+            seed = derive_seed("trained steps", noise_seeds[index])
             for step in trained_steps(rollout, index, cfg.timestep_fraction, seed):
                 transitions.append(TrainedTransition(index, step, advantages[index]))
         num_transitions = max(gather(len(transitions)))
@@ -241,28 +260,62 @@ def accumulate_gradients(
     size = rollout.micro_batch_size
     total = torch.zeros((), device=rollout.latents.device)
     passes = []
-    for begin in range(0, num_transitions, size):
-        batch = transitions[begin : begin + size]
+    for rows in trained_rows(rollout, transitions, num_transitions):
         loss, seen = backpropagate(
-            policy, rollout, batch, cfg, reference, scale=size / divisor, on_policy=stats.on_policy
+            policy, rollout, rows, cfg, reference, scale=size / divisor, on_policy=stats.on_policy
         )
         total += loss * (size / divisor)
-        passes.append((batch, seen))
+        passes.append(torch.stack([values.float() for values in seen]))
     # Read back after the last pass, so that the host never waits in between.
-    for batch, seen in passes:
-        ratio, log_ratio, clipped, kl = (values[: len(batch)].tolist() for values in seen)
-        stats.steps += [transition.step for transition in batch]
+    if passes:
+        table = torch.cat(passes, dim=1)[:, : len(transitions)]
+        ratio, log_ratio, clipped, kl = table.tolist()
+        stats.steps += [transition.step for transition in transitions]
         stats.ratios += ratio
         stats.log_ratios += log_ratio
-        stats.clipped += clipped
+        stats.clipped += map(bool, clipped)
         stats.kl += kl
     return float(total)
+
+
+def trained_rows(
+    rollout: Rollout, transitions: Sequence[TrainedTransition], num_transitions: int = 0
+) -> list[TrainedRows]:
+    """Bring the transitions of one optimizer step to the device, for all its passes at once: the
+    host waits here, and in none of them.
+
+    Args:
+        rollout: Holds the transitions.
+        transitions: To train on this rank.
+        num_transitions: The least number to fill up to; it is filled up to whole micro-batches.
+
+    Returns:
+        One entry per pass.
+    """
+    device, size = rollout.latents.device, rollout.micro_batch_size
+    begins = range(0, max(num_transitions, len(transitions)), size)
+    missing = len(begins) * size - len(transitions)
+    filled = [*transitions, *[TrainedTransition(0, 0, 0.0)] * missing]
+    prompts, samples, steps = rollout.index(
+        [transition.sample_index for transition in filled],
+        [transition.step for transition in filled],
+    )
+    advantages = torch.tensor([transition.advantage for transition in filled], device=device)
+    valid_mask = torch.arange(len(filled), device=device) < len(transitions)
+    return [
+        TrainedRows(
+            TransitionIndex(prompts[part], samples[part], steps[part]),
+            valid_mask[part],
+            advantages[part],
+        )
+        for part in (slice(begin, begin + size) for begin in begins)
+    ]
 
 
 def backpropagate(
     policy: Policy,
     rollout: Rollout,
-    transitions: Sequence[TrainedTransition],
+    rows: TrainedRows,
     cfg: UpdateConfig,
     reference: Mapping[str, Tensor] | None,
     *,
@@ -279,8 +332,8 @@ def backpropagate(
     Returns:
         As `transition_loss`, without a graph.
     """
-    batch = micro_batch(rollout, transitions)
-    at = batch.latents, batch.sample_indices, batch.steps
+    batch = micro_batch(rollout, rows)
+    at = batch.latents, batch.index
     reference_velocities = None
     if reference is not None:
         # Before the policy's own forward, whose graph must not see other weights pass through.
@@ -319,25 +372,19 @@ def backpropagate(
     return loss.detach(), stats
 
 
-def micro_batch(rollout: Rollout, transitions: Sequence[TrainedTransition]) -> MicroBatch:
-    """Look up at most `micro_batch_size` transitions in the rollout."""
-    device, size = rollout.latents.device, rollout.micro_batch_size
-    filled = [*transitions, *[TrainedTransition(0, 0, 0.0)] * (size - len(transitions))]
-    indices = torch.tensor([transition.sample_index for transition in filled])
-    steps = torch.tensor([transition.step for transition in filled])
-    valid_mask = torch.arange(size, device=device) < len(transitions)
+def micro_batch(rollout: Rollout, rows: TrainedRows) -> MicroBatch:
+    """Look up the transitions of one pass in the rollout."""
+    (_, samples, steps), valid_mask = rows.index, rows.valid_mask
     valid_rows = valid_mask.view(-1, *[1] * len(rollout.latent_shape))
-    at = indices.to(device), steps.to(device)
     # A std of 1 keeps the loss of a row without a transition finite.
-    a, b, std = (torch.where(valid_mask, c, 1.0) for c in rollout.coefficients(indices, steps))
+    a, b, std = (torch.where(valid_mask, c, 1.0) for c in rollout.coefficients(rows.index))
     return MicroBatch(
-        sample_indices=indices,
-        steps=steps,
+        index=rows.index,
         valid_mask=valid_mask,
-        latents=torch.where(valid_rows, rollout.latents[at], 0.0),
-        next_latents=torch.where(valid_rows, rollout.latents[at[0], at[1] + 1], 0.0),
-        old_log_probs=torch.where(valid_mask, rollout.log_probs[at], 0.0),
-        advantages=torch.tensor([transition.advantage for transition in filled], device=device),
+        latents=torch.where(valid_rows, rollout.latents[samples, steps], 0.0),
+        next_latents=torch.where(valid_rows, rollout.latents[samples, steps + 1], 0.0),
+        old_log_probs=torch.where(valid_mask, rollout.log_probs[samples, steps], 0.0),
+        advantages=rows.advantages,
         a=a,
         b=b,
         std=std,
@@ -352,14 +399,14 @@ def known_gradients(
     It follows from the noise that the seeds give back. It differs from the gradient of
     `transition_loss` only by the rounding of the stored x', which the noise does not know.
     """
-    seeds = rollout.noise_seeds[batch.sample_indices.to(rollout.noise_seeds.device)]
+    seeds = rollout.noise_seeds[batch.index.samples]
     # Only shape and dtype of the velocity are used, not its values.
     velocity = torch.empty_like(batch.latents, dtype=dtype)
     return branch_gradient(
         _kernel_transition(rollout, batch, velocity, None),
         batch.advantages,
         seeds=seeds,
-        step=batch.steps.to(seeds.device),
+        step=batch.index.steps,
         scale=scale / rollout.micro_batch_size,
         adv_clip=cfg.adv_clip,
         cfg_grad=cfg.cfg_grad,

@@ -24,6 +24,7 @@ from fastgrpo.training.update import (
     backpropagate,
     known_gradients,
     micro_batch,
+    trained_rows,
     update,
 )
 
@@ -123,10 +124,11 @@ def test_a_ratio_that_is_not_1_shows(tiny_policy: Any) -> None:
     """
     base = tiny_policy()
     rollout, policy = sampled(base), moved(base, 0.02)
-    batch = micro_batch(rollout, TRANSITIONS[:1])
+    (rows,) = trained_rows(rollout, TRANSITIONS[:1])
+    batch = micro_batch(rollout, rows)
     watched = Watched(policy, rollout)
     _, (ratio, *_) = backpropagate(
-        watched, rollout, TRANSITIONS[:1], UpdateConfig(), None, scale=1 / 7.0, on_policy=True
+        watched, rollout, rows, UpdateConfig(), None, scale=1 / 7.0, on_policy=True
     )  # type: ignore[arg-type]
     joint = backward_of(
         policy, rollout, TRANSITIONS[:1], UpdateConfig(branchwise=False), on_policy=True

@@ -21,6 +21,7 @@ from fastgrpo.training.update import (
     UpdateStatistics,
     accumulate_gradients,
     micro_batch,
+    trained_rows,
     trained_steps,
     transition_loss,
     update,
@@ -336,8 +337,8 @@ def test_advantages_are_clamped(tiny_policy: Any) -> None:
     rollout = small_rollout(policy)
     grads = []
     for advantage, bound in ((9.0, 5.0), (5.0, 5.0), (9.0, 20.0), (-9.0, 5.0)):
-        batch = micro_batch(rollout, [TrainedTransition(0, 1, advantage)])
-        at = batch.latents, batch.sample_indices, batch.steps
+        batch = micro_batch(rollout, *trained_rows(rollout, [TrainedTransition(0, 1, advantage)]))
+        at = batch.latents, batch.index
         velocities = branch_velocities(policy, rollout, *at)
         loss, _ = transition_loss(rollout, batch, *velocities, None, UpdateConfig(adv_clip=bound))
         grads.append(torch.autograd.grad(loss, policy.transformer.parameters())[0])
