@@ -15,6 +15,8 @@ import jsonargparse
 import pytest
 import torch
 from diffusers import WanPipeline, WanTransformer3DModel
+from diffusers.models import attention_dispatch
+from diffusers.models.attention_dispatch import AttentionBackendName
 from diffusers.utils import logging
 from torch import Tensor
 
@@ -359,6 +361,18 @@ def test_attention_by_name(make: Callable[..., WanPolicy], policy: WanPolicy) ->
     assert {
         m.processor._attention_backend for m in untouched.modules() if hasattr(m, "processor")
     } == {None}
+
+
+def test_attention_is_asked_as_in_training_by_default(make: Callable[..., WanPolicy]) -> None:
+    """What the switch does is in test_attention.py."""
+    functions = attention_dispatch._AttentionBackendRegistry._backends
+    wrapped = {}
+    for alike in (False, True):
+        given = {} if alike else {"attention_as_in_training": False}
+        result = velocity(make(**given))
+        wrapped[alike] = hasattr(functions[AttentionBackendName.NATIVE], "__wrapped__"), result
+    assert (wrapped[False][0], wrapped[True][0]) == (False, True)
+    assert torch.equal(wrapped[False][1], wrapped[True][1])
 
 
 @pytest.mark.parametrize(
