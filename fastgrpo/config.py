@@ -333,6 +333,11 @@ class ParallelConfig:
     """What backward computes again of each block: all of it, all but attention's outputs (some GB),
     or nothing (most memory).
     """
+    reduce_every: Literal["backward", "step"] = "backward"
+    """When sharded gradients are reduced over the ranks: in every backward pass, or only in the
+    last ones of an optimizer step, which leaves whole gradients in fp32 on each GPU until then and
+    changes the order of sums. Copies (shard none) are always reduced once a step.
+    """
     compile: bool = False
     """torch.compile of each kind of block. A compiled block's training forward may round otherwise
     than its rollout forward, which the clip then takes for a change of policy: look at

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fastgrpo.algorithm.seeds import derive_seed
 from fastgrpo.config import UpdateConfig
 from fastgrpo.distributed.collectives import average_gradients, clip_gradients, gather
+from fastgrpo.distributed.sharding import reduce_gradients_if
 from fastgrpo.errors import UserError
 from fastgrpo.interfaces import Policy
 from fastgrpo.training.trajectory import Rollout, branch_velocities, branch_velocity
@@ -243,6 +244,7 @@ def accumulate_gradients(
     passes = []
     for begin in range(0, num_transitions, size):
         batch = transitions[begin : begin + size]
+        reduce_gradients_if(policy.transformer, is_last=begin + size >= num_transitions)
         loss, seen = backpropagate(
             policy, rollout, batch, cfg, reference, scale=size / divisor, on_policy=stats.on_policy
         )
