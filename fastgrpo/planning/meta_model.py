@@ -182,9 +182,7 @@ def decode_cost(policy: Any, latent_shape: tuple[int, ...]) -> Cost:
     # All tiles' frames live until they are blended, and then the blended ones too.
     every, largest = share_of_tiles(vae, latent_shape)
     work = cost.work * largest + cost.kept * (every + 1)
-    return Cost(
-        cost.linear * every, cost.attention * every, cost.kept, work, cost.moved * every
-    )
+    return Cost(cost.linear * every, cost.attention * every, cost.kept, work, cost.moved * every)
 
 
 def share_of_tiles(vae: Any, latent_shape: tuple[int, ...]) -> tuple[float, float]:

@@ -36,9 +36,7 @@ def test_bytes_are_moved_by_all_that_has_no_flop() -> None:
     """A pointwise operation reads and writes; a view, a product and a new tensor move nothing."""
     x = torch.empty(10, 64, device=META)
     row = torch.empty(64, device=META).expand(10, 64)  # read once
-    cost = meta_model.measure(
-        lambda: torch.empty_like((x + row).T @ x), [x, row], backward=False
-    )
+    cost = meta_model.measure(lambda: torch.empty_like((x + row).T @ x), [x, row], backward=False)
     assert cost.moved == 4 * (10 * 64 + 64 + 10 * 64)
 
 
