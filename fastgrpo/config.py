@@ -364,6 +364,12 @@ class RuntimeConfig:
     """CPU threads of each process; 0 leaves torch's choice. Another number is another summation
     order, and other bits.
     """
+    deterministic: bool = False
+    """On a GPU: only algorithms that give the same bits at every run, so that a run that was killed
+    and resumed gives those of one that was not. cuDNN's attention has no such backward in torch;
+    FlashAttention-2 takes its place, in rollout and update, and is slower: with it `attention: fa3`
+    or `fa4` where installed. A CPU always is deterministic.
+    """
     timeout_minutes: float = 30.0
     """A rank that waits longer than this for the others fails."""
 
@@ -432,6 +438,12 @@ class TrainConfig:
             "rollout.eta",
             "at most 1 for evaluation.sde cps",
             rollout.eta,
+        )
+        require(
+            not (self.runtime.deterministic and self.parallel.compile),
+            "parallel.compile",
+            "false with runtime.deterministic (the compiler chooses kernels by their time)",
+            True,
         )
         size, trained = rollout.num_generations, update.num_best + update.num_worst
         require(size >= 2, "rollout.num_generations", "at least 2, a group", size)

@@ -54,6 +54,10 @@ def set_attention(
     """
     names = [*_TORCH_FLASH, *sorted(backend.value for backend in AttentionBackendName)]
     require(name in names, "policy.attention", f"one of {', '.join(names)}", name)
+    if device.type == "cuda" and torch.are_deterministic_algorithms_enabled():
+        own = ", ".join(_CAST_BY_AUTOCAST)
+        expected = f"one of {own} with runtime.deterministic (others do not heed it)"
+        require(name in _CAST_BY_AUTOCAST, "policy.attention", expected, name)
     if device.type == "cuda" and not fused and name not in _CAST_BY_AUTOCAST:
         raise UserError(
             f"policy.attention: {name} takes q, k and v of one 16-bit dtype, but under autocast "

@@ -397,6 +397,19 @@ def test_autocast_would_give_flash_attention_two_dtypes(policy: WanPolicy) -> No
         set_attention(policy.transformer, "flash", torch.device("cuda"), fused=False)
 
 
+def test_an_attention_that_heeds_no_setting_of_torch_is_not_deterministic(
+    policy: WanPolicy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    cuda, problem = (
+        torch.device("cuda"),
+        r"one of native.* with runtime\.deterministic.*got 'flash'",
+    )
+    with pytest.raises(ValueError, match=problem):
+        set_attention(policy.transformer, "flash", cuda, fused=True)
+    set_attention(policy.transformer, "native", torch.device("cpu"), fused=False)
+
+
 def test_a_transformer_in_memory_is_prepared_alike(policy: WanPolicy) -> None:
     network, vae = copy.deepcopy(policy.transformer).train(), copy.deepcopy(policy.vae)
     other = WanPolicy("unused")
