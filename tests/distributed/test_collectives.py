@@ -110,9 +110,7 @@ def test_deterministic_kernels_on_a_gpu_alone(
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     assert start(RuntimeConfig(device=device, deterministic=asked)).type == device
     assert torch.are_deterministic_algorithms_enabled() is expected
-    assert not torch.is_deterministic_algorithms_warn_only_enabled(), (
-        "it leaves attention's atomics"
-    )
+    assert not torch.is_deterministic_algorithms_warn_only_enabled(), "atomics stay"
     assert torch.backends.cudnn.deterministic is expected
     assert torch.utils.deterministic.fill_uninitialized_memory is not expected
     assert os.environ.get("CUBLAS_WORKSPACE_CONFIG") == (":4096:8" if expected else None)
