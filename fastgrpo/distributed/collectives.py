@@ -91,7 +91,7 @@ def start(runtime: RuntimeConfig) -> torch.device:
     if use_cuda:
         torch.cuda.set_device(device)
         if runtime.deterministic:
-            use_deterministic_kernels()
+            _use_deterministic_kernels()
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
         _join(backend, datetime.timedelta(minutes=runtime.timeout_minutes))
@@ -99,7 +99,7 @@ def start(runtime: RuntimeConfig) -> torch.device:
     return device
 
 
-def use_deterministic_kernels() -> None:
+def _use_deterministic_kernels() -> None:
     """Let a GPU compute the same bits at every run; before its first product and collective.
 
     SDPA then passes cuDNN by for FlashAttention-2, whose backward, as that of fa3 and fa4, adds up
