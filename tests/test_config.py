@@ -14,6 +14,7 @@ from fastgrpo.config import (
     CheckpointConfig,
     EvaluationConfig,
     PacingConfig,
+    ParallelConfig,
     PromptsConfig,
     RolloutConfig,
     RuntimeConfig,
@@ -131,6 +132,16 @@ INVALID = [
         "rollout.num_generations",
         "num_best + update.num_worst = 8",
         7,
+    ),
+    (
+        TrainConfig,
+        {
+            "runtime": RuntimeConfig(deterministic=True),
+            "parallel": ParallelConfig(compile=True),
+        },
+        "parallel.compile",
+        "false with runtime.deterministic",
+        True,
     ),
 ]
 

@@ -220,7 +220,7 @@ def build(
     policy.cuts_text = not masked
     for module in transformer.modules() if masked else ():
         module._forward_pre_hooks.clear()
-    changes: dict[str, Any] = {"activations": activations, "compile": compiled}
+    changes: dict[str, Any] = {"activations": activations, "compile": compiled, "replicas": 1}
     parallel = dataclasses.replace(config.parallel, **changes)
     sharding.prepare(policy.transformer, parallel, device, compute_dtype(config.runtime, device))
     return policy

@@ -84,6 +84,11 @@ class DiffusersPolicy(Policy):
     """A backend of diffusers (`native`: torch's own choice), or `fa3`, `fa4` where FlashAttention-3
     or -4 is installed.
     """
+    attention_as_in_training: bool = True
+    """Compute attention in a rollout by the request that training makes of it, log-sum-exp
+    included, so that one kernel serves both. False leaves the request to torch, to measure whether
+    another kernel serves then: watch ratio_drift.
+    """
     fused: bool | Literal["auto"] = "auto"
     """Whether the operations of fastgrpo_kernels do the blocks' pointwise work; auto: where they
     are compiled, on a GPU with Triton and on a CPU with csrc/.
@@ -236,7 +241,9 @@ class DiffusersPolicy(Policy):
             self.loaded_by = "load_lora_weights"
             add_lora(transformer, self.lora, self.lora_targets)
         self.is_fused = fuse(transformer, self.fused, device)
-        set_attention(transformer, self.attention, device, self.is_fused)
+        set_attention(
+            transformer, self.attention, device, self.is_fused, self.attention_as_in_training
+        )
         self.transformer = transformer
         self.vae = vae.eval().requires_grad_(False).to(device)
         if self.vae_tiling:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fastgrpo.algorithm.seeds import derive_seed
 from fastgrpo.config import UpdateConfig
 from fastgrpo.distributed.collectives import average_gradients, clip_gradients, gather
+from fastgrpo.distributed.sharding import reduce_gradients_if
 from fastgrpo.errors import UserError
 from fastgrpo.interfaces import Policy
 from fastgrpo.training.trajectory import (
@@ -260,7 +261,9 @@ def accumulate_gradients(
     size = rollout.micro_batch_size
     total = torch.zeros((), device=rollout.latents.device)
     passes = []
-    for rows in trained_rows(rollout, transitions, num_transitions):
+    every = trained_rows(rollout, transitions, num_transitions)
+    for i, rows in enumerate(every, 1):
+        reduce_gradients_if(policy.transformer, is_last=i == len(every))
         loss, seen = backpropagate(
             policy, rollout, rows, cfg, reference, scale=size / divisor, on_policy=stats.on_policy
         )

@@ -52,10 +52,10 @@ SMALL: dict[str, Any] = {
     "update": {"num_best": 1, "num_worst": 1, "gradient_accumulation": 1, "learning_rate": 1e-3},
     "evaluation": {"interval": 0, "num_videos": 1},
     "checkpoint": {"interval": 1},
-    "parallel": {"shard": "full"},
+    "parallel": {"shard": "full", "replicas": 1},
     "tracking": {"trackers": []},
 }
-"""Laid over a recipe. Guidance 5, micro-batch 1, bf16 over fp32 weights, full checkpointing and
+"""Laid over a recipe. Guidance 5, micro-batch 1, bf16 over fp32 weights, activations and
 all else stay the recipe's.
 """
 Arguments = Callable[..., list[str]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -53,6 +54,35 @@ def test_by_path_and_by_name(entry: list[str], place: str, tmp_path: Path) -> No
     done = run_python([*entry, *argv, "--print_config"], cwd)
     assert done.returncode == 0, done.stderr
     assert yaml.safe_load(done.stdout)["reward"]["class_path"].startswith(words)
+
+
+@pytest.mark.parametrize("module", ["fastgrpo.train", "fastgrpo.__main__"])
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}),
+        ({"PYTORCH_ALLOC_CONF": "a"}, {"PYTORCH_ALLOC_CONF": "a"}),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "b"}, {"PYTORCH_CUDA_ALLOC_CONF": "b"}),
+    ],
+)
+def test_the_allocator_is_told_before_torch_is_loaded(
+    module: str, given: dict[str, str], expected: dict[str, str]
+) -> None:
+    """Unless the user has, by either name that torch reads."""
+    script = f"""
+import json, os, sys, types
+sys.modules["fastgrpo.cli.train"] = types.SimpleNamespace(main=None)
+import {module}
+assert "torch" not in sys.modules
+print(json.dumps({{k: v for k, v in os.environ.items() if "ALLOC_CONF" in k}}))
+"""
+    own = {k: v for k, v in os.environ.items() if "ALLOC_CONF" not in k}
+    environment = own | given | {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "kernels")))}
+    command = [sys.executable, "-c", script]
+    printed = subprocess.run(
+        command, env=environment, capture_output=True, text=True, check=True
+    ).stdout
+    assert json.loads(printed) == expected
 
 
 def test_a_users_reward_trains(tmp_path: Path, tiny: Callable[..., list[str]]) -> None:

@@ -32,6 +32,14 @@ def test_a_linear_layer_is_counted_as_by_hand() -> None:
     assert cost.work >= 4 * (10 * 96 + 64 * 96)  # the output's gradient, and the weight's
 
 
+def test_bytes_are_moved_by_all_that_has_no_flop() -> None:
+    """A pointwise operation reads and writes; a view, a product and a new tensor move nothing."""
+    x = torch.empty(10, 64, device=META)
+    row = torch.empty(64, device=META).expand(10, 64)  # read once
+    cost = meta_model.measure(lambda: torch.empty_like((x + row).T @ x), [x, row], backward=False)
+    assert cost.moved == 4 * (10 * 64 + 64 + 10 * 64)
+
+
 def test_attention_keeps_no_scores_and_its_backward_computes_them_again() -> None:
     q, k = (
         torch.empty(1, 3, n, 16, device=META, dtype=torch.bfloat16, requires_grad=True)
@@ -162,6 +170,8 @@ def test_the_sums_of_costs_by_hand() -> None:
     assert work.bound == 10.0 / memory.MATMUL_RATE
     attention = 3.0 / memory.ATTENTION_RATES[0] + 1.0 / memory.ATTENTION_RATES[1]
     assert work.expected == pytest.approx(6.0 / memory.MATMUL_RATE + attention)
+    traffic = memory.Work.of(6.0, 3.0, 1.0, memory.MATMUL_RATE, moved=memory.COPY_RATE)
+    assert traffic == pytest.approx((10.0, work.bound, work.expected + 1.0))
     slower = memory.Work.of(6.0, 3.0, 1.0, memory.MATMUL_RATE / 4)
     assert slower == pytest.approx((10.0, 4 * work.bound, 4 * work.expected))
 
