@@ -14,6 +14,7 @@ import random
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, Protocol
 
 import torch
@@ -120,10 +121,10 @@ class Network(nn.Module):
         super().__init__()
         folder = SHIPPED_CHECKPOINT / "transformer"
         self.transformer = WanTransformer3DModel.from_pretrained(folder, torch_dtype=torch.float32)
-        self.register_buffer("positions", frame_positions()[None])
+        self.positions = frame_positions()[None]
         inner = self.transformer.config
-        self.latent_shape = (inner.out_channels, self.positions.shape[2], 1, 1)
-        self.config = copy.copy(inner) | {"in_channels": inner.out_channels}
+        self.latent_shape: tuple[int, ...] = (inner.out_channels, self.positions.shape[2], 1, 1)
+        self.config = SimpleNamespace(in_channels=inner.out_channels, patch_size=inner.patch_size)
         self.videos = 0
 
     def forward(

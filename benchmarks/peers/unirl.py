@@ -110,7 +110,7 @@ class UniRL:
             range(world.num_steps - 1), world.trained_steps
         )
 
-        class Chosen(grpo.FlowGRPO):  # type: ignore[misc, name-defined]
+        class Chosen(grpo.FlowGRPO):  # type: ignore[name-defined]
             """As its own docstring allows: a subset of the recorded steps."""
 
             def _resolve_target_steps(self, segment: Any) -> list[int]:
