@@ -160,6 +160,7 @@ def main(arguments: Sequence[str] | None = None, tests: Path = ROOT / "tests" / 
     print("  ".join(f"{name} {value}" for name, value in about.items()))
     print(f"copy {bandwidth:.1f} GB/s, bytes read and written\n")
     found: list[OpMeasurement] = []
+    path = rows.csv_path(chosen.csv, device, "ops")
     trouble = _report_red(chosen_cases, verdicts)
     for case in chosen_cases:
         label = f"{case.op} {case.size}"
@@ -185,9 +186,8 @@ def main(arguments: Sequence[str] | None = None, tests: Path = ROOT / "tests" / 
         measured = [_row(case, *one, bandwidth, about) for one in of_case]
         print(rows.table(measured, COLUMNS, head=not found), flush=True)
         found += measured
+        rows.write_csv(path, found)  # what is ended at a limit leaves what it had
     if found:
-        path = rows.csv_path(chosen.csv, device, "ops")
-        rows.write_csv(path, found)
         print(f"\n{path}")
     return 1 if trouble else 0
 
