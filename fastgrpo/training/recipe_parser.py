@@ -26,6 +26,13 @@ RENAMED = {
 }
 """Modules that a `class_path` of version 0.1 names, and where their classes are now."""
 HELDOUT_FILE = "fastgrpo/shapes/heldout.txt"
+ACCUMULATION = "update.gradient_accumulation"
+"""A key of version 0.1: videos of a process between two optimizer steps."""
+OPTIMIZER_STEPS = (
+    "update.optimizer_steps, the optimizer steps of an iteration on any number of processes "
+    "(videos that a process keeps / gradient_accumulation)"
+)
+"""What replaces it."""
 GONE = ("transport", "guided", "backoff")
 """Arguments of version 0.1's ServerEngine that there is no need for any more."""
 
@@ -73,7 +80,8 @@ def parse_config(
         values = parser.instantiate(namespace)
         config = TrainConfig(**{f.name: values[f.name] for f in fields(TrainConfig)})
     except (jsonargparse.ArgumentError, ValueError, TypeError, FileNotFoundError) as error:
-        fail(_name_base_class(str(error)))
+        hint = f"; write {OPTIMIZER_STEPS}" * (f"--{ACCUMULATION}" in str(error))
+        fail(_name_base_class(str(error)) + hint)
     for key in ("config", "options"):
         namespace.pop(key, None)
     namespace["resume"] = "never"  # how this start was asked for is no part of what the run is
@@ -141,6 +149,8 @@ def _names_of_version_01(content: Any) -> Iterator[str]:
     if module == "fastgrpo.rewards.served" and isinstance(content.get("init_args"), dict):
         yield from (f"remove {key}" for key in GONE if key in content["init_args"])
     for key, value in content.items():
+        if key == "update" and isinstance(value, dict) and "gradient_accumulation" in value:
+            yield f"replace {ACCUMULATION} by {OPTIMIZER_STEPS}"
         if key == "prompts" and isinstance(value, dict) and "heldout" in value:
             yield "replace prompts.heldout by prompts.validation"
         if value == HELDOUT_FILE:
