@@ -32,8 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Takes seconds: not before what can be refused without it.
     from torch.distributed.elastic.multiprocessing.errors import record
 
-    code: int = record(_train)(config, config_yaml)
-    return code
+    return record(_train)(config, config_yaml) or 0
 
 
 def refuse_at_once(values: Any) -> None:
