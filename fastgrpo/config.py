@@ -182,8 +182,10 @@ class UpdateConfig:
     live at a time. Before any weight has moved it costs nothing (the gradient follows from the
     noise, where the ratio is 1), after that or with a KL one more forward.
     """
-    gradient_accumulation: int = 4
-    """Samples (videos) per rank between two optimizer steps."""
+    optimizer_steps: int = 2
+    """Optimizer steps of an iteration, which share its chosen videos evenly: with 2, half of each
+    group's are trained before the weights move for the first time, half after.
+    """
     optimizer: Literal["adamw", "apex_fused_adam"] = "adamw"
     """torch's fused AdamW, or NVIDIA apex's FusedAdam."""
     learning_rate: float = 5e-6
@@ -226,7 +228,7 @@ class UpdateConfig:
         for key in ("kl_coef", "weight_decay"):
             weight = getattr(self, key)
             require(0 <= weight < math.inf, f"update.{key}", "a number of at least 0", weight)
-        _require_at_least(1, self, "update.", "gradient_accumulation", "max_skipped_updates")
+        _require_at_least(1, self, "update.", "optimizer_steps", "max_skipped_updates")
         _require_at_least(0, self, "update.", "warmup_iterations")
         _require_positive(self, "update.", "learning_rate")
         require(

@@ -62,7 +62,7 @@ COMMON = {
     "update.adv_clip": 5.0,
     "update.kl_coef": 0.0,
     "update.cfg_grad": "both",
-    "update.gradient_accumulation": 4,
+    "update.optimizer_steps": 2,
     "update.optimizer": "adamw",
     "update.lr_scheduler": "constant",
     "update.warmup_iterations": 0,
@@ -294,7 +294,6 @@ def test_lora_on_one_gpu(name: str) -> None:
     others = {
         "policy.lora",
         "rollout.num_prompts",
-        "update.gradient_accumulation",
         "update.learning_rate",
         "pacing.mode",
         "parallel.replicas",
@@ -303,5 +302,4 @@ def test_lora_on_one_gpu(name: str) -> None:
     assert values["parallel.replicas"] == 1
     assert changed <= lora | others | ({"policy.vae_dtype"} if overlay == LORA[1] else set())
     assert (values["policy.lora.rank"], values["policy.lora.alpha"]) == (32, 64.0)
-    kept = config.rollout.num_prompts * (config.update.num_best + config.update.num_worst)
-    assert kept == 2 * config.update.gradient_accumulation
+    assert config.update.optimizer_steps == 2

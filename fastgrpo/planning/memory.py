@@ -283,7 +283,7 @@ def work(config: TrainConfig, counts: Counts, activations: str, world_size: int)
     again: float = branches - trained + (branches if update.kl_coef else 0)
     if update.branchwise and branches == 2 and trained == 2:
         # Only the first optimizer step, and none with a KL, knows its gradient before any forward.
-        again += 1.0 if update.kl_coef else max(0, kept - update.gradient_accumulation) / kept
+        again += 1.0 if update.kl_coef else 1 - 1 / update.optimizer_steps
     backward = 2.5 * forward.attention if activations is not None else 0.0
     return {
         "rollout": Work.of(forwards * forward.linear, forwards * forward.attention, 0.0, rate),

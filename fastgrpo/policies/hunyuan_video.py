@@ -111,7 +111,9 @@ class HunyuanVideoPolicy(DiffusersPolicy):
         """As `Policy.velocity`. One video attends without a mask, see `attend_without_mask`;
         several at a time keep the padding and the mask.
         """
-        states, mask = (conditioning[f"encoder_{name}"] for name in ("hidden_states", "attention_mask"))
+        states, mask = (
+            conditioning[f"encoder_{name}"] for name in ("hidden_states", "attention_mask")
+        )
         num_tokens = states.shape[1]
         # `plan` counts texts of the greatest length.
         lengths = [num_tokens] * len(mask) if mask.is_meta else mask.sum(1).int().tolist()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -14,7 +15,13 @@ from torch import Tensor, nn
 
 from fastgrpo.algorithm.seeds import derive_seed
 from fastgrpo.config import UpdateConfig
-from fastgrpo.distributed.collectives import average_gradients, clip_gradients, gather
+from fastgrpo.distributed.collectives import (
+    average_gradients,
+    clip_gradients,
+    gather,
+    rank,
+    world_size,
+)
 from fastgrpo.distributed.sharding import reduce_gradients_if
 from fastgrpo.errors import UserError
 from fastgrpo.interfaces import Policy
@@ -173,19 +180,21 @@ def update(
     reference: Mapping[str, Tensor] | None = None,
     after_step: Callable[[], None] = lambda: None,
 ) -> UpdateStatistics:
-    """Train on the chosen videos: one optimizer step per `gradient_accumulation` of them.
+    """Train on the chosen videos, shared among `optimizer_steps` optimizer steps.
 
     Every rank makes the same number of passes of the same size, or sharded ranks would wait
     forever. A rank with fewer videos runs passes of weight zero; unused rows of a micro-batch also
-    have weight zero. The loss of one transition is divided by (gradient_accumulation x steps
-    trained).
+    have weight zero. The loss of one transition is divided by (videos that a rank keeps /
+    optimizer_steps x steps trained), whatever the other groups gave: averaged over ranks, it is
+    the loss of one rank that has all groups. A step for which no rank has a video is not made.
 
     Args:
         policy: Its weights must be those that sampled the rollout: until the first optimizer step
             `branchwise` assumes that every ratio is 1.
         optimizer: Holds the trained parameters.
         rollout: From `sample_videos`.
-        chosen: Sample indices of this rank's videos, in the order of training.
+        chosen: Sample indices of this rank's videos, in the order of training; at most num_best +
+            num_worst of each group.
         advantages: By sample index.
         cfg: The `update` section.
         reference: For `using_weights`, the weights that `kl_coef` pulls to.
@@ -193,27 +202,24 @@ def update(
     """
     stats = UpdateStatistics()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    most_videos = max(gather(len(chosen)))
     noise_seeds = rollout.noise_seeds.tolist()
-    for begin in range(0, most_videos, cfg.gradient_accumulation):
+    shares = share_among_steps(rollout, chosen, cfg)
+    most_videos = map(max, zip(*gather([len(videos) for videos in shares]), strict=True))
+    steps_per_video = len(trained_steps(rollout, 0, cfg.timestep_fraction, seed=0))
+    divisor = kept_per_step(rollout, cfg) * steps_per_video
+    for videos, most in zip(shares, most_videos, strict=True):
+        if not most:
+            continue
         transitions = []
-        for index in chosen[begin : begin + cfg.gradient_accumulation]:
+        for index in videos:
             seed = derive_seed("trained steps", noise_seeds[index])
             for step in trained_steps(rollout, index, cfg.timestep_fraction, seed):
                 transitions.append(TrainedTransition(index, step, advantages[index]))
-        num_transitions = max(gather(len(transitions)))
-        steps_per_video = num_transitions / min(cfg.gradient_accumulation, most_videos - begin)
+        num_transitions = most * steps_per_video
         loss = accumulate_gradients(
-            policy,
-            rollout,
-            transitions,
-            num_transitions,
-            cfg.gradient_accumulation * steps_per_video,
-            cfg,
-            reference,
-            stats,
+            policy, rollout, transitions, num_transitions, divisor, cfg, reference, stats
         )
-        if begin == 0:
+        if not stats.losses:
             stats.num_first = len(transitions)
         average_gradients(parameters)
         grad_norm = clip_gradients(parameters, cfg.max_grad_norm)
@@ -227,6 +233,33 @@ def update(
         stats.grad_norms.append(grad_norm)
         stats.skipped.append(not finite)
     return stats
+
+
+def share_among_steps(
+    rollout: Rollout, chosen: Sequence[int], cfg: UpdateConfig
+) -> list[list[int]]:
+    """The videos of this rank that each of the `optimizer_steps` trains, in the order of `chosen`.
+
+    An iteration has a place for each video that it may keep on all ranks: first the first of every
+    group, then the second of every group, and so on. The steps take equal parts of the places. So
+    a video's step depends neither on the number of ranks nor on groups that were skipped.
+    """
+    ours = len(rollout.prompts)
+    groups = ours * world_size()  # each rank has a block of the iteration's prompts
+    places = groups * (cfg.num_best + cfg.num_worst)
+    shares: list[list[int]] = [[] for _ in range(cfg.optimizer_steps)]
+    seen: Counter[int] = Counter()
+    for index in chosen:
+        group = index // rollout.num_generations
+        place = seen[group] * groups + rank() * ours + group
+        seen[group] += 1
+        shares[place * cfg.optimizer_steps // places].append(index)
+    return shares
+
+
+def kept_per_step(rollout: Rollout, cfg: UpdateConfig) -> float:
+    """The videos that a rank may train in one optimizer step, in the mean over steps and ranks."""
+    return len(rollout.prompts) * (cfg.num_best + cfg.num_worst) / cfg.optimizer_steps
 
 
 def accumulate_gradients(

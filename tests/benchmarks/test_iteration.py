@@ -58,7 +58,7 @@ def test_the_peer_samples_and_trains_what_the_trainer_does(
     handicaps = scaled_iteration.variants(bench)["peer"]
     assert ("batched_cfg" in handicaps) == (bench.branches == 2)
     cfg = UpdateConfig(
-        gradient_accumulation=2, timestep_fraction=0.5, clip_range=0.9, max_grad_norm=1e9
+        num_best=2, num_worst=0, timestep_fraction=0.5, clip_range=0.9, max_grad_norm=1e9
     )
     found = []
     for is_peer in (False, True):

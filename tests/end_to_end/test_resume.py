@@ -30,7 +30,7 @@ Train = Callable[..., Any]
 # Everything at once that has a state: averaged weights, several optimizer steps, a schedule, a
 # window that moves, running competence.
 MANY_STATES = (
-    "--update.ema_decay 0.5 --update.gradient_accumulation 2 --update.lr_scheduler cosine "
+    "--update.ema_decay 0.5 --update.optimizer_steps 2 --update.lr_scheduler cosine "
     "--update.warmup_iterations 1 --rollout.sde_window sliding --rollout.window_size 2 "
     "--rollout.window_interval 1 --update.kl_coef 0.1"
 )

@@ -284,7 +284,7 @@ LAYOUTS = {
     "once, replicas": {"shard": "full", "replicas": 2, "reduce_every": "step"},
 }
 TRAIN = f"""
-updates = {EXTRAS | {"gradient_accumulation": 2}!r}
+updates = {EXTRAS!r}
 for name, layout in {LAYOUTS!r}.items():
     trainer = make_trainer(TinyJudge(), update=updates, **layout)
     metrics, hashes = [], []
@@ -381,8 +381,7 @@ def test_an_export_is_the_average_whole_and_loads(trained: Any, layout: str) -> 
 SOME_UNSEEN = ["a cat", "unseen 1", "unseen 2", "unseen 3", "unseen 4", "a dog"]
 SKIPPED = f"""
 # Rank 1's group gives no signal in iteration 1, none of them in 2, rank 0's in 3.
-updates = {{"gradient_accumulation": 2}}
-trainer = make_trainer(TinyJudge(), {SOME_UNSEEN!r}, shard="full", update=updates)
+trainer = make_trainer(TinyJudge(), {SOME_UNSEEN!r}, shard="full")
 rows = [without_times(trainer.step(i)) for i in (1, 2, 3)]
 keys = ("num_skipped_groups", "ratio_drift", "grad_norm")
 answer = {{key: [row[key] for row in rows] for key in keys}}
@@ -448,9 +447,7 @@ def test_a_checkpoint_goes_from_one_rank_to_two_and_back(
         one.step(1)
         before[name] = digest(state_of(one))
         checkpoint.save(tmp_path / name, 1, one.tensors(), one.state_dict(), 1)
-    folder, (first, second) = run_tiny(
-        RESHARD.format(update=EXTRAS | {"gradient_accumulation": 2}, source=str(tmp_path))
-    )
+    folder, (first, second) = run_tiny(RESHARD.format(update=EXTRAS, source=str(tmp_path)))
     assert first == second
     for name, kind in kinds.items():
         again = trainer(update=EXTRAS, **kind)

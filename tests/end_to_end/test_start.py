@@ -105,6 +105,7 @@ def test_a_run_folder_of_an_earlier_version(
     for now, then in (
         ("fastgrpo.shapes.policy", "fastgrpo.policies.shapes"),
         ("validation:", "heldout:"),
+        ("optimizer_steps: 1", "gradient_accumulation: 4"),
     ):
         assert now in config.read_text()
         config.write_text(config.read_text().replace(now, then))
@@ -114,6 +115,7 @@ def test_a_run_folder_of_an_earlier_version(
     assert "earlier version" in line
     assert "replace fastgrpo.policies.shapes by fastgrpo.shapes.policy" in line
     assert "replace prompts.heldout by prompts.validation" in line
+    assert "replace update.gradient_accumulation by update.optimizer_steps" in line
     on = train(folder, "--iterations 2 --resume auto")
     assert on.code == 0
     assert "resume: going on after iteration 1" in on.out

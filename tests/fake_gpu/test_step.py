@@ -47,9 +47,7 @@ CASES: dict[str, dict[str, Any]] = {
         | {"policy.init_args.lora.rank": 16, "parallel.activations": "keep_attention"}
     },
     "wan, both branches at once, no activation again, KL, EMA": {
-        "options": SHORT
-        | KL_AND_EMA
-        | {"update.branchwise": False, "parallel.activations": "none"}
+        "options": SHORT | KL_AND_EMA | {"update.branchwise": False, "parallel.activations": "none"}
     },
     "wan, 8 ranks, keep_gathered, KL, EMA": {
         "world_size": 8,
@@ -125,5 +123,7 @@ def test_a_wait_in_the_sampling_loop_and_a_tensor_kept_alive_show(fake_gpu: Fake
     # Two steps of two videos, which share the first.
     assert report["waits"]["rollout"] == {"item @ rollout._sample": 3}
     frames = 4 * 53 * 3 * 480 * 832
-    assert report["peaks"]["update"] - report["plan"]["update"] == pytest.approx(2 * frames, rel=0.1)
+    assert report["peaks"]["update"] - report["plan"]["update"] == pytest.approx(
+        2 * frames, rel=0.1
+    )
     assert report["peaks"]["update"] > 1.02 * report["plan"]["update"]

@@ -95,7 +95,12 @@ def test_unit(compiler: list[str], tmp_path: Path, sanitized: bool) -> None:
     """
     sources = ["unit/cpu.cpp", "unit/norms.cpp", "unit/numbers.cpp", "unit/main.cpp"]
     sources += ["cpu_plain.cpp", "cpu_avx2.cpp", "cpu_avx512.cpp"]
-    levels = {"numbers.cpp": ("-O2",), "cpu.cpp": ("-O1",), "norms.cpp": ("-O1",), "main.cpp": ("-O1",)}
+    levels = {
+        "numbers.cpp": ("-O2",),
+        "cpu.cpp": ("-O1",),
+        "norms.cpp": ("-O1",),
+        "main.cpp": ("-O1",),
+    }
     if sanitized:
         sources.append("unit/gpu.cpp")
     objects = {source: str(tmp_path / source.replace("/", "_")) + ".o" for source in sources}
@@ -253,7 +258,9 @@ def norm_results(leaves: list[Tensor], rest: list[Tensor]) -> list[Tensor]:
     x, y, modulation, q, weight = leaves
     gate, scale, shift = modulation.chunk(3, dim=1)
     residual, modulated = gate_residual_ln_modulate(x, y, gate, scale, shift, backend="cpp")
-    turned = qk_norm_rope(q, q[:, :170], weight, weight, rest[0].cos(), rest[0].sin(), backend="cpp")
+    turned = qk_norm_rope(
+        q, q[:, :170], weight, weight, rest[0].cos(), rest[0].sin(), backend="cpp"
+    )
     outputs = [residual, modulated, *turned]
     gradients = torch.autograd.grad([(out.float() ** 2).sum() for out in outputs], leaves)
     return [*outputs, *gradients]
@@ -276,7 +283,9 @@ def test_threads_change_no_norm(ops: torch._ops._OpNamespace, dtype: torch.dtype
     finally:
         torch.set_num_threads(before)
     assert all(same_bits(made[0], other) for other in made[1:])
-    alone = norm_results([leaf.detach()[1:].requires_grad_() for leaf in leaves[:4]] + leaves[4:], rest)
+    alone = norm_results(
+        [leaf.detach()[1:].requires_grad_() for leaf in leaves[:4]] + leaves[4:], rest
+    )
     assert same_bits(alone[:-1], [value[1:] for value in made[0][:-1]])
 
 
@@ -299,7 +308,10 @@ def test_refusals_of_norms(ops: torch._ops._OpNamespace) -> None:
         (lambda: backward(None, x, x, rstd, x, row, row, [True, True]), "statistics: expected 12"),
         (lambda: backward(None, x, x[:1], statistics, x, row, row, [True, True]), "residual: exp"),
         (lambda: turn(q, q, weight[:5], weight, None, None, 0.0), "weight: expected 8 or 4"),
-        (lambda: turn(q, q[:, :2], weight, weight, table, table, 0.0), "cos, sin: expected at most"),
+        (
+            lambda: turn(q, q[:, :2], weight, weight, table, table, 0.0),
+            "cos, sin: expected at most",
+        ),
         (lambda: turn(q, q, weight, weight, table, None, 0.0), "cos, sin: expected both"),
         (lambda: turn(q, q, weight, weight, table, table[:2], 0.0), "cos, sin: expected 6 elem"),
         (lambda: turn_back([q, q[:1]], saved, True), "gradients: expected another shape"),

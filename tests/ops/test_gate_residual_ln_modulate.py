@@ -258,9 +258,7 @@ def test_gradcheck(shape: tuple[int, ...]) -> None:
 @settings(
     max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-def test_any_shape_dtype_and_stride(
-    data: st.DataObject, norm_backend: str, device: str
-) -> None:
+def test_any_shape_dtype_and_stride(data: st.DataObject, norm_backend: str, device: str) -> None:
     op = data.draw(st.sampled_from(list(OPS.values())))
     B, L = data.draw(st.integers(0, 2)), data.draw(st.integers(0, 6))
     C = data.draw(st.sampled_from([8, 16, 33, 64]))
@@ -376,9 +374,7 @@ def test_only_the_gradients_that_are_needed(op: Op, norm_backend: str, device: s
     same_bits(results(op.function, op, given, wanted=op.arguments[::2]), everything)
 
 
-def test_without_a_gate_x_and_y_get_gradients_of_their_own(
-    norm_backend: str, device: str
-) -> None:
+def test_without_a_gate_x_and_y_get_gradients_of_their_own(norm_backend: str, device: str) -> None:
     """They are equal, but adding to one in place must leave the other."""
     x, y = (randn(1, 5, 48, seed=5, dtype=FP32, device=device).requires_grad_() for _ in range(2))
     zeros = torch.zeros(48, device=device)
@@ -432,9 +428,7 @@ def test_chunks_are_read_where_they_lie(layout: str, device: str) -> None:
 
 @pytest.mark.parametrize(("B", "L"), [(0, 4), (2, 0), (0, 0)])
 @pytest.mark.parametrize("layout", ["wan", "wan tokens"])
-def test_nothing_to_do(
-    B: int, L: int, layout: str, op: Op, norm_backend: str, device: str
-) -> None:
+def test_nothing_to_do(B: int, L: int, layout: str, op: Op, norm_backend: str, device: str) -> None:
     given = tensors(layout, (B, L, 48), device)
     for name, value in results(op.function, op, given).items():
         like = given[name.removeprefix("d")]

@@ -68,7 +68,7 @@ def test_only_until_a_weight_has_moved_is_the_gradient_taken_for_known(
 ) -> None:
     policy, seen = tiny_policy(), {}
     rollout = sampled(policy)
-    cfg = UpdateConfig(gradient_accumulation=2, clip_range=0.02, max_grad_norm=1e9)
+    cfg = UpdateConfig(num_best=1, num_worst=1, clip_range=0.02, max_grad_norm=1e9)
     for branchwise in (True, False):
         trained = copy.deepcopy(policy)
         watched, optimizer = Watched(trained, rollout), Recorder(trained, 0.02)
@@ -108,7 +108,7 @@ def test_a_step_left_out_leaves_the_next_one_on_policy(
     watched: Any = Watched(policy, rollout)
     optimizer, cfg = (
         Recorder(policy, 0.02),
-        UpdateConfig(gradient_accumulation=2, max_grad_norm=1e9),
+        UpdateConfig(num_best=1, num_worst=1, max_grad_norm=1e9),
     )
     stats = update(watched, optimizer, rollout, [0, 1, 2, 3], ADVANTAGES, cfg)
     assert stats.skipped == [True, False]

@@ -213,6 +213,10 @@ def test_help_and_print_config_end_with_code_0(
             "{class_path: fastgrpo.config.RolloutConfig}}}",
             ["expected a subclass of fastgrpo.rewards.vlm.engine.Engine, got fastgrpo.config."],
         ),
+        (
+            "update: {gradient_accumulation: 4}",
+            ["earlier version", "replace update.gradient_accumulation by update.optimizer_steps, "],
+        ),
         ("{", ["line 1"]),
         ("[" * 9999, ["nested too deeply"]),
         ("- 1\n", ["config"]),
@@ -233,6 +237,10 @@ def test_what_is_wrong_in_a_file_is_named_in_one_line(
     ("arguments", "parts"),
     [
         (("--rollout.heigth", "3"), ["--rollout.heigth"]),
+        (
+            ("--update.gradient_accumulation", "4"),
+            ["--update.gradient_accumulation", "write update.optimizer_steps, "],
+        ),
         (("--rollout.height", "tall"), ["rollout.height", "int", "tall"]),
         (("--rollout.height", "0"), ["rollout.height", "at least 1", "0"]),
         (("--config", "no_such_file.yaml"), ["no_such_file.yaml"]),

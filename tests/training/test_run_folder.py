@@ -22,13 +22,13 @@ from fastgrpo.training.run_folder import (
     claim,
     differences,
     find_checkpoint,
-    is_used,
     lock_folder,
     note_saved,
     open_log,
     resume_command,
     write_record,
 )
+from fastgrpo.training.used_folder import is_used
 
 
 @pytest.fixture

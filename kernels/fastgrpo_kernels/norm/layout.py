@@ -76,7 +76,7 @@ def row_constants(x: Tensor, values: int) -> dict[str, Any]:
     num_warps = min(triton.next_power_of_2(triton.cdiv(C, 32 * values)), 16)
     threads = 32 * num_warps
     head = max(triton.next_power_of_2(C + 1) // 2, threads)
-    tail = max(triton.next_power_of_2(C - head), threads) if C > head else 0
+    tail = max(triton.next_power_of_2(C - head), threads) if head < C else 0
     return {
         "C": C,
         "HEAD": head,
@@ -96,6 +96,8 @@ def stages(x: Tensor, constants: dict[str, Any], read: list[Tensor]) -> int:
     if x.is_cuda:
         properties = torch.cuda.get_device_properties(x.device)
         space = getattr(properties, "shared_memory_per_block_optin", 48 * 1024)
-    row_bytes = (constants["HEAD"] + constants["TAIL"]) * sum(tensor.element_size() for tensor in read)
+    row_bytes = (constants["HEAD"] + constants["TAIL"]) * sum(
+        tensor.element_size() for tensor in read
+    )
     prefetched = min(constants["num_warps"] * PREFETCH_BYTES, space - 8 * 1024) // row_bytes
     return 1 + min(prefetched, 2)

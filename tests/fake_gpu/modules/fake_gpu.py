@@ -63,7 +63,7 @@ class FakeGPU(TorchDispatchMode):
 
     def __init__(
         self,
-        products: Mapping[str, torch.dtype] = {},  # noqa: B006
+        products: Mapping[str, torch.dtype] = {},
         fp64_in: frozenset[str] = frozenset(),
         read: Callable[[torch.dtype, str], float] = lambda dtype, place: 1,
     ) -> None:
@@ -190,10 +190,16 @@ class FakeGPU(TorchDispatchMode):
             )
 
     def _check_fp64(self, func: Any, tensor: Tensor) -> None:
-        if self.phase in self.products and tensor.dtype == torch.float64 and tensor.numel() > _LARGE:
+        if (
+            self.phase in self.products
+            and tensor.dtype == torch.float64
+            and tensor.numel() > _LARGE
+        ):
             place = _place()
             if place.rpartition(".")[2] not in self.fp64_in:
-                raise self.Fault(f"wrong dtype: fp64 on the GPU, {func} {_described([tensor])} @ {place}")
+                raise self.Fault(
+                    f"wrong dtype: fp64 on the GPU, {func} {_described([tensor])} @ {place}"
+                )
 
     def _nonzero(self, mask: Tensor) -> Tensor:
         """The indices that are known, else as many as there can be."""

@@ -4,7 +4,6 @@ layers, steps and videos.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import os
 import tempfile
@@ -16,16 +15,9 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+# Named by the recipes: imported once, before the forks.
 import torch
 import torch.distributed as dist
-
-# Named by the recipes: imported once, before the forks.
-import diffusers
-import fastgrpo.policies.hunyuan_video
-import fastgrpo.policies.wan
-import fastgrpo.rewards.vlm.qwen
-import fastgrpo.shapes.judge
-import peft
 from fake_cuda import CUDA
 from fake_gpu import FakeGPU
 from faults import FAULTS
@@ -209,9 +201,7 @@ def phases(gpu: FakeGPU, judge: SlowJudge) -> Iterator[None]:
         mock.patch.object(rollout, "_sample", gpu.phased("rollout", rollout._sample)),
         mock.patch.object(update, "backpropagate", gpu.phased("update", update.backpropagate)),
         mock.patch.object(update, "clip_gradients", gpu.phased("step", update.clip_gradients)),
-        mock.patch.object(
-            torch.optim.AdamW, "step", gpu.phased("step", torch.optim.AdamW.step)
-        ),
+        mock.patch.object(torch.optim.AdamW, "step", gpu.phased("step", torch.optim.AdamW.step)),
     ):
         yield
 
