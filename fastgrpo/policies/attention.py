@@ -117,7 +117,7 @@ def _as_in_training(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return run
 
 
-def _keep_nothing(_: object) -> None:
+def _keep_nothing(_: Any) -> Any:
     """In place of a tensor that an operator saves for a backward that never comes."""
 
 
