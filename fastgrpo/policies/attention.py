@@ -16,6 +16,7 @@ from diffusers.models.attention_dispatch import (
     dispatch_attention_fn,
 )
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastgrpo.errors import UserError, require
@@ -109,11 +110,15 @@ def _as_in_training(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
         # A compiler does not trace requires_grad_ (and rounds as it likes: `parallel.compile`).
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return attend(query=query, key=key, value=value, **options)
-        with torch.enable_grad():
+        with torch.enable_grad(), saved_tensors_hooks(_keep_nothing, _keep_nothing):
             query = query.detach().requires_grad_()
             return attend(query=query, key=key, value=value, **options).detach()
 
     return run
+
+
+def _keep_nothing(_: Any) -> Any:
+    """In place of a tensor that an operator saves for a backward that never comes."""
 
 
 def _activate(name: str) -> str:

@@ -15,6 +15,7 @@ import torch
 from diffusers.models import attention_dispatch
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastgrpo.policies.attention import _as_in_training, _ask_alike
@@ -99,6 +100,17 @@ def test_it_is_undone_and_never_nested() -> None:
         assert getattr(functions[native], "__wrapped__", None) is (plain if alike else None)
     _ask_alike(native, False)
     assert functions[native] is plain
+
+
+def test_without_gradients_nothing_is_kept() -> None:
+    _ask_alike(AttentionBackendName.NATIVE, alike=True)
+    q, k, v = (torch.randn(1, 8, 2, 16) for _ in range(3))
+    kept: list[Tensor] = []
+    with torch.no_grad(), saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        out = dispatch_attention_fn(q, k, v, backend=AttentionBackendName.NATIVE)
+    assert kept == []
+    assert not out.requires_grad
+    assert out.grad_fn is None
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, scale: float = 1.0) -> Tensor:
