@@ -116,6 +116,8 @@ class Variant:
     make: Callable[[World], Loop]
     passes: tuple[int, int] = (1, 1)
     """How often the work goes through a peer's network, in the rollout and in the update."""
+    is_single: bool = True
+    """Of those as shipped: whether it has one video a pass, as one of ours has."""
     loop: Any = None
     cpu: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in PHASES})
     wall: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in PHASES})
@@ -160,7 +162,7 @@ def variants(options: argparse.Namespace, world: World) -> list[list[Variant]]:
             "flow_factory", SHIPPED, lambda w: flow_factory.FlowFactory(roots["flow_factory"], w, 1)
         ),
         "unirl": Variant(
-            "unirl", SHIPPED, lambda w: unirl.UniRL(roots["unirl"], w, 4, 1, True), (1, 2)
+            "unirl", SHIPPED, lambda w: unirl.UniRL(roots["unirl"], w, 4, 1, True), (1, 2), False
         ),
     }
     ships = ours(world.config.rollout.micro_batch_size, SHIPPED)
@@ -317,7 +319,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             peak = None
             if options.memory and variant.setting in ("16 a pass", SHIPPED):
                 peak = peak_mb(variant, given)
-            for base in [variant] if variant in bases else bases:
+            others = bases if variant.is_single else bases[:1]
+            for base in [variant] if variant in bases else others:
                 values = {"trainer_commit": commits[variant.trainer], "peak_mb": peak}
                 measured.append(row_of(variant, base, about, **values))
                 trouble |= bool(measured[-1].drift)
