@@ -117,7 +117,8 @@ def iteration() -> Found:
         ("iteration, prompts", "num_prompts", (4, 8, 16)),
     ):
         for size in sizes:
-            cfg = dataclasses.replace(config.rollout, **{key: size})
+            changes: dict[str, Any] = {key: size}
+            cfg = dataclasses.replace(config.rollout, **changes)
             work = _step(config, policy, captions[: cfg.num_prompts], cfg)
             yield what, size, seconds_of(work), None
     collectives.stop()
@@ -248,7 +249,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    found, given = [], provenance(CPU)
+    found: list[Growth] = []
+    given = provenance(CPU)
     for name in options.only:
         for row in rows_of(PARTS[name], given):
             print(table([row], COLUMNS, head=not found), flush=True)

@@ -225,8 +225,9 @@ def thinned(values: Sequence[float]) -> list[int]:
         return [*range(len(values))]
     kept: set[int] = set()
     for part in np.array_split(np.arange(len(values)), MOST_POINTS // 4):
-        seen = np.take(values, part)
-        kept.update(map(int, part[[0, seen.argmin(), seen.argmax(), -1]]))
+        seen, first = np.take(values, part), int(part[0])
+        ends = 0, len(part) - 1
+        kept.update(first + place for place in (*ends, int(seen.argmin()), int(seen.argmax())))
     return sorted(kept)
 
 
