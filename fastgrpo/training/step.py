@@ -254,7 +254,10 @@ class Trainer:
         self, iteration: int, groups: list[Group], stats: UpdateStatistics
     ) -> dict[str, Any]:
         """Move the counters on and return the iteration's metrics over all ranks."""
-        every_group = [*chain.from_iterable(gather(groups))]
+        judge = self.judge.counters(), self.judge.blocked_seconds()
+        # One exchange: each costs the ranks a wait for the last of them.
+        ranks = gather((groups, judge, stats), "what all ranks have done")
+        every_group = [group for own, _, _ in ranks for group in own]
         self.prompts_drawn += self.config.rollout.num_prompts
         # An iteration without any score counts as an update that could not be made.
         nothing_scored = all(group.statistics is None for group in every_group)
@@ -273,12 +276,12 @@ class Trainer:
         return {
             "iteration": iteration,
             **reward_metrics(every_group, stages),
-            **judge_metrics(gather((self.judge.counters(), self.judge.blocked_seconds()))),
+            **judge_metrics([judge for _, judge, _ in ranks]),
             **seen,
             "pacing/sharpness": pacing.sharpness,
             "pacing/sparsity_weight": pacing.sparsity_weight,
             "pacing/gate_temperature": pacing.gate_temperature,
-            **update_metrics(gather(stats)),
+            **update_metrics([stats for _, _, stats in ranks]),
             **memory_metrics(self.device),
             "learning_rate": self.optimizer.param_groups[0]["lr"],
         }

@@ -85,6 +85,43 @@ print(json.dumps({{k: v for k, v in os.environ.items() if "ALLOC_CONF" in k}}))
     assert json.loads(printed) == expected
 
 
+REFUSED = """
+import json, os, sys
+from fastgrpo.__main__ import main
+
+found = []
+for words in json.loads(sys.argv[1]):
+    try:
+        main(words)
+    except SystemExit as stop:
+        found.append(stop.code)
+print(json.dumps([found, sorted({"torch", "numpy", "diffusers"} & {*sys.modules})]))
+"""
+
+
+def test_what_can_be_refused_at_once_is_refused_without_torch(tmp_path: Path) -> None:
+    """A name that is taken, a misspelt key, a wrong value, a file that is not there; and help."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text("{}")
+    here = ["train", *RECIPE, "--output_dir", str(tmp_path)]
+    refused = {
+        "holds a run already": ["--name", "run", "--policy.fused", "true", "--reward.noise=0.1"],
+        "--rollout.heigth": ["--rollout.heigth", "3"],
+        "rollout.height: expected at least 1": ["--rollout.height", "0"],
+        "prompts.train: expected a file": ["--prompts.train", "nowhere.txt"],
+        "nowhere.yaml": ["--config", "nowhere.yaml"],
+    }
+    commands = ("train", "plan", "embed", "export", "ablate")
+    calls = [[*here, *words] for words in refused.values()] + [[c, "--help"] for c in commands]
+    done = run_python(["-c", REFUSED, json.dumps(calls)], ROOT)
+    assert done.returncode == 0, done.stderr
+    codes, imported = json.loads(done.stdout.splitlines()[-1])
+    assert codes == [2] * len(refused) + [0] * len(commands)
+    assert imported == []
+    for line, said in zip(done.stderr.splitlines(), refused, strict=True):
+        assert said in line
+
+
 def test_a_users_reward_trains(tmp_path: Path, tiny: Callable[..., list[str]]) -> None:
     (tmp_path / "my_reward.py").write_text(MY_REWARD)
     argv = tiny(tmp_path / "run", "--iterations 1 --reward.class_path my_reward.MyReward")

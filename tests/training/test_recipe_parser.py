@@ -128,6 +128,21 @@ def test_a_commands_own_options(parse: Callable[..., Any]) -> None:
     assert "repeats" in parse(arguments=("--options.repeats", "x"), options=Options)
 
 
+def test_a_check_sees_all_but_the_classes_before_these_are_looked_at(tmp_path: Path) -> None:
+    file, seen = tmp_path / "a.yaml", []
+    file.write_text(RECIPE.replace("ShapesPolicy", "NoPolicy"))
+    words = ["--config", str(file), "--policy.init_args.fused", "true", "--seed", "-0"]
+    words += ["--reward=fastgrpo.NoJudge", "--rollout.eta", "0.3", "--reward.noise", "0.1"]
+
+    def check(values: Any) -> None:
+        seen.append((values.prompts, values.seed, values.rollout.eta))
+        raise ValueError("enough")
+
+    with pytest.raises(SystemExit):
+        parse_config(words, check=check)
+    assert seen == [(PromptsConfig(train="captions.txt"), 0, 0.3)]
+
+
 def test_help_and_print_config_end_with_code_0(
     parse: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
