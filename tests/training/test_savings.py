@@ -311,9 +311,7 @@ def test_wan(make_wan: Any, dtype: torch.dtype, lora: LoRA | None, micro_batch_s
         ).all()
 
     trained = [p for p in policy.transformer.parameters() if p.requires_grad]
-    velocities = branch_velocities(
-        policy, rollout, batch.latents, batch.index
-    )
+    velocities = branch_velocities(policy, rollout, batch.latents, batch.index)
     gradients = known_gradients(rollout, batch, cfg, micro_batch_size / 7.0, velocities[0].dtype)
     plain = torch.autograd.grad(velocities, trained, gradients)
     assert same_bits(known.gradients, plain)  # type: ignore[arg-type]
@@ -338,9 +336,7 @@ def test_activations_of_one_branch_live_at_a_time(make_wan: Any, dtype: torch.dt
     transitions = [TrainedTransition(0, 1, 1.5), TrainedTransition(2, 0, -0.5)]
     alone = Watched(policy, rollout)
     batch = micro_batch(rollout, *trained_rows(rollout, transitions[:1]))
-    velocity = branch_velocity(
-        alone, rollout, batch.latents, batch.index, conditional=True
-    )  # type: ignore[arg-type]
+    velocity = branch_velocity(alone, rollout, batch.latents, batch.index, conditional=True)  # type: ignore[arg-type]
     one_branch = alone.now
     velocity.sum().backward()
     assert alone.now == 0

@@ -4,7 +4,6 @@ layers, steps and videos.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import os
 import tempfile
@@ -16,20 +15,13 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+# Named by the recipes: imported once, before the forks.
 import torch
 import torch.distributed as dist
-
-# Named by the recipes: imported once, before the forks.
-import diffusers
-import fastgrpo.policies.hunyuan_video
-import fastgrpo.policies.wan
-import fastgrpo.rewards.vlm.qwen
-import fastgrpo.shapes.judge
-import peft
 from fake_cuda import CUDA
 from fake_gpu import FakeGPU
 from faults import FAULTS
-from torch import Tensor
+from torch import Tensor, nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from benchmarks.common import random_models
@@ -144,6 +136,8 @@ def run(
         "plan": planned,
         "metrics": {key: value for key, value in metrics.items() if _is_finite(value)},
         "videos": judge.videos,
+        # A block as it is gathered, in bf16.
+        "block": 2 * max(map(_num_parameters, sharding.blocks_of(config.policy.transformer))),
         "cpu_seconds": time.process_time(),
     }
 
@@ -209,9 +203,7 @@ def phases(gpu: FakeGPU, judge: SlowJudge) -> Iterator[None]:
         mock.patch.object(rollout, "_sample", gpu.phased("rollout", rollout._sample)),
         mock.patch.object(update, "backpropagate", gpu.phased("update", update.backpropagate)),
         mock.patch.object(update, "clip_gradients", gpu.phased("step", update.clip_gradients)),
-        mock.patch.object(
-            torch.optim.AdamW, "step", gpu.phased("step", torch.optim.AdamW.step)
-        ),
+        mock.patch.object(torch.optim.AdamW, "step", gpu.phased("step", torch.optim.AdamW.step)),
     ):
         yield
 
@@ -226,6 +218,10 @@ def plan(config: TrainConfig, world_size: int, decode: bool) -> dict[str, float]
     parallel = memory.resolve(config.parallel, world_size)
     by_phase = memory.memory(config, counts, parallel, world_size)
     return {phase: sum(parts.values()) for phase, parts in by_phase.items()}
+
+
+def _num_parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _is_finite(value: Any) -> bool:
