@@ -111,12 +111,15 @@ class HunyuanVideoPolicy(DiffusersPolicy):
         """As `Policy.velocity`. One video attends without a mask, see `attend_without_mask`;
         several at a time keep the padding and the mask.
         """
-        states, mask = conditioning["encoder_hidden_states"], conditioning["encoder_attention_mask"]
-        num_tokens = states.shape[1]
+        states = conditioning["encoder_hidden_states"]
+        num_tokens, mask = states.shape[1], None
         # `plan` counts texts of the greatest length.
-        lengths = [num_tokens if row.is_meta else _text_length(row) for row in mask]
+        lengths = [
+            num_tokens if row.is_meta else _text_length(row)
+            for row in conditioning["encoder_attention_mask"]
+        ]
         if len(latents) == 1 and self.cuts_text:
-            states, mask = states[:, : lengths[0]], None
+            states = states[:, : lengths[0]]
         else:
             # Made on the device: the host would wait for a copy.
             rows = [_ones_before(length, num_tokens, states.device) for length in lengths]

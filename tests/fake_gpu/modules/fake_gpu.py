@@ -194,16 +194,12 @@ class FakeGPU(TorchDispatchMode):
             )
 
     def _check_fp64(self, func: Any, tensor: Tensor) -> None:
-        if (
-            self.phase in self.products
-            and tensor.dtype == torch.float64
-            and tensor.numel() > _LARGE
-        ):
-            place = _place()
-            if place.rpartition(".")[2] not in self.fp64_in:
-                raise self.Fault(
-                    f"wrong dtype: fp64 on the GPU, {func} {_described([tensor])} @ {place}"
-                )
+        if tensor.dtype != torch.float64 or tensor.numel() <= _LARGE:
+            return
+        place = _place()
+        if self.phase in self.products and place.rpartition(".")[2] not in self.fp64_in:
+            made = f"{func} {_described([tensor])} @ {place}"
+            raise self.Fault(f"wrong dtype: fp64 on the GPU, {made}")
 
     def _stand_in(self, tensor: Tensor) -> Tensor:
         number = self.value_read(tensor.dtype, _place())

@@ -1,5 +1,5 @@
-"""A whole `Trainer.step` on the GPU that is not there: the recipe's generator at its true width, few
-layers, steps and videos.
+"""A whole `Trainer.step` on the GPU that is not there: the recipe's generator at its true width,
+few layers, steps and videos.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-# Named by the recipes: imported once, before the forks.
 import torch
 import torch.distributed as dist
 from fake_cuda import CUDA
