@@ -111,14 +111,15 @@ class HunyuanVideoPolicy(DiffusersPolicy):
         """As `Policy.velocity`. One video attends without a mask, see `attend_without_mask`;
         several at a time keep the padding and the mask.
         """
-        states, mask = (
-            conditioning[f"encoder_{name}"] for name in ("hidden_states", "attention_mask")
-        )
-        num_tokens = states.shape[1]
+        states = conditioning["encoder_hidden_states"]
+        num_tokens, mask = states.shape[1], None
         # `plan` counts texts of the greatest length.
-        lengths = [num_tokens] * len(mask) if mask.is_meta else mask.sum(1).int().tolist()
+        lengths = [
+            num_tokens if row.is_meta else _text_length(row)
+            for row in conditioning["encoder_attention_mask"]
+        ]
         if len(latents) == 1 and self.cuts_text:
-            states, mask = states[:, : lengths[0]], None
+            states = states[:, : lengths[0]]
         else:
             # Made on the device: the host would wait for a copy.
             rows = [_ones_before(length, num_tokens, states.device) for length in lengths]
@@ -190,18 +191,23 @@ def _cut_text(
     if named["encoder_attention_mask"] is None:
         named["encoder_attention_mask"] = text.new_ones(text.shape[:2])
     elif len(named["hidden_states"]) == 1:
-        valid = named["encoder_attention_mask"][0] > 0
-        end = valid.nonzero().max() + 1
         # The host waits here, once per forward pass that is not the policy's own.
-        length, last = torch.stack([valid.sum(), end]).tolist()
-        if length != last:
-            raise ValueError(
-                f"expected a text that is padded at its end, got {length} tokens with the last one "
-                f"at {last - 1}"
-            )
+        length = _text_length(named["encoder_attention_mask"][0])
         for name in ("encoder_hidden_states", "encoder_attention_mask"):
             named[name] = named[name][:, :length]
     return (), named
+
+
+def _text_length(mask: Tensor) -> int:
+    """The number of tokens of a text with this mask [max_sequence_length]."""
+    valid = mask > 0
+    length, last = torch.stack([valid.sum(), valid.nonzero().max() + 1]).tolist()
+    if length != last:
+        raise ValueError(
+            f"expected a text that is padded at its end, got {length} tokens with the last one "
+            f"at {last - 1}"
+        )
+    return int(length)
 
 
 def _ones_before(length: int, num_tokens: int, device: torch.device) -> Tensor:

@@ -43,7 +43,8 @@ class TrainedTransition:
     advantage: float
 
 
-class TrainedRows(NamedTuple):
+@dataclass(frozen=True)
+class TrainedRows:
     """At most B = micro_batch_size transitions to train, filled up to B, for the device to look up.
 
     Attributes:

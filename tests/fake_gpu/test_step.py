@@ -46,8 +46,8 @@ CASES: dict[str, dict[str, Any]] = {
         | KL_AND_EMA
         | {"policy.init_args.lora.rank": 16, "parallel.activations": "keep_attention"}
     },
-    "wan, both branches at once, no activation again, KL, EMA": {
-        "options": SHORT | KL_AND_EMA | {"update.branchwise": False, "parallel.activations": "none"}
+    "wan, both branches at once, all activations kept, KL, EMA": {
+        "options": KL_AND_EMA | {"update.branchwise": False, "parallel.activations": "none"}
     },
     "wan, 8 ranks, keep_gathered, KL, EMA": {
         "world_size": 8,
@@ -85,9 +85,7 @@ def test_a_step_waits_where_it_says_and_takes_what_plan_says(
 ) -> None:
     report = report_of(fake_gpu, case)
     waits, options = report["waits"], case.get("options", {})
-    assert {phase: waits.get(phase, {}) for phase in WITHOUT_WAITS} == dict.fromkeys(
-        WITHOUT_WAITS, {}
-    )
+    assert {phase: waits[phase] for phase in WITHOUT_WAITS if phase in waits} == {}
     guided = "hunyuan" not in case.get("model", "") or "rollout.guidance_scale" in options
     of_hunyuan = {"to the GPU @ hunyuan_video.HunyuanVideoPolicy.encode": 1 + guided}
     expected = START | ({} if guided else WITHOUT_GUIDANCE)
@@ -95,10 +93,14 @@ def test_a_step_waits_where_it_says_and_takes_what_plan_says(
     assert waits[""] == BETWEEN
     assert waits["step"] == STEP
     for phase, planned in report["plan"].items():
-        assert report["peaks"][phase] == pytest.approx(planned, rel=0.02), phase
+        # Of the blocks that are gathered and reduced, `plan` counts the most that can be on their
+        # way at a time: more than two layers have.
+        on_their_way = 4 * report["block"] if "world_size" in case else 0
+        assert report["peaks"][phase] <= 1.02 * planned, phase
+        assert report["peaks"][phase] >= 0.98 * planned - on_their_way, phase
     # Two optimizer steps of which none was skipped, on the frames as they were decoded.
     assert report["metrics"]["num_skipped_updates"] == 0
-    height, width = (480, 832) if "model" not in case else (240, 416)
+    height, width = (240, 416) if "model" in case else (480, 832)
     assert report["videos"] == [[1, 53, 3, height, width, "torch.float32", "cuda"]] * 2
 
 
@@ -119,11 +121,10 @@ def test_a_fault_ends_the_step(fake_gpu: FakeGPU, fault: str, found: str) -> Non
 
 
 def test_a_wait_in_the_sampling_loop_and_a_tensor_kept_alive_show(fake_gpu: FakeGPU) -> None:
-    report = report_of(fake_gpu, {"faults": ["item", "kept_frames"], "options": SHORT})
+    report = report_of(fake_gpu, {"faults": ["item", "kept_frames"], "layers": 1, "options": SHORT})
     # Two steps of two videos, which share the first.
     assert report["waits"]["rollout"] == {"item @ rollout._sample": 3}
     frames = 4 * 53 * 3 * 480 * 832
-    assert report["peaks"]["update"] - report["plan"]["update"] == pytest.approx(
-        2 * frames, rel=0.1
-    )
-    assert report["peaks"]["update"] > 1.02 * report["plan"]["update"]
+    peak, planned = report["peaks"]["update"], report["plan"]["update"]
+    assert peak - planned == pytest.approx(2 * frames, rel=0.1)
+    assert peak > 1.02 * planned

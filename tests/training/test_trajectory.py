@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_training import small_rollout
 
-from fastgrpo.training.trajectory import branch_velocities
+from fastgrpo.training.trajectory import TransitionIndex, branch_velocities
 
 empty_rollout = functools.partial(small_rollout, sample=False, num_inference_steps=5)
 X = torch.randn(4, 3, 2, 2, 2, generator=torch.Generator().manual_seed(0))
@@ -23,7 +23,7 @@ def test_counts_and_coefficients_by_prompt_and_step(tiny_policy: Any) -> None:
     rollout.a, rollout.b, rollout.std = (
         torch.arange(15.0).view(3, 5) + shift for shift in (0, 100, 200)
     )
-    index = rollout.index([0, 2, 3, 8, 8], [4, 0, 1, 2, 4])
+    index: TransitionIndex = rollout.index([0, 2, 3, 8, 8], [4, 0, 1, 2, 4])
     assert index.prompts == [0, 0, 1, 2, 2]
     assert (index.samples.tolist(), index.steps.tolist()) == ([0, 2, 3, 8, 8], [4, 0, 1, 2, 4])
     for shift, got in zip((0, 100, 200), rollout.coefficients(index), strict=True):

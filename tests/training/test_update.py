@@ -20,6 +20,7 @@ from fastgrpo.algorithm.seeds import derive_seed
 from fastgrpo.config import UpdateConfig
 from fastgrpo.training.trajectory import Rollout, branch_velocities
 from fastgrpo.training.update import (
+    TrainedRows,
     TrainedTransition,
     UpdateStatistics,
     accumulate_gradients,
@@ -373,6 +374,22 @@ def test_kl_to_equal_weights_is_zero(tiny_policy: Any, one_rank: Any) -> None:
     assert stats.kl == [0.0] * 6
     for p, q in zip(first.seen[0], second.seen[0], strict=True):
         torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
+
+
+def test_the_transitions_of_an_optimizer_step_come_to_the_device_at_once(tiny_policy: Any) -> None:
+    rollout = small_rollout(tiny_policy())  # three videos per prompt, two in a micro-batch
+    transitions = [TrainedTransition(*t) for t in ((5, 1, 0.5), (0, 4, -1.5), (3, 2, 2.0))]
+    rows: list[TrainedRows] = trained_rows(rollout, transitions, 5)
+    assert [row.index.prompts for row in rows] == [[1, 0], [1, 0], [0, 0]]
+    assert [row.index.samples.tolist() for row in rows] == [[5, 0], [3, 0], [0, 0]]
+    assert [row.index.steps.tolist() for row in rows] == [[1, 4], [2, 0], [0, 0]]
+    assert [row.advantages.tolist() for row in rows] == [[0.5, -1.5], [2.0, 0.0], [0.0, 0.0]]
+    valid = [[True, True], [True, False], [False, False]]
+    assert [row.valid_mask.tolist() for row in rows] == valid
+    assert trained_rows(rollout, []) == []
+    batch = micro_batch(rollout, rows[1])
+    assert torch.equal(batch.next_latents[0], rollout.latents[3, 3])
+    assert batch.latents[1].abs().max() == 0
 
 
 def test_advantages_are_clamped(tiny_policy: Any) -> None:

@@ -7,6 +7,7 @@ runs. What makes the host wait is reported to the mode that counts (`fake_gpu.Fa
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,8 @@ import torch
 from fake_gpu import FakeGPU, is_on_gpu
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.distributed.tensor._sharding_prop import ShardingPropagator
+from torch.utils._python_dispatch import _disable_current_modes
 
 CUDA = torch.device("cuda", 0)
 NUM_DEVICES = 8
@@ -113,6 +116,17 @@ def apply(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = Tru
     return module
 
 
+def unseen(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, out of the mode's sight."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with _disable_current_modes():
+            return function(*args, **kwargs)
+
+    return run
+
+
 def install() -> None:
     """Put the stand-ins in place, for the life of this process. Before diffusers and transformers
     are imported, which take some of them by name.
@@ -157,5 +171,8 @@ def install() -> None:
     # A tensor made of Python's numbers: on the host first, then copied, as CUDA does it.
     torch._C._set_only_lift_cpu_tensors(True)
     torch.nn.Module._apply = apply
+    # What DTensor tries on tensors of the whole size, to learn shapes, no GPU sees.
+    shapes = ShardingPropagator._propagate_tensor_meta_non_cached
+    ShardingPropagator._propagate_tensor_meta_non_cached = unseen(shapes)
     FakeTensor.record_stream = lambda self, stream: None
     FakeTensor.tolist = lambda self: FakeGPU.current.read(self)

@@ -25,7 +25,10 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-_WAITING = {"nonzero", "masked_select", "unique_dim", "_unique2", "repeat_interleave", "bincount"}
+_WAITING = {
+    *("nonzero", "masked_select", "repeat_interleave", "bincount"),
+    *("unique_dim", "unique_consecutive", "_unique2"),
+}
 """Operators whose output's size depends on values, so that the host waits for it."""
 _COPIES = {"_to_copy", "copy_"}
 _INDEXING = {"index", "index_put", "index_put_", "_unsafe_index"}
@@ -145,11 +148,12 @@ class FakeGPU(TorchDispatchMode):
             raise self.Fault(f"wrong device: {func} of {_described(tensors)} @ {_place()}")
         if name in _PRODUCTS or name in _ATTENTION:
             self._check_product(name, on_gpu)
-        if name == "nonzero":
-            return self._nonzero(args[0])
         values = _values(func, args, kwargs, tensors)
         with self._fakes:
-            out = func(*tree_map(_as_fake, args), **tree_map(_as_fake, kwargs))
+            if name in _WAITING:
+                out = _sized_by(values, name, args[0])
+            else:
+                out = func(*tree_map(_as_fake, args), **tree_map(_as_fake, kwargs))
         for tensor in tree_leaves(out):
             if is_on_gpu(tensor):
                 self._track(tensor)
@@ -190,26 +194,12 @@ class FakeGPU(TorchDispatchMode):
             )
 
     def _check_fp64(self, func: Any, tensor: Tensor) -> None:
-        if (
-            self.phase in self.products
-            and tensor.dtype == torch.float64
-            and tensor.numel() > _LARGE
-        ):
-            place = _place()
-            if place.rpartition(".")[2] not in self.fp64_in:
-                raise self.Fault(
-                    f"wrong dtype: fp64 on the GPU, {func} {_described([tensor])} @ {place}"
-                )
-
-    def _nonzero(self, mask: Tensor) -> Tensor:
-        """The indices that are known, else as many as there can be."""
-        value = _value_of(mask)
-        found = None if value is None else value.nonzero()
-        size = (mask.numel(), mask.ndim) if found is None else found.shape
-        with self._fakes:
-            out = torch.empty(size, dtype=torch.int64, device=mask.device)
-        self._track(out)
-        return _with_values(out, found)
+        if tensor.dtype != torch.float64 or tensor.numel() <= _LARGE:
+            return
+        place = _place()
+        if self.phase in self.products and place.rpartition(".")[2] not in self.fp64_in:
+            made = f"{func} {_described([tensor])} @ {place}"
+            raise self.Fault(f"wrong dtype: fp64 on the GPU, {made}")
 
     def _stand_in(self, tensor: Tensor) -> Tensor:
         number = self.value_read(tensor.dtype, _place())
@@ -280,6 +270,17 @@ def _values(func: Any, args: Any, kwargs: Any, tensors: list[Tensor]) -> Any:
     host = {key: "cpu" if key == "device" else value for key, value in kwargs.items()}
     taken = tree_map(lambda v: _value_of(v) if isinstance(v, Tensor) else v, (args, host))
     return func(*taken[0], **taken[1])
+
+
+def _sized_by(values: Any, name: str, given: Tensor) -> Any:
+    """The output of an operator whose size depends on values: as large as they are, or, of an
+    unknown mask, as can be.
+    """
+    if values is not None:
+        return tree_map(lambda v: torch.empty(v.shape, dtype=v.dtype, device=given.device), values)
+    if name != "nonzero":
+        raise FakeGPU.Fault(f"values that are not known: {name} of {_described([given])}")
+    return torch.empty(given.numel(), given.ndim, dtype=torch.int64, device=given.device)
 
 
 def _is_index(tensor: Tensor) -> bool:

@@ -1,5 +1,5 @@
-"""A whole `Trainer.step` on the GPU that is not there: the recipe's generator at its true width, few
-layers, steps and videos.
+"""A whole `Trainer.step` on the GPU that is not there: the recipe's generator at its true width,
+few layers, steps and videos.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch.distributed as dist
 from fake_cuda import CUDA
 from fake_gpu import FakeGPU
 from faults import FAULTS
-from torch import Tensor
+from torch import Tensor, nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from benchmarks.common import random_models
@@ -136,6 +136,8 @@ def run(
         "plan": planned,
         "metrics": {key: value for key, value in metrics.items() if _is_finite(value)},
         "videos": judge.videos,
+        # A block as it is gathered, in bf16.
+        "block": 2 * max(map(_num_parameters, sharding.blocks_of(config.policy.transformer))),
         "cpu_seconds": time.process_time(),
     }
 
@@ -216,6 +218,10 @@ def plan(config: TrainConfig, world_size: int, decode: bool) -> dict[str, float]
     parallel = memory.resolve(config.parallel, world_size)
     by_phase = memory.memory(config, counts, parallel, world_size)
     return {phase: sum(parts.values()) for phase, parts in by_phase.items()}
+
+
+def _num_parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _is_finite(value: Any) -> bool:
