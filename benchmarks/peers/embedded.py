@@ -188,7 +188,7 @@ class Ours:
         """As Trainer.step trains."""
         chosen = self.world.chosen
         advantages = {video: 1.0 if i % 2 else -1.0 for i, video in enumerate(chosen)}
-        cfg = dataclasses.replace(self.config.update, gradient_accumulation=len(chosen))
+        cfg = dataclasses.replace(self.config.update, optimizer_steps=1)
         stats = update(self.policy, self.optimizer, self.sampled, chosen, advantages, cfg)
         if any(stats.skipped):
             raise ValueError(f"update: expected a finite gradient, got {stats.grad_norms}")

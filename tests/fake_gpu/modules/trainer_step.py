@@ -43,7 +43,7 @@ SMALL = {
     "update.num_worst": 1,
     "update.timestep_fraction": 1.0,
     # Two optimizer steps: the second is off-policy.
-    "update.gradient_accumulation": 1,
+    "update.optimizer_steps": 2,
     "evaluation.num_generations": 1,
     # The judge holds one video while the next is sampled and decoded.
     "scoring.max_pending": 1,
