@@ -158,10 +158,8 @@ def ranks() -> Found:
     """A whole step of the embedded world."""
     with tempfile.TemporaryDirectory() as folder:
         for processes in (1, 2):
-            rows = _train(
-                Path(folder), f"ranks_{processes}", processes, "--iterations 20",
-                "--evaluation.num_videos 0",
-            )  # fmt: skip
+            length = "--iterations 20 --evaluation.num_videos 0"
+            rows = _train(Path(folder), f"ranks_{processes}", processes, length)
             seconds = statistics.median(row["step_time"] for row in rows[2:])
             yield "step, processes (wall)", processes, seconds, None
 

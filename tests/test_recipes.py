@@ -273,6 +273,7 @@ def test_without_videoaligns_prompt_the_baseline_says_where_it_is(tmp_path: Path
     """As a user of the command line meets it: one line, and no run folder."""
     command = ["--config", str(RECIPES / "wan2.1_t2v_1.3b.yaml")]
     command += ["--config", str(RECIPES / "dancegrpo.yaml")]
+    command += ["--prompts.train", "fastgrpo/shapes/train.txt"]
     train = [sys.executable, "-m", "fastgrpo", "train", *command]
     refused = subprocess.run(train, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert refused.returncode == 2

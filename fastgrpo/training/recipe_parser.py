@@ -69,15 +69,9 @@ def parse_config(
     try:
         if not any(word in words for word in _PRINTING):
             quick = _parser(options, without=_CLASSES)
-            check(quick.instantiate(quick.parse_args(_without_classes(words))))
+            check(quick.instantiate(_parse(quick, _without_classes(words))))
         parser = _parser(options, **parser_kwargs)
-        namespace = parser.parse_args(words)
-        # In a file, the parser accepts null for any key and any value for a section.
-        for key, kind in get_type_hints(TrainConfig).items():
-            is_section = isinstance(namespace[key], jsonargparse.Namespace)
-            expected = "keys and their values"
-            require(not is_dataclass(kind) or is_section, key, expected, namespace[key])
-        parser.validate(namespace, skip_unset=False)
+        namespace = _parse(parser, words)
         values = parser.instantiate(namespace)
         config = TrainConfig(**{f.name: values[f.name] for f in fields(TrainConfig)})
     except (jsonargparse.ArgumentError, ValueError, TypeError, OSError) as error:
@@ -114,6 +108,19 @@ def _parser(
     if options is not None:
         parser.add_class_arguments(options, "options", as_group=True)
     return parser
+
+
+def _parse(parser: jsonargparse.ArgumentParser, words: Sequence[str]) -> jsonargparse.Namespace:
+    """Parse and check what a file may hold: the parser accepts null for any key there, and any
+    value for a section.
+    """
+    namespace = parser.parse_args(words)
+    for key, kind in get_type_hints(TrainConfig).items():
+        if is_dataclass(kind):
+            is_section = isinstance(namespace[key], jsonargparse.Namespace)
+            require(is_section, key, "keys and their values", namespace[key])
+    parser.validate(namespace, skip_unset=False)
+    return namespace
 
 
 def _without_classes(words: Sequence[str]) -> list[str]:
