@@ -307,9 +307,7 @@ class _H100:
 
 
 @contextlib.contextmanager
-def compiling(
-    found: dict[str, Compiled], broken: dict[str, str]
-) -> Iterator[Label]:
+def compiling(found: dict[str, Compiled], broken: dict[str, str]) -> Iterator[Label]:
     """Inside, a kernel's launch compiles it for an H100, into `found` or `broken`; triton serves
     CPU tensors. Gives what names a launch, and says how many bytes it has to move.
     """
@@ -419,7 +417,9 @@ def _examine(compiled: Any, launched: _Launched, log: str) -> Compiled:
         narrow_stores=_narrow(compiled.asm, "store", threads),
         programs=launched.programs,
         instructions=issued,
-        warps_per_sm=occupancy.warps_per_sm(max(map(int, registers)), num_warps, compiled.metadata.shared),
+        warps_per_sm=occupancy.warps_per_sm(
+            max(map(int, registers)), num_warps, compiled.metadata.shared
+        ),
         need=occupancy.need(launched.programs * num_warps * issued, launched.size)
         if launched.size
         else 0.0,

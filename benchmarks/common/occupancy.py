@@ -76,7 +76,9 @@ def instructions(sass: str) -> Instructions:
     inner = [
         (start, end)
         for start, end in loops
-        if not any((start, end) != other and start <= other[0] <= other[1] <= end for other in loops)
+        if not any(
+            (start, end) != other and start <= other[0] <= other[1] <= end for other in loops
+        )
     ]
     longest = max((end - start for start, end in inner), default=0)
     return Instructions(count - sum(end - start for start, end in inner), longest)

@@ -91,6 +91,8 @@ def stages(x: Tensor, constants: dict[str, Any], read: list[Tensor]) -> int:
     if x.is_cuda:
         properties = torch.cuda.get_device_properties(x.device)
         space = getattr(properties, "shared_memory_per_block_optin", 48 * 1024)
-    row_bytes = (constants["HEAD"] + constants["TAIL"]) * sum(tensor.element_size() for tensor in read)
+    row_bytes = (constants["HEAD"] + constants["TAIL"]) * sum(
+        tensor.element_size() for tensor in read
+    )
     prefetched = min(constants["num_warps"] * PREFETCH_BYTES, space - 8 * 1024) // row_bytes
     return 1 + min(prefetched, 2)
