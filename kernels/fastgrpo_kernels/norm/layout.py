@@ -16,8 +16,8 @@ from .. import checks
 from ..dispatch import triton
 
 PREFETCH_BYTES = 24 * 1024
-"""Shared memory for each warp of a backward program: eight such warps live on an H100's SM at a
-time, by their registers.
+"""Shared memory for each warp of a backward program, at most. At the true sizes of models it is half of
+it or less, so that 16 warps or more live on an H100's SM at a time.
 """
 
 
@@ -63,14 +63,14 @@ def row_constants(x: Tensor, values: int) -> dict[str, Any]:
     """How a kernel holds a row: C, its two pieces, the channels that a thread loads at once, and
     the fewest warps (at most 16) with `values` per thread.
 
-    The pieces are those of triton_rows.py. WIDTH, 16 bytes of x, holds for every operand: the compiler lays a row
-    out by the widest load of the kernel, the order of the row's sums follows the layout, and no
-    other operand's dtype may change it.
+    The pieces are those of triton_rows.py. WIDTH, 16 bytes of x, holds for every operand: the
+    compiler lays a row out by the widest load of the kernel, the order of the row's sums follows
+    the layout, and no other operand's dtype may change it.
     """
     C = x.shape[2]
     num_warps = min(triton.next_power_of_2(triton.cdiv(C, 32 * values)), 16)
     threads = 32 * num_warps
-    head = max(triton.next_power_of_2(C + 1) // 2, threads)
+    head = max(1 << C.bit_length() - 1, threads)
     tail = max(triton.next_power_of_2(C - head), threads) if C > head else 0
     return {
         "C": C,
