@@ -46,7 +46,7 @@ BOUNDS = {
 """Of a kernel that moves an op's tensors, at the widest of the three models: registers at most,
 warps that an H100's SM holds at least, instructions a scheduler must issue a cycle to keep up with
 the memory at most (benchmarks/common/occupancy.py). What misses one is likely to miss G7 or G8 of
-docs/performance.md. That docs/performance.md's table has the figures of each model.
+docs/performance.md, whose table has the figures of each model.
 """
 
 pytestmark = pytest.mark.skipif(dispatch.triton is None, reason="triton is not installed")
@@ -162,7 +162,9 @@ def test_instructions_of_a_warp() -> None:
     """A loop of three inside five others; what follows EXIT is a slow path."""
     lines = ["MOV R0, R1", ".L_x_1:", "LDG.E R2, [R3]", "FADD R2, R2, R0", "@P0 BRA `(.L_x_1)"]
     lines += ["@P1 BRA `(.L_x_2)", "MOV R4, R5", "@P2 EXIT", "EXIT", ".L_x_2:", "BRA `(.L_x_2)"]
-    sass = "\n".join(x if x[0] == "." else f"        /*{i:04x}*/  {x} ;" for i, x in enumerate(lines))
+    sass = "\n".join(
+        x if x[0] == "." else f"        /*{i:04x}*/  {x} ;" for i, x in enumerate(lines)
+    )
     assert occupancy.instructions(sass) == (5, 3)
     assert occupancy.need(132 * 4 * 1755.0, 3_000_000) == pytest.approx(1.0)
 

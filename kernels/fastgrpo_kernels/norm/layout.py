@@ -16,8 +16,8 @@ from .. import checks
 from ..dispatch import triton
 
 PREFETCH_BYTES = 24 * 1024
-"""Shared memory for each warp of a backward program, at most. At the true sizes of models it is half of
-it or less, so that 16 warps or more live on an H100's SM at a time.
+"""Shared memory for each warp of a backward program, at most. At the models' sizes it is half of
+that or less, so that 16 warps or more live on an H100's SM at a time.
 """
 
 
@@ -71,7 +71,7 @@ def row_constants(x: Tensor, values: int) -> dict[str, Any]:
     num_warps = min(triton.next_power_of_2(triton.cdiv(C, 32 * values)), 16)
     threads = 32 * num_warps
     head = max(1 << C.bit_length() - 1, threads)
-    tail = max(triton.next_power_of_2(C - head), threads) if C > head else 0
+    tail = max(triton.next_power_of_2(C - head), threads) if head < C else 0
     return {
         "C": C,
         "HEAD": head,

@@ -292,7 +292,7 @@ def backward(
     (B, L, C), rows = like.shape, 1
     # Multiply-adds may be fused: no other op need give these bits.
     constants = row_constants(like, BACKWARD_VALUES) | {"enable_fp_fusion": True}
-    reloads = fused or tokens or constants["num_warps"] == 16
+    reloads = fused or tokens or (scale is not None and constants["num_warps"] == 16)
     if scale is not None and not fused:  # fewer than the compiler takes, but none spills
         constants["maxnreg"] = 64 if constants["num_warps"] == 16 else 80
     if any(needed) and not tokens:  # without a sum over L every row is a part

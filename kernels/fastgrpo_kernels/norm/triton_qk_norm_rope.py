@@ -318,7 +318,7 @@ def _piece_constants(q: Tensor, weight: Tensor) -> dict[str, Any]:
     constants = _token_constants(q, weight)
     H, CHANNELS = constants["H"], constants["CHANNELS"]
     head = 1 << H.bit_length() - 1
-    tail = triton.next_power_of_2(H - head) if H > head else 0
+    tail = triton.next_power_of_2(H - head) if head < H else 0
     num_warps = min(triton.next_power_of_2(triton.cdiv(H * CHANNELS, 32 * PIECE_VALUES)), 16)
     return {**constants, "HEADS": head, "TAIL": tail, "num_warps": num_warps}
 
