@@ -1,5 +1,5 @@
 """What the compiler makes of every Triton kernel on an H100 (sm_90), without a GPU: registers,
-stack, spills, width of memory accesses.
+stack, spills, width of memory accesses, warps that an SM holds, instructions for the bytes.
 
     python benchmarks/common/ahead_of_time.py   # every operation at the true sizes, with variants
     python benchmarks/common/ahead_of_time.py --sizes wan_1.3b_480p --ops sde_step --json
@@ -348,11 +348,8 @@ def compiling(found: dict[str, Compiled], broken: dict[str, str]) -> Iterator[La
         knobs.cache.scope(),
     ):
         # The assembler's log is only there when it really runs.
-        knobs.compilation.always_compile, knobs.nvidia.dump_ptxas_log, knobs.cache.dir = (
-            True,
-            True,
-            cache,
-        )
+        knobs.compilation.always_compile = knobs.nvidia.dump_ptxas_log = True
+        knobs.cache.dir = cache
         JITFunction.run = compile_instead
         dispatch.unsupported_reason = lambda backend, op, tensor: (
             "" if backend == "triton" else unsupported_reason(backend, op, tensor)

@@ -1,10 +1,11 @@
 """The operations of GRPO on flow-matching models, and the pointwise work of their transformers.
 
 They need torch, and Triton on a GPU. `sde/` has the step of a sampler, its log-probability and the
-loss; `norm/` and `activation/` the pointwise work of a transformer's block; `random/` the noise. The `reference.py`
-of each folder is the specification; `dispatch.py` selects the backend of a call: Triton, CUDA C++,
-C++ on the CPU, or the reference. README.md beside this folder shows how to use them in another
-trainer, and states which results have equal bits. The method: docs/method.md, sections 1 and 2.
+loss; `norm/` and `activation/` the pointwise work of a transformer's block; `random/` the noise.
+The `reference.py` of each folder is the specification; `dispatch.py` selects the backend of a call:
+Triton, CUDA C++, C++ on the CPU, or the reference. README.md beside this folder shows how to use
+them in another trainer, and states which results have equal bits. The method: docs/method.md,
+sections 1 and 2.
 """
 
 from __future__ import annotations

@@ -312,7 +312,7 @@ def _hunyuan_single_block(
 def _gelu(module: Any, hidden_states: Tensor) -> Tensor:
     """GELU.forward: what a feed-forward layer begins with."""
     if module.approximate != "tanh":
-        return type(module).forward(module, hidden_states)  # type: ignore[no-any-return]
+        return type(module).forward(module, hidden_states)
     return _linear_gelu(module.proj, hidden_states, module.gelu)
 
 

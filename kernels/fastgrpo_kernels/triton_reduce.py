@@ -39,10 +39,10 @@ def _column_sum_kernel(
 ):
     program = tl.program_id(0)
     out = first
-    if second is not None:
+    if second is not None:  # noqa: SIM102 - what the compiler decides, then what the program does
         if program >= B:
             out = second
-    if third is not None:
+    if third is not None:  # noqa: SIM102
         if program >= 2 * B:
             out = third
     out += (program % B).to(tl.int64) * C

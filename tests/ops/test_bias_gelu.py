@@ -168,7 +168,8 @@ class Adapted(nn.Module):
         self.linear = linear
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.linear(x) + 0.5 * x.repeat(1, 1, 2)
+        out = self.linear(x)
+        return out + 0.5 * x.repeat(1, 1, 2).to(out.dtype)
 
 
 @pytest.mark.parametrize("adapted", [False, True])

@@ -29,8 +29,8 @@ def _fake(x: Tensor, bias: Tensor | None) -> Tensor:
 def _backward_fake(
     dout: Tensor, x: Tensor, bias: Tensor | None, needs_bias: bool
 ) -> tuple[Tensor, Tensor]:
-    needed = bias is not None and needs_bias
-    return torch.empty_like(x), torch.empty_like(bias) if needed else x.new_empty(0)
+    dbias = x.new_empty(0) if bias is None or not needs_bias else bias.new_empty(bias.shape)
+    return torch.empty_like(x), dbias
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -290,9 +290,11 @@ def backward(
     wanted = [needed[0], needed[1], needed[1]]
 
     (B, L, C), rows = like.shape, 1
-    constants = row_constants(like, BACKWARD_VALUES)
+    # Multiply-adds may be fused: no other op need give these bits.
+    constants = row_constants(like, BACKWARD_VALUES) | {"enable_fp_fusion": True}
+    reloads = fused or tokens or (scale is not None and constants["num_warps"] == 16)
     if scale is not None and not fused:  # fewer than the compiler takes, but none spills
-        constants["maxnreg"] = 80 if constants["num_warps"] < 16 else 64
+        constants["maxnreg"] = 64 if constants["num_warps"] == 16 else 80
     if any(needed) and not tokens:  # without a sum over L every row is a part
         rows = max(MIN_ROWS, triton.cdiv(L, MAX_PARTS))
     read = [dresidual, dmodulated, residual, y if needed[0] else None, *(scale, gate) * fused]
@@ -316,7 +318,7 @@ def backward(
             _gate_residual_ln_modulate_bwd_kernel[(B * num_parts,)](
                 *(*inputs, dx, dy, *sums, *sizes),
                 TOKENS=tokens,
-                RELOADS=fused or tokens,
+                RELOADS=reloads,
                 STAGES=num_stages,
                 **constants,
             )

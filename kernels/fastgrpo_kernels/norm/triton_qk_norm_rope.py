@@ -26,8 +26,10 @@ MAX_PARTS, MIN_TOKENS = 264, 4
 """Parts of L in a backward, for q and for k each: 528 programs, four for each of an H100's 132 SMs.
 Tokens of a part: one of few tokens costs more than it brings.
 """
+PIECE_VALUES = 40
+"""Values of a token in one thread's registers in the forward, at most, up to 16 warps."""
 VALUES, MAX_VALUES = 16, 32
-"""Values of a token in one thread's registers: VALUES with up to 8 warps, then MAX_VALUES."""
+"""The same in the backward: VALUES with up to 8 warps, then MAX_VALUES."""
 
 
 # Kernels.
@@ -59,6 +61,7 @@ def _qk_norm_rope_fwd_kernel(
     D: tl.constexpr,
     ACROSS: tl.constexpr,
     HEADS: tl.constexpr,
+    TAIL: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
     program = tl.program_id(0)
@@ -74,26 +77,80 @@ def _qk_norm_rope_fwd_kernel(
         row = sample * Lk + token
         x, weight, out, rstds = k + sample * k_b + token * k_l, k_weight, k_out, k_rstd
 
-    heads = tl.arange(0, HEADS)
-    offsets, mask = _tile(H, D, HEADS, CHANNELS)
-    x_tile = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32)
-    weight_even, weight_odd = _weight(weight, offsets, mask, ACROSS, HEADS, CHANNELS)
-    if ACROSS:
-        rstd = tl.rsqrt(tl.sum(x_tile * x_tile) / (H * D) + eps)
-        scale = rstd
-    else:
-        rstd = tl.rsqrt(tl.sum(x_tile * x_tile, axis=1) / D + eps)
-        scale = rstd[:, None]
-    even, odd = _split(x_tile, HEADS, CHANNELS)
-    even, odd = even * scale * weight_even, odd * scale * weight_odd
+    out += row * (H * D)
+    angles = None
     if cos is not None:
-        c, s = _angles(cos, sin, token, R, angle_l, angle_i, D, CHANNELS)
-        even, odd = even * c - odd * s, even * s + odd * c
-    tl.store(out + row * (H * D) + offsets, _join(even, odd, HEADS, CHANNELS), mask=mask)
+        angles = _angles(cos, sin, token, R, angle_l, angle_i, D, CHANNELS)
+    head = _piece(x, 0, H, D, HEADS, CHANNELS)
+    if TAIL:
+        tail = _piece(x, HEADS, H, D, TAIL, CHANNELS)
     if ACROSS:
+        squares = head * head
+        if TAIL:  # what a thread has of both pieces, then all threads
+            shape: tl.constexpr = (HEADS // TAIL, TAIL, CHANNELS)
+            squares = tl.sum(tl.reshape(squares, shape), axis=0) + tail * tail
+        rstd = tl.rsqrt(tl.sum(squares) / (H * D) + eps)
         tl.store(rstds + row, rstd)
+        _finish(head, rstd, weight, angles, out, 0, H, D, ACROSS, HEADS, CHANNELS)
+        if TAIL:
+            _finish(tail, rstd, weight, angles, out, HEADS, H, D, ACROSS, TAIL, CHANNELS)
     else:
-        tl.store(rstds + row * H + heads, rstd, mask=heads < H)
+        rstds += row * H
+        rstd = _rstd_per_head(head, rstds, 0, H, D, eps, HEADS)
+        _finish(head, rstd, weight, angles, out, 0, H, D, ACROSS, HEADS, CHANNELS)
+        if TAIL:
+            rstd = _rstd_per_head(tail, rstds, HEADS, H, D, eps, TAIL)
+            _finish(tail, rstd, weight, angles, out, HEADS, H, D, ACROSS, TAIL, CHANNELS)
+
+
+@jit
+def _piece(
+    x,
+    FIRST: tl.constexpr,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    HEADS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    """HEADS heads of a token from head FIRST on, fp32 [HEADS, CHANNELS]."""
+    offsets, mask = _tile(FIRST, H, D, HEADS, CHANNELS)
+    return tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32)
+
+
+@jit
+def _rstd_per_head(
+    piece, rstds, FIRST: tl.constexpr, H: tl.constexpr, D: tl.constexpr, eps, HEADS: tl.constexpr
+):
+    """1 / root mean square of each head of a piece, [HEADS, 1], and stored."""
+    rstd = tl.rsqrt(tl.sum(piece * piece, axis=1) / D + eps)
+    heads = FIRST + tl.arange(0, HEADS)
+    tl.store(rstds + heads, rstd, mask=heads < H)
+    return rstd[:, None]
+
+
+@jit
+def _finish(
+    piece,
+    rstd,
+    weight,
+    angles,
+    out,
+    FIRST: tl.constexpr,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    ACROSS: tl.constexpr,
+    HEADS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    """Scale, weigh and turn a piece, and write it."""
+    offsets, mask = _tile(FIRST, H, D, HEADS, CHANNELS)
+    weight_even, weight_odd = _weight(weight, offsets, mask, ACROSS, HEADS, CHANNELS)
+    even, odd = _split(piece, HEADS, CHANNELS)
+    even, odd = even * rstd * weight_even, odd * rstd * weight_odd
+    if angles is not None:
+        c, s = angles
+        even, odd = even * c - odd * s, even * s + odd * c
+    tl.store(out + offsets, _join(even, odd, HEADS, CHANNELS), mask=mask)
 
 
 @jit
@@ -151,7 +208,7 @@ def _qk_norm_rope_bwd_kernel(
         partial += tl.num_programs(0) // 2 * WIDTH
 
     heads = tl.arange(0, HEADS)
-    offsets, mask = _tile(H, D, HEADS, CHANNELS)
+    offsets, mask = _tile(0, H, D, HEADS, CHANNELS)
     dweight_even = tl.zeros((HEADS, CHANNELS // 2), tl.float32)
     dweight_odd = tl.zeros((HEADS, CHANNELS // 2), tl.float32)
     for token in range(first, last):
@@ -189,9 +246,17 @@ def _qk_norm_rope_bwd_kernel(
 
 
 @jit
-def _tile(H: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, CHANNELS: tl.constexpr):
-    """Offsets of a token's values, [HEADS, CHANNELS], and the mask of those that exist."""
-    heads, channels = tl.arange(0, HEADS)[:, None], tl.arange(0, CHANNELS)[None, :]
+def _tile(
+    FIRST: tl.constexpr,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    HEADS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    """Offsets of a token's values from head FIRST on, [HEADS, CHANNELS], and the mask of those that
+    exist.
+    """
+    heads, channels = FIRST + tl.arange(0, HEADS)[:, None], tl.arange(0, CHANNELS)[None, :]
     return heads * D + channels, (heads < H) & (channels < D)
 
 
@@ -246,6 +311,18 @@ def _token_constants(q: Tensor, weight: Tensor) -> dict[str, Any]:
     return {**constants, "HEADS": HEADS, "CHANNELS": CHANNELS, "num_warps": num_warps}
 
 
+def _piece_constants(q: Tensor, weight: Tensor) -> dict[str, Any]:
+    """Constants of the forward kernel. A token's heads are two pieces of powers of two, 12 = 8 + 4,
+    24 = 16 + 8, 40 = 32 + 8: in one of 16, 32 or 64 a quarter or more of the lanes would be idle.
+    """
+    constants = _token_constants(q, weight)
+    H, CHANNELS = constants["H"], constants["CHANNELS"]
+    head = 1 << H.bit_length() - 1
+    tail = triton.next_power_of_2(H - head) if head < H else 0
+    num_warps = min(triton.next_power_of_2(triton.cdiv(H * CHANNELS, 32 * PIECE_VALUES)), 16)
+    return {**constants, "HEADS": head, "TAIL": tail, "num_warps": num_warps}
+
+
 def _max_registers(q: Tensor, constants: dict[str, Any]) -> int:
     """Registers that a thread of the backward kernel may use.
 
@@ -297,7 +374,7 @@ def forward(
         with torch.cuda.device_of(q):
             _qk_norm_rope_fwd_kernel[(programs,)](
                 *(*operands, *weights, cos, sin, *outputs, *sizes, eps),
-                **_token_constants(q, q_weight),
+                **_piece_constants(q, q_weight),
             )
     return outputs
 
