@@ -10,6 +10,7 @@ from fastgrpo_kernels import dispatch, patch
 
 from fastgrpo.errors import UserError
 
+
 def fused_serves(device: torch.device) -> bool:
     """True where the fused operations are faster than diffusers' own: compiled for the device
     (Triton on a GPU, C++ on a CPU), not their reference in plain PyTorch.

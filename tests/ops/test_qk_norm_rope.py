@@ -25,6 +25,7 @@ EPS = 1e-6
 FP32, FP16 = torch.float32, torch.float16
 Check = Callable[[str, Tensor, Tensor, Tensor], None]
 
+
 def inputs(
     size: tuple[int, int, int, int, int],
     across: bool,
@@ -373,9 +374,7 @@ def test_batch_independence(
 @pytest.mark.parametrize(
     ("batch", "q_length", "k_length"), [(0, 3, 3), (2, 0, 0), (2, 0, 3), (2, 3, 0)]
 )
-def test_empty(
-    batch: int, q_length: int, k_length: int, norm_backend: str, device: str
-) -> None:
+def test_empty(batch: int, q_length: int, k_length: int, norm_backend: str, device: str) -> None:
     x = inputs((batch, q_length, k_length, 2, 4), True, None, torch.float32, device)
     q_out, k_out, dq, dk, dq_weight, dk_weight = run(ours, x)
     assert (q_out.shape, k_out.shape) == (dq.shape, dk.shape) == (x["q"].shape, x["k"].shape)

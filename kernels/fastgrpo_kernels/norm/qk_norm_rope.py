@@ -51,9 +51,7 @@ def _backward(
         for x, d in zip(saved, (dq_out, dk_out), strict=False)
     ]
     needs_weights = any(ctx.needs_input_grad[2:4])
-    dq, dk, *weights = call(
-        backend, "qk_norm_rope_backward", gradients, list(saved), needs_weights
-    )
+    dq, dk, *weights = call(backend, "qk_norm_rope_backward", gradients, list(saved), needs_weights)
     return dq, dk, *(weights if needs_weights else (None, None)), None, None, None
 
 
