@@ -206,7 +206,8 @@ def has_library() -> bool:
     return not _library_error
 
 
+_ORDERS = {"cuda": ("triton", "cuda", "reference"), "cpu": ("cpp", "reference")}
+
+
 def _order(tensor: object) -> tuple[str, ...]:
-    orders = {"cuda": ("triton", "cuda", "reference"), "cpu": ("cpp", "reference")}
-    device = tensor.device.type if isinstance(tensor, Tensor) else ""
-    return orders.get(device, ("reference",))
+    return _ORDERS.get(tensor.device.type if isinstance(tensor, Tensor) else "", ("reference",))

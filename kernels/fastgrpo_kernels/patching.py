@@ -77,6 +77,12 @@ def patch(transformer: nn.Module) -> None:
             attention.set_processor(fused(attend, processor._attention_backend))
 
 
+def _diffusers_module(module: nn.Module) -> Any:
+    """The file of diffusers that has the class of a module; FSDP2 puts its own above it."""
+    classes = type(module).__mro__
+    return sys.modules[next(c.__module__ for c in classes if c.__module__.startswith("diffusers."))]
+
+
 def _kind(module: nn.Module) -> str:
     """Name of the diffusers class that has a forward here; FSDP2 puts its own above it. Else ""."""
     known = (
@@ -230,6 +236,44 @@ class FusedHunyuanProcessor(FusedProcessor):
         return attn.to_out[1](attn.to_out[0](video)), attn.to_add_out(text)
 
 
+def _wan_transformer(
+    model: Any,
+    hidden_states: Tensor,
+    timestep: Tensor,
+    encoder_hidden_states: Tensor,
+    return_dict: bool = True,
+    **others: Any,
+) -> Any:
+    """WanTransformer3DModel.forward: latents [B, C, T, H, W], timesteps [B], text [B, L, D].
+
+    Any other argument goes through diffusers' own, over the same blocks.
+    """
+    if timestep.dim() != 1 or any(value is not None for value in others.values()):
+        rest = {"return_dict": return_dict, **others}
+        return type(model).forward(model, hidden_states, timestep, encoder_hidden_states, **rest)
+    sizes = [n // p for n, p in zip(hidden_states.shape[2:], model.config.patch_size, strict=True)]
+    rope, conv = model.rope(hidden_states), model.patch_embedding
+    if type(conv) is nn.Conv3d and set(conv.kernel_size) == {1}:  # each pixel a token
+        x = F.linear(hidden_states.flatten(2).transpose(1, 2), conv.weight.flatten(1), conv.bias)
+    else:
+        x = conv(hidden_states).flatten(2).transpose(1, 2).contiguous()
+    temb, projected, text, _ = model.condition_embedder(timestep, encoder_hidden_states, None)
+    projected = projected.unflatten(1, (6, -1))
+    checkpointed = torch.is_grad_enabled() and model.gradient_checkpointing
+    for block in model.blocks:
+        if checkpointed:
+            x = model._gradient_checkpointing_func(block, x, text, projected, rope)
+        else:
+            x = block(x, text, projected, rope)
+    shift, scale = (model.scale_shift_table + temb.unsqueeze(1)).chunk(2, dim=1)
+    x = model.proj_out(ln_modulate(x, scale, shift, eps=model.norm_out.eps))
+    x = x.reshape(len(x), *sizes, *model.config.patch_size, -1).permute(0, 7, 1, 4, 2, 5, 3, 6)
+    x = x.flatten(6, 7).flatten(4, 5).flatten(2, 3)
+    if not return_dict:
+        return (x,)
+    return _diffusers_module(model).Transformer2DModelOutput(sample=x)
+
+
 def _wan_block(
     block: Any,
     hidden_states: Tensor,
@@ -330,6 +374,7 @@ def _linear_gelu(linear: nn.Module, x: Tensor, gelu: Callable[[Tensor], Tensor])
 
 
 _FORWARDS: dict[str, Callable[..., Any]] = {
+    "WanTransformer3DModel": _wan_transformer,
     "WanTransformerBlock": _wan_block,
     "HunyuanVideoTransformerBlock": _hunyuan_block,
     "HunyuanVideoSingleTransformerBlock": _hunyuan_single_block,

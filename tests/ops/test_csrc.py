@@ -20,7 +20,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from fastgrpo_kernels import Transition, dispatch, gate_residual_ln_modulate, qk_norm_rope
+from fastgrpo_kernels import Transition, dispatch
 from fastgrpo_kernels.sde import reference
 from op_inputs import differentiate, same_bits
 from torch import Tensor
@@ -95,12 +95,8 @@ def test_unit(compiler: list[str], tmp_path: Path, sanitized: bool) -> None:
     """
     sources = ["unit/cpu.cpp", "unit/norms.cpp", "unit/numbers.cpp", "unit/main.cpp"]
     sources += ["cpu_plain.cpp", "cpu_avx2.cpp", "cpu_avx512.cpp"]
-    levels = {
-        "numbers.cpp": ("-O2",),
-        "cpu.cpp": ("-O1",),
-        "norms.cpp": ("-O1",),
-        "main.cpp": ("-O1",),
-    }
+    levels = {"numbers.cpp": ("-O2",)}
+    levels |= dict.fromkeys(("cpu.cpp", "norms.cpp", "main.cpp"), ("-O1",))
     if sanitized:
         sources.append("unit/gpu.cpp")
     objects = {source: str(tmp_path / source.replace("/", "_")) + ".o" for source in sources}
@@ -236,90 +232,6 @@ def test_schemas(ops: torch._ops._OpNamespace) -> None:
         for device, there in (("CPU", True), ("CUDA", has_cuda)):
             registered = torch._C._dispatch_has_kernel_for_dispatch_key(f"fastgrpo::{name}", device)
             assert registered == there
-
-
-@pytest.mark.parametrize("name", ["gate_residual_ln_modulate", "qk_norm_rope"])
-def test_norms_have_the_schemas_of_triton(ops: torch._ops._OpNamespace, name: str) -> None:
-    """One fake and one backward serve both. They are there for the CPU only."""
-    pytest.importorskip("triton")
-    for each in (name, f"{name}_backward"):
-        ours, theirs = (
-            str(getattr(namespace, each).default._schema).partition("::")[2]
-            for namespace in (ops, torch.ops.fastgrpo_kernels)
-        )
-        assert ours == theirs
-        for device, there in (("CPU", True), ("CUDA", False)):
-            registered = torch._C._dispatch_has_kernel_for_dispatch_key(f"fastgrpo::{each}", device)
-            assert registered == there
-
-
-def norm_results(leaves: list[Tensor], rest: list[Tensor]) -> list[Tensor]:
-    """Results and gradients of both ops, in parts of many tokens."""
-    x, y, modulation, q, weight = leaves
-    gate, scale, shift = modulation.chunk(3, dim=1)
-    residual, modulated = gate_residual_ln_modulate(x, y, gate, scale, shift, backend="cpp")
-    turned = qk_norm_rope(
-        q, q[:, :170], weight, weight, rest[0].cos(), rest[0].sin(), backend="cpp"
-    )
-    outputs = [residual, modulated, *turned]
-    gradients = torch.autograd.grad([(out.float() ** 2).sum() for out in outputs], leaves)
-    return [*outputs, *gradients]
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_threads_change_no_norm(ops: torch._ops._OpNamespace, dtype: torch.dtype) -> None:
-    """More tokens than a part of a sum holds, on one thread and on several; each sample as alone,
-    but for the weights, which are summed over the batch.
-    """
-    draw = torch.Generator().manual_seed(3)
-    shapes = [(2, 333, 192), (2, 333, 192), (2, 3, 192), (2, 333, 3, 64), (192,)]
-    leaves = [torch.randn(shape, generator=draw).to(dtype).requires_grad_() for shape in shapes]
-    rest = [torch.randn(150, 32, generator=draw)]
-    before, made = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            made.append(norm_results(leaves, rest))
-    finally:
-        torch.set_num_threads(before)
-    assert all(same_bits(made[0], other) for other in made[1:])
-    alone = norm_results(
-        [leaf.detach()[1:].requires_grad_() for leaf in leaves[:4]] + leaves[4:], rest
-    )
-    assert same_bits(alone[:-1], [value[1:] for value in made[0][:-1]])
-
-
-def test_refusals_of_norms(ops: torch._ops._OpNamespace) -> None:
-    """Called directly, they raise rather than read out of bounds."""
-    x, row, q = torch.zeros(2, 3, 8), torch.zeros(2, 1, 8), torch.zeros(2, 3, 2, 4)
-    weight, table, rstd = torch.ones(8), torch.zeros(3, 2), torch.zeros(2, 3, 1)
-    forward, backward = ops.gate_residual_ln_modulate, ops.gate_residual_ln_modulate_backward
-    turn, turn_back = ops.qk_norm_rope, ops.qk_norm_rope_backward
-    statistics, saved = torch.zeros(2, 3, 2), [q, q, weight, weight, table, table, rstd, rstd]
-    for call, words in (
-        (lambda: forward(x, x[:1], row, row, row, 0.0), "y: expected another shape"),
-        (lambda: forward(x, x, row[:, :, 1:], row, row, 0.0), "gate: expected another shape"),
-        (lambda: forward(x, x, row.half(), row, row, 0.0), "gate: expected the dtype of the other"),
-        (lambda: forward(x, x, row, row, None, 0.0), "expected a gate with y and a scale with"),
-        (lambda: forward(x.double(), x, None, row, row, 0.0), "x: expected float32, bfloat16"),
-        (lambda: forward(x, None, None, None, None, 0.0), "y, scale: expected at least one"),
-        (lambda: backward(x, None, None, None, x, None, None, [True, False]), "needed: expected"),
-        (lambda: backward(None, x, x, None, x, row, row, [True, True]), "residual, statistics"),
-        (lambda: backward(None, x, x, rstd, x, row, row, [True, True]), "statistics: expected 12"),
-        (lambda: backward(None, x, x[:1], statistics, x, row, row, [True, True]), "residual: exp"),
-        (lambda: turn(q, q, weight[:5], weight, None, None, 0.0), "weight: expected 8 or 4"),
-        (
-            lambda: turn(q, q[:, :2], weight, weight, table, table, 0.0),
-            "cos, sin: expected at most",
-        ),
-        (lambda: turn(q, q, weight, weight, table, None, 0.0), "cos, sin: expected both"),
-        (lambda: turn(q, q, weight, weight, table, table[:2], 0.0), "cos, sin: expected 6 elem"),
-        (lambda: turn_back([q, q[:1]], saved, True), "gradients: expected another shape"),
-        (lambda: turn_back([q, q], [*saved[:7], rstd[:1]], True), "rstd: expected 6 elements"),
-        (lambda: turn_back([q], saved, True), "gradients, saved: expected 2 and 8"),
-    ):
-        with pytest.raises(RuntimeError, match=words):
-            call()
 
 
 def batch(

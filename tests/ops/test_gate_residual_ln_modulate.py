@@ -185,16 +185,6 @@ def test_forward_and_gradients_against_float64(
     assert_as_exact(op, tensors(layout, (2, 5, C), device, dtypes), as_exact_as_eager)
 
 
-def test_float64_beside_fp32_tokens(op: Op, norm_backend: str, device: str) -> None:
-    """A float64 y, gate, scale or shift is read as fp32, and gets a float64 gradient."""
-    given = tensors("wan", (2, 5, 48), device, (FP32, FP32, FP32))
-    wide = {n: v.double() if n in ("y", "gate", "scale", "shift") else v for n, v in given.items()}
-    expected = results(op.function, op, given)
-    for name, value in results(op.function, op, wide).items():
-        torch.testing.assert_close(value, expected[name].to(value.dtype), rtol=1e-6, atol=1e-6)
-        assert value.dtype == wide.get(name.removeprefix("d"), given["x"]).dtype
-
-
 @pytest.mark.parametrize("max_parts", [1, 2])
 def test_a_part_of_many_rows(
     max_parts: int,

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.overrides import TorchFunctionMode
 
-from fastgrpo.policies.fused import fused_serves
+from fastgrpo.policies.fused import fuse, fused_serves
 from fastgrpo.policies.hunyuan_video import HunyuanVideoPolicy
 from fastgrpo.policies.lora import LoRA
 from fastgrpo.policies.wan import WanPolicy
@@ -321,7 +321,7 @@ def test_every_block_runs_the_operations_and_the_tables_are_made_once(
     with torch.no_grad():
         policy.velocity(*inputs(policy))
     wan = isinstance(policy, WanPolicy)
-    expected = {"wan": (2, 2, 4, 4), "hunyuan_video": (6, 6, 4, 6)}[
+    expected = {"wan": (3, 2, 4, 4), "hunyuan_video": (6, 6, 4, 6)}[
         "wan" if wan else "hunyuan_video"
     ]
     assert {name: calls.count(name) for name in operations} == dict(
@@ -473,6 +473,17 @@ def test_a_policy_names_its_key(wan_folder: Path) -> None:
     policy = WanPolicy(str(wan_folder), fused=True)
     with pytest.raises(ValueError, match=r"policy.fused: .* got Linear; set it to false"):
         policy.use(nn.Linear(2, 2), nn.Linear(2, 2), CPU)
+
+
+def test_fuse_on_a_device_without_weights(wan_folder: Path, recwarn: Any) -> None:
+    """`plan` asks for it on the meta device, where nothing can be slow."""
+    transformer = WanTransformer3DModel.from_pretrained(wan_folder, subfolder="transformer")
+    meta = torch.device("meta")
+    assert not fuse(transformer, "auto", meta)
+    assert not any("forward" in vars(module) for module in transformer.modules())
+    assert fuse(transformer, True, meta)
+    assert "forward" in vars(transformer.blocks[0])
+    assert not recwarn.list
 
 
 def test_diffusers_is_not_imported() -> None:
