@@ -29,11 +29,11 @@ from fastgrpo.config import TrainConfig, UpdateConfig
 from fastgrpo.planning import memory
 from fastgrpo.policies.fused import fused_serves
 from fastgrpo.training.loop import compute_dtype
+from fastgrpo.training.optimizer import make_optimizer
 from fastgrpo.training.rollout import sample_videos, start_rollout
 from fastgrpo.training.trajectory import Rollout, branch_velocity
 from fastgrpo.training.update import (
     TrainedTransition,
-    make_optimizer,
     micro_batch,
     trained_rows,
     trained_steps,

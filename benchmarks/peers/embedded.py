@@ -25,11 +25,12 @@ from fastgrpo.config import TrainConfig
 from fastgrpo.distributed import collectives, sharding
 from fastgrpo.shapes.policy import SHIPPED_CHECKPOINT, frame_positions
 from fastgrpo.training.loop import compute_dtype
+from fastgrpo.training.optimizer import make_optimizer
 from fastgrpo.training.prompts import read_prompts
 from fastgrpo.training.recipe_parser import parse_config
 from fastgrpo.training.rollout import sample_videos, start_rollout
 from fastgrpo.training.trajectory import Rollout
-from fastgrpo.training.update import make_optimizer, update
+from fastgrpo.training.update import update
 
 RECIPE = "fastgrpo/recipes/shapes.yaml"
 

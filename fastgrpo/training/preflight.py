@@ -11,9 +11,9 @@ from fastgrpo.distributed import collectives, sharding
 from fastgrpo.errors import require
 from fastgrpo.interfaces import Policy, RewardModel
 from fastgrpo.planning.memory import check_fits
+from fastgrpo.training.optimizer import import_fused_adam
 from fastgrpo.training.prompts import read_prompts
 from fastgrpo.training.tracking import check_trackers
-from fastgrpo.training.update import import_fused_adam
 
 
 def check_config(config: TrainConfig) -> tuple[list[str], list[str]]:

@@ -43,10 +43,11 @@ from fastgrpo.training.metrics import (
     reward_metrics,
     update_metrics,
 )
+from fastgrpo.training.optimizer import make_optimizer
 from fastgrpo.training.prompts import draw_prompts
 from fastgrpo.training.rollout import sample_videos, start_rollout
 from fastgrpo.training.trajectory import Group
-from fastgrpo.training.update import UpdateStatistics, make_optimizer, update
+from fastgrpo.training.update import UpdateStatistics, update
 from fastgrpo.training.weights import WITHOUT_ADAPTERS, average_weights, copy_weights
 
 POLL = 1.0

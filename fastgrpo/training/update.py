@@ -7,11 +7,11 @@ import random
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from fastgrpo_kernels import Transition, branch_gradient, gaussian_kl, grpo_loss, guided_velocity
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastgrpo.algorithm.seeds import derive_seed
 from fastgrpo.config import UpdateConfig
@@ -23,7 +23,6 @@ from fastgrpo.distributed.collectives import (
     world_size,
 )
 from fastgrpo.distributed.sharding import reduce_gradients_if
-from fastgrpo.errors import UserError
 from fastgrpo.interfaces import Policy
 from fastgrpo.training.trajectory import (
     Rollout,
@@ -126,36 +125,6 @@ class UpdateStatistics:
     def on_policy(self) -> bool:
         """Whether no optimizer step was made yet, so that the weights are those of the rollout."""
         return all(self.skipped)
-
-
-def make_optimizer(parameters: list[nn.Parameter], cfg: UpdateConfig) -> torch.optim.Optimizer:
-    """torch's fused AdamW, or NVIDIA apex's FusedAdam for `optimizer: apex_fused_adam`.
-
-    Raises:
-        UserError: NVIDIA apex is not installed.
-    """
-    options = {"lr": cfg.learning_rate, "betas": cfg.betas, "weight_decay": cfg.weight_decay}
-    if cfg.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, fused=True, **options)  # type: ignore[arg-type]
-    optimizer: torch.optim.Optimizer = import_fused_adam()(parameters, adam_w_mode=True, **options)
-    return optimizer
-
-
-def import_fused_adam() -> Any:
-    """NVIDIA apex's FusedAdam (PyPI's package of that name is something else).
-
-    Raises:
-        UserError: NVIDIA apex is not installed.
-    """
-    try:
-        from apex.optimizers import FusedAdam
-    except ImportError as error:
-        raise UserError(
-            "update.optimizer: apex_fused_adam needs NVIDIA apex, built from NVIDIA's source with "
-            f"its CUDA extensions; the `apex` on PyPI is another package ({error}). Use adamw, "
-            "torch's own fused optimizer"
-        ) from error
-    return FusedAdam
 
 
 def trained_steps(rollout: Rollout, sample_index: int, fraction: float, seed: int) -> list[int]:
