@@ -275,7 +275,7 @@ def touch(device: str) -> int:
     sys.path.insert(0, str(ROOT / "kernels"))
     from fastgrpo_kernels import dispatch
 
-    from benchmarks.common.cases import cases
+    from benchmarks.common.cases import cases, probe
     from benchmarks.ops import draw_on
 
     failures, calls = 0, 0
@@ -283,7 +283,7 @@ def touch(device: str) -> int:
         for backend in dispatch.BACKENDS:
             inputs = case.make(draw_on(torch.device(device), 0))
             if backend == "reference" or dispatch.unsupported_reason(
-                backend, case.op, inputs["latents" if "latents" in inputs else "x"]
+                backend, case.op, probe(inputs)
             ):
                 continue
             calls += 1

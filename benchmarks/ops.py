@@ -41,7 +41,7 @@ sys.path.insert(0, str(ROOT / "kernels"))  # where the package is not installed
 from fastgrpo_kernels import dispatch
 
 from benchmarks.common import rows, timing
-from benchmarks.common.cases import SIZES, Case, Draw, Outputs, cases
+from benchmarks.common.cases import SIZES, Case, Draw, Outputs, cases, probe
 from benchmarks.common.peers import Inputs
 from benchmarks.common.rows import Measurement, number
 
@@ -212,9 +212,8 @@ def measure_case(
     """
     inputs = [case.make(draw_on(device, seed)) for seed in range(_sets(case, device))]
     computes: dict[str, Compute] = {}
-    probe = inputs[0]["latents" if "latents" in inputs[0] else "x"]
     for backend in BACKENDS[device.type]:
-        if dispatch.unsupported_reason(backend, case.op, probe):
+        if dispatch.unsupported_reason(backend, case.op, probe(inputs[0])):
             continue
         if backend != "reference" and backend not in shown:
             print(f"{case.op} {case.size}: no test of the backend {backend} ran: no number")

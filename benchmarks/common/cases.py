@@ -213,6 +213,11 @@ def _token_cases(name: str, size: Size) -> list[Case]:
     ]
 
 
+def probe(inputs: Inputs) -> Tensor:
+    """The input whose device and dtype choose the backend."""
+    return next(inputs[name] for name in ("latents", "x", "hidden") if name in inputs)
+
+
 @cache
 def _maker(inputs: Callable[[Size, Draw], Inputs], size: Size) -> Callable[[Draw], Inputs]:
     """Of the inputs that all operations of a size share: the same object for each of them."""

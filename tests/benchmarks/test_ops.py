@@ -27,6 +27,7 @@ READ = {
     "gate_residual": ("x", "y"),
     "gate_residual_ln_modulate": ("x", "y"),
     "qk_norm_rope": ("q", "k", "cos", "sin"),
+    "bias_gelu": ("hidden",),
 }
 """Large inputs of the forward pass; a backward pass reads these too, and what arrives."""
 
@@ -46,7 +47,7 @@ def test_counted_bytes_are_those_of_the_tensors(size: str) -> None:
         read = sum(inputs[name].nbytes for name in READ[case.op] if name in inputs)
         assert case.bytes["forward"] == read + written, case.op
         if case.wrt:
-            small = 10 * inputs["scale"].numel() if "scale" in inputs else 1
+            small = 10 * inputs[next((n for n in ("scale", "bias") if n in inputs), "a")].numel()
             large = {name: inputs[name].nbytes for name in case.wrt if inputs[name].numel() > small}
             if case.op == "gate_residual":  # x's gradient is the arriving one, and x is not read
                 read -= large.pop("x")
@@ -186,7 +187,7 @@ def test_other_peers_get_a_number_if_they_compute_the_operation(
     assert "gate_residual tiny: wrong: no number: AssertionError" in out
     assert "gate_residual tiny: fails: no number: ZeroDivisionError" in out
     rows_of = {(row["direction"], row["implementation"]): row for row in read("cpu_ops.csv")}
-    assert {name for _, name in rows_of} == {"reference", "eager", "right", "ahead"}
+    assert {name for _, name in rows_of} == {"cpp", "reference", "eager", "right", "ahead"}
     assert ("backward", "ahead") not in rows_of
     ours = rows_of["forward", "reference"]
     expected = float(rows_of["forward", "right"]["us"]) / float(ours["us"])
