@@ -171,7 +171,7 @@ def large_wan(wan_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 def test_only_rank_0_reads_the_weights_and_all_have_them(large_wan: Path, run_ranks: Any) -> None:
     """Also a LoRA's random part."""
     body = """
-WanPolicy(folder).load(device)  # a first time, for what it imports
+WanPolicy(folder, lora=LoRA(rank=4)).load(device)  # a first time, for what it imports
 policy, before = WanPolicy(folder, lora=LoRA(rank=4)), private()
 policy.load(device)
 grown = private() - before
