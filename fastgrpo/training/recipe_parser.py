@@ -13,7 +13,7 @@ import jsonargparse
 import yaml
 
 from fastgrpo.config import TrainConfig
-from fastgrpo.errors import fail, require
+from fastgrpo.errors import fail, one_line, require
 from fastgrpo.files import PACKAGED
 
 RENAMED = {
@@ -76,7 +76,7 @@ def parse_config(
         config = TrainConfig(**{f.name: values[f.name] for f in fields(TrainConfig)})
     except (jsonargparse.ArgumentError, ValueError, TypeError, OSError) as error:
         hint = f"; write {OPTIMIZER_STEPS}" * (f"--{ACCUMULATION}" in str(error))
-        fail(_name_base_class(str(error)) + hint)
+        fail(_name_base_class(one_line(error)) + hint)
     for key in ("config", "options"):
         namespace.pop(key, None)
     namespace["resume"] = "never"  # how this start was asked for is no part of what the run is

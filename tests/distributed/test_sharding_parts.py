@@ -136,7 +136,7 @@ def test_place_copies_what_lies_at_an_odd_address() -> None:
 
 
 LOADING = """
-import json, re, sys
+import gc, json, re, sys
 import torch
 from fastgrpo.config import ParallelConfig, RuntimeConfig
 from fastgrpo.distributed import collectives, sharding
@@ -172,6 +172,7 @@ def test_only_rank_0_reads_the_weights_and_all_have_them(large_wan: Path, run_ra
     """Also a LoRA's random part."""
     body = """
 WanPolicy(folder, lora=LoRA(rank=4)).load(device)  # a first time, for what it imports
+gc.collect()  # a fork owns the pages that a collection has written to
 policy, before = WanPolicy(folder, lora=LoRA(rank=4)), private()
 policy.load(device)
 grown = private() - before

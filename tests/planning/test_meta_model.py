@@ -58,8 +58,9 @@ def test_attention_keeps_no_scores_and_its_backward_computes_them_again() -> Non
     assert meta_model.measure(attend, [q, k], backward=False).work < cost.work
 
 
-def test_what_a_network_keeps_is_what_saved_tensors_hooks_see() -> None:
-    policy, conditioning = meta_model.load_meta(ShapesPolicy())
+@pytest.mark.parametrize("fused", [True, False])
+def test_what_a_network_keeps_is_what_saved_tensors_hooks_see(fused: bool) -> None:
+    policy, conditioning = meta_model.load_meta(ShapesPolicy(fused=fused))
     latents = torch.empty(4, 96, 8, 1, 1, device=META)
     cost = meta_model.velocity_cost(
         policy, conditioning, latents, torch.float32, activations="none", gathered=False
@@ -78,11 +79,9 @@ def test_what_a_network_keeps_is_what_saved_tensors_hooks_see() -> None:
     conditions = {
         name: tensor.expand(4, *tensor.shape[1:]) for name, tensor in conditioning.items()
     }
-    with (
-        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
-        meta_model._AttentionWithoutScores(),
-    ):
-        output = policy.velocity(latents, latents.new_empty(4), conditions)
+    velocity = meta_model._as_on_a_gpu(policy.velocity, torch.float32)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = velocity(latents, latents.new_empty(4), conditions)
     kept = sum(storage.nbytes() for storage in saved.values()) + output.untyped_storage().nbytes()
     assert cost.kept == pytest.approx(
         kept, rel=0.02
