@@ -43,7 +43,8 @@ def strided(value: Tensor | None) -> tuple[Tensor | None, int, int]:
 
 
 def modulations(x: Tensor, given: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Gate, scale and shift as views of one dtype: [B, 1, C], or [B, L, C] if one is per token.
+    """Gate, scale and shift as views of one dtype of at most 32 bits: [B, 1, C], or [B, L, C] if
+    one is per token.
 
     Autograd sums over what is expanded here. It does so in fp32: 16-bit values are widened first.
     """
@@ -57,9 +58,13 @@ def modulations(x: Tensor, given: dict[str, Tensor]) -> dict[str, Tensor]:
         value.requires_grad and value.element_size() == 2 and value.numel() < size
         for value in given.values()
     )
-    if summed or len({value.dtype for value in given.values()}) > 1:
+    dtypes = {value.dtype for value in given.values()}
+    if summed or len(dtypes) > 1 or torch.float64 in dtypes:
         views = {name: checks.modulation(name, value.float(), x) for name, value in given.items()}
-    return {name: view.expand(-1, tokens, -1) for name, view in views.items()}
+    return {
+        name: view if view.shape[1] == tokens else view.expand(-1, tokens, -1)
+        for name, view in views.items()
+    }
 
 
 def _is_row(value: Any, shape: tuple[int, ...], x: Tensor) -> bool:
