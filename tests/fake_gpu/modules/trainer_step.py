@@ -45,6 +45,7 @@ SMALL = {
     # Two optimizer steps: the second is off-policy.
     "update.optimizer_steps": 2,
     "evaluation.num_generations": 1,
+    "parallel.replicas": 1,  # the recipes' two nodes are not here
     # The judge holds one video while the next is sampled and decoded.
     "scoring.max_pending": 1,
 }
