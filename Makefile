@@ -2,8 +2,12 @@
 # missing.
 PYTHON ?= python3
 BIN := .venv/bin
-NPROC ?= 1
-RECIPE ?= fastgrpo/recipes/shapes.yaml
+EMBEDDED := fastgrpo/recipes/shapes.yaml
+RECIPE ?= $(EMBEDDED)
+# The embedded world takes two CPU cores where there are two and no GPU. (nproc counts threads of OpenMP where it is told of them.)
+CORES = $(shell OMP_NUM_THREADS= nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 1)
+ON_CPU = $(shell command -v nvidia-smi >/dev/null || echo yes)
+NPROC ?= $(if $(and $(filter $(EMBEDDED),$(RECIPE)),$(filter-out 1,$(CORES)),$(ON_CPU)),2,1)
 ARGS ?=
 DALI ?= nvidia-dali-cuda130
 # Two processes that spin on two cores are 10 to 40 times slower than two that wait.

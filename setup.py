@@ -29,7 +29,10 @@ from setuptools.command.build_ext import build_ext
 
 CSRC = Path(__file__).resolve().parent / "csrc"
 LEVELS = ("cuda", "cpu", "none")
-CPU_SOURCES = ("bindings.cpp", "ops_cpu.cpp", "cpu_plain.cpp", "cpu_avx2.cpp", "cpu_avx512.cpp")
+CPU_SOURCES = (
+    *("bindings.cpp", "ops_cpu.cpp", "ops_norm_cpu.cpp"),
+    *("cpu_plain.cpp", "cpu_avx2.cpp", "cpu_avx512.cpp"),
+)
 # The slowest first.
 CUDA_SOURCES = ("sde_log_prob.cu", "sde_step.cu", "grpo_loss.cu", "device.cu", "ops_cuda.cpp")
 # No implicit fused multiply-add: the bits are those of reference.py. The last two let g++

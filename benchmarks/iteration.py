@@ -79,7 +79,7 @@ from fastgrpo.planning import memory
 from fastgrpo.training.decode import decode
 from fastgrpo.training.loop import compute_dtype
 from fastgrpo.training.trajectory import branch_velocity
-from fastgrpo.training.update import TrainedTransition, backpropagate
+from fastgrpo.training.update import TrainedTransition, backpropagate, trained_rows
 
 PARTS = ("g0", "forward", "train", "decode", "iteration")
 NEEDED = {
@@ -117,7 +117,7 @@ def benchmark_model(bench: Bench, name: str) -> None:
     if "forward" not in bench.options.parts:
         return
     rollout = sampled(bench, policy)
-    at = rollout.latents[:1, 0], torch.tensor([0]), torch.tensor([0])
+    at = rollout.latents[:1, 0], rollout.index([0], [0])
     call = torch.no_grad()(lambda: branch_velocity(policy, rollout, *at, conditional=True))
     usage, (whole, part) = median(call, bench.device, bench.options.repeats), bench.flop(None)
     add(
@@ -150,9 +150,9 @@ def train_unit(bench: Bench, name: str, activations: str) -> None:
     )
     rollout, cfg = sampled(bench, policy), dataclasses.replace(bench.config.update, clip_range=OPEN)
     kept = with_optimizer(policy, cfg) if optimizer else None  # for the memory that it takes
-    pair = TrainedTransition(0, rollout.num_steps // 2, 1.0)
+    (rows,) = trained_rows(rollout, [TrainedTransition(0, rollout.num_steps // 2, 1.0)])
     usage = median(
-        lambda: backpropagate(policy, rollout, [pair], cfg, None, scale=1.0, on_policy=True),
+        lambda: backpropagate(policy, rollout, rows, cfg, None, scale=1.0, on_policy=True),
         bench.device,
         bench.options.repeats,
     )

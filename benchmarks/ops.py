@@ -4,12 +4,17 @@ backward.
     python benchmarks/ops.py                          # this GPU, or a CPU at small sizes
     python benchmarks/ops.py --device cpu --compile   # Inductor as a second peer on a CPU too
     python benchmarks/ops.py --ops ln_modulate --sizes wan_1.3b_480p
+    python benchmarks/ops.py --dancegrpo PATH --flow_grpo PATH --flow_factory PATH --unirl PATH
 
 Prints microseconds, GB/s (the fewest bytes that must move, over the time), that as a share of the
 copy bandwidth measured in the same run, and the ratio to the eager peer (common/peers.py) and to
-torch.compile of it, with goals G7 and G8 beside them on an H100 or an H200. An operation whose
-tests are red gets no number (common/verdicts.py). Rows go to benchmarks/data/<GPU or cpu>_ops.csv
-with device, versions and commit.
+torch.compile of it, with goals G7 and G8 beside them on an H100 or an H200, C3 on a CPU. The fourth
+line has the other trainers' own functions too, from checkouts that it names (docs/performance.md
+has the commits; peers/operations.py says what is restated); on a GPU the kernels of SGLang,
+FlashInfer and QuACK are peers where they are installed. A peer that fails, or that computes
+something else, gets no number, and neither does an operation whose tests are red
+(common/verdicts.py). Rows go to benchmarks/data/<GPU or cpu>_ops.csv with device, versions and
+commit.
 """
 
 from __future__ import annotations
@@ -23,7 +28,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -36,7 +41,7 @@ sys.path.insert(0, str(ROOT / "kernels"))  # where the package is not installed
 from fastgrpo_kernels import dispatch
 
 from benchmarks.common import rows, timing
-from benchmarks.common.cases import SIZES, Case, Draw, Outputs, cases
+from benchmarks.common.cases import SIZES, Case, Draw, Outputs, cases, probe
 from benchmarks.common.peers import Inputs
 from benchmarks.common.rows import Measurement, number
 
@@ -49,6 +54,9 @@ BACKENDS = {"cuda": ("triton", "cuda"), "cpu": ("cpp", "reference")}
 SDE_OPS = ("sde_step", "sde_log_prob", "clipped_ratio_loss", "grpo_loss", "branch_gradient")
 """Held against G8; the others, the transformer's pointwise work, against G7."""
 PEERS = ("eager", "compile")
+TRAINERS = ("dancegrpo", "flow_grpo", "flow_factory", "unirl")
+FASTEST_PEERS = ("sglang", "flashinfer")
+"""Of the libraries, those with the whole operation: G7 asks to be no slower."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +70,7 @@ class OpMeasurement(Measurement):
     direction: str
     """"forward", "backward" or "forward+backward"."""
     implementation: str
-    """A backend of fastgrpo_kernels, or a peer: "eager", "compile" (Inductor)."""
+    """A backend of fastgrpo_kernels, or a peer: "eager", "compile" (Inductor), a project's name."""
     dtype: str
     us: float
     host_us: float
@@ -74,6 +82,8 @@ class OpMeasurement(Measurement):
     speedup_eager: float | None
     """Time of the peer over this time: above 1 is faster than the peer."""
     speedup_compile: float | None
+    peers: str
+    """Time of each other peer over this time, such as "dancegrpo 1.83, unirl 2.10"."""
     log_prob_error: float | None
     """Largest distance from the float64 reference, for operations that return log-probabilities."""
 
@@ -89,16 +99,29 @@ COLUMNS: list[rows.Column] = [
     ("% copy", ">8", lambda row: number(row.copy_percent, 1)),
     ("×eager", ">8", lambda row: number(row.speedup_eager, 2)),
     ("×compile", ">9", lambda row: number(row.speedup_compile, 2)),
-    ("goals", "", lambda row: row.goals),
+    ("peers, goals", "", lambda row: "; ".join(filter(None, [row.peers, row.goals]))),
 ]
 
 
 def goals(row: OpMeasurement) -> str:
-    """Goals G7 and G8 of docs/performance.md that this row is held against."""
-    if row.implementation in (*PEERS, "reference") or not rows.has_goals(row.device):
+    """Goals G7, G8 and C3 of docs/performance.md that this row is held against."""
+    if row.implementation not in ("triton", "cuda", "cpp"):
         return ""
     asked: list[tuple[str, bool]] = []
+    others = {
+        name: float(ratio) for name, ratio in map(str.split, filter(None, row.peers.split(", ")))
+    }
+    if row.implementation == "cpp":
+        asked = [(f"C3 {name} 2x", ratio >= 2.0) for name, ratio in others.items()]
+        if row.speedup_compile is not None:
+            asked.append(("C3 compile 1x", row.speedup_compile >= 1.0))
+        return rows.met(asked)
+    if not rows.has_goals(row.device):
+        return ""
     if row.op not in SDE_OPS:
+        asked += [
+            (f"G7 {name} 1x", others[name] >= 1.0) for name in FASTEST_PEERS if name in others
+        ]
         asked.append(("G7 copy 85 %", row.copy_percent >= 85.0))
         if row.speedup_eager is not None:
             asked.append(("G7 eager 5x", row.speedup_eager >= 5.0))
@@ -121,6 +144,7 @@ def main(arguments: Sequence[str] | None = None, tests: Path = ROOT / "tests" / 
     chosen = _parse(arguments)
     device = torch.device(chosen.device)
     started, bandwidth = time.monotonic(), timing.copy_bandwidth(device)
+    others = _other_peers(chosen, device)
     about = rows.provenance(device)
     chosen_cases = [
         case
@@ -136,6 +160,7 @@ def main(arguments: Sequence[str] | None = None, tests: Path = ROOT / "tests" / 
     print("  ".join(f"{name} {value}" for name, value in about.items()))
     print(f"copy {bandwidth:.1f} GB/s, bytes read and written\n")
     found: list[OpMeasurement] = []
+    path = rows.csv_path(chosen.csv, device, "ops")
     trouble = _report_red(chosen_cases, verdicts)
     for case in chosen_cases:
         label = f"{case.op} {case.size}"
@@ -146,7 +171,12 @@ def main(arguments: Sequence[str] | None = None, tests: Path = ROOT / "tests" / 
             continue
         try:
             of_case = measure_case(
-                case, device, verdicts[case.tests].backends, chosen.compile, chosen.seconds
+                case,
+                device,
+                verdicts[case.tests].backends,
+                chosen.compile,
+                chosen.seconds,
+                [peer for peer in others if peer.op == case.op],
             )
         # one operation that fails must not cost the figures of the others; the exit code tells
         except Exception as error:
@@ -156,20 +186,25 @@ def main(arguments: Sequence[str] | None = None, tests: Path = ROOT / "tests" / 
         measured = [_row(case, *one, bandwidth, about) for one in of_case]
         print(rows.table(measured, COLUMNS, head=not found), flush=True)
         found += measured
+        rows.write_csv(path, found)  # what is ended at a limit leaves what it had
     if found:
-        path = rows.csv_path(chosen.csv, device, "ops")
-        rows.write_csv(path, found)
         print(f"\n{path}")
     return 1 if trouble else 0
 
 
 def measure_case(
-    case: Case, device: torch.device, shown: Sequence[str], compile_peer: bool, seconds: float
+    case: Case,
+    device: torch.device,
+    shown: Sequence[str],
+    compile_peer: bool,
+    seconds: float,
+    others: Sequence[Any] = (),
 ) -> list[tuple[str, str, dict[str, timing.Timing], float | None]]:
     """Time one operation at one size: each backend that can serve it, and the peers.
 
     Args:
         shown: backends that the operation's tests have shown; another gets no number.
+        others: peers.operations.PeerOperation of this operation.
 
     Returns:
         Direction, implementation, the timings of all implementations in that direction, and the
@@ -177,9 +212,8 @@ def measure_case(
     """
     inputs = [case.make(draw_on(device, seed)) for seed in range(_sets(case, device))]
     computes: dict[str, Compute] = {}
-    probe = inputs[0]["latents" if "latents" in inputs[0] else "x"]
     for backend in BACKENDS[device.type]:
-        if dispatch.unsupported_reason(backend, case.op, probe):
+        if dispatch.unsupported_reason(backend, case.op, probe(inputs[0])):
             continue
         if backend != "reference" and backend not in shown:
             print(f"{case.op} {case.size}: no test of the backend {backend} ran: no number")
@@ -189,19 +223,51 @@ def measure_case(
     if compile_peer:
         torch._dynamo.reset()
         computes["compile"] = torch.compile(case.eager, fullgraph=True, dynamic=False)
+    computes |= {peer.name: peer.compute for peer in others if _works(case, peer, inputs[0])}
+    lacking = {(peer.name, d) for peer in others for d in {*case.bytes} - {*peer.directions}}
     found = []
     for direction in case.bytes:
         timings = {
             name: time_direction(case, compute, inputs, direction, device, seconds)
             for name, compute in computes.items()
+            if (name, direction) not in lacking
         }
         for name in timings:
-            has_error = direction == "forward" and name not in PEERS
+            has_error = direction == "forward" and name in BACKENDS[device.type]
             error = _log_prob_error(case, computes[name], inputs[0]) if has_error else None
             found.append((direction, name, timings, error))
     del inputs, computes
     gc.collect()
     return found
+
+
+def _other_peers(chosen: argparse.Namespace, device: torch.device) -> list[Any]:
+    """Those of the checkouts that are named, and on a GPU those of libraries."""
+    roots = {name: getattr(chosen, name) for name in TRAINERS}
+    if device.type != "cuda" and not any(roots.values()):
+        return []
+    # They need diffusers, which a machine that has only the kernels lacks.
+    from benchmarks.peers import operations
+
+    libraries = operations.of_libraries() if device.type == "cuda" else []
+    return [*operations.of_checkouts(roots), *libraries]
+
+
+def _works(case: Case, peer: Any, inputs: Inputs) -> bool:
+    """Whether a peer computes finite values, and of a whole operation those of the eager peer."""
+    try:
+        with torch.no_grad():
+            got, expected = peer.compute(inputs), case.eager(inputs)
+            if not all(tensor.isfinite().all() for tensor in got):
+                raise ValueError("expected finite values, got others")
+            for one, other in zip(got, expected, strict=True) if peer.is_whole else ():
+                torch.testing.assert_close(one.float(), other.float(), rtol=2e-2, atol=6e-2)
+    # one peer that fails must not cost the figures of the others
+    except Exception as error:
+        reason = str(error).strip().splitlines()[:1]
+        print(f"{case.op} {case.size}: {peer.name}: no number: {type(error).__name__}: {reason}")
+        return False
+    return True
 
 
 def _row(
@@ -217,6 +283,10 @@ def _row(
     eager, compiled = (
         timings[peer].us / taken.us if peer in timings and peer != name else None for peer in PEERS
     )
+    known = {*PEERS, *(backend for names in BACKENDS.values() for backend in names)}
+    others = [
+        f"{other} {t.us / taken.us:.2f}" for other, t in timings.items() if other not in known
+    ]
     row = OpMeasurement(
         op=case.op,
         size=case.size,
@@ -231,6 +301,7 @@ def _row(
         copy_percent=100.0 * rate / bandwidth,
         speedup_eager=eager,
         speedup_compile=compiled,
+        peers=", ".join(others) if name in known - {*PEERS} else "",
         log_prob_error=error,
         **about,
     )
@@ -341,6 +412,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--csv", type=Path, help="folder of the CSV file (default: benchmarks/data)"
     )
+    for name in TRAINERS:
+        parser.add_argument(f"--{name}", type=Path, metavar="PATH", help="a checkout of it: a peer")
     parser.add_argument("--seconds", type=float, default=0.2, help="of measuring for one figure")
     parser.add_argument(
         "--budget",

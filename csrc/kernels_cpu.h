@@ -1,58 +1,18 @@
 // The CPU's loops, written so that g++ vectorises them; included once per instruction set, with FASTGRPO_ISA as its name.
 //
-// A block of a row at a time goes through fp32 buffers that stay in the first-level cache, so that one loop serves every dtype.
+// Here the loops of a transition, in norm_cpu.h those of a transformer's pointwise work.
 // Only portable.h and headers that include nothing else may be included here: see there.
 
 #include "launch.h"
+#include "norm_cpu.h"
 #include "normals.h"
 #include "philox.h"
-
-#if defined(__F16C__)
-#include <immintrin.h>
-#endif
+#include "storage_cpu.h"
 
 namespace fastgrpo {
 namespace {
 
 constexpr int BLOCK = 256;  // elements; a multiple of 8 (accumulators) and of 4 (Philox)
-
-
-const void* at(const void* base, Dtype dtype, int64_t index) { return static_cast<const char*>(base) + index * size_of(dtype); }
-void* at(void* base, Dtype dtype, int64_t index) { return static_cast<char*>(base) + index * size_of(dtype); }
-
-// n stored values as fp32: the memory itself for fp32, else the buffer.
-const float* load(const void* source, Dtype dtype, int n, float* buffer) {
-  if (dtype == Dtype::float32) return static_cast<const float*>(source);
-  const uint16_t* bits = static_cast<const uint16_t*>(source);
-  if (dtype == Dtype::bfloat16) {
-    for (int i = 0; i < n; ++i) buffer[i] = float_from_bfloat16(bits[i]);
-    return buffer;
-  }
-  int i = 0;
-#if defined(__F16C__)
-  for (; i + 8 <= n; i += 8) _mm256_storeu_ps(buffer + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bits + i))));
-#endif
-  for (; i < n; ++i) buffer[i] = float_from_float16(bits[i]);
-  return buffer;
-}
-
-void store(const float* __restrict__ values, Dtype dtype, int n, void* target) {
-  if (dtype == Dtype::float32) {
-    memcpy(target, values, static_cast<size_t>(n) * sizeof(float));
-    return;
-  }
-  uint16_t* __restrict__ bits = static_cast<uint16_t*>(target);
-  if (dtype == Dtype::bfloat16) {
-    for (int i = 0; i < n; ++i) bits[i] = bfloat16_from_float(values[i]);
-    return;
-  }
-  int i = 0;
-#if defined(__F16C__)
-  for (; i + 8 <= n; i += 8) _mm_storeu_si128(reinterpret_cast<__m128i*>(bits + i), _mm256_cvtps_ph(_mm256_loadu_ps(values + i), _MM_FROUND_TO_NEAREST_INT));
-#endif
-  for (; i < n; ++i) bits[i] = float16_from_float(values[i]);
-}
-
 
 // Standard normals of `quads` groups of four elements, the first being `quad`.
 void noise_block(int64_t seed, int64_t step, int64_t quad, int quads, float* __restrict__ noise) {
@@ -155,6 +115,6 @@ void gradient(const Transition& t, float scale, void* grad, void* grad_uncond, i
 }  // namespace
 
 extern const CpuKernels FASTGRPO_ISA;
-const CpuKernels FASTGRPO_ISA = {&step, &squared_error, &gradient};
+const CpuKernels FASTGRPO_ISA = {&step, &squared_error, &gradient, &gated_norm, &gated_norm_backward, &qk_norm, &qk_norm_backward};
 
 }  // namespace fastgrpo

@@ -29,13 +29,72 @@ struct ClippedLoss {
   int64_t batch;
 };
 
-// One instruction set's loops over elements [begin, end) of a row; begin is a multiple of 4. They return a sum of squared errors.
+// A gate, scale or shift [B, 1 or L, C] where it lies: strides of samples and tokens in elements, 0 along what is shared. Null: none.
+struct Modulation {
+  const void* data;
+  int64_t sample_stride, token_stride;
+};
+
+// gate_residual and ln_modulate, alone (without scale, without y) or fused: B samples of L tokens (rows) of C channels, contiguous.
+struct GatedNorm {
+  const void *x, *y;
+  Modulation gate, scale, shift;
+  void *residual, *modulated;
+  float* statistics;  // [B, L, 2]: mean and 1 / standard deviation
+  Dtype dtype, y_dtype, modulation_dtype;  // dtype: of x and of both results
+  int64_t batch, tokens, channels;
+  float eps;
+};
+
+// Its backward. What is null is not there, or not wanted.
+struct GatedNormBackward {
+  const void *dresidual, *dmodulated, *residual, *y;
+  const float* statistics;
+  Modulation gate, scale;
+  void *dx, *dy;
+  void *dgate, *dscale, *dshift;  // [B, L, C] if there is one modulation per token; else float32 [B * parts, C], to be added up
+  Dtype dtype, y_dtype, modulation_dtype;
+  int64_t batch, tokens, channels, parts;
+  bool per_token;
+};
+
+// One half of qk_norm_rope: x [B, L, H, D], a token's H D channels contiguous, and what is made of it, contiguous.
+struct NormRope {
+  const void *x, *weight;  // weight [width]: H D, or D
+  const float *cos, *sin;  // [turned, D / 2], rows `angle_stride` apart; null: no rotation
+  void* out;
+  float* rstd;  // [B, L, H D / width]
+  Dtype dtype, weight_dtype;
+  int64_t batch, tokens, channels, head_channels, width, turned;
+  int64_t sample_stride, token_stride, angle_stride;
+  float eps;
+};
+struct NormRopeBackward {
+  NormRope forward;  // `out` is unused, `rstd` is read
+  const void* dout;
+  int64_t dout_sample_stride, dout_token_stride;
+  void* dx;
+  float* dweight;  // [B * parts, width], to be added up; or null
+  int64_t parts;
+};
+
+// Tokens that one part of a sum over tokens adds up. A constant: bits may depend on neither threads nor batch.
+constexpr int64_t PART_TOKENS = 64;
+
+// One instruction set's loops: of a transition over elements [begin, end) of a row, begin being a multiple of 4; they return a sum of
+// squared errors. Of norms over rows [begin, end), forward, and over parts of rows, backward; `scratch` holds 8 rows in fp32.
 struct CpuKernels {
   double (*step)(const Transition&, void* next_latents, int64_t row, int64_t begin, int64_t end);
   double (*squared_error)(const Transition&, int64_t row, int64_t begin, int64_t end);
   void (*gradient)(const Transition&, float scale, void* grad, void* grad_uncond, int64_t row, int64_t begin, int64_t end);
+  void (*gated_norm)(const GatedNorm&, int64_t begin, int64_t end, float* scratch);
+  void (*gated_norm_backward)(const GatedNormBackward&, int64_t begin, int64_t end, float* scratch);
+  void (*qk_norm)(const NormRope&, int64_t begin, int64_t end, float* scratch);
+  void (*qk_norm_backward)(const NormRopeBackward&, int64_t begin, int64_t end, float* scratch);
 };
+constexpr int64_t SCRATCH_ROWS = 8;
 extern const CpuKernels cpu_plain, cpu_avx2, cpu_avx512;
+const CpuKernels& best_cpu_kernels();  // of this processor
 
 // GPU: `partials` is scratch of partial_sums(numel) float64 per row; `stream` a cudaStream_t. They return null, or an error as text.
 int64_t cuda_partial_sums(int64_t numel);

@@ -112,6 +112,9 @@ std::string build_info() {
 }
 
 }  // namespace
+
+const CpuKernels& best_cpu_kernels() { return *chosen.kernels; }
+
 }  // namespace fastgrpo
 
 STABLE_TORCH_LIBRARY_IMPL(fastgrpo, CPU, m) { fastgrpo::register_operations<fastgrpo::Cpu>(m); }

@@ -182,8 +182,10 @@ class UpdateConfig:
     live at a time. Before any weight has moved it costs nothing (the gradient follows from the
     noise, where the ratio is 1), after that or with a KL one more forward.
     """
-    gradient_accumulation: int = 4
-    """Samples (videos) per rank between two optimizer steps."""
+    optimizer_steps: int = 2
+    """Optimizer steps of an iteration, which share its chosen videos evenly: with 2, half of each
+    group's are trained before the weights move for the first time, half after.
+    """
     optimizer: Literal["adamw", "apex_fused_adam"] = "adamw"
     """torch's fused AdamW, or NVIDIA apex's FusedAdam."""
     learning_rate: float = 5e-6
@@ -226,7 +228,7 @@ class UpdateConfig:
         for key in ("kl_coef", "weight_decay"):
             weight = getattr(self, key)
             require(0 <= weight < math.inf, f"update.{key}", "a number of at least 0", weight)
-        _require_at_least(1, self, "update.", "gradient_accumulation", "max_skipped_updates")
+        _require_at_least(1, self, "update.", "optimizer_steps", "max_skipped_updates")
         _require_at_least(0, self, "update.", "warmup_iterations")
         _require_positive(self, "update.", "learning_rate")
         require(
@@ -333,6 +335,11 @@ class ParallelConfig:
     """What backward computes again of each block: all of it, all but attention's outputs (some GB),
     or nothing (most memory).
     """
+    reduce_every: Literal["backward", "step"] = "backward"
+    """When sharded gradients are reduced over the ranks: in every backward pass, or only in the
+    last ones of an optimizer step, which leaves whole gradients in fp32 on each GPU until then and
+    changes the order of sums. Copies (shard none) are always reduced once a step.
+    """
     compile: bool = False
     """torch.compile of each kind of block. A compiled block's training forward may round otherwise
     than its rollout forward, which the clip then takes for a change of policy: look at
@@ -358,6 +365,12 @@ class RuntimeConfig:
     num_threads: int = 0
     """CPU threads of each process; 0 leaves torch's choice. Another number is another summation
     order, and other bits.
+    """
+    deterministic: bool = False
+    """On a GPU: only algorithms that give the same bits at every run, so that a run that was killed
+    and resumed gives those of one that was not. cuDNN's attention has no such backward in torch;
+    FlashAttention-2 takes its place, in rollout and update, and is slower: with it `attention: fa3`
+    or `fa4` where installed. A CPU always is deterministic.
     """
     timeout_minutes: float = 30.0
     """A rank that waits longer than this for the others fails."""
@@ -427,6 +440,12 @@ class TrainConfig:
             "rollout.eta",
             "at most 1 for evaluation.sde cps",
             rollout.eta,
+        )
+        require(
+            not (self.runtime.deterministic and self.parallel.compile),
+            "parallel.compile",
+            "false with runtime.deterministic (the compiler chooses kernels by their time)",
+            True,
         )
         size, trained = rollout.num_generations, update.num_best + update.num_worst
         require(size >= 2, "rollout.num_generations", "at least 2, a group", size)

@@ -10,13 +10,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
-from torch import Tensor, nn
+if TYPE_CHECKING:  # the configuration imports this file, and a wrong one is refused without torch
+    import torch
+    from torch import Tensor, nn
 
-Conditioning = Mapping[str, Tensor]
-"""What one branch of a policy is conditioned on: keyword tensors of the network, batch first."""
+Conditioning = Mapping[str, "Tensor"]
+"""What one branch of a policy is conditioned on: keyword tensors of the network, batch first, on
+the device; or on the host, if that is where `velocity` reads them.
+"""
 
 
 class Policy(ABC):

@@ -14,6 +14,10 @@ if not __package__:
 # Two processes that spin on two cores are 10 to 40 times slower than two that wait. OpenMP reads
 # this when torch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# On a GPU: the judge's stream and the phases want blocks of different sizes, and segments that grow
+# leave fewer gaps. torch reads either name, the older one first, when it first allocates.
+if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 from fastgrpo.cli.train import main
 

@@ -14,6 +14,7 @@ from fastgrpo.config import (
     CheckpointConfig,
     EvaluationConfig,
     PacingConfig,
+    ParallelConfig,
     PromptsConfig,
     RolloutConfig,
     RuntimeConfig,
@@ -99,7 +100,7 @@ INVALID = [
         for key in ("kl_coef", "weight_decay")
         for case in invalid(UpdateConfig, key, [-1e-9, INF, NAN], "at least 0")
     ],
-    *invalid(UpdateConfig, "gradient_accumulation", [0], "at least 1"),
+    *invalid(UpdateConfig, "optimizer_steps", [0], "at least 1"),
     *invalid(UpdateConfig, "learning_rate", [0.0, -1.0, INF, NAN], "a positive number"),
     *invalid(UpdateConfig, "warmup_iterations", [-1], "at least 0"),
     *invalid(UpdateConfig, "warmup_iterations", [3], "constant_with_warmup"),
@@ -131,6 +132,16 @@ INVALID = [
         "rollout.num_generations",
         "num_best + update.num_worst = 8",
         7,
+    ),
+    (
+        TrainConfig,
+        {
+            "runtime": RuntimeConfig(deterministic=True),
+            "parallel": ParallelConfig(compile=True),
+        },
+        "parallel.compile",
+        "false with runtime.deterministic",
+        True,
     ),
 ]
 

@@ -1,5 +1,5 @@
 """What the compiler makes of every Triton kernel on an H100 (sm_90), without a GPU: registers,
-stack, spills, width of memory accesses.
+stack, spills, width of memory accesses, warps that an SM holds, instructions for the bytes.
 
     python benchmarks/common/ahead_of_time.py   # every operation at the true sizes, with variants
     python benchmarks/common/ahead_of_time.py --sizes wan_1.3b_480p --ops sde_step --json
@@ -31,7 +31,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -43,6 +43,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "kernels"))
 import fastgrpo_kernels as kernels
 from fastgrpo_kernels import dispatch
 
+from benchmarks.common import occupancy
 from benchmarks.common.cases import SIZES, Case, Draw, Inputs, cases
 from benchmarks.common.rows import Column, table
 
@@ -80,6 +81,15 @@ class Compiled:
     alignment or masks have cost.
     """
     narrow_stores: int
+    programs: int
+    """Of the first launch."""
+    instructions: float
+    """That a warp of the first launch issues."""
+    warps_per_sm: int
+    need: float
+    """`occupancy.need` of the kernel alone, for the bytes that its operation has to move in this
+    direction.
+    """
 
     def faults(self) -> list[str]:
         """What a kernel at its true size must not have, in words."""
@@ -128,7 +138,7 @@ def compile_launches(
     """
     found: dict[str, Compiled] = {}
     broken: dict[str, str] = {}
-    with _compiling(found, broken) as label:
+    with compiling(found, broken) as label:
         for size in sizes:
             for case in cases(size):
                 if not ops or case.op in ops:
@@ -163,6 +173,9 @@ COLUMNS: list[Column] = [
     ("stack", ">5", lambda k: str(k.stack)),
     ("spills", ">6", lambda k: str(k.spills)),
     ("shared", ">7", lambda k: str(k.shared)),
+    ("w/SM", ">5", lambda k: str(k.warps_per_sm)),
+    ("instr", ">6", lambda k: f"{k.instructions:.0f}"),
+    ("need", ">5", lambda k: f"{k.need:.2f}"),
     ("loads", ">7", lambda k: _widths(k.loads)),
     ("stores", ">7", lambda k: _widths(k.stores)),
     (" launched by", "", lambda k: k.launched_by),
@@ -175,7 +188,20 @@ def _widths(counts: dict[str, int]) -> str:
     return f"{wide}+{sum(counts.values()) - wide}"
 
 
+TURNS = {
+    "_gate_residual_ln_modulate_bwd_kernel": "rows_per_part",
+    "_qk_norm_rope_bwd_kernel": "part_tokens",
+    "_bias_gelu_bwd_kernel": "tiles_per_part",
+}
+"""Kernels with a loop -> the argument that has its turns, of which one is one of the source."""
+
 # -------- launches
+
+
+class Label(Protocol):
+    """Names the launches that follow, and the bytes that they have to move."""
+
+    def __call__(self, words: str, size: int = 0) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -229,6 +255,7 @@ VARIANTS = {
     "modulation frozen": Variant(MODULATION, wrt=("x", "y")),
     "no gate": Variant(("gate_residual_ln_modulate",), change=_without("gate")),
     "no rotation": Variant(("qk_norm_rope",), change=_without("cos", "sin")),
+    "no bias": Variant(("bias_gelu",), change=_without("bias"), wrt=("hidden",)),
     "weights frozen": Variant(("qk_norm_rope",), wrt=("q", "k")),
 }
 
@@ -244,7 +271,7 @@ def _inputs(make: Callable[[Draw], Inputs]) -> Inputs:
     return make(_untouched)
 
 
-def _launch(case: Case, variant: Variant, label: Callable[[str], None], words: str) -> None:
+def _launch(case: Case, variant: Variant, label: Label, words: str) -> None:
     """One call forward and one backward."""
     inputs = variant.change(_inputs(case.make))
     leaves = {
@@ -252,14 +279,14 @@ def _launch(case: Case, variant: Variant, label: Callable[[str], None], words: s
         for key in case.wrt
         if key in inputs and key in (variant.wrt or case.wrt)
     }
-    label(f"{case.op} {words} forward")
+    label(f"{case.op} {words} forward", case.bytes["forward"])
     outputs = [
         out
         for out in case.fused({**inputs, **leaves}, "triton", **variant.options)
         if out.requires_grad
     ]
     if outputs:
-        label(f"{case.op} {words} backward")
+        label(f"{case.op} {words} backward", case.bytes["backward"])
         arriving = [_untouched(tuple(out.shape), out.dtype) for out in outputs]
         torch.autograd.grad(outputs, list(leaves.values()), arriving, allow_unused=True)
 
@@ -280,20 +307,18 @@ class _H100:
 
 
 @contextlib.contextmanager
-def _compiling(
-    found: dict[str, Compiled], broken: dict[str, str]
-) -> Iterator[Callable[[str], None]]:
+def compiling(found: dict[str, Compiled], broken: dict[str, str]) -> Iterator[Label]:
     """Inside, a kernel's launch compiles it for an H100, into `found` or `broken`; triton serves
-    CPU tensors. Gives what names a launch.
+    CPU tensors. Gives what names a launch, and says how many bytes it has to move.
     """
     from triton import knobs, runtime
     from triton.runtime.jit import JITFunction
 
-    launched_by = ""
+    launched_by, to_move = "", 0
 
-    def label(words: str) -> None:
-        nonlocal launched_by
-        launched_by = words
+    def label(words: str, size: int = 0) -> None:
+        nonlocal launched_by, to_move
+        launched_by, to_move = words, size
 
     launch, unsupported_reason = JITFunction.run, dispatch.unsupported_reason
 
@@ -308,7 +333,11 @@ def _compiling(
             broken[f"{self.__name__} ({launched_by})"] = f"does not compile: {error}"
             return None
         if compiled.hash not in found:
-            found[compiled.hash] = _examine(compiled, launched_by, log.getvalue())
+            values = dict(zip(self.arg_names, args, strict=False)) | options
+            programs = math.prod(grid(values) if callable(grid) else grid)
+            turns = values.get(TURNS.get(self.__name__, ""), 1)
+            launched = _Launched(launched_by, to_move, programs, turns)
+            found[compiled.hash] = _examine(compiled, launched, log.getvalue())
         return compiled
 
     runtime.driver.set_active(_H100())
@@ -319,11 +348,8 @@ def _compiling(
         knobs.cache.scope(),
     ):
         # The assembler's log is only there when it really runs.
-        knobs.compilation.always_compile, knobs.nvidia.dump_ptxas_log, knobs.cache.dir = (
-            True,
-            True,
-            cache,
-        )
+        knobs.compilation.always_compile = knobs.nvidia.dump_ptxas_log = True
+        knobs.cache.dir = cache
         JITFunction.run = compile_instead
         dispatch.unsupported_reason = lambda backend, op, tensor: (
             "" if backend == "triton" else unsupported_reason(backend, op, tensor)
@@ -338,19 +364,32 @@ def _compiling(
 # -------- examination
 
 
-def _examine(compiled: Any, launched_by: str, log: str) -> Compiled:
+class _Launched(NamedTuple):
+    """A launch: what by, bytes to move, programs, turns of a program's loop."""
+
+    by: str
+    size: int
+    programs: int
+    turns: int
+
+
+def _examine(compiled: Any, launched: _Launched, log: str) -> Compiled:
     frames = re.findall(
         r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log
     )
     registers = re.findall(r"Used (\d+) registers", log)
     if not frames or not registers:
         raise RuntimeError(f"{compiled.name}: the assembler's log has no resource report:\n{log}")
-    loads, stores = _accesses(_disassemble(compiled.asm["cubin"]))
+    sass = _disassemble(compiled.asm["cubin"])
+    loads, stores = _accesses(sass)
     names = compiled.src.fn.arg_names
-    threads = compiled.metadata.num_warps * THREADS_PER_WARP
+    num_warps = compiled.metadata.num_warps
+    threads = num_warps * THREADS_PER_WARP
+    counts = occupancy.instructions(sass)
+    issued = counts.straight + counts.loop * launched.turns
     return Compiled(
         kernel=compiled.name,
-        launched_by=launched_by,
+        launched_by=launched.by,
         signature={
             name: kind for name, kind in compiled.src.signature.items() if kind != "constexpr"
         },
@@ -373,6 +412,14 @@ def _examine(compiled: Any, launched_by: str, log: str) -> Compiled:
         stores=stores,
         narrow_loads=_narrow(compiled.asm, "load", threads),
         narrow_stores=_narrow(compiled.asm, "store", threads),
+        programs=launched.programs,
+        instructions=issued,
+        warps_per_sm=occupancy.warps_per_sm(
+            max(map(int, registers)), num_warps, compiled.metadata.shared
+        ),
+        need=occupancy.need(launched.programs * num_warps * issued, launched.size)
+        if launched.size
+        else 0.0,
     )
 
 

@@ -42,6 +42,8 @@ class Size:
     HunyuanVideo's as its tokens.
     """
     head_dim: int = 128
+    hidden: int = 0
+    """Channels of the feed-forward layers."""
 
     @property
     def elements(self) -> int:
@@ -55,15 +57,21 @@ class Size:
 
 
 SIZES = {
-    "wan_1.3b_480p": Size(1, (16, 14, 60, 104), torch.bfloat16, True, 21_840, 21_840, 12),
-    "wan_14b_240p": Size(1, (16, 14, 30, 52), torch.bfloat16, True, 5_460, 5_460, 40),
+    "wan_1.3b_480p": Size(
+        1, (16, 14, 60, 104), torch.bfloat16, True, 21_840, 21_840, 12, hidden=8960
+    ),
+    "wan_14b_240p": Size(
+        1, (16, 14, 30, 52), torch.bfloat16, True, 5_460, 5_460, 40, hidden=13_824
+    ),
     "hunyuan_240p": Size(
-        1, (16, 14, 30, 52), torch.bfloat16, False, 5_716, 5_460, 24, per_head=True
+        1, (16, 14, 30, 52), torch.bfloat16, False, 5_716, 5_460, 24, per_head=True, hidden=12_288
     ),
     "shapes_16": Size(16, (96, 8, 1, 1), torch.float32, False),
     "shapes_64": Size(64, (96, 8, 1, 1), torch.float32, False),
-    "tiny": Size(2, (4, 3, 5), torch.bfloat16, True, 12, 12, 2, head_dim=16),
-    "tiny_per_head": Size(3, (4, 2, 7), torch.float32, False, 9, 7, 3, per_head=True, head_dim=8),
+    "tiny": Size(2, (4, 3, 5), torch.bfloat16, True, 12, 12, 2, head_dim=16, hidden=40),
+    "tiny_per_head": Size(
+        3, (4, 2, 7), torch.float32, False, 9, 7, 3, per_head=True, head_dim=8, hidden=48
+    ),
 }
 A, B, STD = 0.99432, -0.03883, 0.09731  # step 8 of 16, docs/method.md's table
 
@@ -156,6 +164,7 @@ def _transition_cases(name: str, size: Size) -> list[Case]:
 def _token_cases(name: str, size: Size) -> list[Case]:
     n = size.batch * size.tokens * size.channels
     wide, tables = n * size.dtype.itemsize, 4 * size.rotated * size.head_dim
+    hidden = size.batch * size.tokens * size.hidden * size.dtype.itemsize
     case = partial(Case, size=name, make=_maker(_token_inputs, size))
     backend = "hunyuan" if size.per_head else "wan"
     return [
@@ -192,7 +201,21 @@ def _token_cases(name: str, size: Size) -> list[Case]:
             wrt=("q", "k", "q_weight", "k_weight"),
             bytes={"forward": 4 * wide + tables, "backward": 6 * wide + tables},
         ),
+        case(
+            "bias_gelu",
+            tests="test_bias_gelu.py",
+            make=_maker(_hidden_inputs, size),
+            fused=_bias_gelu,
+            eager=peers.bias_gelu,
+            wrt=("hidden", "bias"),
+            bytes={"forward": 2 * hidden, "backward": 3 * hidden},
+        ),
     ]
+
+
+def probe(inputs: Inputs) -> Tensor:
+    """The input whose device and dtype choose the backend."""
+    return next(inputs[name] for name in ("latents", "x", "hidden") if name in inputs)
 
 
 @cache
@@ -240,6 +263,14 @@ def _token_inputs(size: Size, draw: Draw) -> Inputs:
     for key in ("cos", "sin"):  # as diffusers has them: every value twice
         inputs[f"table_{key}"] = inputs[key].repeat_interleave(2, dim=1)[None, :, None]
     return inputs
+
+
+def _hidden_inputs(size: Size, draw: Draw) -> Inputs:
+    """A linear layer's output; its bias in fp32, as autocast leaves it."""
+    return {
+        "hidden": draw((size.batch, size.tokens, size.hidden), size.dtype),
+        "bias": draw((size.hidden,), torch.float32),
+    }
 
 
 def _transition(inputs: Inputs, normalized: bool = True) -> kernels.Transition:
@@ -322,6 +353,10 @@ def _qk_norm_rope(i: Inputs, backend: str, **options: Any) -> Outputs:
         backend=backend,
         **options,
     )
+
+
+def _bias_gelu(i: Inputs, backend: str, **options: Any) -> Outputs:
+    return (kernels.bias_gelu(i["hidden"], i.get("bias"), backend=backend, **options),)
 
 
 def _exact_log_prob(inputs: Inputs, next_latents: Tensor) -> Tensor:

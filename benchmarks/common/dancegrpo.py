@@ -25,7 +25,7 @@ from fastgrpo.algorithm.seeds import derive_seed
 from fastgrpo.config import UpdateConfig
 from fastgrpo.interfaces import Policy
 from fastgrpo.training.trajectory import Rollout, branch_velocities
-from fastgrpo.training.update import trained_steps, update
+from fastgrpo.training.update import kept_per_step, share_among_steps, trained_steps, update
 
 HANDICAPS = {
     "fa2": "FlashAttention-2 instead of torch's own choice",
@@ -87,15 +87,13 @@ def velocities(
     or one after the other.
     """
     if "batched_cfg" not in handicaps or rollout.unconditional is None:
-        return branch_velocities(
-            policy, rollout, latents, torch.tensor([video]), torch.tensor([step])
-        )
+        return branch_velocities(policy, rollout, latents, rollout.index([video], [step]))
     prompt = video // rollout.num_generations
     both = {
         name: torch.cat([tensor[prompt : prompt + 1], rollout.unconditional[name]])
         for name, tensor in rollout.conditioning.items()
     }
-    timesteps = rollout.timesteps[[step, step]].to(latents.device, torch.float32)
+    timesteps = rollout.timesteps[step].expand(2)
     bf16 = rollout.compute_dtype != torch.float32
     with torch.autocast(
         latents.device.type, rollout.compute_dtype, enabled=bf16, cache_enabled=False
@@ -208,8 +206,7 @@ def train(
     cfg: UpdateConfig,
     handicaps: Collection[str],
 ) -> None:
-    """An optimizer step for every `gradient_accumulation` of the chosen videos, on the transitions
-    that `update` would train.
+    """Optimizer steps on the chosen videos and transitions that `update` would train.
 
     Without the handicap `joint_backward` it is `update`, branch by branch.
     """
@@ -217,8 +214,7 @@ def train(
         update(policy, optimizer, rollout, chosen, advantages, cfg)
         return
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for begin in range(0, len(chosen), cfg.gradient_accumulation):
-        videos = chosen[begin : begin + cfg.gradient_accumulation]
+    for videos in share_among_steps(rollout, chosen, cfg):
         for video in videos:
             steps = trained_steps(
                 rollout,
@@ -230,7 +226,7 @@ def train(
                 loss = transition_loss(
                     policy, rollout, video, step, advantages[video], cfg, handicaps
                 )
-                (loss / (cfg.gradient_accumulation * len(steps))).backward()
+                (loss / (kept_per_step(rollout, cfg) * len(steps))).backward()
         torch.nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -163,3 +163,9 @@ def qk_norm_rope_hunyuan(inputs: Inputs) -> tuple[Tensor, ...]:
         return torch.cat([(video.float() * cos + turned.float() * sin).to(x.dtype), text], dim=1)
 
     return one(inputs["q"], inputs["q_weight"]), one(inputs["k"], inputs["k_weight"])
+
+
+def bias_gelu(inputs: Inputs) -> tuple[Tensor, ...]:
+    """diffusers' GELU after its linear layer, which adds the bias in its own dtype."""
+    x = inputs["hidden"]
+    return (F.gelu(x + inputs["bias"].to(x.dtype), approximate="tanh"),)

@@ -217,9 +217,10 @@ def build(
     with device:
         transformer, vae = policy.new_networks()
     policy.use(transformer, vae, device)
+    policy.cuts_text = not masked
     for module in transformer.modules() if masked else ():
         module._forward_pre_hooks.clear()
-    changes: dict[str, Any] = {"activations": activations, "compile": compiled}
+    changes: dict[str, Any] = {"activations": activations, "compile": compiled, "replicas": 1}
     parallel = dataclasses.replace(config.parallel, **changes)
     sharding.prepare(policy.transformer, parallel, device, compute_dtype(config.runtime, device))
     return policy

@@ -5,7 +5,6 @@ trainer's, and that of the DanceGRPO-style loop with and without each of its han
 from __future__ import annotations
 
 import dataclasses
-import math
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -34,7 +33,7 @@ from fastgrpo.distributed.sharding import gathered
 from fastgrpo.planning import memory
 from fastgrpo.training.decode import decode
 from fastgrpo.training.rollout import sample_videos
-from fastgrpo.training.update import TrainedTransition, backpropagate, update
+from fastgrpo.training.update import TrainedTransition, backpropagate, trained_rows, update
 
 IMPLEMENTATIONS: dict[str, dict[str, Any]] = {
     "eager": {"fused": False},
@@ -57,10 +56,9 @@ def scaled_update(bench: Bench) -> UpdateConfig:
     ValueError: numbers that do not divide.
     """
     cfg, videos, units = bench.config.update, bench.options.videos, bench.options.units
-    kept, most = cfg.num_best + cfg.num_worst, memory.trained_steps(bench.config)
-    if videos * cfg.gradient_accumulation % kept:
-        least = kept // math.gcd(kept, cfg.gradient_accumulation)
-        raise ValueError(f"--videos: expected a multiple of {least}, got {videos}")
+    most = memory.trained_steps(bench.config)
+    if videos % cfg.optimizer_steps:
+        raise ValueError(f"--videos: expected a multiple of {cfg.optimizer_steps}, got {videos}")
     steps, rest = divmod(units, videos * bench.branches)
     if rest or not 1 <= steps <= most:
         unit = videos * bench.branches
@@ -69,7 +67,8 @@ def scaled_update(bench: Bench) -> UpdateConfig:
     return dataclasses.replace(
         cfg,
         timestep_fraction=min(1.0, fraction),
-        gradient_accumulation=videos * cfg.gradient_accumulation // kept,
+        num_best=videos,
+        num_worst=0,
         clip_range=OPEN,
     )
 
@@ -80,16 +79,12 @@ def scales(bench: Bench, shared: bool) -> dict[str, tuple[int, int]]:
     """
     cfg, roll, videos = bench.config.update, bench.config.rollout, bench.options.videos
     G, N, kept = roll.num_generations, roll.num_inference_steps, cfg.num_best + cfg.num_worst
-    few = scaled_update(bench)
-    here = videos * int(few.timestep_fraction * (N - 1))
+    here = videos * int(scaled_update(bench).timestep_fraction * (N - 1))
     return {
         "rollout": (N * G - (G - 1) * shared, N * videos - (videos - 1) * shared),
         "decode": (G, videos),
         "update": (kept * memory.trained_steps(bench.config), here),
-        "optimizer": (
-            math.ceil(kept / cfg.gradient_accumulation),
-            math.ceil(videos / few.gradient_accumulation),
-        ),
+        "optimizer": (cfg.optimizer_steps, cfg.optimizer_steps),
     }
 
 
@@ -185,9 +180,8 @@ def our_iteration(bench: Bench) -> None:
         bench.config, device, activations=activations, **IMPLEMENTATIONS[bench.ours]
     )
     optimizer, warm = with_optimizer(policy, cfg), sampled(bench, policy)
-    backpropagate(
-        policy, warm, [TrainedTransition(0, 0, 1.0)], cfg, None, scale=1.0, on_policy=True
-    )
+    (rows,) = trained_rows(warm, [TrainedTransition(0, 0, 1.0)])
+    backpropagate(policy, warm, rows, cfg, None, scale=1.0, on_policy=True)
     optimizer.zero_grad(set_to_none=True)
     decode(policy, warm.latents[:, -1])
 

@@ -27,14 +27,15 @@ from benchmarks.common.rows import Measurement, number
 from benchmarks.common.timing import Usage
 from fastgrpo.config import TrainConfig, UpdateConfig
 from fastgrpo.planning import memory
-from fastgrpo.policies.pretrained import fused_serves
+from fastgrpo.policies.fused import fused_serves
 from fastgrpo.training.loop import compute_dtype
+from fastgrpo.training.optimizer import make_optimizer
 from fastgrpo.training.rollout import sample_videos, start_rollout
 from fastgrpo.training.trajectory import Rollout, branch_velocity
 from fastgrpo.training.update import (
     TrainedTransition,
-    make_optimizer,
     micro_batch,
+    trained_rows,
     trained_steps,
     transition_loss,
 )
@@ -391,8 +392,8 @@ def check_bits(policy: Any, rollout: Rollout, cfg: UpdateConfig) -> Bits:
             pass
     equal, ratios, mismatches = True, [], []
     for step in trained_steps(rollout, 0, cfg.timestep_fraction, seed=0):
-        batch = micro_batch(rollout, [TrainedTransition(0, step, 1.0)])
-        at = batch.latents, batch.sample_indices, batch.steps
+        batch = micro_batch(rollout, *trained_rows(rollout, [TrainedTransition(0, step, 1.0)]))
+        at = batch.latents, batch.index
         again = [
             branch_velocity(policy, rollout, *at, conditional=c).detach()
             for c in (True, False)[:branches]

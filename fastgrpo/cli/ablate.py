@@ -19,8 +19,6 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from fastgrpo.errors import UserError, fail, require
-from fastgrpo.evaluation import ablation
-from fastgrpo.training.preflight import check_config
 from fastgrpo.training.recipe_parser import parse_config
 
 logger = logging.getLogger("fastgrpo")
@@ -46,6 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--collect", action="store_true")
     options, rest = parser.parse_known_args(argv)
     config, config_yaml, _ = parse_config(rest, prog=parser.prog, description=__doc__)
+    from fastgrpo.evaluation import ablation
+    from fastgrpo.training.preflight import check_config
+
     try:
         require(options.jobs >= 1, "--jobs", "at least 1", options.jobs)
         launcher = [sys.executable] if options.launcher is None else shlex.split(options.launcher)

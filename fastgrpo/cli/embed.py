@@ -9,9 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
-from fastgrpo.distributed import collectives
 from fastgrpo.errors import INPUT_ERRORS, fail
-from fastgrpo.training.preflight import checked_prompts
 from fastgrpo.training.recipe_parser import parse_config
 
 logger = logging.getLogger("fastgrpo")
@@ -20,6 +18,9 @@ logger = logging.getLogger("fastgrpo")
 def main(argv: Sequence[str] | None = None) -> int:
     """Embed the training and the validation prompts, on all ranks."""
     config, _, _ = parse_config(argv, prog="python -m fastgrpo embed", description=__doc__)
+    from fastgrpo.distributed import collectives
+    from fastgrpo.training.preflight import checked_prompts
+
     try:
         train = checked_prompts(config.policy, config.prompts.train, "prompts.train")
         validation = (

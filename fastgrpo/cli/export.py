@@ -8,7 +8,6 @@ import argparse
 from collections.abc import Sequence
 
 from fastgrpo.errors import INPUT_ERRORS, fail
-from fastgrpo.training.export import export
 from fastgrpo.training.trust import OPTION
 
 
@@ -27,6 +26,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--trust", action="store_true", help=OPTION)
     options = parser.parse_args(argv)
+    from fastgrpo.training.export import export
+
     try:
         folder = export(options.run, options.checkpoint, options.ema, options.output, options.trust)
     except INPUT_ERRORS as error:

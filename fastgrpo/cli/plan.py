@@ -9,7 +9,6 @@ import argparse
 from collections.abc import Sequence
 
 from fastgrpo.errors import INPUT_ERRORS, fail, require
-from fastgrpo.planning.plan import Cluster, plan
 from fastgrpo.training.recipe_parser import parse_config
 
 
@@ -22,6 +21,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--gpus_per_node", type=int, default=8)
     options, rest = parser.parse_known_args(argv)
     config, _, _ = parse_config(rest, prog=prog, description=__doc__)
+    from fastgrpo.planning.plan import Cluster, plan
+
     try:
         for key, value in vars(options).items():
             require(value > 0, f"--{key}", "a number above 0", value)

@@ -90,11 +90,30 @@ def start(runtime: RuntimeConfig) -> torch.device:
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if use_cuda else CPU
     if use_cuda:
         torch.cuda.set_device(device)
+        if runtime.deterministic:
+            _use_deterministic_kernels()
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
         _join(backend, datetime.timedelta(minutes=runtime.timeout_minutes))
         require_agreement("the code", code_version())
     return device
+
+
+def _use_deterministic_kernels() -> None:
+    """Let a GPU compute the same bits at every run; before its first product and collective.
+
+    SDPA then passes cuDNN by for FlashAttention-2, whose backward, as that of fa3 and fa4, adds up
+    in one order only under this setting without `warn_only`. It holds for both phases, since the
+    forward of fa3 depends on it too.
+    """
+    # Two workspaces would leave the order of sums in a product to chance; torch refuses them.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    # Reductions in NVLink's switches come in no order of ours.
+    os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
+    torch.backends.cudnn.deterministic = True
+    torch.use_deterministic_algorithms(True)
+    # It would write NaN into every new tensor.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def _join(backend: str, timeout: datetime.timedelta) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -53,6 +54,9 @@ COMPILATIONS = 64
 is 8; HunyuanVideo's four kinds of blocks, with and without gradients, for texts of one length and
 then of any, take 18.
 """
+
+_reduced_every_step: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""The networks that `prepare` sharded with `reduce_every: step`."""
 
 
 def shards(cfg: ParallelConfig, device: torch.device) -> bool:
@@ -151,6 +155,8 @@ def prepare(
     for module in [*(block for block in blocks if block is not network), network]:
         place(module, device)
         fully_shard(module, **options)
+    if cfg.reduce_every == "step":
+        _reduced_every_step.add(network)
 
 
 def blocks_of(network: nn.Module) -> list[nn.Module]:
@@ -252,6 +258,18 @@ def gathered(network: nn.Module, keep: bool) -> Iterator[None]:
         for part in parts:
             part.set_reshard_after_forward(True, recurse=False)
             part.reshard()
+
+
+def reduce_gradients_if(network: nn.Module, is_last: bool) -> None:
+    """Say before each pass of an optimizer step whether it is the last one.
+
+    Of a network that was sharded with `reduce_every: step`, only the last pass reduces gradients
+    over the ranks, those of the passes before it included; these stay on each rank whole and in
+    fp32. Nothing changes for other networks.
+    """
+    if network in _reduced_every_step:
+        assert isinstance(network, FSDPModule)
+        network.set_requires_gradient_sync(is_last)
 
 
 def full_state_dict(network: nn.Module) -> dict[str, Tensor]:

@@ -38,6 +38,8 @@ STYLES: tuple[Dashes, ...] = (
 """Dashes of lines in one panel, so that colour is never the only difference."""
 THRESHOLD: Dashes = (0, (5, 3))
 INK, FAINT, GRID = "#1f2933", "#6b7785", "#e3e7eb"
+MOST_POINTS = 1000
+"""Of a curve that are drawn: a figure is about so many pixels wide."""
 DOT: dict[str, Any] = {"marker": "o", "markersize": 6.5, "markeredgecolor": "white"}
 KINDS: dict[str, dict[str, Any]] = {
     "line": {"linewidth": 1.9, "zorder": 2.5},
@@ -215,14 +217,30 @@ def _as_written(legend: Legend) -> None:
         text.set_parse_math(False)
 
 
+def thinned(values: Sequence[float]) -> list[int]:
+    """The indices of at most MOST_POINTS values that look like all of them: of each of equal parts
+    the first, the lowest, the highest and the last.
+    """
+    if len(values) <= MOST_POINTS:
+        return [*range(len(values))]
+    kept: set[int] = set()
+    for part in np.array_split(np.arange(len(values)), MOST_POINTS // 4):
+        seen, first = np.take(values, part), int(part[0])
+        ends = 0, len(part) - 1
+        kept.update(first + place for place in (*ends, int(seen.argmin()), int(seen.argmax())))
+    return sorted(kept)
+
+
 def _draw_panel(axes: Axes, panel: Panel) -> None:
     for line in panel.lines:
-        iterations, values = line.points
+        shown = thinned(line.points[1])
+        iterations, values = ([column[i] for i in shown] for column in line.points)
         look = {"linestyle": line.style} | (DOT if len(values) == 1 else {}) | KINDS[line.kind]
         label = line.label if values else ""
         axes.plot(iterations, values, color=line.color, gid=line.gid, label=label, **look)
         if line.band:
-            low, high = np.subtract(values, line.band), np.add(values, line.band)
+            band = np.take(line.band, shown)
+            low, high = np.subtract(values, band), np.add(values, band)
             axes.fill_between(iterations, low, high, color=line.color, alpha=0.15, linewidth=0)
     drawn = {iteration for line in panel.lines for iteration in line.points[0]}
     for level, color in panel.levels:

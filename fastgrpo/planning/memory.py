@@ -47,6 +47,8 @@ ATTENTION_RATES = 600e12, 515e12
 """FLOP/s of attention on an H100, forward and backward, as published for torch's cuDNN attention at
 head dimension 128.
 """
+COPY_RATE = 3.0e12
+"""Bytes/s that a copy reads and writes, measured on one H100."""
 
 Phases = dict[str, dict[str, float]]
 """Bytes by phase (rollout, decode, update, step) and by what they are."""
@@ -88,8 +90,9 @@ class Work(NamedTuple):
     Attributes:
         flop: FLOP.
         bound: Seconds if all ran at the rate of matrix products: nothing can be faster.
-        expected: Seconds with attention at its own rates and all else at that of matrix products:
-            what good kernels come near to.
+        expected: Seconds with attention at its own rates, other FLOP at that of matrix products,
+            and the decode's pointwise operations at that of a copy: what good kernels come near
+            to.
     """
 
     flop: float
@@ -97,16 +100,20 @@ class Work(NamedTuple):
     expected: float
 
     @classmethod
-    def of(cls, linear: float, forward: float, backward: float, rate: float) -> Work:
+    def of(
+        cls, linear: float, forward: float, backward: float, rate: float, moved: float = 0.0
+    ) -> Work:
         """Of so many FLOP in matrix products, in attention forward and in attention backward.
 
         Args:
             linear, forward, backward: FLOP.
             rate: FLOP/s of matrix products. Attention is slower in the same measure as in bf16.
+            moved: Bytes of pointwise operations.
         """
         flop, share = linear + forward + backward, rate / MATMUL_RATE
         attention = forward / ATTENTION_RATES[0] + backward / ATTENTION_RATES[1]
-        return cls(flop, flop / rate, linear / rate + attention / share)
+        expected = linear / rate + attention / share + moved / COPY_RATE
+        return cls(flop, flop / rate, expected)
 
 
 def count(config: TrainConfig) -> Counts:
@@ -200,6 +207,9 @@ def memory(config: TrainConfig, counts: Counts, cfg: ParallelConfig, world_size:
     passing = element * (network.root + min(3 * network.block, network.parameters)) * sharded
     arriving = min(2 * network.block, network.parameters)
     everything = element * network.parameters if sharded and cfg.keep_gathered else 0
+    # Not reduced yet, gradients are whole; the last backward frees them block by block while it
+    # fills the shards.
+    whole = sharded and cfg.reduce_every == "step"
     forward, train = counts.velocity(None, sharded), counts.velocity(cfg.activations, sharded)
     branches = 2 if roll.guidance_scale != 1 else 1
     graphs = 1 if update.branchwise else branches
@@ -229,7 +239,7 @@ def memory(config: TrainConfig, counts: Counts, cfg: ParallelConfig, world_size:
             **judging,
         },
         "update": {
-            "gradients": trained,
+            "gradients": 4 * network.trained if whole else trained,
             "gathered weights": passing,
             # In bf16, and in fp32 on their way to the ranks.
             "gradients of a block": (element + 4)
@@ -273,7 +283,7 @@ def work(config: TrainConfig, counts: Counts, activations: str, world_size: int)
     again: float = branches - trained + (branches if update.kl_coef else 0)
     if update.branchwise and branches == 2 and trained == 2:
         # Only the first optimizer step, and none with a KL, knows its gradient before any forward.
-        again += 1.0 if update.kl_coef else max(0, kept - update.gradient_accumulation) / kept
+        again += 1.0 if update.kl_coef else 1 - 1 / update.optimizer_steps
     backward = 2.5 * forward.attention if activations is not None else 0.0
     return {
         "rollout": Work.of(forwards * forward.linear, forwards * forward.attention, 0.0, rate),
@@ -282,6 +292,7 @@ def work(config: TrainConfig, counts: Counts, activations: str, world_size: int)
             videos * counts.decode.attention,
             0.0,
             counts.decode_rate,
+            videos * counts.decode.moved,
         ),
         "update": Work.of(
             passes * (trained * train.linear + again * forward.linear),
@@ -312,8 +323,9 @@ def candidates(
     layouts = [dataclasses.replace(full, shard="none")]
     if world_size > 1:
         layouts[:0] = [
-            dataclasses.replace(full, replicas=r, keep_gathered=keep)
+            dataclasses.replace(full, replicas=r, keep_gathered=keep, reduce_every=every)
             for keep in (True, False)
+            for every in dict.fromkeys((config.parallel.reduce_every, "backward"))
             for r in replicas
             if world_size % r == 0
         ]
@@ -327,7 +339,7 @@ def candidates(
 
 def settings(cfg: ParallelConfig) -> dict[str, str]:
     """The settings that decide what fits, as on the command line."""
-    names = ("activations", "shard", "replicas", "keep_gathered", "cpu_offload")
+    names = ("activations", "shard", "replicas", "keep_gathered", "reduce_every", "cpu_offload")
     return {name: str(getattr(cfg, name)).lower() for name in names}
 
 

@@ -56,12 +56,14 @@ class Cost(NamedTuple):
         attention: FLOP of attention.
         kept: Bytes that live on after the forward pass for the backward, the output included.
         work: Bytes that live besides `kept` at the worst moment.
+        moved: Bytes that all other operators read and write: pointwise operations, norms, copies.
     """
 
     linear: float = 0.0
     attention: float = 0.0
     kept: float = 0.0
     work: float = 0.0
+    moved: float = 0.0
 
     @property
     def flop(self) -> float:
@@ -180,7 +182,7 @@ def decode_cost(policy: Any, latent_shape: tuple[int, ...]) -> Cost:
     # All tiles' frames live until they are blended, and then the blended ones too.
     every, largest = share_of_tiles(vae, latent_shape)
     work = cost.work * largest + cost.kept * (every + 1)
-    return Cost(cost.linear * every, cost.attention * every, cost.kept, work)
+    return Cost(cost.linear * every, cost.attention * every, cost.kept, work, cost.moved * every)
 
 
 def share_of_tiles(vae: Any, latent_shape: tuple[int, ...]) -> tuple[float, float]:
@@ -225,19 +227,21 @@ def measure(call: Callable[[], Tensor], given: list[Tensor], backward: bool) -> 
     finally:
         for hook in hooks:
             hook.remove()
-    return Cost(count.flop["linear"], count.flop["attention"], kept, count.peak - kept)
+    flop = count.flop["linear"], count.flop["attention"]
+    return Cost(*flop, kept, count.peak - kept, count.moved)
 
 
 class _Count(TorchDispatchMode):
     """Counts the FLOP of the operators that run under it, by the formulas of torch's
     FlopCounterMode (which itself takes several times as long), and the bytes of the storages that
-    they make and that are not freed yet, now and at most.
+    they make and that are not freed yet, now and at most. Of operators without FLOP it counts the
+    bytes that they read and write.
     """
 
     def __init__(self, given: list[Tensor]) -> None:
         super().__init__()
         self.flop: Counter[str] = Counter()
-        self.bytes = self.peak = 0
+        self.bytes = self.peak = self.moved = 0
         # Held, so that no other storage gets their addresses.
         self._given = [tensor.untyped_storage() for tensor in given]
         self._known = {storage._cdata for storage in self._given}
@@ -249,6 +253,10 @@ class _Count(TorchDispatchMode):
         if formula is not None:
             kind = "attention" if "attention" in func._overloadpacket.__name__ else "linear"
             self.flop[kind] += formula(*args, **kwargs, out_val=out)
+        elif not (func.is_view or "empty" in func._overloadpacket.__name__):
+            # What is expanded is read once.
+            touched = filter(torch.is_tensor, tree_leaves((args, kwargs, out)))
+            self.moved += sum(min(t.nbytes, t.untyped_storage().nbytes()) for t in touched)
         for tensor in filter(torch.is_tensor, tree_leaves(out)):
             storage = tensor.untyped_storage()
             if storage._cdata not in self._known:

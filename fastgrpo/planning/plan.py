@@ -107,7 +107,7 @@ def _work_table(config: TrainConfig, counts: Counts, world_size: int) -> str:
         (name, _tera(work.flop), f"{work.bound:,.1f}", f"{work.expected:,.1f}")
         for name, work in phases.items()
     ]
-    head = ("", "TFLOP", "bound s", "attention at its rates s")
+    head = ("", "TFLOP", "bound s", "expected s")
     return table("one iteration, each GPU", head, rows)
 
 
@@ -153,6 +153,7 @@ def _assumptions(config: TrainConfig, counts: Counts) -> str:
     forward, backward = (f"{rate / 1e12:.0f}" for rate in memory.ATTENTION_RATES)
     rates = (memory.MATMUL_RATE, memory.TF32_RATE, memory.FP32_RATE)
     bf16, tf32, fp32 = (f"{rate / 1e12:.0f}" for rate in rates)
+    copy = _tera(memory.COPY_RATE)
     reserve = ", ".join(f"{size / 1e9:.1f} {name}" for name, size in memory.RESERVES.items())
     judge = f"{counts.judge / 1e9:.1f} GB on this GPU, {counts.judge_work / 1e9:.2f} more at work"
     if not counts.judge:
@@ -166,8 +167,9 @@ def _assumptions(config: TrainConfig, counts: Counts) -> str:
   bytes: counted on diffusers' modules on the meta device, live tensors at the worst moment
   bound: all at {bf16} TFLOP/s, as measured on an H100 in bf16; a VAE in fp32 at {tf32} (TF32), a
     forward in fp32 at {fp32}
-  attention's own rates: {forward} forward, {backward} backward (torch's cuDNN attention, published)
-  no time for pointwise work, communication, offloading, optimizer or a judge
+  expected: attention at {forward} forward, {backward} backward (torch's cuDNN attention,
+    published), and the decode's {_tera(counts.decode.moved)} TB of pointwise work at {copy} TB/s
+  no time for other pointwise work, communication, offloading, optimizer or a judge
   judge: {judge}"""
 
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from diffusers.models.attention_dispatch import (
     AttentionBackendName,
+    _AttentionBackendRegistry,
     attention_backend,
     dispatch_attention_fn,
 )
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastgrpo.errors import UserError, require
@@ -31,7 +36,9 @@ to one dtype.
 """
 
 
-def set_attention(transformer: Any, name: str, device: torch.device, fused: bool) -> None:
+def set_attention(
+    transformer: Any, name: str, device: torch.device, fused: bool, as_in_training: bool = True
+) -> None:
     """Choose the attention of a transformer, and run it once forward and backward.
 
     Args:
@@ -39,6 +46,8 @@ def set_attention(transformer: Any, name: str, device: torch.device, fused: bool
         name: A backend of diffusers, or `fa3`, `fa4`: FlashAttention-3 or -4 through torch.
         device: Where it will run.
         fused: Whether the fused operations of fastgrpo_kernels are in the blocks.
+        as_in_training: As `DiffusersPolicy.attention_as_in_training`. It holds for every
+            transformer of this process that has the same backend.
 
     Raises:
         UserError: The backend is unknown, not installed, has no backward, or cannot take what
@@ -46,6 +55,10 @@ def set_attention(transformer: Any, name: str, device: torch.device, fused: bool
     """
     names = [*_TORCH_FLASH, *sorted(backend.value for backend in AttentionBackendName)]
     require(name in names, "policy.attention", f"one of {', '.join(names)}", name)
+    if device.type == "cuda" and torch.are_deterministic_algorithms_enabled():
+        own = ", ".join(_CAST_BY_AUTOCAST)
+        expected = f"one of {own} with runtime.deterministic (others do not heed it)"
+        require(name in _CAST_BY_AUTOCAST, "policy.attention", expected, name)
     if device.type == "cuda" and not fused and name not in _CAST_BY_AUTOCAST:
         raise UserError(
             f"policy.attention: {name} takes q, k and v of one 16-bit dtype, but under autocast "
@@ -57,6 +70,7 @@ def set_attention(transformer: Any, name: str, device: torch.device, fused: bool
         # attention_backend() ends the global choice that set_attention_backend also makes.
         with attention_backend(), quiet_diffusers():
             transformer.set_attention_backend(backend)
+        _ask_alike(AttentionBackendName(backend), as_in_training)
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         shape = 1, 16, 1, transformer.config.attention_head_dim
         q, k, v = (
@@ -69,6 +83,42 @@ def set_attention(transformer: Any, name: str, device: torch.device, fused: bool
         raise UserError(
             f"policy.attention: {name} does not run forward and backward on {device}: {error}"
         ) from error
+
+
+def _ask_alike(backend: AttentionBackendName, alike: bool) -> None:
+    """Let a backend of diffusers ask for the same with and without gradients, or not.
+
+    The place is diffusers' registry, since plain and fused processors, of every transformer, get
+    the function from there.
+    """
+    functions = _AttentionBackendRegistry._backends
+    plain = inspect.unwrap(functions[backend])
+    functions[backend] = _as_in_training(plain) if alike else plain
+
+
+def _as_in_training(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """An attention that is computed without gradients as it is with them.
+
+    torch asks cuDNN and the memory-efficient kernel for the log-sum-exp of the scores only where a
+    gradient is wanted. cuDNN plans the two requests apart, and may choose engines that round
+    otherwise: rollout and update would not compute the same bits. What is asked for besides is
+    4 bytes per head and query.
+    """
+
+    @functools.wraps(attend)
+    def run(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+        # A compiler does not trace requires_grad_ (and rounds as it likes: `parallel.compile`).
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return attend(query=query, key=key, value=value, **options)
+        with torch.enable_grad(), saved_tensors_hooks(_keep_nothing, _keep_nothing):
+            query = query.detach().requires_grad_()
+            return attend(query=query, key=key, value=value, **options).detach()
+
+    return run
+
+
+def _keep_nothing(_: Any) -> Any:
+    """In place of a tensor that an operator saves for a backward that never comes."""
 
 
 def _activate(name: str) -> str:

@@ -15,6 +15,7 @@ from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PRO
 from torch import Tensor, nn
 from transformers import CLIPTextModel, LlamaModel
 
+from fastgrpo.distributed.collectives import CPU
 from fastgrpo.errors import require
 from fastgrpo.interfaces import Conditioning
 from fastgrpo.policies.model_files import quiet_diffusers
@@ -78,12 +79,11 @@ class HunyuanVideoPolicy(DiffusersPolicy):
     def use(self, transformer: Any, vae: Any, device: torch.device) -> None:
         super().use(transformer, vae, device)
         attend_without_mask(transformer)
+        self.cuts_text = True
         vae.use_framewise_decoding = self.vae_tiling
 
     def load_meta(self) -> Conditioning:
         super().load_meta()
-        # _cut_text reads the text's length; on the meta device it has the greatest.
-        self.transformer._forward_pre_hooks.clear()
         config, length = self.transformer.config, self.max_sequence_length
         return {
             "encoder_hidden_states": torch.empty(1, length, config.text_embed_dim, device="meta"),
@@ -93,14 +93,17 @@ class HunyuanVideoPolicy(DiffusersPolicy):
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """Llama's states [B, max_sequence_length, 4096] and their mask [B, max_sequence_length],
-        CLIP's pooled state [B, 768]; fp32. The empty prompt is encoded as any other.
+        CLIP's pooled state [B, 768]; fp32. The empty prompt is encoded as any other. The mask stays
+        on the host, where `velocity` reads how long the texts are.
         """
         rows = [self.cache.get(prompt) for prompt in prompts]
         states = [row["prompt_embeds"] for row in rows]
         pooled = torch.stack([row["pooled_prompt_embeds"].float() for row in rows])
         return {
             "encoder_hidden_states": self.padded(states),
-            "encoder_attention_mask": self.padded([x.new_ones(len(x), 1) for x in states])[..., 0],
+            "encoder_attention_mask": torch.stack(
+                [_ones_before(len(x), self.max_sequence_length, CPU) for x in states]
+            ),
             "pooled_projections": pooled.to(self._device),
         }
 
@@ -108,13 +111,27 @@ class HunyuanVideoPolicy(DiffusersPolicy):
         """As `Policy.velocity`. One video attends without a mask, see `attend_without_mask`;
         several at a time keep the padding and the mask.
         """
-        guidance = latents.new_full((len(latents),), 1000.0 * self.embedded_guidance)
+        states = conditioning["encoder_hidden_states"]
+        num_tokens, mask = states.shape[1], None
+        # `plan` counts texts of the greatest length.
+        lengths = [
+            num_tokens if row.is_meta else _text_length(row)
+            for row in conditioning["encoder_attention_mask"]
+        ]
+        if len(latents) == 1 and self.cuts_text:
+            states = states[:, : lengths[0]]
+        else:
+            # Made on the device: the host would wait for a copy.
+            rows = [_ones_before(length, num_tokens, states.device) for length in lengths]
+            mask = torch.stack(rows)
         (velocity,) = self.transformer(
             hidden_states=latents,
             timestep=timesteps,
-            guidance=guidance,
+            encoder_hidden_states=states,
+            encoder_attention_mask=mask,
+            pooled_projections=conditioning["pooled_projections"],
+            guidance=latents.new_full((len(latents),), 1000.0 * self.embedded_guidance),
             return_dict=False,
-            **conditioning,
         )
         return velocity
 
@@ -159,7 +176,7 @@ def attend_without_mask(transformer: Any) -> None:
     that its blocks attend without a mask.
 
     It is the same function, and any attention kernel can serve it. Every call of the transformer,
-    with any padding, gets this.
+    with any padding, gets this; a single text without a mask is cut already.
     """
     transformer.register_forward_pre_hook(_cut_text, with_kwargs=True)
     for block in [*transformer.transformer_blocks, *transformer.single_transformer_blocks]:
@@ -170,19 +187,32 @@ def _cut_text(
     _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     named = dict(zip(_ARGUMENTS, args, strict=False)) | kwargs
-    if len(named["hidden_states"]) == 1:
-        valid = named["encoder_attention_mask"][0] > 0
-        end = valid.nonzero().max() + 1
-        # The host waits here, once per forward pass.
-        length, last = torch.stack([valid.sum(), end]).tolist()
-        if length != last:
-            raise ValueError(
-                f"expected a text that is padded at its end, got {length} tokens with the last one "
-                f"at {last - 1}"
-            )
+    text = named["encoder_hidden_states"]
+    if named["encoder_attention_mask"] is None:
+        named["encoder_attention_mask"] = text.new_ones(text.shape[:2])
+    elif len(named["hidden_states"]) == 1:
+        # The host waits here, once per forward pass that is not the policy's own.
+        length = _text_length(named["encoder_attention_mask"][0])
         for name in ("encoder_hidden_states", "encoder_attention_mask"):
             named[name] = named[name][:, :length]
     return (), named
+
+
+def _text_length(mask: Tensor) -> int:
+    """The number of tokens of a text with this mask [max_sequence_length]."""
+    valid = mask > 0
+    length, last = torch.stack([valid.sum(), valid.nonzero().max() + 1]).tolist()
+    if length != last:
+        raise ValueError(
+            f"expected a text that is padded at its end, got {length} tokens with the last one "
+            f"at {last - 1}"
+        )
+    return int(length)
+
+
+def _ones_before(length: int, num_tokens: int, device: torch.device) -> Tensor:
+    """The mask [num_tokens] fp32 of a text of so many tokens: 1, then 0."""
+    return (torch.arange(num_tokens, device=device) < length).float()
 
 
 def _drop_mask(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -21,7 +21,6 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from accelerate import init_empty_weights
 from diffusers.video_processor import VideoProcessor
-from fastgrpo_kernels import dispatch, patch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -29,6 +28,7 @@ from fastgrpo.distributed.collectives import rank
 from fastgrpo.errors import UserError, require
 from fastgrpo.interfaces import Conditioning, Policy
 from fastgrpo.policies.attention import describe_attention, set_attention
+from fastgrpo.policies.fused import fuse
 from fastgrpo.policies.lora import LoRA, add_lora, has_lora
 from fastgrpo.policies.model_files import (
     CONFIG_FILES,
@@ -84,9 +84,14 @@ class DiffusersPolicy(Policy):
     """A backend of diffusers (`native`: torch's own choice), or `fa3`, `fa4` where FlashAttention-3
     or -4 is installed.
     """
+    attention_as_in_training: bool = True
+    """Compute attention in a rollout by the request that training makes of it, log-sum-exp
+    included, so that one kernel serves both. False leaves the request to torch, to measure whether
+    another kernel serves then: watch ratio_drift.
+    """
     fused: bool | Literal["auto"] = "auto"
-    """Whether the operations of fastgrpo_kernels do the blocks' pointwise work; auto: on a GPU with
-    Triton.
+    """Whether the operations of fastgrpo_kernels do the blocks' pointwise work; auto: where they
+    are compiled, on a GPU with Triton and on a CPU with csrc/.
     """
     vae_dtype: Literal["fp32", "bf16"] = "fp32"
     """dtype of the VAE."""
@@ -235,13 +240,10 @@ class DiffusersPolicy(Policy):
         if self.lora is not None:
             self.loaded_by = "load_lora_weights"
             add_lora(transformer, self.lora, self.lora_targets)
-        self.is_fused = fused_serves(device) if self.fused == "auto" else bool(self.fused)
-        if self.is_fused:
-            try:
-                patch(transformer)
-            except ValueError as error:
-                raise UserError(f"policy.fused: {error}; set it to false") from error
-        set_attention(transformer, self.attention, device, self.is_fused)
+        self.is_fused = fuse(transformer, self.fused, device)
+        set_attention(
+            transformer, self.attention, device, self.is_fused, self.attention_as_in_training
+        )
         self.transformer = transformer
         self.vae = vae.eval().requires_grad_(False).to(device)
         if self.vae_tiling:
@@ -352,16 +354,6 @@ class DiffusersPolicy(Policy):
                 f"config.json files of {folder}, got {type(error).__name__}: {error}"
             ) from error
         return configs
-
-
-def fused_serves(device: torch.device) -> bool:
-    """True where the fused operations are faster: on a GPU with Triton. A CPU has only their
-    reference.
-    """
-    return (
-        device.type == "cuda"
-        and dispatch.select_backend("ln_modulate", torch.empty(0, device=device)) == "triton"
-    )
 
 
 def to_frames(video: Tensor) -> Tensor:

@@ -67,15 +67,18 @@ class WanPolicy(DiffusersPolicy):
         )
         return velocity
 
+    def use(self, transformer: Any, vae: Any, device: torch.device) -> None:
+        super().use(transformer, vae, device)
+        # On the device once: a copy per video would let the host wait for the sampling before it.
+        self._latents_mean, std = (
+            torch.tensor(row, device=device)[:, None, None, None]
+            for row in (vae.config.latents_mean, vae.config.latents_std)
+        )
+        self._inverse_std = 1.0 / std
+
     def unscale(self, latents: Tensor) -> Tensor:
         """Scaled and shifted as WanPipeline does."""
-        config = self.vae.config
-        mean, std = (
-            torch.tensor(row, device=latents.device)[:, None, None, None]
-            for row in (config.latents_mean, config.latents_std)
-        )
-        inverse = 1.0 / std
-        return latents / inverse + mean
+        return latents / self._inverse_std + self._latents_mean
 
     def attention_lengths(self, num_tokens: int) -> list[tuple[int, int]]:
         """Self- and cross-attention."""

@@ -48,7 +48,9 @@ class ScoringQueue:
         made = None
         if videos.is_cuda:
             # On the trainer's stream, the judge would wait for the sampling it is to overlap with.
-            self._stream = self._stream or torch.cuda.Stream(videos.device)
+            # With priority: a judge's many small kernels would each queue behind one that takes
+            # milliseconds and fills the GPU.
+            self._stream = self._stream or torch.cuda.Stream(videos.device, priority=-1)
             made = torch.cuda.Event()
             made.record()
         self._batches.append(self._workers.submit(self._score, videos, list(prompts), fps, made))

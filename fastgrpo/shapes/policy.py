@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 from diffusers import WanTransformer3DModel
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from fastgrpo.errors import UserError, require
 from fastgrpo.interfaces import Conditioning, Policy
+from fastgrpo.policies.fused import fuse
 from fastgrpo.shapes.captions import TOKEN_DIM, parse_caption, text_tokens
 from fastgrpo.shapes.codec import CODEC_FILE, LATENT_CHANNELS, Codec, load_codec
 from fastgrpo.shapes.render import NUM_FRAMES, SIZE
@@ -57,13 +59,19 @@ class ShapesPolicy(Policy):
         checkpoint: A folder that `fastgrpo.shapes.pretrain` wrote (`transformer/` and
             `codec.safetensors`), or one that `save_pretrained` wrote (only a transformer), which
             goes with the shipped codec. None is the shipped checkpoint.
+        fused: Whether the operations of fastgrpo_kernels do the blocks' pointwise work; auto: where
+            they are compiled, on a GPU with Triton and on a CPU with csrc/.
     """
 
     transformer: WanTransformer3DModel
     fps: int = 4
 
-    def __init__(self, checkpoint: str | None = None) -> None:
+    def __init__(
+        self, checkpoint: str | None = None, fused: bool | Literal["auto"] = "auto"
+    ) -> None:
         self.checkpoint = checkpoint
+        self.fused = fused
+        self.is_fused: bool
         self._codec: Codec
         self._positions: Tensor
 
@@ -115,6 +123,7 @@ class ShapesPolicy(Policy):
     def use(self, transformer: WanTransformer3DModel, codec: Codec, device: torch.device) -> None:
         """Take a network and a codec that are already in memory, instead of `load`."""
         self.transformer = transformer.to(device).eval()
+        self.is_fused = fuse(self.transformer, self.fused, device)
         self._codec = codec.to(device)
         self._positions = frame_positions().to(device)
 

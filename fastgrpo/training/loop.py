@@ -102,7 +102,6 @@ def run(config: TrainConfig, config_yaml: str) -> int:
             # Before anything is loaded: a tracker that cannot start is known early.
             if log := run_folder.open_log(config, config_yaml, last_row):
                 stack.enter_context(log)
-            preflight.warn_of_idle_accumulation(config)
             policy.embed([*train_prompts, *validation_prompts], device)
             sharding.load(policy, config.parallel, device, dtype)
             reward.load(device)

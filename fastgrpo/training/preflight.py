@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import logging
-
 import torch
 from fastgrpo_kernels.dispatch import select_backend
 
 from fastgrpo.algorithm.self_paced import check_pacing
 from fastgrpo.config import TrainConfig
 from fastgrpo.distributed import collectives, sharding
+from fastgrpo.errors import require
 from fastgrpo.interfaces import Policy, RewardModel
 from fastgrpo.planning.memory import check_fits
+from fastgrpo.training.optimizer import import_fused_adam
 from fastgrpo.training.prompts import read_prompts
 from fastgrpo.training.tracking import check_trackers
-from fastgrpo.training.update import import_fused_adam
-
-logger = logging.getLogger("fastgrpo")
 
 
 def check_config(config: TrainConfig) -> tuple[list[str], list[str]]:
@@ -42,7 +39,16 @@ def check_config(config: TrainConfig) -> tuple[list[str], list[str]]:
             f"rollout.num_prompts: expected a multiple of the {ranks} processes, which share them, "
             f"got {cfg.num_prompts}"
         )
-    if config.update.optimizer == "apex_fused_adam":
+    update = config.update
+    kept = cfg.num_prompts // ranks * (update.num_best + update.num_worst)
+    require(
+        update.optimizer_steps <= kept,
+        "update.optimizer_steps",
+        f"at most {kept}, the videos that a process keeps (rollout.num_prompts / {ranks} processes "
+        "x (num_best + num_worst))",
+        update.optimizer_steps,
+    )
+    if update.optimizer == "apex_fused_adam":
         import_fused_adam()
     check_trackers(config.tracking.trackers)
     train_prompts = checked_prompts(config.policy, config.prompts.train, "prompts.train")
@@ -100,21 +106,6 @@ def check_sharding(config: TrainConfig, device: torch.device) -> None:
         raise ValueError(
             "update.optimizer: apex_fused_adam cannot step sharded parameters; use adamw, or set "
             "parallel.shard to none"
-        )
-
-
-def warn_of_idle_accumulation(config: TrainConfig) -> None:
-    """Log if an optimizer step waits for more videos than a rank can have.
-
-    The loss is divided by the number it waits for.
-    """
-    update, ranks = config.update, collectives.world_size()
-    most = config.rollout.num_prompts // ranks * (update.num_best + update.num_worst)
-    if update.gradient_accumulation > most:
-        logger.warning(
-            f"note: update.gradient_accumulation is {update.gradient_accumulation}, but a rank "
-            f"trains at most {most} videos an iteration, so gradients are scaled by "
-            f"{most / update.gradient_accumulation:.2g}; with {ranks} processes give it {most}"
         )
 
 

@@ -17,7 +17,7 @@ from fastgrpo.algorithm.sde import sde_coefficients, sigma_schedule, timesteps, 
 from fastgrpo.algorithm.seeds import derive_seed
 from fastgrpo.config import RolloutConfig
 from fastgrpo.interfaces import Policy
-from fastgrpo.training.trajectory import Rollout, branch_velocities
+from fastgrpo.training.trajectory import Rollout, TransitionIndex, branch_velocities
 
 Velocities = tuple[Tensor, Tensor | None]
 """Of the conditional and the unconditional branch, [micro_batch_size, *latent_shape]."""
@@ -100,6 +100,9 @@ def start_rollout(
         [[cfg.sde_window == "all" or i in steps for i in range(N)] for steps in trainable]
     ).reshape(P, N)
 
+    def on_device(table: Tensor) -> Tensor:
+        return table.to(device, torch.float32)
+
     def seeds(purpose: str, shared: bool) -> Tensor:
         values = [
             derive_seed(seed, purpose, iteration, slot, 0 if shared else g)
@@ -117,15 +120,16 @@ def start_rollout(
         unconditional=policy.encode([""]) if cfg.guidance_scale != 1 else None,
         guidance_scale=cfg.guidance_scale,
         sigmas=sigmas,
-        timesteps=timesteps(sigmas, cfg.timestep_rounding),
-        a=torch.where(stochastic, table.a, ode.a),
-        b=torch.where(stochastic, table.b, ode.b),
-        std=torch.where(stochastic, table.std, ode.std),
+        timesteps=on_device(timesteps(sigmas, cfg.timestep_rounding)),
+        a=on_device(torch.where(stochastic, table.a, ode.a)),
+        b=on_device(torch.where(stochastic, table.b, ode.b)),
+        std=on_device(torch.where(stochastic, table.std, ode.std)),
         normalized=table.normalized,
         sde_window=cfg.sde_window,
         trainable_steps=trainable,
         noise_seeds=seeds("sde", shared=False),
         first_seeds=seeds("first", shared=cfg.same_noise),
+        same_noise=cfg.same_noise,
         latents=torch.empty(P * G, N + 1, *shape, dtype=torch.float32, device=device),
         log_probs=torch.empty(P * G, N, dtype=torch.float32, device=device),
         micro_batch_size=cfg.micro_batch_size,
@@ -138,7 +142,8 @@ def start_rollout(
 def sample_videos(
     policy: Policy, rollout: Rollout, *, share_first_step: bool = True
 ) -> Iterator[FinishedBatch]:
-    """Sample the rollout's videos micro-batch by micro-batch, filling latents and log_probs.
+    """Sample the rollout's videos micro-batch by micro-batch, filling latents and log_probs. The
+    host waits for nothing here: it queues the steps of the next videos while the GPU computes.
 
     Every micro-batch has the same size, because another size would give other bits. The last one
     is filled up with its own last video.
@@ -152,60 +157,60 @@ def sample_videos(
             makes the same number of forwards.
     """
     size, G = rollout.micro_batch_size, rollout.num_generations
-    seeds_PG = rollout.first_seeds.view(-1, G)
-    share = share_first_step and bool((seeds_PG == seeds_PG[:, :1]).all())
+    share = share_first_step and (rollout.same_noise or G == 1)
     first: dict[int, Velocities] = {}
     for begin in range(0, rollout.num_videos, size):
         indices = list(range(begin, min(begin + size, rollout.num_videos)))
-        filled = torch.tensor(indices + indices[-1:] * (size - len(indices)))
         one_prompt = indices[0] // G == indices[-1] // G
         shared_prompt = indices[0] // G if share and one_prompt else None
-        clean = _sample(policy, rollout, filled, len(indices), first, shared_prompt)
+        clean = _sample(policy, rollout, indices, first, shared_prompt)
         yield FinishedBatch(indices, [rollout.prompts[i // G] for i in indices], clean)
 
 
 def _sample(
     policy: Policy,
     rollout: Rollout,
-    sample_indices: Tensor,
-    num_valid: int,
+    sample_indices: list[int],
     first: dict[int, Velocities],
     shared_prompt: int | None,
 ) -> Tensor:
-    """Sample one micro-batch, of which the first `num_valid` videos are kept.
+    """Sample one micro-batch.
 
     Args:
+        sample_indices: Of the n videos that are kept, one after the other.
         first: The first step's velocities by prompt: those of the last `shared_prompt`.
         shared_prompt: The one prompt of these videos, if its first step is shared.
 
     Returns:
-        Clean latents [num_valid, *latent_shape].
+        Clean latents [n, *latent_shape].
     """
-    device = rollout.latents.device
-    seeds = rollout.noise_seeds[sample_indices.to(device)]
-    kept = sample_indices[:num_valid].to(device)
-    first_seeds = rollout.first_seeds[sample_indices.to(device)]
-    latents = gaussian_noise(first_seeds, 0, rollout.latent_shape, device)
-    rollout.latents[kept, 0] = latents[:num_valid]
+    device, size, n = rollout.latents.device, rollout.micro_batch_size, len(sample_indices)
+    begin, last = sample_indices[0], sample_indices[-1]
+    # Made on the device, not copied to it.
+    samples = torch.arange(begin, begin + size, device=device).clamp_(max=last)
+    prompts = [min(begin + i, last) // rollout.num_generations for i in range(size)]
+    seeds, kept = rollout.noise_seeds[samples], slice(begin, last + 1)
+    latents = gaussian_noise(rollout.first_seeds[samples], 0, rollout.latent_shape, device)
+    rollout.latents[kept, 0] = latents[:n]
     for i in range(rollout.num_steps):
-        steps = torch.full_like(sample_indices, i)
+        index = TransitionIndex(prompts, samples, torch.full_like(samples, i))
         if i == 0 and shared_prompt in first:
             velocity, uncond = first[shared_prompt]
         else:
-            velocity, uncond = branch_velocities(policy, rollout, latents, sample_indices, steps)
+            velocity, uncond = branch_velocities(policy, rollout, latents, index)
         if i == 0 and shared_prompt is not None:
             first.clear()  # groups come one after the other: no earlier prompt comes back
             first[shared_prompt] = velocity, uncond
-        a, b, std = rollout.coefficients(sample_indices, steps)
+        a, b, std = rollout.coefficients(index)
         previous = latents
         transition = Transition(
             previous, velocity, a, b, std, uncond, rollout.guidance_scale, rollout.normalized
         )
         # Guidance is applied inside sde_step (fastgrpo_kernels/sde/transition.py).
         latents, log_probs = sde_step(transition, seeds=seeds, step=i)
-        rollout.latents[kept, i + 1] = latents[:num_valid]
-        rollout.log_probs[kept, i] = log_probs[:num_valid]
+        rollout.latents[kept, i + 1] = latents[:n]
+        rollout.log_probs[kept, i] = log_probs[:n]
     if rollout.decode == "final":
-        return latents[:num_valid]
+        return latents[:n]
     guided = guided_velocity(velocity, uncond, rollout.guidance_scale)
-    return x0_prediction(previous, guided, float(rollout.sigmas[-2]))[:num_valid]
+    return x0_prediction(previous, guided, float(rollout.sigmas[-2]))[:n]

@@ -23,11 +23,10 @@ from fastgrpo.errors import UserError
 from fastgrpo.files import UNSUPPORTED, atomic_write_text, keep_copy
 from fastgrpo.training import checkpoint, trust
 from fastgrpo.training.tracking import MetricsLog, flatten, read_metrics
+from fastgrpo.training.used_folder import SAVED, has_traces, is_used, refuse_used
 
 logger = logging.getLogger("fastgrpo")
 
-SAVED = ".saved"
-"""Name of the newest checkpoint, beside the checkpoints: it tells a run that has had some."""
 WRITTEN = (
     *trust.RECORD,
     SAVED,
@@ -66,11 +65,7 @@ def claim(folder: Path, resume: str) -> TextIO | None:
                 # put the large folders elsewhere.
                 is_new = not (is_used(folder) or (folder / "config.yaml").exists())
                 trust.check_links(folder, *{*WRITTEN} - {*(_LARGE if is_new else ())})
-            if resume == "never" and is_used(folder):
-                raise FileExistsError(
-                    f"{folder} holds a run already: add `--resume auto` to go on with it, or give "
-                    "this one another --name"
-                )
+            refuse_used(folder, resume)
             (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
             lock = lock_folder(folder)
     return lock
@@ -102,22 +97,6 @@ def lock_folder(folder: Path) -> TextIO:
             "at a time in it"
         )
     return lock
-
-
-def is_used(folder: Path) -> bool:
-    """Whether there is something of a run in a folder that can be lost: a row, a checkpoint, or
-    exported weights. The traces of a start that failed earlier are not.
-    """
-    metrics = folder / "metrics.jsonl"
-    has_rows = metrics.exists() and metrics.stat().st_size > 0
-    kept = (folder / name for name in (SAVED, "transformer", "export"))
-    return has_rows or _has_traces(folder) or any(path.exists() for path in kept)
-
-
-def _has_traces(folder: Path) -> bool:
-    """Whether there are checkpoints, or what is left of them: a link, damaged ones."""
-    found = (folder / "checkpoints").glob("*")  # a disk mounted there has a lost+found
-    return any(path.name.startswith(("iteration_", "latest")) for path in found)
 
 
 def find_checkpoint(config: TrainConfig) -> tuple[Path | None, bool]:
@@ -169,7 +148,7 @@ def _require_none_lost(folder: Path, interval: int) -> None:
         name = saved.read_text().strip()[:100]
     # The row of an iteration is written before its checkpoint.
     traces = [(folder / n).exists() for n in ("transformer", "export")]
-    if name or last > interval or any(traces) or _has_traces(folder):
+    if name or last > interval or any(traces) or has_traces(folder):
         raise UserError(
             f"resume: expected the checkpoints of a run in {folder / 'checkpoints'}, found none, "
             f"though {folder} has the record of one that had some"

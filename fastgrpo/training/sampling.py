@@ -345,7 +345,7 @@ def sample_with_scheduler(
     """As `sample_validation`, from the same noise, but with a scheduler of diffusers
     (`pipeline_scheduler`) and one video at a time.
     """
-    videos, index = [], torch.tensor([0])
+    videos = []
     for slot, prompt in enumerate(prompts):
         # One rollout per video: it has room for all states of its videos, 0.3 GB each at 50 steps
         # of 53 frames of 480 x 832.
@@ -361,10 +361,10 @@ def sample_with_scheduler(
         )
         # Set anew for every video, since it keeps what its last steps predicted.
         steps = scheduler(cfg.num_inference_steps, device)
-        rollout.timesteps = steps.timesteps.double().cpu()
+        rollout.timesteps = steps.timesteps.to(device, torch.float32)
         latents = gaussian_noise(rollout.first_seeds, 0, rollout.latent_shape, device)
         for step, timestep in enumerate(steps.timesteps):
-            velocities = branch_velocities(policy, rollout, latents, index, torch.tensor([step]))
+            velocities = branch_velocities(policy, rollout, latents, rollout.index([0], [step]))
             velocity = guided_velocity(*velocities, cfg.guidance_scale)
             latents = steps.step(velocity, timestep, latents, return_dict=False)[0]
         frames = decode(policy, latents)

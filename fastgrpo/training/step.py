@@ -43,10 +43,11 @@ from fastgrpo.training.metrics import (
     reward_metrics,
     update_metrics,
 )
+from fastgrpo.training.optimizer import make_optimizer
 from fastgrpo.training.prompts import draw_prompts
 from fastgrpo.training.rollout import sample_videos, start_rollout
 from fastgrpo.training.trajectory import Group
-from fastgrpo.training.update import UpdateStatistics, make_optimizer, update
+from fastgrpo.training.update import UpdateStatistics, update
 from fastgrpo.training.weights import WITHOUT_ADAPTERS, average_weights, copy_weights
 
 POLL = 1.0
@@ -254,7 +255,10 @@ class Trainer:
         self, iteration: int, groups: list[Group], stats: UpdateStatistics
     ) -> dict[str, Any]:
         """Move the counters on and return the iteration's metrics over all ranks."""
-        every_group = [*chain.from_iterable(gather(groups))]
+        judge = self.judge.counters(), self.judge.blocked_seconds()
+        # One exchange: each costs the ranks a wait for the last of them.
+        ranks = gather((groups, judge, stats), "what all ranks have done")
+        every_group = [group for own, _, _ in ranks for group in own]
         self.prompts_drawn += self.config.rollout.num_prompts
         # An iteration without any score counts as an update that could not be made.
         nothing_scored = all(group.statistics is None for group in every_group)
@@ -273,12 +277,12 @@ class Trainer:
         return {
             "iteration": iteration,
             **reward_metrics(every_group, stages),
-            **judge_metrics(gather((self.judge.counters(), self.judge.blocked_seconds()))),
+            **judge_metrics([judge for _, judge, _ in ranks]),
             **seen,
             "pacing/sharpness": pacing.sharpness,
             "pacing/sparsity_weight": pacing.sparsity_weight,
             "pacing/gate_temperature": pacing.gate_temperature,
-            **update_metrics(gather(stats)),
+            **update_metrics([stats for _, _, stats in ranks]),
             **memory_metrics(self.device),
             "learning_rate": self.optimizer.param_groups[0]["lr"],
         }

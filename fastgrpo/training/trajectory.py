@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,27 +13,43 @@ from fastgrpo.algorithm.self_paced import GroupStatistics
 from fastgrpo.interfaces import Conditioning, Policy
 
 
+class TransitionIndex(NamedTuple):
+    """Which n transitions of a rollout, where the host and where the device look them up: neither
+    waits for the other.
+
+    Attributes:
+        prompts: Indices of the prompts, on the host.
+        samples, steps: [n] int64 on the latents' device: sample indices and steps.
+    """
+
+    prompts: Sequence[int]
+    samples: Tensor
+    steps: Tensor
+
+
 @dataclass
 class Rollout:
     """The trajectories of one rank: P prompts with G videos each, B = P G videos, N steps.
 
-    Video i (its `sample_index`) belongs to prompt i // G.
+    Video i (its `sample_index`) belongs to prompt i // G. What the forward passes look up lies on
+    the latents' device from the start, so that the host never waits for a copy in between.
 
     Attributes:
         prompts: The P prompts.
         num_generations: G.
         latent_shape: Shape of one latent.
-        conditioning: Of the P prompts.
+        conditioning: Of the P prompts, on the device; what a policy reads on the host is there.
         unconditional: Conditioning of the empty prompt; None without guidance.
         guidance_scale: w in v = v_uncond + w (v_cond - v_uncond).
-        sigmas: [N + 1] float64, from 1 down to 0.
-        timesteps: [N] float64, the timestep that the model sees.
-        a, b, std: [P, N] float64, the affine SDE step of each prompt (docs/method.md, section 1);
-            std 0 is an ODE step.
+        sigmas: [N + 1] float64 on the host, from 1 down to 0.
+        timesteps: [N] fp32, the timestep that the model sees.
+        a, b, std: [P, N] fp32, the affine SDE step of each prompt (docs/method.md, section 1), as
+            the kernels compute with it; std 0 is an ODE step.
         normalized: Whether the log-probability has its Gaussian normaliser (all samplers but cps).
         sde_window: Which steps are stochastic (`RolloutConfig`).
         trainable_steps: The steps of each prompt that may be trained.
         noise_seeds, first_seeds: [B] int64, seeds of the SDE's noise and of the first latent.
+        same_noise: Whether the videos of a group start from the same noise.
         latents: [B, N + 1, *latent_shape] fp32, every state as it is stored.
         log_probs: [B, N] fp32, NaN at an ODE step.
         micro_batch_size: Videos in one forward pass.
@@ -55,6 +73,7 @@ class Rollout:
     trainable_steps: list[tuple[int, ...]]
     noise_seeds: Tensor
     first_seeds: Tensor
+    same_noise: bool
     latents: Tensor
     log_probs: Tensor
     micro_batch_size: int
@@ -69,16 +88,16 @@ class Rollout:
     def num_steps(self) -> int:
         return len(self.sigmas) - 1
 
-    def coefficients(self, sample_indices: Tensor, steps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(a, b, std) of n transitions: each [n] float64 on the latents' device.
+    def index(self, sample_indices: Sequence[int], steps: Sequence[int]) -> TransitionIndex:
+        """The index of these n transitions. The host waits for one copy to the device."""
+        table = torch.tensor([sample_indices, steps]).to(self.latents.device)
+        prompts = [index // self.num_generations for index in sample_indices]
+        return TransitionIndex(prompts, *table)
 
-        Args:
-            sample_indices, steps: [n] int64 on the CPU.
-        """
-        prompts = sample_indices // self.num_generations
-        return tuple(
-            table[prompts, steps].to(self.latents.device) for table in (self.a, self.b, self.std)
-        )  # type: ignore[return-value]
+    def coefficients(self, index: TransitionIndex) -> tuple[Tensor, Tensor, Tensor]:
+        """(a, b, std) of n transitions: each [n] fp32."""
+        at = index.samples // self.num_generations, index.steps
+        return self.a[at], self.b[at], self.std[at]
 
 
 @dataclass
@@ -105,7 +124,7 @@ class Group:
 
 
 def branch_velocities(
-    policy: Policy, rollout: Rollout, latents: Tensor, sample_indices: Tensor, steps: Tensor
+    policy: Policy, rollout: Rollout, latents: Tensor, index: TransitionIndex
 ) -> tuple[Tensor, Tensor | None]:
     """The conditional and the unconditional velocity of n transitions.
 
@@ -117,12 +136,12 @@ def branch_velocities(
         policy: The generator.
         rollout: The trajectories that the transitions belong to.
         latents: [n, *latent_shape] fp32, the state before each transition.
-        sample_indices, steps: [n] int64 on the CPU.
+        index: The transitions.
 
     Returns:
         Two tensors [n, *latent_shape]; the second is None without guidance.
     """
-    at = policy, rollout, latents, sample_indices, steps
+    at = policy, rollout, latents, index
     conditional = branch_velocity(*at, conditional=True)
     if rollout.unconditional is None:
         return conditional, None
@@ -130,20 +149,16 @@ def branch_velocities(
 
 
 def branch_velocity(
-    policy: Policy,
-    rollout: Rollout,
-    latents: Tensor,
-    sample_indices: Tensor,
-    steps: Tensor,
-    *,
-    conditional: bool,
+    policy: Policy, rollout: Rollout, latents: Tensor, index: TransitionIndex, *, conditional: bool
 ) -> Tensor:
     """One of the two velocities of `branch_velocities`."""
-    device = latents.device
-    timesteps = rollout.timesteps[steps].to(device, torch.float32)
+    device, timesteps = latents.device, rollout.timesteps[index.steps]
     if conditional:
-        prompts = (sample_indices // rollout.num_generations).to(device)
-        conditioning = {name: rows[prompts] for name, rows in rollout.conditioning.items()}
+        prompts = index.samples // rollout.num_generations
+        conditioning = {
+            name: rows[prompts if rows.device == device else index.prompts]
+            for name, rows in rollout.conditioning.items()
+        }
     else:
         conditioning = {
             name: row.expand(len(latents), *row.shape[1:])

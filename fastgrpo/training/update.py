@@ -4,20 +4,32 @@ from __future__ import annotations
 
 import math
 import random
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from fastgrpo_kernels import Transition, branch_gradient, gaussian_kl, grpo_loss, guided_velocity
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastgrpo.algorithm.seeds import derive_seed
 from fastgrpo.config import UpdateConfig
-from fastgrpo.distributed.collectives import average_gradients, clip_gradients, gather
-from fastgrpo.errors import UserError
+from fastgrpo.distributed.collectives import (
+    average_gradients,
+    clip_gradients,
+    gather,
+    rank,
+    world_size,
+)
+from fastgrpo.distributed.sharding import reduce_gradients_if
 from fastgrpo.interfaces import Policy
-from fastgrpo.training.trajectory import Rollout, branch_velocities, branch_velocity
+from fastgrpo.training.trajectory import (
+    Rollout,
+    TransitionIndex,
+    branch_velocities,
+    branch_velocity,
+)
 from fastgrpo.training.weights import using_weights
 
 
@@ -28,6 +40,21 @@ class TrainedTransition:
     sample_index: int
     step: int
     advantage: float
+
+
+@dataclass(frozen=True)
+class TrainedRows:
+    """At most B = micro_batch_size transitions to train, filled up to B, for the device to look up.
+
+    Attributes:
+        index: Where they lie in the rollout.
+        valid_mask: [B] bool, False for what fills them up.
+        advantages: [B] fp32.
+    """
+
+    index: TransitionIndex
+    valid_mask: Tensor
+    advantages: Tensor
 
 
 class _TransitionStats(NamedTuple):
@@ -53,15 +80,14 @@ class MicroBatch:
     What fills it up is zeros with advantage zero, never NaN.
 
     Attributes:
-        sample_indices, steps: [B] int64 on the CPU.
+        index: Where they lie in the rollout.
         valid_mask: [B] bool, False for what fills the batch up.
         latents, next_latents: [B, *latent_shape] fp32, x and x'.
         old_log_probs, advantages: [B] fp32.
-        a, b, std: [B] float64.
+        a, b, std: [B] fp32.
     """
 
-    sample_indices: Tensor
-    steps: Tensor
+    index: TransitionIndex
     valid_mask: Tensor
     latents: Tensor
     next_latents: Tensor
@@ -101,36 +127,6 @@ class UpdateStatistics:
         return all(self.skipped)
 
 
-def make_optimizer(parameters: list[nn.Parameter], cfg: UpdateConfig) -> torch.optim.Optimizer:
-    """torch's fused AdamW, or NVIDIA apex's FusedAdam for `optimizer: apex_fused_adam`.
-
-    Raises:
-        UserError: NVIDIA apex is not installed.
-    """
-    options = {"lr": cfg.learning_rate, "betas": cfg.betas, "weight_decay": cfg.weight_decay}
-    if cfg.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, fused=True, **options)  # type: ignore[arg-type]
-    optimizer: torch.optim.Optimizer = import_fused_adam()(parameters, adam_w_mode=True, **options)
-    return optimizer
-
-
-def import_fused_adam() -> Any:
-    """NVIDIA apex's FusedAdam (PyPI's package of that name is something else).
-
-    Raises:
-        UserError: NVIDIA apex is not installed.
-    """
-    try:
-        from apex.optimizers import FusedAdam
-    except ImportError as error:
-        raise UserError(
-            "update.optimizer: apex_fused_adam needs NVIDIA apex, built from NVIDIA's source with "
-            f"its CUDA extensions; the `apex` on PyPI is another package ({error}). Use adamw, "
-            "torch's own fused optimizer"
-        ) from error
-    return FusedAdam
-
-
 def trained_steps(rollout: Rollout, sample_index: int, fraction: float, seed: int) -> list[int]:
     """The steps of a video that are trained.
 
@@ -154,19 +150,21 @@ def update(
     reference: Mapping[str, Tensor] | None = None,
     after_step: Callable[[], None] = lambda: None,
 ) -> UpdateStatistics:
-    """Train on the chosen videos: one optimizer step per `gradient_accumulation` of them.
+    """Train on the chosen videos, shared among `optimizer_steps` optimizer steps.
 
     Every rank makes the same number of passes of the same size, or sharded ranks would wait
     forever. A rank with fewer videos runs passes of weight zero; unused rows of a micro-batch also
-    have weight zero. The loss of one transition is divided by (gradient_accumulation x steps
-    trained).
+    have weight zero. The loss of one transition is divided by (videos that a rank keeps /
+    optimizer_steps x steps trained), whatever the other groups gave: averaged over ranks, it is
+    the loss of one rank that has all groups. A step for which no rank has a video is not made.
 
     Args:
         policy: Its weights must be those that sampled the rollout: until the first optimizer step
             `branchwise` assumes that every ratio is 1.
         optimizer: Holds the trained parameters.
         rollout: From `sample_videos`.
-        chosen: Sample indices of this rank's videos, in the order of training.
+        chosen: Sample indices of this rank's videos, in the order of training; at most num_best +
+            num_worst of each group.
         advantages: By sample index.
         cfg: The `update` section.
         reference: For `using_weights`, the weights that `kl_coef` pulls to.
@@ -174,26 +172,24 @@ def update(
     """
     stats = UpdateStatistics()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    most_videos = max(gather(len(chosen)))
-    for begin in range(0, most_videos, cfg.gradient_accumulation):
+    noise_seeds = rollout.noise_seeds.tolist()
+    shares = share_among_steps(rollout, chosen, cfg)
+    most_videos = map(max, zip(*gather([len(videos) for videos in shares]), strict=True))
+    steps_per_video = len(trained_steps(rollout, 0, cfg.timestep_fraction, seed=0))
+    divisor = kept_per_step(rollout, cfg) * steps_per_video
+    for videos, most in zip(shares, most_videos, strict=True):
+        if not most:
+            continue
         transitions = []
-        for index in chosen[begin : begin + cfg.gradient_accumulation]:
-            seed = derive_seed("trained steps", int(rollout.noise_seeds[index]))
+        for index in videos:
+            seed = derive_seed("trained steps", noise_seeds[index])
             for step in trained_steps(rollout, index, cfg.timestep_fraction, seed):
                 transitions.append(TrainedTransition(index, step, advantages[index]))
-        num_transitions = max(gather(len(transitions)))
-        steps_per_video = num_transitions / min(cfg.gradient_accumulation, most_videos - begin)
+        num_transitions = most * steps_per_video
         loss = accumulate_gradients(
-            policy,
-            rollout,
-            transitions,
-            num_transitions,
-            cfg.gradient_accumulation * steps_per_video,
-            cfg,
-            reference,
-            stats,
+            policy, rollout, transitions, num_transitions, divisor, cfg, reference, stats
         )
-        if begin == 0:
+        if not stats.losses:
             stats.num_first = len(transitions)
         average_gradients(parameters)
         grad_norm = clip_gradients(parameters, cfg.max_grad_norm)
@@ -207,6 +203,33 @@ def update(
         stats.grad_norms.append(grad_norm)
         stats.skipped.append(not finite)
     return stats
+
+
+def share_among_steps(
+    rollout: Rollout, chosen: Sequence[int], cfg: UpdateConfig
+) -> list[list[int]]:
+    """The videos of this rank that each of the `optimizer_steps` trains, in the order of `chosen`.
+
+    An iteration has a place for each video that it may keep on all ranks: first the first of every
+    group, then the second of every group, and so on. The steps take equal parts of the places. So
+    a video's step depends neither on the number of ranks nor on groups that were skipped.
+    """
+    ours = len(rollout.prompts)
+    groups = ours * world_size()  # each rank has a block of the iteration's prompts
+    places = groups * (cfg.num_best + cfg.num_worst)
+    shares: list[list[int]] = [[] for _ in range(cfg.optimizer_steps)]
+    seen: Counter[int] = Counter()
+    for index in chosen:
+        group = index // rollout.num_generations
+        place = seen[group] * groups + rank() * ours + group
+        seen[group] += 1
+        shares[place * cfg.optimizer_steps // places].append(index)
+    return shares
+
+
+def kept_per_step(rollout: Rollout, cfg: UpdateConfig) -> float:
+    """The videos that a rank may train in one optimizer step, in the mean over steps and ranks."""
+    return len(rollout.prompts) * (cfg.num_best + cfg.num_worst) / cfg.optimizer_steps
 
 
 def accumulate_gradients(
@@ -241,28 +264,64 @@ def accumulate_gradients(
     size = rollout.micro_batch_size
     total = torch.zeros((), device=rollout.latents.device)
     passes = []
-    for begin in range(0, num_transitions, size):
-        batch = transitions[begin : begin + size]
+    every = trained_rows(rollout, transitions, num_transitions)
+    for i, rows in enumerate(every, 1):
+        reduce_gradients_if(policy.transformer, is_last=i == len(every))
         loss, seen = backpropagate(
-            policy, rollout, batch, cfg, reference, scale=size / divisor, on_policy=stats.on_policy
+            policy, rollout, rows, cfg, reference, scale=size / divisor, on_policy=stats.on_policy
         )
         total += loss * (size / divisor)
-        passes.append((batch, seen))
+        passes.append(torch.stack([values.float() for values in seen]))
     # Read back after the last pass, so that the host never waits in between.
-    for batch, seen in passes:
-        ratio, log_ratio, clipped, kl = (values[: len(batch)].tolist() for values in seen)
-        stats.steps += [transition.step for transition in batch]
+    if passes:
+        table = torch.cat(passes, dim=1)[:, : len(transitions)]
+        ratio, log_ratio, clipped, kl = table.tolist()
+        stats.steps += [transition.step for transition in transitions]
         stats.ratios += ratio
         stats.log_ratios += log_ratio
-        stats.clipped += clipped
+        stats.clipped += map(bool, clipped)
         stats.kl += kl
     return float(total)
+
+
+def trained_rows(
+    rollout: Rollout, transitions: Sequence[TrainedTransition], num_transitions: int = 0
+) -> list[TrainedRows]:
+    """Bring the transitions of one optimizer step to the device, for all its passes at once: the
+    host waits here, and in none of them.
+
+    Args:
+        rollout: Holds the transitions.
+        transitions: To train on this rank.
+        num_transitions: The least number to fill up to; it is filled up to whole micro-batches.
+
+    Returns:
+        One entry per pass.
+    """
+    device, size = rollout.latents.device, rollout.micro_batch_size
+    begins = range(0, max(num_transitions, len(transitions)), size)
+    missing = len(begins) * size - len(transitions)
+    filled = [*transitions, *[TrainedTransition(0, 0, 0.0)] * missing]
+    prompts, samples, steps = rollout.index(
+        [transition.sample_index for transition in filled],
+        [transition.step for transition in filled],
+    )
+    advantages = torch.tensor([transition.advantage for transition in filled], device=device)
+    valid_mask = torch.arange(len(filled), device=device) < len(transitions)
+    return [
+        TrainedRows(
+            TransitionIndex(prompts[part], samples[part], steps[part]),
+            valid_mask[part],
+            advantages[part],
+        )
+        for part in (slice(begin, begin + size) for begin in begins)
+    ]
 
 
 def backpropagate(
     policy: Policy,
     rollout: Rollout,
-    transitions: Sequence[TrainedTransition],
+    rows: TrainedRows,
     cfg: UpdateConfig,
     reference: Mapping[str, Tensor] | None,
     *,
@@ -279,8 +338,8 @@ def backpropagate(
     Returns:
         As `transition_loss`, without a graph.
     """
-    batch = micro_batch(rollout, transitions)
-    at = batch.latents, batch.sample_indices, batch.steps
+    batch = micro_batch(rollout, rows)
+    at = batch.latents, batch.index
     reference_velocities = None
     if reference is not None:
         # Before the policy's own forward, whose graph must not see other weights pass through.
@@ -319,25 +378,19 @@ def backpropagate(
     return loss.detach(), stats
 
 
-def micro_batch(rollout: Rollout, transitions: Sequence[TrainedTransition]) -> MicroBatch:
-    """Look up at most `micro_batch_size` transitions in the rollout."""
-    device, size = rollout.latents.device, rollout.micro_batch_size
-    filled = [*transitions, *[TrainedTransition(0, 0, 0.0)] * (size - len(transitions))]
-    indices = torch.tensor([transition.sample_index for transition in filled])
-    steps = torch.tensor([transition.step for transition in filled])
-    valid_mask = torch.arange(size, device=device) < len(transitions)
+def micro_batch(rollout: Rollout, rows: TrainedRows) -> MicroBatch:
+    """Look up the transitions of one pass in the rollout."""
+    (_, samples, steps), valid_mask = rows.index, rows.valid_mask
     valid_rows = valid_mask.view(-1, *[1] * len(rollout.latent_shape))
-    at = indices.to(device), steps.to(device)
     # A std of 1 keeps the loss of a row without a transition finite.
-    a, b, std = (torch.where(valid_mask, c, 1.0) for c in rollout.coefficients(indices, steps))
+    a, b, std = (torch.where(valid_mask, c, 1.0) for c in rollout.coefficients(rows.index))
     return MicroBatch(
-        sample_indices=indices,
-        steps=steps,
+        index=rows.index,
         valid_mask=valid_mask,
-        latents=torch.where(valid_rows, rollout.latents[at], 0.0),
-        next_latents=torch.where(valid_rows, rollout.latents[at[0], at[1] + 1], 0.0),
-        old_log_probs=torch.where(valid_mask, rollout.log_probs[at], 0.0),
-        advantages=torch.tensor([transition.advantage for transition in filled], device=device),
+        latents=torch.where(valid_rows, rollout.latents[samples, steps], 0.0),
+        next_latents=torch.where(valid_rows, rollout.latents[samples, steps + 1], 0.0),
+        old_log_probs=torch.where(valid_mask, rollout.log_probs[samples, steps], 0.0),
+        advantages=rows.advantages,
         a=a,
         b=b,
         std=std,
@@ -352,14 +405,14 @@ def known_gradients(
     It follows from the noise that the seeds give back. It differs from the gradient of
     `transition_loss` only by the rounding of the stored x', which the noise does not know.
     """
-    seeds = rollout.noise_seeds[batch.sample_indices.to(rollout.noise_seeds.device)]
+    seeds = rollout.noise_seeds[batch.index.samples]
     # Only shape and dtype of the velocity are used, not its values.
     velocity = torch.empty_like(batch.latents, dtype=dtype)
     return branch_gradient(
         _kernel_transition(rollout, batch, velocity, None),
         batch.advantages,
         seeds=seeds,
-        step=batch.steps.to(seeds.device),
+        step=batch.index.steps,
         scale=scale / rollout.micro_batch_size,
         adv_clip=cfg.adv_clip,
         cfg_grad=cfg.cfg_grad,

@@ -1,14 +1,16 @@
 """The operations of GRPO on flow-matching models, and the pointwise work of their transformers.
 
 They need torch, and Triton on a GPU. `sde/` has the step of a sampler, its log-probability and the
-loss; `norm/` the pointwise work of a transformer's block; `random/` the noise. The `reference.py`
-of each folder is the specification; `dispatch.py` selects the backend of a call: Triton, CUDA C++,
-C++ on the CPU, or the reference. README.md beside this folder shows how to use them in another
-trainer, and states which results have equal bits. The method: docs/method.md, sections 1 and 2.
+loss; `norm/` and `activation/` the pointwise work of a transformer's block; `random/` the noise.
+The `reference.py` of each folder is the specification; `dispatch.py` selects the backend of a call:
+Triton, CUDA C++, C++ on the CPU, or the reference. README.md beside this folder shows how to use
+them in another trainer, and states which results have equal bits. The method: docs/method.md,
+sections 1 and 2.
 """
 
 from __future__ import annotations
 
+from .activation.bias_gelu import bias_gelu
 from .norm.gate_residual_ln_modulate import (
     gate_residual,
     gate_residual_ln_modulate,
@@ -27,6 +29,7 @@ from .sde.transition import Transition
 __all__ = [
     "GRPOStats",
     "Transition",
+    "bias_gelu",
     "branch_gradient",
     "clipped_ratio_loss",
     "gate_residual",

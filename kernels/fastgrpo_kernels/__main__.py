@@ -13,8 +13,11 @@ def main() -> None:
     """Print, per device, the backend of each group of ops and what each backend says."""
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
         probe = torch.empty(0, device=device)
-        print(f"{device} tensors: {', '.join(COMPILED)}: {select_backend('sde_step', probe)}")
-        print(f"{device} tensors: all other ops: {select_backend('ln_modulate', probe)}")
+        for backend in BACKENDS:
+            served = [op for op in COMPILED if select_backend(op, probe) == backend]
+            if served:
+                print(f"{device} tensors: {', '.join(served)}: {backend}")
+        print(f"{device} tensors: all other ops: {select_backend('', probe)}")
         for backend in BACKENDS:
             reason = unsupported_reason(backend, "sde_step", probe)
             print(f"  {backend:9}  {reason or 'can serve'}")

@@ -128,11 +128,11 @@ def check_qk(q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor) -> None:
     for name, x in (("q", q), ("k", k)):
         if not is_float(x) or x.dim() != 4 or 0 in x.shape[2:] or x.shape[3] % 2:
             fail(name, "a float tensor [B, L, H, D] with an even D", describe(x))
-    like = [(x.shape[0], *x.shape[2:], x.dtype, x.device) for x in (q, k)]
-    if like[0] != like[1]:
+    (batch, _, *heads), (k_batch, _, *k_heads) = q.shape, k.shape
+    if (batch, heads, q.dtype, q.device) != (k_batch, k_heads, k.dtype, k.device):
         expected = f"the batch, heads, channels, dtype and device of q, {describe(q)} on {q.device}"
         fail("k", expected, f"{describe(k)} on {k.device}")
-    channels, head_dim = math.prod(q.shape[2:]), q.shape[3]
+    channels, head_dim = heads[0] * heads[1], heads[1]
     for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
         if not is_float(weight) or weight.shape not in ((channels,), (head_dim,)):
             expected = f"a float tensor [{channels}] (across heads) or [{head_dim}] (per head)"
@@ -188,7 +188,7 @@ def modulation(name: str, value: Tensor, x: Tensor) -> Tensor:
     view = value.expand(1, 1, -1) if value.dim() == 1 else value
     if view.shape[0] not in (1, batch) or view.shape[1] not in (1, length):
         fail(name, f"sizes that fit x {list(x.shape)}", describe(value))
-    return view.expand(batch, -1, -1)
+    return view if view.shape[0] == batch else view.expand(batch, -1, -1)
 
 
 def _check_values(name: str, values: list[float]) -> None:

@@ -23,8 +23,15 @@ import torch
 from torch import Tensor
 
 BACKENDS = ("cuda", "cpp", "triton", "reference")
-COMPILED = ("sde_step", "sde_log_prob", "clipped_ratio_loss", "grpo_loss")
-"""The ops of csrc/."""
+_CPU, _BOTH = ("cpp",), ("cpp", "cuda")
+COMPILED = {
+    **dict.fromkeys(("sde_step", "sde_log_prob", "clipped_ratio_loss", "grpo_loss"), _BOTH),
+    **dict.fromkeys(("gate_residual", "ln_modulate", "gate_residual_ln_modulate"), _CPU),
+    "qk_norm_rope": _CPU,
+}
+"""The ops of csrc/, and the backends by which it has them."""
+_PARTS = ("gate_residual", "ln_modulate")
+"""Ops that are `gate_residual_ln_modulate` without one of its halves."""
 FORCED: str | None = os.environ.get("FASTGRPO_KERNELS") or None
 
 triton: Any = None
@@ -61,7 +68,7 @@ def register(name: str, fake: Any, backward: Any = None, setup_context: Any = No
         name: The op's, without a namespace. `triton_op(name)` must have defined it.
         fake: Shapes and dtypes of the results, from the arguments of the op.
         backward: backward(backend, ctx, *grads), or None for an op without a gradient. It may call
-            `operation(backend, ...)`.
+            `operation(backend, ...)` or `call(backend, ...)`.
         setup_context: As in torch.library.register_autograd.
     """
     namespaces = {"triton": NAMESPACE}
@@ -73,6 +80,43 @@ def register(name: str, fake: Any, backward: Any = None, setup_context: Any = No
             torch.library.register_autograd(
                 f"{namespace}::{name}", partial(backward, backend), setup_context=setup_context
             )
+    if "cpp" in namespaces:
+        op, function = getattr(torch.ops.fastgrpo, name).default, None
+        if backward is not None:
+            function = _function(op, partial(backward, "cpp"), setup_context)
+        _eager[name] = op, function
+
+
+_eager: dict[str, tuple[Any, Any]] = {}
+"""What `call` calls: an op of csrc/, and the autograd.Function around it, or None."""
+
+
+def call(backend: str, name: str, *arguments: Any) -> Any:
+    """Call an op that `register` knows, an op of csrc/ by the short way where there is one.
+
+    torch.library enters a registered backward through Python at every call, also where nothing is
+    to be differentiated. For an op on a few thousand values that takes longer than the op itself.
+    """
+    if backend == "triton" or torch.compiler.is_compiling():
+        return operation(backend, name)(*arguments)
+    op, function = _eager[name]
+    if function is not None and torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
+        return function.apply(*arguments)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*arguments)
+
+
+def _function(op: Any, backward: Any, setup_context: Any) -> Any:
+    """An op with the backward that is registered for it, as an autograd.Function."""
+
+    def forward(ctx: Any, *arguments: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            output = op(*arguments)
+        setup_context(ctx, arguments, output)
+        return output
+
+    members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    return type(f"{op.name()}", (torch.autograd.Function,), members)
 
 
 def operation(backend: str, name: str) -> Any:
@@ -101,7 +145,9 @@ _registered = {
     for op in COMPILED
     for device in ("cpu", "cuda")
     if not _library_error
-    and torch._C._dispatch_has_kernel_for_dispatch_key(f"fastgrpo::{op}", device.upper())
+    and torch._C._dispatch_has_kernel_for_dispatch_key(
+        f"fastgrpo::{'gate_residual_ln_modulate' if op in _PARTS else op}", device.upper()
+    )
 }
 
 
@@ -124,8 +170,9 @@ def select_backend(op: str, tensor: object, backend: str | None = None) -> str:
     if forced is not None and forced not in BACKENDS:
         source = "backend" if backend else "FASTGRPO_KERNELS"
         raise ValueError(f"{source}: expected one of {', '.join(BACKENDS)}, got {forced!r}")
-    # FASTGRPO_KERNELS=cuda says nothing of the ops that csrc/ does not have.
-    if forced is None or (backend is None and forced in ("cuda", "cpp") and op not in COMPILED):
+    # FASTGRPO_KERNELS=cuda says nothing of the ops that csrc/ does not have for CUDA.
+    has_not = forced in _BOTH and forced not in COMPILED.get(op, ())
+    if forced is None or (backend is None and has_not):
         return next(name for name in _order(tensor) if not unsupported_reason(name, op, tensor))
     if reason := unsupported_reason(forced, op, tensor):
         raise ValueError(f"{op}: the backend {forced!r} cannot serve this call: {reason}")
@@ -144,8 +191,9 @@ def unsupported_reason(backend: str, op: str, tensor: object) -> str:
             return f"Triton needs a GPU or TRITON_INTERPRET=1, got a tensor on {tensor.device}"
         return _triton_error
     wanted = "cuda" if backend == "cuda" else "cpu"
-    if op not in COMPILED:
-        return f"csrc/ has only {', '.join(COMPILED)}"
+    if backend not in COMPILED.get(op, ()):
+        has = [name for name, backends in COMPILED.items() if backend in backends]
+        return f"csrc/ has only {', '.join(has)} for {wanted}"
     if device != wanted:
         return f"expected {wanted} tensors, got one on {tensor.device}"
     if not _library_error and (op, wanted) not in _registered:
@@ -158,7 +206,8 @@ def has_library() -> bool:
     return not _library_error
 
 
+_ORDERS = {"cuda": ("triton", "cuda", "reference"), "cpu": ("cpp", "reference")}
+
+
 def _order(tensor: object) -> tuple[str, ...]:
-    orders = {"cuda": ("triton", "cuda", "reference"), "cpu": ("cpp", "reference")}
-    device = tensor.device.type if isinstance(tensor, Tensor) else ""
-    return orders.get(device, ("reference",))
+    return _ORDERS.get(tensor.device.type if isinstance(tensor, Tensor) else "", ("reference",))

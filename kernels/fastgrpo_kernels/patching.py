@@ -25,7 +25,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from .activation.bias_gelu import bias_gelu
+from .dispatch import select_backend
 from .norm.gate_residual_ln_modulate import (
     gate_residual,
     gate_residual_ln_modulate,
@@ -74,6 +77,12 @@ def patch(transformer: nn.Module) -> None:
             attention.set_processor(fused(attend, processor._attention_backend))
 
 
+def _diffusers_module(module: nn.Module) -> Any:
+    """The file of diffusers that has the class of a module; FSDP2 puts its own above it."""
+    classes = type(module).__mro__
+    return sys.modules[next(c.__module__ for c in classes if c.__module__.startswith("diffusers."))]
+
+
 def _kind(module: nn.Module) -> str:
     """Name of the diffusers class that has a forward here; FSDP2 puts its own above it. Else ""."""
     known = (
@@ -105,7 +114,7 @@ def _require(ok: bool, module: nn.Module, expected: str, got: str) -> None:
 
 
 class RotaryTables:
-    """cos and sin, [L, D / 2] fp32, contiguous, made once per forward.
+    """cos and sin, [L, D / 2] fp32, contiguous.
 
     Neither a tuple nor a dataclass: FSDP2 casts tensors that it finds in a module's arguments to
     the dtype of its parameters, and angles in bf16 would blur positions.
@@ -120,14 +129,37 @@ class RotaryTables:
 
 def _wan_rope(rope: Any, hidden_states: Tensor) -> RotaryTables:
     """diffusers' tables [1, L, 1, D] hold each angle twice."""
-    cos, sin = type(rope).forward(rope, hidden_states)
-    return RotaryTables(cos[0, :, 0, 0::2], sin[0, :, 0, 1::2])
+
+    def tables() -> RotaryTables:
+        cos, sin = type(rope).forward(rope, hidden_states)
+        return RotaryTables(cos[0, :, 0, 0::2], sin[0, :, 0, 1::2])
+
+    return _kept(rope, hidden_states, tables)
 
 
 def _hunyuan_rope(rope: Any, hidden_states: Tensor) -> RotaryTables:
     """diffusers' tables [L, D] hold each angle twice."""
-    cos, sin = type(rope).forward(rope, hidden_states)
-    return RotaryTables(cos[:, 0::2], sin[:, 1::2])
+
+    def tables() -> RotaryTables:
+        cos, sin = type(rope).forward(rope, hidden_states)
+        return RotaryTables(cos[:, 0::2], sin[:, 1::2])
+
+    return _kept(rope, hidden_states, tables)
+
+
+def _kept(rope: Any, x: Tensor, make: Callable[[], RotaryTables]) -> RotaryTables:
+    """The tables for the sizes and the device of x, made at the first call with them.
+
+    They depend on nothing else. Fake tensors and traced ones are not kept.
+    """
+    if type(x) is not Tensor or torch.compiler.is_compiling():
+        return make()
+    key = x.shape[2:], x.device
+    if getattr(rope, "kept_key", None) != key:
+        with torch.inference_mode(False), torch.no_grad():
+            rope.kept_tables, rope.kept_key = make(), key
+    tables: RotaryTables = rope.kept_tables
+    return tables
 
 
 class FusedProcessor:
@@ -204,6 +236,44 @@ class FusedHunyuanProcessor(FusedProcessor):
         return attn.to_out[1](attn.to_out[0](video)), attn.to_add_out(text)
 
 
+def _wan_transformer(
+    model: Any,
+    hidden_states: Tensor,
+    timestep: Tensor,
+    encoder_hidden_states: Tensor,
+    return_dict: bool = True,
+    **others: Any,
+) -> Any:
+    """WanTransformer3DModel.forward: latents [B, C, T, H, W], timesteps [B], text [B, L, D].
+
+    Any other argument goes through diffusers' own, over the same blocks.
+    """
+    if timestep.dim() != 1 or any(value is not None for value in others.values()):
+        rest = {"return_dict": return_dict, **others}
+        return type(model).forward(model, hidden_states, timestep, encoder_hidden_states, **rest)
+    sizes = [n // p for n, p in zip(hidden_states.shape[2:], model.config.patch_size, strict=True)]
+    rope, conv = model.rope(hidden_states), model.patch_embedding
+    if type(conv) is nn.Conv3d and set(conv.kernel_size) == {1}:  # each pixel a token
+        x = F.linear(hidden_states.flatten(2).transpose(1, 2), conv.weight.flatten(1), conv.bias)
+    else:
+        x = conv(hidden_states).flatten(2).transpose(1, 2).contiguous()
+    temb, projected, text, _ = model.condition_embedder(timestep, encoder_hidden_states, None)
+    projected = projected.unflatten(1, (6, -1))
+    checkpointed = torch.is_grad_enabled() and model.gradient_checkpointing
+    for block in model.blocks:
+        if checkpointed:
+            x = model._gradient_checkpointing_func(block, x, text, projected, rope)
+        else:
+            x = block(x, text, projected, rope)
+    shift, scale = (model.scale_shift_table + temb.unsqueeze(1)).chunk(2, dim=1)
+    x = model.proj_out(ln_modulate(x, scale, shift, eps=model.norm_out.eps))
+    x = x.reshape(len(x), *sizes, *model.config.patch_size, -1).permute(0, 7, 1, 4, 2, 5, 3, 6)
+    x = x.flatten(6, 7).flatten(4, 5).flatten(2, 3)
+    if not return_dict:
+        return (x,)
+    return _diffusers_module(model).Transformer2DModelOutput(sample=x)
+
+
 def _wan_block(
     block: Any,
     hidden_states: Tensor,
@@ -275,7 +345,7 @@ def _hunyuan_single_block(
     shift, scale, gate = block.norm.linear(block.norm.silu(temb)).chunk(3, dim=1)
 
     normed = ln_modulate(x, scale, shift, eps=block.norm.norm.eps)
-    mlp = block.act_mlp(block.proj_mlp(normed))
+    mlp = _linear_gelu(block.proj_mlp, normed, block.act_mlp)
     y = block.attn(
         hidden_states=normed, attention_mask=attention_mask, image_rotary_emb=image_rotary_emb
     )
@@ -283,11 +353,33 @@ def _hunyuan_single_block(
     return x[:, :length], x[:, length:]
 
 
+def _gelu(module: Any, hidden_states: Tensor) -> Tensor:
+    """GELU.forward: what a feed-forward layer begins with."""
+    if module.approximate != "tanh":
+        return type(module).forward(module, hidden_states)
+    return _linear_gelu(module.proj, hidden_states, module.gelu)
+
+
+def _linear_gelu(linear: nn.Module, x: Tensor, gelu: Callable[[Tensor], Tensor]) -> Tensor:
+    """GELU of a linear layer's output; its bias is added on the way to the activation.
+
+    Where plain PyTorch would serve, the layer adds its bias itself: apart it would be one pass
+    more. So does a layer with an adapter (LoRA), which adds to its output.
+    """
+    if select_backend("bias_gelu", x) == "reference":
+        return gelu(linear(x))
+    if type(linear) is nn.Linear:
+        return bias_gelu(F.linear(x, linear.weight), linear.bias)
+    return bias_gelu(linear(x), None)
+
+
 _FORWARDS: dict[str, Callable[..., Any]] = {
+    "WanTransformer3DModel": _wan_transformer,
     "WanTransformerBlock": _wan_block,
     "HunyuanVideoTransformerBlock": _hunyuan_block,
     "HunyuanVideoSingleTransformerBlock": _hunyuan_single_block,
     "WanRotaryPosEmbed": _wan_rope,
     "HunyuanVideoRotaryPosEmbed": _hunyuan_rope,
+    "GELU": _gelu,
 }
 """Classes of diffusers, and what takes the place of their forward."""

@@ -58,7 +58,7 @@ def test_the_peer_samples_and_trains_what_the_trainer_does(
     handicaps = scaled_iteration.variants(bench)["peer"]
     assert ("batched_cfg" in handicaps) == (bench.branches == 2)
     cfg = UpdateConfig(
-        gradient_accumulation=2, timestep_fraction=0.5, clip_range=0.9, max_grad_norm=1e9
+        num_best=2, num_worst=0, timestep_fraction=0.5, clip_range=0.9, max_grad_norm=1e9
     )
     found = []
     for is_peer in (False, True):
@@ -195,7 +195,8 @@ def test_the_whole_command_at_tiny_size(
     names: dict[str, set[str]] = {}
     for part, name in rows:
         names.setdefault(part, set()).add(name)
-    assert names["train"] == {"eager, full", "eager, none", "eager, keep_attention"}
+    kept = ("full", "none", "keep_attention")
+    assert names["train"] == {"eager, full", *(f"fused, {what}" for what in kept)}
     assert names["decode"] == {f"{h} {d}" for h in ("un-tiled", "tiled") for d in ("fp32", "bf16")}
     assert {"ours", "peer", "peer without mp4", "peer with fa2"} < names["iteration"]
     ours, peer = (float(rows["iteration", name]["whole_s"]) for name in ("ours", "peer"))

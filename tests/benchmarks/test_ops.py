@@ -14,6 +14,7 @@ from torch import Tensor
 
 from benchmarks import ops
 from benchmarks.common import cases, rows, timing, verdicts
+from benchmarks.peers import dancegrpo, operations
 
 CPU = torch.device("cpu")
 TRANSITION = ("latents", "next_latents", "velocity", "velocity_uncond")
@@ -26,6 +27,7 @@ READ = {
     "gate_residual": ("x", "y"),
     "gate_residual_ln_modulate": ("x", "y"),
     "qk_norm_rope": ("q", "k", "cos", "sin"),
+    "bias_gelu": ("hidden",),
 }
 """Large inputs of the forward pass; a backward pass reads these too, and what arrives."""
 
@@ -45,7 +47,7 @@ def test_counted_bytes_are_those_of_the_tensors(size: str) -> None:
         read = sum(inputs[name].nbytes for name in READ[case.op] if name in inputs)
         assert case.bytes["forward"] == read + written, case.op
         if case.wrt:
-            small = 10 * inputs["scale"].numel() if "scale" in inputs else 1
+            small = 10 * inputs[next((n for n in ("scale", "bias") if n in inputs), "a")].numel()
             large = {name: inputs[name].nbytes for name in case.wrt if inputs[name].numel() > small}
             if case.op == "gate_residual":  # x's gradient is the arriving one, and x is not read
                 read -= large.pop("x")
@@ -104,6 +106,7 @@ def a_row(**changes: Any) -> ops.OpMeasurement:
         "us": 7.0,
         "speedup_eager": 14.0,
         "log_prob_error": 5e-8,
+        "peers": "",
     }
     return ops.OpMeasurement(**given | changes)  # type: ignore[arg-type]
 
@@ -115,6 +118,12 @@ def test_goals_are_for_their_device_only() -> None:
     pointwise = a_row(op="ln_modulate", copy_percent=85.0, speedup_eager=4.9, log_prob_error=None)
     assert ops.goals(pointwise) == "G7 copy 85 %: met; G7 eager 5x: not met; G7 compile 0.97x: met"
     assert ops.goals(a_row(device="AMD EPYC")) == ops.goals(a_row(implementation="eager")) == ""
+    others = a_row(op="ln_modulate", log_prob_error=None, copy_percent=90.0, peers="sglang 0.99")
+    assert ops.goals(others).startswith("G7 sglang 1x: not met; G7 copy 85 %: met")
+    cpu = a_row(implementation="cpp", device="AMD EPYC", peers="unirl 2.00, dancegrpo 1.99")
+    found = "C3 unirl 2x: met; C3 dancegrpo 2x: not met; C3 compile 1x: met"
+    assert ops.goals(cpu) == found
+    assert ops.goals(dataclasses.replace(cpu, speedup_compile=None)) == found.rpartition(";")[0]
 
 
 def test_newer_rows_replace_older_ones(tmp_path: Path, read: Callable[..., Any]) -> None:
@@ -150,6 +159,75 @@ def test_a_verdict_names_the_backends_that_were_tested(tmp_path: Path) -> None:
     assert (found.green, found.note) == (True, "2 passed, 2 skipped")
     assert found.backends == ("cpp", "reference")
     assert verdicts.verdict(tmp_path / "test_missing.py").note == "no file test_missing.py"
+
+
+def test_other_peers_get_a_number_if_they_compute_the_operation(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, read: Any
+) -> None:
+    """One that is right, one that has only a forward, one that is wrong and one that fails."""
+    (case,) = (case for case in cases.cases("tiny") if case.op == "gate_residual")
+    both = ("forward", "backward")
+
+    def peer(name: str, compute: Any, directions: tuple[str, ...] = both) -> Any:
+        return operations.PeerOperation(name, case.op, compute, directions)
+
+    found = [
+        peer("right", case.eager),
+        peer("ahead", case.eager, ("forward",)),
+        peer("wrong", lambda inputs: (case.eager(inputs)[0] + 1,)),
+        peer("fails", lambda inputs: (1 / 0,)),
+        operations.PeerOperation("elsewhere", "ln_modulate", case.eager, both),
+    ]
+    monkeypatch.setattr(ops, "_other_peers", lambda chosen, device: found)
+    monkeypatch.setattr(timing, "copy_bandwidth", lambda device: 40.0)
+    (tmp_path / "test_gate_residual_ln_modulate.py").write_text(GREEN)
+    options = "--device cpu --sizes tiny --seconds 0.001 --ops gate_residual --csv"
+    assert ops.main([*options.split(), str(tmp_path)], tmp_path) == 0
+    out = capsys.readouterr().out
+    assert "gate_residual tiny: wrong: no number: AssertionError" in out
+    assert "gate_residual tiny: fails: no number: ZeroDivisionError" in out
+    rows_of = {(row["direction"], row["implementation"]): row for row in read("cpu_ops.csv")}
+    assert {name for _, name in rows_of} == {"cpp", "reference", "eager", "right", "ahead"}
+    assert ("backward", "ahead") not in rows_of
+    ours = rows_of["forward", "reference"]
+    expected = float(rows_of["forward", "right"]["us"]) / float(ours["us"])
+    first, second = ours["peers"].split(", ")
+    assert float(first.removeprefix("right ")) == pytest.approx(expected, abs=6e-3)
+    assert second.startswith("ahead ")
+    assert rows_of["forward", "right"]["peers"] == ""
+
+
+def test_a_trainers_step_and_loss_are_those_of_its_checkout(tmp_path: Path) -> None:
+    """DanceGRPO's sampler and loss, written out by the test: noise at the step's deviation, and the
+    loss at a ratio of one.
+    """
+    script = tmp_path / "fastvideo" / "train_grpo_wan_2_1.py"
+    script.parent.mkdir()
+    names = [name for name in dancegrpo.NAMES if name != "flux_step"]
+    script.write_text(
+        "def flux_step(v, x, eta, sigmas, i, following, grpo, sde_solver):\n"
+        "    dt = sigmas[i + 1] - sigmas[i]\n"
+        "    mean, std = x + v * dt, eta * (-dt) ** 0.5\n"
+        "    following = mean + std * torch.randn_like(mean) if following is None else following\n"
+        "    return following, mean, -((following.detach() - mean) ** 2).flatten(1).mean(1)\n"
+        + "".join(f"def {name}():\n    pass\n" for name in names)
+    )
+    step, loss = operations.of_checkouts({"dancegrpo": tmp_path, "unirl": None})
+    assert (step.op, loss.op, step.name) == ("sde_step", "grpo_loss", "dancegrpo")
+    (case,) = (case for case in cases.cases("shapes_16") if case.op == "grpo_loss")
+    inputs = case.make(ops.draw_on(CPU, 0))
+    following, log_prob = step.compute(inputs)
+    # sigma_i = 3 t / (1 + 2 t) at t = 8/16 and 7/16: 0.75 and 0.7.
+    noise = following - (inputs["latents"] + inputs["velocity"] * (0.7 - 0.75))
+    assert float(noise.std()) == pytest.approx(0.3 * 0.05**0.5, rel=2e-2)
+    inputs |= {"next_latents": following, "old_log_probs": log_prob}
+    value, again = loss.compute(inputs)
+    torch.testing.assert_close(again, log_prob)
+    assert float(value) == pytest.approx(-float(inputs["advantages"].mean()), abs=1e-6)
+
+
+def test_libraries_that_are_not_installed_are_no_peers() -> None:
+    assert operations.of_libraries() == []
 
 
 def test_ops_on_the_cpu(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,44 @@ def test_a_gpu_that_is_not_there_is_refused() -> None:
     with pytest.raises(ValueError, match=r"runtime\.device.*CUDA GPU.*without one"):
         start(RuntimeConfig(device="cuda"))
     assert not dist.is_initialized()
+
+
+@pytest.fixture
+def torch_settings() -> Iterator[None]:
+    """torch's settings of determinism, put back afterwards."""
+    cudnn, fill = torch.backends.cudnn, torch.utils.deterministic
+    before = cudnn.deterministic, fill.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
+    cudnn.deterministic, fill.fill_uninitialized_memory = before
+
+
+@pytest.mark.parametrize(
+    ("device", "asked", "expected"),
+    [("cuda", True, True), ("cuda", False, False), ("cpu", True, False)],
+)
+def test_deterministic_kernels_on_a_gpu_alone(
+    monkeypatch: pytest.MonkeyPatch,
+    torch_settings: None,
+    device: Any,
+    asked: bool,
+    expected: bool,
+) -> None:
+    """A CPU is deterministic by itself. The user's own environment wins. No GPU is needed."""
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # so that it is put back
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    monkeypatch.setenv("NCCL_NVLS_ENABLE", "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    assert start(RuntimeConfig(device=device, deterministic=asked)).type == device
+    assert torch.are_deterministic_algorithms_enabled() is expected
+    assert not torch.is_deterministic_algorithms_warn_only_enabled(), "atomics stay"
+    assert torch.backends.cudnn.deterministic is expected
+    assert torch.utils.deterministic.fill_uninitialized_memory is not expected
+    assert os.environ.get("CUBLAS_WORKSPACE_CONFIG") == (":4096:8" if expected else None)
+    assert os.environ["NCCL_NVLS_ENABLE"] == "1"
 
 
 @pytest.mark.parametrize("max_norm", [1.0, 5.0, 100.0])

@@ -20,6 +20,7 @@ from fastgrpo.distributed.sharding import (
     place,
     prepare,
     recompute,
+    reduce_gradients_if,
     shards,
 )
 
@@ -58,6 +59,29 @@ def test_recomputation_runs_the_forward_that_the_block_has(tiny_policy: Any) -> 
     out = block(torch.ones(1, 3, 2, 2, 2), torch.ones(1), torch.ones(1, 2, 4))
     out.sum().backward()
     assert calls == [3, 3]
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"shard": "full", "reduce_every": "step"}, [False, True]),
+        ({"shard": "full"}, [True, True]),
+        ({"shard": "none", "reduce_every": "step"}, []),
+    ],
+)
+def test_only_the_last_pass_reduces_where_that_was_asked(
+    one_rank: Any, settings: Any, expected: list[bool]
+) -> None:
+    """What comes of it is in tests/end_to_end/test_sharding.py."""
+    network = tiny_wan()
+    prepare(network, ParallelConfig(**settings), CPU, torch.float32)
+    found = []
+    for is_last in (False, True):
+        reduce_gradients_if(network, is_last)
+        parts = [module for module in network.modules() if isinstance(module, FSDPModule)]
+        groups = [group for part in parts for group in part._get_fsdp_state()._fsdp_param_groups]
+        found += {group.reduce_grads for group in groups}
+    assert found == expected
 
 
 def test_what_shard_comes_to(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,7 +136,7 @@ def test_place_copies_what_lies_at_an_odd_address() -> None:
 
 
 LOADING = """
-import json, re, sys
+import gc, json, re, sys
 import torch
 from fastgrpo.config import ParallelConfig, RuntimeConfig
 from fastgrpo.distributed import collectives, sharding
@@ -147,7 +171,8 @@ def large_wan(wan_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 def test_only_rank_0_reads_the_weights_and_all_have_them(large_wan: Path, run_ranks: Any) -> None:
     """Also a LoRA's random part."""
     body = """
-WanPolicy(folder).load(device)  # a first time, for what it imports
+WanPolicy(folder, lora=LoRA(rank=4)).load(device)  # a first time, for what it imports
+gc.collect()  # a fork owns the pages that a collection has written to
 policy, before = WanPolicy(folder, lora=LoRA(rank=4)), private()
 policy.load(device)
 grown = private() - before

@@ -53,7 +53,7 @@ TINY: dict[str, Any] = {
         "num_inference_steps": 5,
         "micro_batch_size": 4,
     },
-    "update": {"num_best": 1, "num_worst": 1, "gradient_accumulation": 4},
+    "update": {"num_best": 1, "num_worst": 1, "optimizer_steps": 1},
     "evaluation": {"num_generations": 1, "num_videos": 0},
     "tracking": {"trackers": []},
 }

@@ -35,7 +35,7 @@ Train = Callable[..., Any]
 # the middle.
 ARGUMENTS = [
     "--iterations 4 --checkpoint.interval 50 --evaluation.interval 2 --evaluation.num_videos 1",
-    "--update.ema_decay 0.5 --update.gradient_accumulation 2 --update.lr_scheduler cosine "
+    "--update.ema_decay 0.5 --update.optimizer_steps 2 --update.lr_scheduler cosine "
     "--rollout.sde_window sliding --rollout.window_size 2 --rollout.window_interval 1",
 ]
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/some/file")

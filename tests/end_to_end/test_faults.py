@@ -186,7 +186,7 @@ def test_one_update_of_several_is_skipped(tmp_path: Path, train: Train, poison: 
         return velocity
 
     poison(change)
-    run = train(tmp_path / "run", "--iterations 2 --update.gradient_accumulation 2")
+    run = train(tmp_path / "run", "--iterations 2 --update.optimizer_steps 2")
     assert [row["num_skipped_updates"] for row in run.trained_rows] == [1, 0]
     assert [row["ratio_drift"] for row in run.trained_rows] == [None, 0.0], (
         "a drift that is not a number is not 0"

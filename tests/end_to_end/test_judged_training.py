@@ -209,9 +209,9 @@ SMALL: dict[str, Any] = {
         "num_frames": 9,
         "num_inference_steps": 4,
     },
-    "update": {"num_best": 1, "num_worst": 1, "gradient_accumulation": 1, "learning_rate": 1e-3},
+    "update": {"num_best": 1, "num_worst": 1, "learning_rate": 1e-3},
     "evaluation": {"interval": 0, "num_videos": 1},
-    "parallel": {"shard": "full"},
+    "parallel": {"shard": "full", "replicas": 1},
     "tracking": {"trackers": []},
 }
 PROMPTS = [

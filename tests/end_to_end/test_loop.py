@@ -50,9 +50,9 @@ SETTINGS = [
     f"{SLIDING}1 --rollout.window_order random --rollout.sde cps{GUIDED}",
     "--rollout.sde_window single",
     f"--rollout.sde_window single --rollout.sde flow{GUIDED}",
-    # Eight optimizer steps an iteration, and a last one that is not full.
-    "--update.gradient_accumulation 1 --update.num_best 2 --update.num_worst 2",
-    "--update.gradient_accumulation 3",
+    # One video each, and four videos that three steps cannot share evenly.
+    "--update.optimizer_steps 8 --update.num_best 2 --update.num_worst 2",
+    "--update.optimizer_steps 3",
     "--update.ema_decay 0.5",
     f"--update.kl_coef 0.5{GUIDED}",
     f"--update.cfg_grad cond_only{GUIDED}",
@@ -131,9 +131,9 @@ def test_later_optimizer_steps_of_an_iteration_are_off_policy(
     on, off = (
         train(
             tmp_path / name,
-            f"--iterations 1 --update.clip_range 1e-7 --update.gradient_accumulation {samples}",
+            f"--iterations 1 --update.clip_range 1e-7 --update.optimizer_steps {steps}",
         ).trained_rows[0]
-        for name, samples in (("on", "4"), ("off", "2"))
+        for name, steps in (("on", 1), ("off", 2))
     )
     assert on["approx_kl"] == 0 == on["clip_ratio"]
     assert off["approx_kl"] > 0
@@ -474,7 +474,7 @@ def test_it_climbs_the_reward_it_is_given(tmp_path: Path, train: Callable[..., A
         tmp_path / "run",
         "--reward.class_path tiny_parts.RedJudge --iterations 12",
         "--rollout.num_generations 8 --rollout.micro_batch_size 16 --update.num_best 2",
-        "--update.num_worst 2 --update.gradient_accumulation 8 --update.learning_rate 5e-4",
+        "--update.num_worst 2 --update.learning_rate 5e-4",
         "--evaluation.num_generations 4",
     )
     assert run.code == 0

@@ -83,11 +83,9 @@ def rows(folder: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def one_rank_run(tmp_path_factory: pytest.TempPathFactory, train: Callable[..., Any]) -> Path:
-    """Three iterations of two prompts, three videos of each trained, in one optimizer step: 1 rank
-    x 6 samples.
-    """
+    """Three iterations of two prompts, three videos of each trained, in one optimizer step."""
     folder = tmp_path_factory.mktemp("ranks") / "one"
-    run = train(folder, *ONE_UPDATE, "--update.gradient_accumulation 6")
+    run = train(folder, *ONE_UPDATE)
     assert run.code == 0
     return run.folder
 
@@ -96,12 +94,12 @@ def one_rank_run(tmp_path_factory: pytest.TempPathFactory, train: Callable[..., 
 def two_ranks_run(
     tmp_path_factory: pytest.TempPathFactory, tiny: Callable[..., list[str]], torchrun: Any
 ) -> Path:
-    """The same by 2 ranks x 3 samples, under torchrun.
+    """The same by two ranks, under torchrun.
 
     Six videos of a prompt in micro-batches of four: each rank has other neighbours and padding.
     """
     folder = tmp_path_factory.mktemp("ranks") / "two"
-    argv = tiny(folder, *ONE_UPDATE, "--update.gradient_accumulation 3")
+    argv = tiny(folder, *ONE_UPDATE)
     job = torchrun(argv, 2, folder.parent)
     out = finish(job)
     assert job.returncode == 0, out
@@ -165,9 +163,9 @@ def test_a_rank_more_or_less_after_a_resume(
         return tmp_path / name
 
     resume, folder = [*ONE_UPDATE, "--resume auto"], cut(one_rank_run, "one")
-    on_one = train(cut(two_ranks_run, "two"), *resume, "--update.gradient_accumulation 6")
+    on_one = train(cut(two_ranks_run, "two"), *resume)
     assert "going on after iteration 1" in on_one.out
-    out = train_on_two(folder, *resume, "--update.gradient_accumulation 3")
+    out = train_on_two(folder, *resume)
     assert out.count("going on after iteration 1") == 1
     for resumed, source in ((on_one.folder, two_ranks_run), (folder, one_rank_run)):
         assert [row["iteration"] for row in rows(resumed)] == [0, 1, 2, 3]
@@ -207,8 +205,7 @@ def test_ranks_with_nothing_to_train_keep_step(
         "--reward.flat yellow",
     ]
     witness = ["--policy.class_path tiny_parts.WitnessPolicy", f"--policy.folder {tmp_path}"]
-    accumulation = "--update.gradient_accumulation"
-    train_on_two(tmp_path / "two", *arguments, *witness, f"{accumulation} 2")
+    train_on_two(tmp_path / "two", *arguments, *witness)
     two = rows(tmp_path / "two")[1:]
     assert [row["num_skipped_groups"] for row in two] == [0, 1, 1, 2, 0]
     assert [row["num_invalid_videos"] for row in two] == [0, 4, 0, 4, 0]
@@ -225,7 +222,7 @@ def test_ranks_with_nothing_to_train_keep_step(
         "iteration 4 trains nothing, so that 5 has the weights of 4"
     )
 
-    one = train(tmp_path / "one", *arguments, f"{accumulation} 4").trained_rows
+    one = train(tmp_path / "one", *arguments).trained_rows
     for number in (0, 1):
         assert one[number]["grad_norm"] == pytest.approx(two[number]["grad_norm"], rel=1e-3), (
             "one rank's share of nothing counts as such"

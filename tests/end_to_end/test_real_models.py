@@ -49,13 +49,13 @@ SMALL: dict[str, Any] = {
         "num_frames": 9,
         "num_inference_steps": 4,
     },
-    "update": {"num_best": 1, "num_worst": 1, "gradient_accumulation": 1, "learning_rate": 1e-3},
+    "update": {"num_best": 1, "num_worst": 1, "learning_rate": 1e-3},
     "evaluation": {"interval": 0, "num_videos": 1},
     "checkpoint": {"interval": 1},
-    "parallel": {"shard": "full"},
+    "parallel": {"shard": "full", "replicas": 1},
     "tracking": {"trackers": []},
 }
-"""Laid over a recipe. Guidance 5, micro-batch 1, bf16 over fp32 weights, full checkpointing and
+"""Laid over a recipe. Guidance 5, micro-batch 1, bf16 over fp32 weights, activations and
 all else stay the recipe's.
 """
 Arguments = Callable[..., list[str]]
@@ -339,8 +339,6 @@ def test_one_rank_then_two_then_one(
         more = [
             "--iterations",
             str(iterations),
-            "--update.gradient_accumulation",
-            str(2 // ranks),
             "--resume",
             "auto",
         ]
@@ -379,8 +377,6 @@ def test_lora(
         "fastgrpo/recipes/wan2.1_lora_one_gpu.yaml",
         "--rollout.num_prompts",
         "2",
-        "--update.gradient_accumulation",
-        "1",
     ]
     said = job(
         arguments(

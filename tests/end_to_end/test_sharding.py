@@ -124,6 +124,28 @@ def test_parameters_kept_gathered_change_no_bit_and_are_freed(trainer: Any) -> N
     assert all(isinstance(p, DTensor) for p in network.parameters())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_are_reduced_in_every_backward_or_in_the_last_pass(
+    trainer: Any, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    """On one rank the sums keep their order, so not a bit changes."""
+    calls: list[None] = []
+    group = torch.distributed.fsdp._fully_shard._fsdp_param_group
+    reduce = group.foreach_reduce
+    monkeypatch.setattr(group, "foreach_reduce", lambda *a: calls.append(None) or reduce(*a))
+    ends, reductions = [], []
+    for every in ("backward", "step"):
+        one = trainer(shard="full", dtype=dtype, reduce_every=every, update=EXTRAS)
+        metrics = [without_times(one.step(i)) for i in (1, 2)]
+        ends.append((metrics, digest(state_of(one))))
+        reductions.append(len(calls))
+        calls.clear()
+        assert all(isinstance(p.grad, DTensor | None) for p in one.trainable.values())
+    assert ends[0] == ends[1]
+    passes = 4  # an iteration's: two prompts, two videos each, of int(0.6 x 3) = 1 step
+    assert reductions[0] == passes * reductions[1]
+
+
 def test_a_forward_frees_what_it_gathered_and_leaves_its_inputs_alone(trainer: Any) -> None:
     network, seen = trainer(shard="full", dtype=torch.bfloat16).policy.transformer, {}
     for name, module in (("network", network), ("block", network.blocks[0])):
@@ -258,9 +280,11 @@ LAYOUTS = {
     "sharded": {"shard": "full", "activations": "keep_attention"},
     "gathered": {"shard": "full", "keep_gathered": True, "activations": "none"},
     "replicas": {"shard": "full", "replicas": 2},
+    "once": {"shard": "full", "reduce_every": "step"},
+    "once, replicas": {"shard": "full", "replicas": 2, "reduce_every": "step"},
 }
 TRAIN = f"""
-updates = {EXTRAS | {"gradient_accumulation": 2}!r}
+updates = {EXTRAS!r}
 for name, layout in {LAYOUTS!r}.items():
     trainer = make_trainer(TinyJudge(), update=updates, **layout)
     metrics, hashes = [], []
@@ -326,7 +350,7 @@ def test_layouts_agree_with_each_other(trained: Any) -> None:
         "kept gathered, other activations: not a bit"
     )
     copies = torch.load(folder / "copies_1.pt")
-    for layout in ("sharded", "replicas"):
+    for layout in ("sharded", "replicas", "once", "once, replicas"):
         assert_close(torch.load(folder / f"{layout}_1.pt"), copies, "optimizer/*exp_avg", 1e-6)
 
 
@@ -357,8 +381,7 @@ def test_an_export_is_the_average_whole_and_loads(trained: Any, layout: str) -> 
 SOME_UNSEEN = ["a cat", "unseen 1", "unseen 2", "unseen 3", "unseen 4", "a dog"]
 SKIPPED = f"""
 # Rank 1's group gives no signal in iteration 1, none of them in 2, rank 0's in 3.
-updates = {{"gradient_accumulation": 2}}
-trainer = make_trainer(TinyJudge(), {SOME_UNSEEN!r}, shard="full", update=updates)
+trainer = make_trainer(TinyJudge(), {SOME_UNSEEN!r}, shard="full")
 rows = [without_times(trainer.step(i)) for i in (1, 2, 3)]
 keys = ("num_skipped_groups", "ratio_drift", "grad_norm")
 answer = {{key: [row[key] for row in rows] for key in keys}}
@@ -424,9 +447,7 @@ def test_a_checkpoint_goes_from_one_rank_to_two_and_back(
         one.step(1)
         before[name] = digest(state_of(one))
         checkpoint.save(tmp_path / name, 1, one.tensors(), one.state_dict(), 1)
-    folder, (first, second) = run_tiny(
-        RESHARD.format(update=EXTRAS | {"gradient_accumulation": 2}, source=str(tmp_path))
-    )
+    folder, (first, second) = run_tiny(RESHARD.format(update=EXTRAS, source=str(tmp_path)))
     assert first == second
     for name, kind in kinds.items():
         again = trainer(update=EXTRAS, **kind)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -55,6 +56,72 @@ def test_by_path_and_by_name(entry: list[str], place: str, tmp_path: Path) -> No
     assert yaml.safe_load(done.stdout)["reward"]["class_path"].startswith(words)
 
 
+@pytest.mark.parametrize("module", ["fastgrpo.train", "fastgrpo.__main__"])
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}),
+        ({"PYTORCH_ALLOC_CONF": "a"}, {"PYTORCH_ALLOC_CONF": "a"}),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "b"}, {"PYTORCH_CUDA_ALLOC_CONF": "b"}),
+    ],
+)
+def test_the_allocator_is_told_before_torch_is_loaded(
+    module: str, given: dict[str, str], expected: dict[str, str]
+) -> None:
+    """Unless the user has, by either name that torch reads."""
+    script = f"""
+import json, os, sys, types
+sys.modules["fastgrpo.cli.train"] = types.SimpleNamespace(main=None)
+import {module}
+assert "torch" not in sys.modules
+print(json.dumps({{k: v for k, v in os.environ.items() if "ALLOC_CONF" in k}}))
+"""
+    own = {k: v for k, v in os.environ.items() if "ALLOC_CONF" not in k}
+    environment = own | given | {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "kernels")))}
+    command = [sys.executable, "-c", script]
+    printed = subprocess.run(
+        command, env=environment, capture_output=True, text=True, check=True
+    ).stdout
+    assert json.loads(printed) == expected
+
+
+REFUSED = """
+import json, os, sys
+from fastgrpo.__main__ import main
+
+found = []
+for words in json.loads(sys.argv[1]):
+    try:
+        main(words)
+    except SystemExit as stop:
+        found.append(stop.code)
+print(json.dumps([found, sorted({"torch", "numpy", "diffusers"} & {*sys.modules})]))
+"""
+
+
+def test_what_can_be_refused_at_once_is_refused_without_torch(tmp_path: Path) -> None:
+    """A name that is taken, a misspelt key, a wrong value, a file that is not there; and help."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text("{}")
+    here = ["train", *RECIPE, "--output_dir", str(tmp_path)]
+    refused = {
+        "holds a run already": ["--name", "run", "--policy.fused", "true", "--reward.noise=0.1"],
+        "--rollout.heigth": ["--rollout.heigth", "3"],
+        "rollout.height: expected at least 1": ["--rollout.height", "0"],
+        "prompts.train: expected a file": ["--prompts.train", "nowhere.txt"],
+        "nowhere.yaml": ["--config", "nowhere.yaml"],
+    }
+    commands = ("train", "plan", "embed", "export", "ablate")
+    calls = [[*here, *words] for words in refused.values()] + [[c, "--help"] for c in commands]
+    done = run_python(["-c", REFUSED, json.dumps(calls)], ROOT)
+    assert done.returncode == 0, done.stderr
+    codes, imported = json.loads(done.stdout.splitlines()[-1])
+    assert codes == [2] * len(refused) + [0] * len(commands)
+    assert imported == []
+    for line, said in zip(done.stderr.splitlines(), refused, strict=True):
+        assert said in line
+
+
 def test_a_users_reward_trains(tmp_path: Path, tiny: Callable[..., list[str]]) -> None:
     (tmp_path / "my_reward.py").write_text(MY_REWARD)
     argv = tiny(tmp_path / "run", "--iterations 1 --reward.class_path my_reward.MyReward")
@@ -75,6 +142,7 @@ def test_a_run_folder_of_an_earlier_version(
     for now, then in (
         ("fastgrpo.shapes.policy", "fastgrpo.policies.shapes"),
         ("validation:", "heldout:"),
+        ("optimizer_steps: 1", "gradient_accumulation: 4"),
     ):
         assert now in config.read_text()
         config.write_text(config.read_text().replace(now, then))
@@ -84,6 +152,7 @@ def test_a_run_folder_of_an_earlier_version(
     assert "earlier version" in line
     assert "replace fastgrpo.policies.shapes by fastgrpo.shapes.policy" in line
     assert "replace prompts.heldout by prompts.validation" in line
+    assert "replace update.gradient_accumulation by update.optimizer_steps" in line
     on = train(folder, "--iterations 2 --resume auto")
     assert on.code == 0
     assert "resume: going on after iteration 1" in on.out

@@ -28,6 +28,8 @@ from fastgrpo.evaluation.kappa import (
     kappa,
     measure,
     measure_all,
+    principal_components,
+    shuffles,
     typical,
 )
 
@@ -40,6 +42,10 @@ def vectors() -> tuple[np.ndarray, np.ndarray]:
     topic = np.repeat(np.arange(4), 12)
     noise = 0.05 * np.random.default_rng(0).normal(size=(48, 8))
     return directions(np.eye(4, 8)[topic] + noise), topic
+
+
+def measured(scores: Any, labels: np.ndarray, seed: int = 0) -> Any:
+    return measure(scores, labels, shuffles(scores, seed))
 
 
 def test_kappa_by_hand() -> None:
@@ -66,7 +72,7 @@ def test_a_planted_bias_is_measured_as_the_formula_says() -> None:
     """
     topic = np.repeat(np.arange(4), 10)
     scores = 0.6 + OFFSETS[topic] + np.tile([0.05, -0.05], 20)
-    found = measure(scores, topic)
+    found = measured(scores, topic)
     expected = 0.6 + OFFSETS
     assert found.sizes == [10] * 4
     np.testing.assert_allclose(found.means, expected)
@@ -81,10 +87,10 @@ def test_a_judge_without_bias_is_near_zero_and_within_chance() -> None:
     """The means of n scores with spread σ spread by σ / √n, so κ is about 100 σ / (√n m)."""
     topic = np.repeat(np.arange(10), 100)
     scores = np.random.default_rng(1).normal(0.7, 0.07, 1000)
-    found, expected = measure(scores, topic), 100 * 0.07 / 10 / 0.7
+    found, expected = measured(scores, topic), 100 * 0.07 / 10 / 0.7
     assert found.of_means < found.chance
     assert expected < found.chance < 1.7 * expected
-    assert measure(scores, topic, seed=1).chance != found.chance
+    assert measured(scores, topic, seed=1).chance != found.chance
 
 
 def test_chance_is_what_95_percent_of_shuffles_stay_below() -> None:
@@ -93,17 +99,17 @@ def test_chance_is_what_95_percent_of_shuffles_stay_below() -> None:
     topic, scores = np.repeat(np.arange(5), 8), rng.uniform(0.2, 0.9, 40)
     means = rng.permuted(np.tile(scores, (5000, 1)), axis=1).reshape(5000, 5, 8).mean(2)
     by_chance = 100 * means.std(1) / means.mean(1)
-    shares = [(by_chance < measure(scores, topic, seed).chance).mean() for seed in range(40)]
+    shares = [(by_chance < measured(scores, topic, seed).chance).mean() for seed in range(40)]
     assert 0.94 < np.mean(shares) < 0.96
 
 
 def test_neither_scale_nor_order_changes_kappa() -> None:
     topic = np.repeat(np.arange(4), 10)
     scores = np.random.default_rng(2).uniform(0.2, 0.9, 40)
-    found, scaled = measure(scores, topic), measure(37 * scores, topic)
+    found, scaled = measured(scores, topic), measured(37 * scores, topic)
     np.testing.assert_allclose(scaled.chance, found.chance)
     shuffle = np.random.default_rng(3).permutation(40)
-    for other in (scaled, measure(scores[shuffle], topic[shuffle])):
+    for other in (scaled, measured(scores[shuffle], topic[shuffle])):
         np.testing.assert_allclose([other.of_means, *other.within], [found.of_means, *found.within])
 
 
@@ -112,20 +118,20 @@ def test_signs_withhold_only_what_they_spoil() -> None:
     Then a negative mean.
     """
     topic = np.array([0, 0, 1, 1, 2])
-    found = measure([-1, 3, 2, 4, 5], topic)
+    found = measured([-1, 3, 2, 4, 5], topic)
     assert math.isnan(found.within[0])
     assert found.within[1] == pytest.approx(100 / 3)
     assert math.isnan(found.within[2])  # one video
     assert found.of_means == pytest.approx(100 * math.sqrt(8 / 3) / 3)
-    found = measure([-3, -1, 2, 4, 5], topic)
+    found = measured([-3, -1, 2, 4, 5], topic)
     assert math.isnan(found.of_means)
     assert math.isnan(found.chance)
 
 
 def test_near_zero_is_judged_by_all_scores_of_the_judge() -> None:
-    assert math.isnan(measure([0.001, 0.003, 1, 3], np.array([0, 0, 1, 1])).within[0])
+    assert math.isnan(measured([0.001, 0.003, 1, 3], np.array([0, 0, 1, 1])).within[0])
     assert math.isnan(
-        measure([-10, 10.1, -10, 10.3], np.array([0, 0, 1, 1])).of_means
+        measured([-10, 10.1, -10, 10.3], np.array([0, 0, 1, 1])).of_means
     )  # means 0.05 and 0.15 of scores of 10
 
 
@@ -171,6 +177,39 @@ def test_threads_change_nothing() -> None:
     assert (pooled[5, 0] != pooled[5, 1]).any()  # or the seed would do nothing
 
 
+def sum_of_squares(x: np.ndarray, labels: np.ndarray) -> float:
+    """What k-means makes small, in float64."""
+    parts = [x[labels == label].astype(np.float64) for label in range(labels.max() + 1)]
+    return sum(float(((part - part.mean(0)) ** 2).sum()) for part in parts)
+
+
+def test_short_vectors_and_few_are_clustered_as_they_are() -> None:
+    x = np.random.default_rng(0).normal(size=(90, 80)).astype(np.float32)
+    assert principal_components(x, 10) is None
+    assert principal_components(x[:72], 9) is None
+    found = principal_components(x, 9)
+    assert found is not None
+    assert found.shape == (90, 72)
+    shares = (found**2).sum(0) / ((x - x.mean(0)) ** 2).sum()  # of the variance, in falling order
+    assert shares.sum() == pytest.approx(1, abs=0.02)
+    assert (np.diff(shares) < 0).all()
+
+
+@pytest.mark.parametrize("noise", [0.2, 2.0])
+def test_principal_components_give_the_clusters_of_long_vectors(noise: float) -> None:
+    """Clear topics: the same partition. None to speak of: one as good."""
+    draw = np.random.default_rng(1)
+    topic = draw.integers(0, 6, 600)
+    spread = noise * draw.normal(size=(600, 400)) * np.arange(1, 401) ** -0.5
+    x = directions(np.eye(6, 400)[topic] + spread)
+    for (k, seed), found in cluster_all(x, [4, 6], [0, 1]).items():
+        whole = cluster(x, k, seed)
+        assert sum_of_squares(x, found) == pytest.approx(sum_of_squares(x, whole), rel=0.01)
+        if noise < 1 and k == 6:
+            np.testing.assert_array_equal(found, whole)
+            assert adjusted_rand_score(topic, found) > 0.99
+
+
 def test_directions_have_length_one_and_refuse_what_has_none() -> None:
     np.testing.assert_allclose(directions([[3, 4], [0, -2]]), [[0.6, 0.8], [0, -1]], rtol=1e-7)
     for bad in ([[0.0, 0.0]], [[math.nan, 1.0]], [[math.inf, 1.0]]):
@@ -185,7 +224,7 @@ def test_too_few_prompts() -> None:
 
 
 def judge_of(scores: np.ndarray, topic: np.ndarray) -> JudgeBias:
-    found = measure(scores, topic)
+    found = measured(scores, topic)
     return JudgeBias("mean", scores, {4: found}, {4: [found.of_means, found.of_means + 1]})
 
 

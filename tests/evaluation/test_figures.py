@@ -23,6 +23,7 @@ from fastgrpo.evaluation.figures import (
     draw,
     indexed_line,
     new_figure,
+    thinned,
 )
 
 
@@ -44,6 +45,20 @@ def test_each_kind_is_drawn_as_it_was_given() -> None:
     assert axes.lines[1].get_alpha() < 0.5
     legend = [text.get_text() for text in figure.legends[0].get_texts()]
     assert sorted(legend) == sorted([*kinds, "threshold"])
+
+
+def test_a_long_curve_is_thinned_and_keeps_its_peaks() -> None:
+    """Of 10,000 values a tenth, the only two that stand out among them; 1,000 are all drawn."""
+    values = [float(i % 7) for i in range(10_000)]
+    values[4321], values[8765] = 50.0, -50.0
+    line = Line("y", ([*range(10_000)], values), "#000000", gid="y", band=[1.0] * 10_000)
+    x, y = lines(draw([Panel("t", "y", (line,))]).axes[0])["y"]
+    assert len(x) <= 1000
+    assert (x[0], x[-1]) == (0, 9999)
+    assert (y[x.index(4321)], y[x.index(8765)]) == (50.0, -50.0)
+    assert y == [values[i] for i in x]
+    assert max(b - a for a, b in itertools.pairwise(x)) <= 40
+    assert thinned(values[:1000]) == [*range(1000)]
 
 
 def test_a_symmetric_logarithmic_scale_shows_zeros_and_small_values() -> None:

@@ -36,6 +36,13 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.fixture(params=backends("ln_modulate"))
+def norm_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The same for the pointwise operations of a transformer."""
+    monkeypatch.setattr(dispatch, "FORCED", request.param)
+    return str(request.param)
+
+
+@pytest.fixture(params=backends("branch_gradient"))
 def triton_or_reference(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The same for the operations that csrc/ does not have."""
     monkeypatch.setattr(dispatch, "FORCED", request.param)

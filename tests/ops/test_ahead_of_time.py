@@ -20,12 +20,34 @@ from typing import Any
 import pytest
 from fastgrpo_kernels import dispatch
 
+from benchmarks.common import occupancy
+
 ROOT = Path(__file__).resolve().parents[2]
 COMMAND = [sys.executable, str(ROOT / "benchmarks" / "common" / "ahead_of_time.py"), "--json"]
 SIZES = ("wan_1.3b_480p", "wan_14b_240p", "hunyuan_240p")
 SDE_OPS = ("sde_step", "sde_log_prob", "clipped_ratio_loss", "grpo_loss", "branch_gradient")
 # Their tensors, the float64 sums of the tiles, begin at any multiple of 8 bytes, and are 11 KB.
 NARROW = {"_log_prob_kernel", "_grpo_loss_kernel"}
+BOUNDS = {
+    "sde_step forward": (72, 28, 0.76),
+    "sde_log_prob forward": (40, 48, 0.25),
+    "sde_log_prob backward": (48, 40, 0.20),
+    "ln_modulate forward": (72, 28, 0.48),
+    "ln_modulate backward": (80, 24, 0.60),
+    "gate_residual forward": (64, 32, 0.18),
+    "gate_residual backward": (64, 32, 0.30),
+    "gate_residual_ln_modulate forward": (96, 20, 0.36),
+    "gate_residual_ln_modulate backward": (128, 16, 0.43),
+    "qk_norm_rope forward": (72, 28, 0.44),
+    "qk_norm_rope backward": (128, 16, 0.48),
+    "bias_gelu forward": (32, 64, 0.50),
+    "bias_gelu backward": (64, 32, 0.48),
+}
+"""Of a kernel that moves an op's tensors, at the widest of the three models: registers at most,
+warps that an H100's SM holds at least, instructions a scheduler must issue a cycle to keep up with
+the memory at most (benchmarks/common/occupancy.py). What misses one is likely to miss G7 or G8 of
+docs/performance.md, whose table has the figures of each model.
+"""
 
 pytestmark = pytest.mark.skipif(dispatch.triton is None, reason="triton is not installed")
 
@@ -107,6 +129,46 @@ def test_tensors_move_16_bytes_a_thread(report: dict[str, Any]) -> None:
             assert kernel["loads"].get("128", 0) + kernel["stores"].get("128", 0) > 0, kernel
 
 
+def test_enough_warps_and_few_instructions(report: dict[str, Any]) -> None:
+    """By op and direction; the small kernels that add parts up have no bounds."""
+    found: dict[str, list[tuple[int, int, float]]] = {}
+    for k in report["kernels"]:
+        op, *_, direction = k["launched_by"].split()
+        if k["kernel"] not in (*NARROW, "_column_sum_kernel"):
+            figures = k["registers"], k["warps_per_sm"], k["need"]
+            found.setdefault(f"{op} {direction}", []).append(figures)
+    assert BOUNDS.keys() <= found.keys()
+    missed = {
+        name: (registers, warps, need)
+        for name, bounds in BOUNDS.items()
+        for registers, warps, need in found[name]
+        if not (registers <= bounds[0] and warps >= bounds[1] and 0 < need <= bounds[2])
+    }
+    assert missed == {}
+
+
+@pytest.mark.parametrize(
+    ("registers", "num_warps", "shared", "warps"),
+    [(32, 4, 0, 64), (33, 4, 0, 48), (255, 8, 0, 8), (40, 4, 49_152, 16), (24, 1, 0, 32)],
+)
+def test_warps_of_an_sm(registers: int, num_warps: int, shared: int, warps: int) -> None:
+    """By hand: 65,536 registers in units of 8 a thread, 228 KB of which a block wastes one, 32
+    blocks.
+    """
+    assert occupancy.warps_per_sm(registers, num_warps, shared) == warps
+
+
+def test_instructions_of_a_warp() -> None:
+    """A loop of three inside five others; what follows EXIT is a slow path."""
+    lines = ["MOV R0, R1", ".L_x_1:", "LDG.E R2, [R3]", "FADD R2, R2, R0", "@P0 BRA `(.L_x_1)"]
+    lines += ["@P1 BRA `(.L_x_2)", "MOV R4, R5", "@P2 EXIT", "EXIT", ".L_x_2:", "BRA `(.L_x_2)"]
+    sass = "\n".join(
+        x if x[0] == "." else f"        /*{i:04x}*/  {x} ;" for i, x in enumerate(lines)
+    )
+    assert occupancy.instructions(sass) == (5, 3)
+    assert occupancy.need(132 * 4 * 1755.0, 3_000_000) == pytest.approx(1.0)
+
+
 def test_the_transition_is_rounded_product_by_product(report: dict[str, Any]) -> None:
     """A fused multiply-add would give other bits than the reference."""
     launched = [k for k in report["kernels"] if k["launched_by"].split()[0] in SDE_OPS]
@@ -150,7 +212,7 @@ def _broken_kernel(x, out, BLOCK: tl.constexpr):
     tl.store(out + tl.arange(0, BLOCK), tl.load(x))
 
 found, broken = {}, {}
-with subject._compiling(found, broken) as label:
+with subject.compiling(found, broken) as label:
     label("here")
     x, out = torch.empty(2048), torch.empty(2048)
     _stack_kernel[(1,)](out, BLOCK=1024)

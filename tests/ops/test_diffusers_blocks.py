@@ -178,7 +178,7 @@ def test_a_patched_block_is_as_exact_as_diffusers(
     make: Callable[..., Made],
     size: tuple[int, int],
     dtype: torch.dtype,
-    triton_or_reference: str,
+    norm_backend: str,
     device: str,
 ) -> None:
     draws = [one_draw(seed, make, size, dtype, device) for seed in range(DRAWS)]

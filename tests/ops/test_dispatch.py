@@ -33,7 +33,7 @@ def gpu_tensor(monkeypatch: pytest.MonkeyPatch) -> OnGPU:
 
 @needs_library
 def test_a_cpu_takes_the_compiled_path_where_it_is_built() -> None:
-    assert [dispatch.select_backend(op, FLOAT32) for op in dispatch.COMPILED] == ["cpp"] * 4
+    assert [dispatch.select_backend(op, FLOAT32) for op in dispatch.COMPILED] == ["cpp"] * 8
 
 
 def test_a_cpu_without_the_library_takes_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,7 +48,7 @@ def test_a_cpu_without_the_library_takes_the_reference(monkeypatch: pytest.Monke
 
 def test_float64_and_other_operations_take_the_reference_on_a_cpu() -> None:
     assert dispatch.select_backend("sde_step", FLOAT64) == "reference"
-    assert dispatch.select_backend("ln_modulate", FLOAT32) == "reference"
+    assert dispatch.select_backend("branch_gradient", FLOAT32) == "reference"
     assert dispatch.select_backend("sde_step", torch.zeros(2, dtype=torch.int64)) == "reference"
     assert dispatch.select_backend("sde_step", "no tensor") == "reference"
 
@@ -87,7 +87,8 @@ def test_the_environment_forces_only_the_ops_that_the_backend_has(
     assert dispatch.select_backend("ln_modulate", gpu_tensor) == (
         "triton" if dispatch.triton else "reference"
     )
-    with pytest.raises(ValueError, match=r"ln_modulate: .* serve this call: csrc/ has only sde_"):
+    message = r"ln_modulate: .* serve this call: csrc/ has only sde_.*grpo_loss for cuda"
+    with pytest.raises(ValueError, match=message):
         dispatch.select_backend("ln_modulate", gpu_tensor, "cuda")
 
 
@@ -156,7 +157,7 @@ def test_the_environment_variable_and_the_report(backend: str) -> None:
         text=True,
         check=True,
     )
-    serving = backend or dispatch.select_backend("sde_step", FLOAT32)
+    serving = backend or dispatch.select_backend("sde_step", FLOAT32)  # of all of them
     assert f"cpu tensors: {', '.join(dispatch.COMPILED)}: {serving}\n" in done.stdout
     assert "cpu tensors: all other ops: reference\n" in done.stdout
     for each in dispatch.BACKENDS:
@@ -175,6 +176,29 @@ def test_the_kernels_can_be_imported_without_triton() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str([[[1.0] * 4] * 2])
+
+
+@needs_library
+@pytest.mark.parametrize("leaf", ["x", "y", "none"])
+def test_a_call_of_a_compiled_op_is_differentiated_as_the_op_itself(leaf: str) -> None:
+    """`call` goes another way than torch.ops; results, gradients and what asks for them agree."""
+    given = {name: torch.linspace(-1, i + 1, 24).view(1, 3, 8) for i, name in enumerate("xy")}
+    results = []
+    for way in (dispatch.call, lambda backend, name, *a: dispatch.operation(backend, name)(*a)):
+        leaves = {n: v.clone().requires_grad_(n == leaf) for n, v in given.items()}
+        gate = torch.full((1, 1, 8), 0.5)
+        name = "gate_residual_ln_modulate"
+        residual = way("cpp", name, leaves["x"], leaves["y"], gate, None, None, 0.0)[0]
+        assert residual.requires_grad == (leaf != "none")
+        with torch.no_grad():
+            again = way("cpp", name, leaves["x"], leaves["y"], gate, None, None, 0.0)[0]
+        assert not again.requires_grad
+        assert torch.equal(again, residual)
+        results.append([residual.detach()])
+        if leaf != "none":
+            results[-1] += torch.autograd.grad(residual.square().sum(), leaves[leaf])
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
 
 
 def test_a_triton_op_is_found_by_its_name() -> None:

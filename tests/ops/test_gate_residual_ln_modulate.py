@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 FP32, BF16, FP16, FP64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
-module = importlib.import_module("fastgrpo_kernels.norm.gate_residual_ln_modulate")
+module = importlib.import_module("fastgrpo_kernels.norm.triton_gate_residual_ln_modulate")
 AsExactAsEager = Callable[[str, Tensor, Tensor, Tensor], None]
 
 
@@ -177,7 +177,7 @@ def test_forward_and_gradients_against_float64(
     layout: str,
     C: int,
     op: Op,
-    triton_or_reference: str,
+    norm_backend: str,
     device: str,
     as_exact_as_eager: AsExactAsEager,
 ) -> None:
@@ -189,7 +189,7 @@ def test_forward_and_gradients_against_float64(
 def test_a_part_of_many_rows(
     max_parts: int,
     op: Op,
-    triton_or_reference: str,
+    norm_backend: str,
     device: str,
     as_exact_as_eager: AsExactAsEager,
     monkeypatch: pytest.MonkeyPatch,
@@ -199,7 +199,7 @@ def test_a_part_of_many_rows(
 
 
 def test_rows_far_from_zero(
-    triton_or_reference: str, device: str, as_exact_as_eager: AsExactAsEager
+    norm_backend: str, device: str, as_exact_as_eager: AsExactAsEager
 ) -> None:
     """The variance is taken from differences: mean(x^2) - mean^2 would lose it here."""
     given = tensors("wan", (1, 3, 320), device, (FP32, FP32, FP32))
@@ -214,7 +214,7 @@ def test_rows_far_from_zero(
 
 @pytest.mark.parametrize("used", ["residual", "modulated"])
 def test_one_result_used(
-    used: str, triton_or_reference: str, device: str, as_exact_as_eager: AsExactAsEager
+    used: str, norm_backend: str, device: str, as_exact_as_eager: AsExactAsEager
 ) -> None:
     """A result that nothing follows sends back zeros, as the two ops would."""
 
@@ -248,9 +248,7 @@ def test_gradcheck(shape: tuple[int, ...]) -> None:
 @settings(
     max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-def test_any_shape_dtype_and_stride(
-    data: st.DataObject, triton_or_reference: str, device: str
-) -> None:
+def test_any_shape_dtype_and_stride(data: st.DataObject, norm_backend: str, device: str) -> None:
     op = data.draw(st.sampled_from(list(OPS.values())))
     B, L = data.draw(st.integers(0, 2)), data.draw(st.integers(0, 6))
     C = data.draw(st.sampled_from([8, 16, 33, 64]))
@@ -283,7 +281,7 @@ def test_any_shape_dtype_and_stride(
     for name, true in results(exact, op, given, FP64).items():
         value, like = actual[name], given.get(name.removeprefix("d"), given["x"])
         assert (value.dtype, value.shape) == (like.dtype, true.shape)
-        if triton_or_reference == "reference" and len(op.outputs) == 2:
+        if norm_backend == "reference" and len(op.outputs) == 2:
             continue  # autograd rounds between its two steps
         # A rounding of the result, and of the gradient that autograd sums over what was expanded.
         finest = 2 * torch.finfo(value.dtype).eps
@@ -298,7 +296,7 @@ def test_any_shape_dtype_and_stride(
 )
 @pytest.mark.parametrize("layout", ["wan", "wan tokens"])
 def test_fused_has_the_bits_of_the_two_ops(
-    dtypes: Any, layout: str, C: int, triton_or_reference: str, device: str
+    dtypes: Any, layout: str, C: int, norm_backend: str, device: str
 ) -> None:
     given = tensors(layout, (1, 3, C), device, dtypes)
     x, y, gate, scale, shift = (given[name] for name in OPS["fused"].arguments)
@@ -309,7 +307,7 @@ def test_fused_has_the_bits_of_the_two_ops(
         assert torch.equal(modulated, ln_modulate(residual, scale, shift))
 
 
-def test_layouts_have_the_same_bits(op: Op, triton_or_reference: str, device: str) -> None:
+def test_layouts_have_the_same_bits(op: Op, norm_backend: str, device: str) -> None:
     """Slices, transposes, misaligned and expanded arguments give what their contiguous copies give,
     gradients too.
     """
@@ -344,23 +342,21 @@ def test_layouts_have_the_same_bits(op: Op, triton_or_reference: str, device: st
     [(BF16, "wan", 6, 100), (FP32, "hunyuan", 4, 48), (BF16, "wan tokens", 2, 30)],
 )
 def test_deterministic_and_each_sample_alone(
-    dtype: torch.dtype, layout: str, L: int, C: int, op: Op, triton_or_reference: str, device: str
+    dtype: torch.dtype, layout: str, L: int, C: int, op: Op, norm_backend: str, device: str
 ) -> None:
     given = tensors(layout, (3, L, C), device, (dtype, BF16, FP32))
     together = results(op.function, op, given)
     same_bits(results(op.function, op, given), together)
     for b in (0, 2):
         alone = results(op.function, op, {k: v[b : b + 1] for k, v in given.items()})
-        if triton_or_reference == "reference":  # torch may split a sum by the whole size
+        if norm_backend == "reference":  # torch may split a sum by the whole size
             alone = {name: alone[name] for name in op.outputs}
         same_bits(alone, {name: value[b : b + 1] for name, value in together.items()})
 
 
-def test_only_the_gradients_that_are_needed(
-    op: Op, device: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pytest.importorskip("triton")
-    monkeypatch.setattr(dispatch, "FORCED", "triton")
+def test_only_the_gradients_that_are_needed(op: Op, norm_backend: str, device: str) -> None:
+    if norm_backend == "reference":
+        pytest.skip("its gradients are autograd's")
     given = tensors("wan", (2, 5, 48), device, (BF16, FP32, FP32))
     everything = results(op.function, op, given)
     for names in ([name] for name in op.arguments):
@@ -368,9 +364,7 @@ def test_only_the_gradients_that_are_needed(
     same_bits(results(op.function, op, given, wanted=op.arguments[::2]), everything)
 
 
-def test_without_a_gate_x_and_y_get_gradients_of_their_own(
-    triton_or_reference: str, device: str
-) -> None:
+def test_without_a_gate_x_and_y_get_gradients_of_their_own(norm_backend: str, device: str) -> None:
     """They are equal, but adding to one in place must leave the other."""
     x, y = (randn(1, 5, 48, seed=5, dtype=FP32, device=device).requires_grad_() for _ in range(2))
     zeros = torch.zeros(48, device=device)
@@ -383,7 +377,7 @@ def test_without_a_gate_x_and_y_get_gradients_of_their_own(
 
 @pytest.mark.parametrize("value_shape", [(1, 1, 48), (1, 5, 48)])
 def test_one_modulation_for_the_whole_batch(
-    value_shape: tuple[int, ...], triton_or_reference: str, device: str
+    value_shape: tuple[int, ...], norm_backend: str, device: str
 ) -> None:
     """Broadcast over the batch: the same bits, and the gradient is the sum of the samples'."""
     op, given = OPS["ln_modulate"], tensors("wan", (3, 5, 48), device, (FP32, FP32, FP32))
@@ -424,9 +418,7 @@ def test_chunks_are_read_where_they_lie(layout: str, device: str) -> None:
 
 @pytest.mark.parametrize(("B", "L"), [(0, 4), (2, 0), (0, 0)])
 @pytest.mark.parametrize("layout", ["wan", "wan tokens"])
-def test_nothing_to_do(
-    B: int, L: int, layout: str, op: Op, triton_or_reference: str, device: str
-) -> None:
+def test_nothing_to_do(B: int, L: int, layout: str, op: Op, norm_backend: str, device: str) -> None:
     given = tensors(layout, (B, L, 48), device)
     for name, value in results(op.function, op, given).items():
         like = given[name.removeprefix("d")]
@@ -444,8 +436,13 @@ def test_float64_is_the_reference(op: Op, device: str) -> None:
         op.function(**arguments, backend="triton")
 
 
-def test_operators_are_registered_well(op: Op, device: str) -> None:
-    pytest.importorskip("triton")
+def test_operators_are_registered_well(op: Op, norm_backend: str, device: str) -> None:
+    if norm_backend == "reference":
+        pytest.skip("no operator")
+    forward, backward = (
+        dispatch.operation(norm_backend, f"gate_residual_ln_modulate{half}").default
+        for half in ("", "_backward")
+    )
     for tokens, dtypes in ((1, (BF16, BF16, FP32)), (3, (FP32, BF16, FP32))):
         layout = "wan" if tokens == 1 else "wan tokens"
         given = tensors(layout, (2, 3, 48), device, dtypes)
@@ -454,17 +451,17 @@ def test_operators_are_registered_well(op: Op, device: str) -> None:
         names = ("x", "y", "gate", "scale", "shift")
         values = [given[name] if name in op.arguments else None for name in names]
         leaves = [None if v is None else v.clone().requires_grad_() for v in values]
-        torch.library.opcheck(module._forward, (*leaves, 1e-6))
-        residual, _, statistics = module._forward(*values, 1e-6)
+        torch.library.opcheck(forward, (*leaves, 1e-6))
+        residual, _, statistics = forward(*values, 1e-6)
         arriving = [given[n] if n in op.outputs else None for n in ("residual", "modulated")]
         normed = "scale" in op.arguments
         saved = (residual if "y" in op.arguments else given["x"], statistics)
         saved = (*(saved if normed else (None, None)), *values[1:4])
         for needed in ([False, False], ["gate" in op.arguments, normed])[tokens > 1 :]:
-            torch.library.opcheck(module._backward, (*arriving, *saved, needed))
+            torch.library.opcheck(backward, (*arriving, *saved, needed))
 
 
-def test_compiles_without_a_break(op: Op, triton_or_reference: str, device: str) -> None:
+def test_compiles_without_a_break(op: Op, norm_backend: str, device: str) -> None:
     given = tensors("wan", (2, 4, 48), device)
     compiled = torch.compile(op.function, backend="aot_eager", fullgraph=True)
     same_bits(results(compiled, op, given), results(op.function, op, given))
@@ -480,12 +477,12 @@ def test_compiles_without_a_break(op: Op, triton_or_reference: str, device: str)
         ({"gate": 0.5}, r"gate: expected a float tensor .* got float 0.5"),
         ({"scale": torch.zeros(2, 7)}, r"scale: expected .* \[8\], .* got torch.float32 \[2, 7\]"),
         ({"shift": None}, r"shift: expected a float tensor \[8\], .* got NoneType None"),
-        ({"backend": "cpp"}, "the backend 'cpp' cannot serve this call: csrc/ has"),
+        ({"backend": "cuda"}, "the backend 'cuda' cannot serve this call: csrc/ has only sde_"),
         ({"backend": "fast"}, "backend: expected one of cuda, cpp, triton, reference, got 'fast'"),
     ],
 )
 def test_bad_arguments(
-    change: dict[str, Any], message: str, op: Op, triton_or_reference: str, device: str
+    change: dict[str, Any], message: str, op: Op, norm_backend: str, device: str
 ) -> None:
     if not change.keys() <= {*op.arguments, "backend"}:
         pytest.skip("not an argument of this operation")

@@ -26,9 +26,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.overrides import TorchFunctionMode
 
+from fastgrpo.policies.fused import fuse, fused_serves
 from fastgrpo.policies.hunyuan_video import HunyuanVideoPolicy
 from fastgrpo.policies.lora import LoRA
-from fastgrpo.policies.pretrained import fused_serves
 from fastgrpo.policies.wan import WanPolicy
 
 CPU = torch.device("cpu")
@@ -233,10 +233,21 @@ def test_rollout_and_update_compute_the_same_bits(
 # -------- in place, no more
 
 
-def test_auto_is_off_on_a_cpu(make: Callable[..., RealPolicy]) -> None:
-    assert not make(fused="auto").is_fused
-    assert not fused_serves(CPU)
+def test_auto_follows_the_compiled_operations(
+    make: Callable[..., RealPolicy], monkeypatch: pytest.MonkeyPatch, recwarn: Any
+) -> None:
+    """On a CPU: in where csrc/ serves. The plain reference is slower than diffusers' blocks."""
+    has_library = not dispatch.unsupported_reason("cpp", "ln_modulate", torch.empty(0))
+    assert make(fused="auto").is_fused == fused_serves(CPU) == has_library
     assert make(fused=True).is_fused
+    assert not make(fused=False).is_fused
+    monkeypatch.setattr(dispatch, "_library_error", "csrc/ is not built")
+    recwarn.clear()
+    assert not fused_serves(CPU)
+    assert not make(fused="auto").is_fused
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match=r"policy.fused: .* got only their .*csrc/ is not built"):
+        assert make(fused=True).is_fused
 
 
 def test_objects_change_and_classes_do_not(make: Callable[..., RealPolicy]) -> None:
@@ -272,6 +283,25 @@ def test_objects_change_and_classes_do_not(make: Callable[..., RealPolicy]) -> N
         assert not policy.velocity(latents, timesteps, text).any()
 
 
+def test_rotary_tables_are_those_of_diffusers_at_every_size(
+    make: Callable[..., RealPolicy],
+) -> None:
+    """They are kept between forwards; another size or another network makes its own."""
+    policy, plain = make(fused=True), make(fused=False)
+    latents, timesteps, text = inputs(policy)
+    for x in (latents, latents[..., :2], latents, latents[:, :, :1]):
+        given = x, timesteps, text
+        rope, kept = policy.transformer.rope, []
+        for _ in range(2):
+            with torch.inference_mode():  # what is kept must serve a later backward
+                kept.append(rope(x))
+        assert kept[0] is kept[1]
+        cos, sin = (table.reshape(-1, 24) for table in plain.transformer.rope(x))
+        assert torch.equal(kept[0].cos.repeat_interleave(2, dim=1), cos)
+        assert torch.equal(kept[0].sin.repeat_interleave(2, dim=1), sin)
+        policy.velocity(*given).sum().backward()
+
+
 def test_every_block_runs_the_operations_and_the_tables_are_made_once(
     make: Callable[..., RealPolicy], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -291,7 +321,7 @@ def test_every_block_runs_the_operations_and_the_tables_are_made_once(
     with torch.no_grad():
         policy.velocity(*inputs(policy))
     wan = isinstance(policy, WanPolicy)
-    expected = {"wan": (2, 2, 4, 4), "hunyuan_video": (6, 6, 4, 6)}[
+    expected = {"wan": (3, 2, 4, 4), "hunyuan_video": (6, 6, 4, 6)}[
         "wan" if wan else "hunyuan_video"
     ]
     assert {name: calls.count(name) for name in operations} == dict(
@@ -443,6 +473,17 @@ def test_a_policy_names_its_key(wan_folder: Path) -> None:
     policy = WanPolicy(str(wan_folder), fused=True)
     with pytest.raises(ValueError, match=r"policy.fused: .* got Linear; set it to false"):
         policy.use(nn.Linear(2, 2), nn.Linear(2, 2), CPU)
+
+
+def test_fuse_on_a_device_without_weights(wan_folder: Path, recwarn: Any) -> None:
+    """`plan` asks for it on the meta device, where nothing can be slow."""
+    transformer = WanTransformer3DModel.from_pretrained(wan_folder, subfolder="transformer")
+    meta = torch.device("meta")
+    assert not fuse(transformer, "auto", meta)
+    assert not any("forward" in vars(module) for module in transformer.modules())
+    assert fuse(transformer, True, meta)
+    assert "forward" in vars(transformer.blocks[0])
+    assert not recwarn.list
 
 
 def test_diffusers_is_not_imported() -> None:

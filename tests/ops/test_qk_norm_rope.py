@@ -19,22 +19,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-MODULE = importlib.import_module("fastgrpo_kernels.norm.qk_norm_rope")
+MODULE = importlib.import_module("fastgrpo_kernels.norm.triton_qk_norm_rope")
 NAMES = ("q", "k", "dq", "dk", "dq_weight", "dk_weight")
 EPS = 1e-6
 FP32, FP16 = torch.float32, torch.float16
 Check = Callable[[str, Tensor, Tensor, Tensor], None]
-
-needs_triton = pytest.mark.skipif(
-    bool(
-        dispatch.unsupported_reason(
-            "triton",
-            "qk_norm_rope",
-            torch.empty(0, device="cuda" if torch.cuda.is_available() else "cpu"),
-        )
-    ),
-    reason="Triton cannot run here",
-)
 
 
 def inputs(
@@ -179,7 +168,7 @@ def test_as_exact_as_diffusers(
     k_length: int,
     turned: int | None,
     dtype: torch.dtype,
-    triton_or_reference: str,
+    norm_backend: str,
     device: str,
     as_exact_as_eager: Check,
 ) -> None:
@@ -198,7 +187,7 @@ def test_true_widths(
     heads: int,
     across: bool,
     dtype: torch.dtype,
-    triton_or_reference: str,
+    norm_backend: str,
     device: str,
     as_exact_as_eager: Check,
 ) -> None:
@@ -210,7 +199,7 @@ def test_true_widths(
 
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.float64])
 def test_weights_of_another_dtype(
-    weight_dtype: torch.dtype, triton_or_reference: str, device: str, as_exact_as_eager: Check
+    weight_dtype: torch.dtype, norm_backend: str, device: str, as_exact_as_eager: Check
 ) -> None:
     """bf16 q and k with the fp32 master weights: the result keeps q's dtype, the gradients the
     weights'.
@@ -225,7 +214,7 @@ def test_weights_of_another_dtype(
 @pytest.mark.parametrize("length", [9, 13])
 def test_parts_of_the_sequence_add_up(
     length: int,
-    triton_or_reference: str,
+    norm_backend: str,
     device: str,
     as_exact_as_eager: Check,
     monkeypatch: pytest.MonkeyPatch,
@@ -242,7 +231,7 @@ def test_parts_of_the_sequence_add_up(
 
 
 def test_rows_of_zeros_and_of_large_values(
-    triton_or_reference: str, device: str, as_exact_as_eager: Check
+    norm_backend: str, device: str, as_exact_as_eager: Check
 ) -> None:
     """eps alone under the root; squares beyond fp16."""
     x = inputs((1, 4, 4, 2, 8), False, 4, torch.float16, device)
@@ -280,7 +269,7 @@ def unaligned(x: Tensor) -> Tensor:
 @pytest.mark.parametrize("lay", [fused, heads_first, unaligned])
 @pytest.mark.parametrize("channels", [6, 16])
 def test_other_strides_give_the_same_bits(
-    channels: int, lay: Callable[[Tensor], Tensor], triton_or_reference: str, device: str
+    channels: int, lay: Callable[[Tensor], Tensor], norm_backend: str, device: str
 ) -> None:
     x = inputs((2, 4, 4, 3, channels), True, 3, torch.float32, device)
     wanted = run(ours, x)
@@ -294,7 +283,7 @@ def test_other_strides_give_the_same_bits(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_tables_of_diffusers_as_they_lie(
-    dtype: torch.dtype, triton_or_reference: str, device: str, as_exact_as_eager: Check
+    dtype: torch.dtype, norm_backend: str, device: str, as_exact_as_eager: Check
 ) -> None:
     """Every second column of tables that hold each value twice: stride 2, and sin one element after
     its table's start.
@@ -309,7 +298,7 @@ def test_the_tables_of_diffusers_as_they_lie(
             as_exact_as_eager(name, *values)
 
 
-def test_gradients_that_are_expanded_or_missing(triton_or_reference: str, device: str) -> None:
+def test_gradients_that_are_expanded_or_missing(norm_backend: str, device: str) -> None:
     x = inputs((2, 4, 4, 2, 8), True, 4, torch.float32, device)
     x["dq_out"], x["dk_out"] = torch.ones_like(x["q"]), torch.zeros_like(x["k"])
     wanted = run(ours, x)[2:]
@@ -326,7 +315,7 @@ def test_gradients_that_are_expanded_or_missing(triton_or_reference: str, device
     assert not actual[3].any()
 
 
-def test_no_gradient_to_the_tables(triton_or_reference: str, device: str) -> None:
+def test_no_gradient_to_the_tables(norm_backend: str, device: str) -> None:
     x = inputs((1, 3, 3, 2, 4), True, 3, torch.float32, device)
     cos, sin = x["cos"].requires_grad_(), x["sin"].requires_grad_()
     frozen = [x[name].detach() for name in ("q", "k", "q_weight", "k_weight")]
@@ -338,7 +327,7 @@ def test_no_gradient_to_the_tables(triton_or_reference: str, device: str) -> Non
 @pytest.mark.parametrize("trained", [(), ("q_weight",), ("k_weight",)])
 @pytest.mark.parametrize("across", [True, False])
 def test_frozen_weights(
-    across: bool, trained: tuple[str, ...], triton_or_reference: str, device: str
+    across: bool, trained: tuple[str, ...], norm_backend: str, device: str
 ) -> None:
     """Under LoRA the norms' weights want no gradient: none is made, the others are as before."""
     x = inputs((2, 5, 5, 2, 8), across, 5, torch.float32, device)
@@ -358,7 +347,7 @@ def test_frozen_weights(
 @pytest.mark.parametrize("across", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_determinism_and_no_grad(
-    dtype: torch.dtype, across: bool, triton_or_reference: str, device: str
+    dtype: torch.dtype, across: bool, norm_backend: str, device: str
 ) -> None:
     x = inputs((2, 7, 5, 3, 10), across, 4, dtype, device)
     wanted = run(ours, x)
@@ -371,7 +360,7 @@ def test_determinism_and_no_grad(
 @pytest.mark.parametrize("across", [True, False])
 @pytest.mark.parametrize(("heads", "channels"), [(3, 6), (2, 16)])
 def test_batch_independence(
-    heads: int, channels: int, across: bool, triton_or_reference: str, device: str
+    heads: int, channels: int, across: bool, norm_backend: str, device: str
 ) -> None:
     x = inputs((3, 5, 7, heads, channels), across, 4, torch.float32, device)
     together = run(ours, x)
@@ -385,9 +374,7 @@ def test_batch_independence(
 @pytest.mark.parametrize(
     ("batch", "q_length", "k_length"), [(0, 3, 3), (2, 0, 0), (2, 0, 3), (2, 3, 0)]
 )
-def test_empty(
-    batch: int, q_length: int, k_length: int, triton_or_reference: str, device: str
-) -> None:
+def test_empty(batch: int, q_length: int, k_length: int, norm_backend: str, device: str) -> None:
     x = inputs((batch, q_length, k_length, 2, 4), True, None, torch.float32, device)
     q_out, k_out, dq, dk, dq_weight, dk_weight = run(ours, x)
     assert (q_out.shape, k_out.shape) == (dq.shape, dk.shape) == (x["q"].shape, x["k"].shape)
@@ -395,22 +382,27 @@ def test_empty(
     assert dk_weight.any() == bool(batch * k_length)
 
 
-@needs_triton
 @pytest.mark.parametrize(("across", "turned"), [(True, 3), (False, None)])
-def test_opcheck(across: bool, turned: int | None, device: str) -> None:
+def test_opcheck(across: bool, turned: int | None, norm_backend: str, device: str) -> None:
+    if norm_backend == "reference":
+        pytest.skip("no operator")
+    op, backward = (
+        dispatch.operation(norm_backend, f"qk_norm_rope{half}").default
+        for half in ("", "_backward")
+    )
     x = inputs((2, 4, 3, 2, 6), across, turned, torch.float32, device)
     forward = tuple(x[name] for name in ("q", "k", "q_weight", "k_weight", "cos", "sin"))
-    torch.library.opcheck(torch.ops.fastgrpo_kernels.qk_norm_rope.default, (*forward, EPS))
-    rstd = [value.detach() for value in torch.ops.fastgrpo_kernels.qk_norm_rope(*forward, EPS)[2:]]
+    torch.library.opcheck(op, (*forward, EPS))
+    rstd = [value.detach() for value in op(*forward, EPS)[2:]]
     detached = [None if value is None else value.detach() for value in forward]
     for needs_weights in (True, False):
         arguments = ([x["dq_out"], x["dk_out"]], [*detached, *rstd], needs_weights)
-        torch.library.opcheck(MODULE._backward, arguments)
+        torch.library.opcheck(backward, arguments)
 
 
 @pytest.mark.parametrize(("across", "turned"), [(True, 3), (False, None)])
 def test_compile_without_graph_breaks(
-    across: bool, turned: int | None, triton_or_reference: str, device: str
+    across: bool, turned: int | None, norm_backend: str, device: str
 ) -> None:
     x = inputs((2, 4, 3, 2, 6), across, turned, torch.float32, device)
     torch.compiler.reset()
@@ -426,7 +418,7 @@ def test_compile_without_graph_breaks(
 )
 @given(data=st.data())
 def test_any_shape(
-    data: st.DataObject, triton_or_reference: str, device: str, as_exact_as_eager: Check
+    data: st.DataObject, norm_backend: str, device: str, as_exact_as_eager: Check
 ) -> None:
     draw = data.draw
     batch, q_length, k_length = (draw(st.integers(1, high)) for high in (2, 6, 6))
@@ -483,7 +475,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("message", BAD)
-def test_bad_input_is_named(message: str, triton_or_reference: str, device: str) -> None:
+def test_bad_input_is_named(message: str, norm_backend: str, device: str) -> None:
     x = BAD[message](inputs((2, 3, 3, 2, 4), True, 3, torch.float32, device))
     with pytest.raises(ValueError, match=r"(expected|even D).*got") as error:
         ours(*(x[name] for name in ("q", "k", "q_weight", "k_weight", "cos", "sin")))
@@ -496,5 +488,5 @@ def test_backends(device: str) -> None:
     assert qk_norm_rope(*arguments)[0].dtype == torch.float64  # by default, the reference
     with pytest.raises(ValueError, match=r"'triton' cannot serve this call: .*float64"):
         qk_norm_rope(*arguments, backend="triton")
-    with pytest.raises(ValueError, match="csrc/ has"):
-        qk_norm_rope(*[a.float() for a in arguments], backend="cpp")
+    with pytest.raises(ValueError, match="csrc/ has only sde_"):
+        qk_norm_rope(*[a.float() for a in arguments], backend="cuda")

@@ -147,6 +147,10 @@ def test_the_decode_is_counted_in_the_vaes_precision(wan_folder: Path) -> None:
     assert (in_fp32.decode_rate, in_bf16.decode_rate) == (memory.TF32_RATE, memory.MATMUL_RATE)
     seconds = [memory.work(config, c, "full", 1)["decode"].bound for c in (in_fp32, in_bf16)]
     assert seconds[0] == pytest.approx(2 * seconds[1])
+    work, videos = memory.work(config, in_fp32, "full", 1)["decode"], 8 * 16
+    pointwise = videos * in_fp32.decode.moved / memory.COPY_RATE
+    assert pointwise > 0
+    assert work.expected == pytest.approx(work.bound + pointwise, rel=0.01)
     policy.load(torch.device("cpu"))
     latents = torch.zeros(1, *policy.latent_shape(32, 32, 5))
     given = [latents, *policy.vae.parameters(), *policy.vae.buffers()]

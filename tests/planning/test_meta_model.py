@@ -32,6 +32,14 @@ def test_a_linear_layer_is_counted_as_by_hand() -> None:
     assert cost.work >= 4 * (10 * 96 + 64 * 96)  # the output's gradient, and the weight's
 
 
+def test_bytes_are_moved_by_all_that_has_no_flop() -> None:
+    """A pointwise operation reads and writes; a view, a product and a new tensor move nothing."""
+    x = torch.empty(10, 64, device=META)
+    row = torch.empty(64, device=META).expand(10, 64)  # read once
+    cost = meta_model.measure(lambda: torch.empty_like((x + row).T @ x), [x, row], backward=False)
+    assert cost.moved == 4 * (10 * 64 + 64 + 10 * 64)
+
+
 def test_attention_keeps_no_scores_and_its_backward_computes_them_again() -> None:
     q, k = (
         torch.empty(1, 3, n, 16, device=META, dtype=torch.bfloat16, requires_grad=True)
@@ -50,8 +58,9 @@ def test_attention_keeps_no_scores_and_its_backward_computes_them_again() -> Non
     assert meta_model.measure(attend, [q, k], backward=False).work < cost.work
 
 
-def test_what_a_network_keeps_is_what_saved_tensors_hooks_see() -> None:
-    policy, conditioning = meta_model.load_meta(ShapesPolicy())
+@pytest.mark.parametrize("fused", [True, False])
+def test_what_a_network_keeps_is_what_saved_tensors_hooks_see(fused: bool) -> None:
+    policy, conditioning = meta_model.load_meta(ShapesPolicy(fused=fused))
     latents = torch.empty(4, 96, 8, 1, 1, device=META)
     cost = meta_model.velocity_cost(
         policy, conditioning, latents, torch.float32, activations="none", gathered=False
@@ -70,11 +79,9 @@ def test_what_a_network_keeps_is_what_saved_tensors_hooks_see() -> None:
     conditions = {
         name: tensor.expand(4, *tensor.shape[1:]) for name, tensor in conditioning.items()
     }
-    with (
-        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
-        meta_model._AttentionWithoutScores(),
-    ):
-        output = policy.velocity(latents, latents.new_empty(4), conditions)
+    velocity = meta_model._as_on_a_gpu(policy.velocity, torch.float32)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = velocity(latents, latents.new_empty(4), conditions)
     kept = sum(storage.nbytes() for storage in saved.values()) + output.untyped_storage().nbytes()
     assert cost.kept == pytest.approx(
         kept, rel=0.02
@@ -162,6 +169,8 @@ def test_the_sums_of_costs_by_hand() -> None:
     assert work.bound == 10.0 / memory.MATMUL_RATE
     attention = 3.0 / memory.ATTENTION_RATES[0] + 1.0 / memory.ATTENTION_RATES[1]
     assert work.expected == pytest.approx(6.0 / memory.MATMUL_RATE + attention)
+    traffic = memory.Work.of(6.0, 3.0, 1.0, memory.MATMUL_RATE, moved=memory.COPY_RATE)
+    assert traffic == pytest.approx((10.0, work.bound, work.expected + 1.0))
     slower = memory.Work.of(6.0, 3.0, 1.0, memory.MATMUL_RATE / 4)
     assert slower == pytest.approx((10.0, 4 * work.bound, 4 * work.expected))
 

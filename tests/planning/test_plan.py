@@ -112,6 +112,8 @@ def test_a_vae_in_bf16_takes_half(models: Path) -> None:
         costs.append(meta_model.decode_cost(twin, (16, 2, 30, 52)))
     assert costs[1].work < 0.6 * costs[0].work  # the frames are fp32 in the end
     assert costs[1].flop == costs[0].flop
+    # Its norms still compute in fp32, and cast there and back.
+    assert 0.7 * costs[0].moved < costs[1].moved < 0.8 * costs[0].moved
 
 
 def test_tiles_cost_what_they_overlap(models: Path) -> None:
@@ -155,6 +157,12 @@ def test_states_are_divided_by_the_ranks_that_share_them(
     assert kept["rollout"]["gathered weights"] == 2 * n + arriving
     assert kept["decode"]["gathered weights"] == 2 * n
     assert kept["update"]["gathered weights"] == eight["gathered weights"]
+    once = ParallelConfig(shard="full", reduce_every="step")
+    late = memory.memory(config, counts, once, 8)
+    assert late["update"] == eight | {"gradients": 4 * n}  # whole, in fp32, until the last pass
+    assert late["step"]["gradients"] == n / 2
+    copies = ParallelConfig(shard="none", reduce_every="step")
+    assert memory.memory(config, counts, copies, 1)["update"] == alone
     assert (
         memory.memory(config, counts, ParallelConfig(shard="none"), 2)["step"][
             "gradients' reduction"
@@ -349,6 +357,11 @@ def test_candidates_are_tried_from_the_least_recomputation_on(
         == 1
     )  # after one replica, as configured
     assert many[-1].cpu_offload
+    late = dataclasses.replace(config, parallel=ParallelConfig(reduce_every="step"))
+    kinds = [c.reduce_every for c in memory.candidates(late, 16) if not c.cpu_offload]
+    assert kinds[:5] == ["step", "step", "backward", "backward", "step"], "its own first"
+    assert {c.reduce_every for c in many} == {"backward"}
+    assert "--parallel.reduce_every step" in memory.describe(late.parallel)
 
 
 @pytest.mark.parametrize(("fused", "swapped"), [("auto", True), (False, False)])

@@ -37,6 +37,7 @@ def make(
     cache = tmp_path_factory.mktemp("cache")
 
     def loaded(**options: Any) -> HunyuanVideoPolicy:
+        options = {"fused": False} | options  # diffusers' own bits
         policy = HunyuanVideoPolicy(
             str(hunyuan_folder), text_cache=str(cache), text_dtype="fp32", **options
         )

@@ -15,6 +15,8 @@ import jsonargparse
 import pytest
 import torch
 from diffusers import WanPipeline, WanTransformer3DModel
+from diffusers.models import attention_dispatch
+from diffusers.models.attention_dispatch import AttentionBackendName
 from diffusers.utils import logging
 from torch import Tensor
 
@@ -39,7 +41,7 @@ def make(wan_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable
             max_sequence_length=LENGTH,
             text_cache=str(cache),
             text_dtype="fp32",
-            **options,
+            **({"fused": False} | options),  # diffusers' own bits
         )
         policy.embed(PROMPTS, CPU)
         policy.load(CPU)
@@ -361,6 +363,18 @@ def test_attention_by_name(make: Callable[..., WanPolicy], policy: WanPolicy) ->
     } == {None}
 
 
+def test_attention_is_asked_as_in_training_by_default(make: Callable[..., WanPolicy]) -> None:
+    """What the switch does is in test_attention.py."""
+    functions = attention_dispatch._AttentionBackendRegistry._backends
+    wrapped = {}
+    for alike in (False, True):
+        given = {} if alike else {"attention_as_in_training": False}
+        result = velocity(make(**given))
+        wrapped[alike] = hasattr(functions[AttentionBackendName.NATIVE], "__wrapped__"), result
+    assert (wrapped[False][0], wrapped[True][0]) == (False, True)
+    assert torch.equal(wrapped[False][1], wrapped[True][1])
+
+
 @pytest.mark.parametrize(
     ("name", "problem"),
     [
@@ -383,9 +397,22 @@ def test_autocast_would_give_flash_attention_two_dtypes(policy: WanPolicy) -> No
         set_attention(policy.transformer, "flash", torch.device("cuda"), fused=False)
 
 
+def test_an_attention_that_heeds_no_setting_of_torch_is_not_deterministic(
+    policy: WanPolicy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    cuda, problem = (
+        torch.device("cuda"),
+        r"one of native.* with runtime\.deterministic.*got 'flash'",
+    )
+    with pytest.raises(ValueError, match=problem):
+        set_attention(policy.transformer, "flash", cuda, fused=True)
+    set_attention(policy.transformer, "native", torch.device("cpu"), fused=False)
+
+
 def test_a_transformer_in_memory_is_prepared_alike(policy: WanPolicy) -> None:
     network, vae = copy.deepcopy(policy.transformer).train(), copy.deepcopy(policy.vae)
-    other = WanPolicy("unused")
+    other = WanPolicy("unused", fused=False)
     other.use(network, vae, CPU)
     assert not other.is_fused
     assert not network.training

@@ -213,7 +213,8 @@ def test_what_it_is_and_takes(
     assert Aesthetic(str(head), str(tmp_path)).memory_bytes == 4 * count
     videos = torch.rand(2, 9, 3, 60, 80)
     given = [videos, *network.parameters(), *network.buffers()]
-    taken = sum(measure(lambda: judge.components(videos, ["", ""], 8.0)[0], given, False)[2:])
+    cost = measure(lambda: judge.components(videos, ["", ""], 8.0)[0], given, False)
+    taken = cost.kept + cost.work
     assert 0.95 * taken < judge.working_bytes(videos.to("meta"), 8.0) < 1.5 * taken
     assert not any(p.requires_grad for p in network.parameters())
     assert not network.training

@@ -9,6 +9,8 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -329,3 +331,27 @@ def test_close_ends_the_thread_and_what_waits() -> None:
     assert len(judge.calls) == 1  # the one that was running
     with pytest.raises(RuntimeError, match="shutdown"):
         queue.submit(videos(0.5), ["a"], 8.0)
+
+
+def test_a_gpus_judge_has_a_stream_with_priority(
+    opened: Callable[..., ScoringQueue], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One stream for all batches, which waits for the frames and holds them; no GPU is needed."""
+    made, log = [], []
+    stream = SimpleNamespace(wait_event=lambda event: log.append(("waits", event)))
+    event = SimpleNamespace(record=lambda: log.append("recorded"))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda *a, **k: made.append((a, k)) or stream)
+    monkeypatch.setattr(torch.cuda, "Event", lambda: event)
+    monkeypatch.setattr(torch.cuda, "stream", lambda given: log.append(given) or nullcontext())
+    frames = SimpleNamespace(
+        is_cuda=True, device="cuda:3", record_stream=lambda given: log.append(("held", given))
+    )
+    score = lambda videos, prompts, fps: (torch.full((1, 1), 0.5), torch.ones(1))  # noqa: E731
+    judge = SimpleNamespace(concurrency=1, stages=("a",), score=score, close=lambda: None)
+    queue: Any = opened(judge)
+    for _ in range(2):
+        queue.submit(frames, ["a cat"], 8.0)
+    assert queue.collect(1)[0] == [[[0.5]], [[0.5]]]
+    assert made == [(("cuda:3",), {"priority": -1})]
+    assert [x for x in log if x != "recorded"] == [stream, ("waits", event), ("held", stream)] * 2
+    assert log.count("recorded") == 2

@@ -6,6 +6,7 @@ import itertools
 import re
 from pathlib import Path
 
+import pytest
 import torch
 from transformers import AttentionInterface, Qwen2_5_VLForConditionalGeneration
 
@@ -36,6 +37,31 @@ def test_windows_of_one_length_at_once() -> None:
     assert (
         AttentionInterface().get_interface(qwen_windows.NAME, None) is qwen_windows.attend_by_length
     )
+
+
+@pytest.mark.parametrize("attention", [qwen_windows.NAME, "sdpa"])
+@torch.no_grad()
+def test_the_tower_is_told_what_it_would_compute_of_the_grids(
+    qwen_folder: Path, monkeypatch: pytest.MonkeyPatch, attention: str
+) -> None:
+    """Not a bit changes, and a second video of the size finds everything made."""
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(qwen_folder).eval()
+    tower, grid = model.model.visual, (2, 6, 8)
+    tower.config._attn_implementation = attention
+    draw = torch.Generator().manual_seed(0)
+    pixels = torch.randn(2 * 96, 1176, generator=draw)
+    own = tower(pixels, grid_thw=torch.tensor([grid] * 2)).pooler_output
+    qwen_windows._tower_arguments.cache_clear()
+    told = qwen_windows.tower_arguments(tower.config, grid, 2, torch.device("cpu"))
+    assert (told["max_seqlen"], told["cu_seqlens"].tolist()) == (48, [0, 48, 96, 144, 192])
+    unread = torch.full((2, 3), -1)  # the grids themselves
+    assert torch.equal(tower(pixels, grid_thw=unread, **told).pooler_output, own)
+
+    monkeypatch.setattr(qwen_windows, "get_vision_window_index", None)
+    again = qwen_windows.tower_arguments(tower.config, grid, 2, torch.device("cpu"))
+    before = qwen_windows._indices.cache_info().misses
+    assert torch.equal(tower(pixels, grid_thw=unread, **again).pooler_output, own)
+    assert qwen_windows._indices.cache_info().misses == before
 
 
 def test_every_path_of_the_automaton_is_a_number_and_back() -> None:

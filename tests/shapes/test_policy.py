@@ -13,6 +13,7 @@ from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file, save_file
 from shapes_samples import sample, start_scores
 
+from fastgrpo.policies.fused import fused_serves
 from fastgrpo.shapes.captions import all_captions
 from fastgrpo.shapes.judge import ShapesJudge
 from fastgrpo.shapes.policy import SHIPPED_CHECKPOINT, ShapesPolicy, frame_positions
@@ -42,6 +43,45 @@ def test_loaded_for_training(policy: ShapesPolicy) -> None:
     assert not policy.transformer.training
     assert {parameter.dtype for parameter in policy.transformer.parameters()} == {torch.float32}
     assert policy.fps == 4
+
+
+def test_fused_is_the_same_network() -> None:
+    """Velocity and gradients are diffusers' own but for rounding, with the same bits without
+    gradients and for a video beside others; `auto` takes it where it is compiled.
+    """
+    plain, fused, auto = (ShapesPolicy(fused=value) for value in (False, True, "auto"))
+    for made in (plain, fused, auto):
+        made.load(CPU)
+    assert (plain.is_fused, fused.is_fused) == (False, True)
+    assert auto.is_fused == fused_serves(CPU)
+    assert list(plain.transformer.state_dict()) == list(fused.transformer.state_dict())
+    draw = torch.Generator().manual_seed(0)
+    latents, weight = (torch.randn(4, 96, 8, 1, 1, generator=draw) for _ in range(2))
+    timesteps = torch.tensor([900.0, 700.0, 400.0, 20.0])
+    text = plain.encode(PROMPTS[:4])
+    velocities = [made.velocity(latents, timesteps, text) for made in (plain, fused)]
+    torch.testing.assert_close(velocities[1], velocities[0], rtol=1e-4, atol=1e-5)
+    for velocity in velocities:
+        (velocity * weight).sum().backward()
+    for (name, ours), theirs in zip(
+        fused.transformer.named_parameters(), plain.transformer.parameters(), strict=True
+    ):
+        scale = float(theirs.grad.abs().max())
+        torch.testing.assert_close(
+            ours.grad, theirs.grad, rtol=1e-3, atol=1e-4 * scale, msg=lambda m, n=name: f"{n}: {m}"
+        )
+    with torch.no_grad():
+        assert torch.equal(fused.velocity(latents, timesteps, text), velocities[1])
+        others = torch.cat([latents[:2], 3 * latents[2:]])
+        assert torch.equal(fused.velocity(others, timesteps, text)[:2], velocities[1][:2])
+        arguments = torch.cat([latents, torch.zeros(4, 2, 8, 1, 1)], dim=1), timesteps
+        text = text["encoder_hidden_states"]
+        whole = fused.transformer(*arguments, text).sample
+        assert torch.equal(whole, fused.transformer(*arguments, text, return_dict=False)[0])
+        kwargs = {"attention_kwargs": {}}  # through diffusers' own forward
+        torch.testing.assert_close(
+            fused.transformer(*arguments, text, **kwargs).sample, whole, rtol=1e-4, atol=1e-5
+        )
 
 
 def test_only_one_size_can_be_made(policy: ShapesPolicy) -> None:

@@ -24,6 +24,7 @@ from fastgrpo.training.update import (
     backpropagate,
     known_gradients,
     micro_batch,
+    trained_rows,
     update,
 )
 
@@ -67,7 +68,7 @@ def test_only_until_a_weight_has_moved_is_the_gradient_taken_for_known(
 ) -> None:
     policy, seen = tiny_policy(), {}
     rollout = sampled(policy)
-    cfg = UpdateConfig(gradient_accumulation=2, clip_range=0.02, max_grad_norm=1e9)
+    cfg = UpdateConfig(num_best=1, num_worst=1, clip_range=0.02, max_grad_norm=1e9)
     for branchwise in (True, False):
         trained = copy.deepcopy(policy)
         watched, optimizer = Watched(trained, rollout), Recorder(trained, 0.02)
@@ -106,7 +107,7 @@ def test_a_step_left_out_leaves_the_next_one_on_policy(
     (rollout.latents if fault == "state" else rollout.log_probs)[0] = math.nan
     watched: Any = Watched(policy, rollout)
     optimizer = Recorder(policy, 0.02)
-    cfg = UpdateConfig(gradient_accumulation=2, max_grad_norm=1e9)
+    cfg = UpdateConfig(num_best=1, num_worst=1, max_grad_norm=1e9)
     stats = update(watched, optimizer, rollout, [0, 1, 2, 3], ADVANTAGES, cfg)
     assert stats.skipped == [True, False]
     assert watched.calls == ["cond+", "uncond+"] * 12
@@ -121,10 +122,11 @@ def test_a_ratio_that_is_not_1_shows(tiny_policy: Any) -> None:
     """
     base = tiny_policy()
     rollout, policy = sampled(base), moved(base, 0.02)
-    batch = micro_batch(rollout, TRANSITIONS[:1])
+    (rows,) = trained_rows(rollout, TRANSITIONS[:1])
+    batch = micro_batch(rollout, rows)
     watched = Watched(policy, rollout)
     _, (ratio, *_) = backpropagate(
-        watched, rollout, TRANSITIONS[:1], UpdateConfig(), None, scale=1 / 7.0, on_policy=True
+        watched, rollout, rows, UpdateConfig(), None, scale=1 / 7.0, on_policy=True
     )  # type: ignore[arg-type]
     joint = backward_of(
         policy, rollout, TRANSITIONS[:1], UpdateConfig(branchwise=False), on_policy=True

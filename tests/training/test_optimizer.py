@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from fastgrpo.config import UpdateConfig
-from fastgrpo.training.update import import_fused_adam, make_optimizer
+from fastgrpo.training.optimizer import import_fused_adam, make_optimizer
 
 
 def test_adamw_is_the_textbooks() -> None:

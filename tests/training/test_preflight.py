@@ -30,7 +30,6 @@ from fastgrpo.training.preflight import (
     check_config,
     check_job,
     checked_prompts,
-    warn_of_idle_accumulation,
 )
 
 
@@ -115,19 +114,18 @@ def test_prompts_that_the_policy_cannot_take_are_refused_by_key_and_file(
     assert str(tmp_path / "validation.txt") in str(caught.value)
 
 
-def test_accumulation_that_never_fills_is_said(
-    config: TrainConfig, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+def test_more_optimizer_steps_than_a_process_has_videos_are_refused(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    update = dataclasses.replace(config.update, num_best=1, num_worst=1, gradient_accumulation=8)
+    update = dataclasses.replace(config.update, num_best=1, num_worst=1, optimizer_steps=8)
     rollout = dataclasses.replace(config.rollout, num_prompts=4)
-    warn_of_idle_accumulation(dataclasses.replace(config, update=update, rollout=rollout))
-    assert capsys.readouterr().out == ""  # 4 prompts x 2 videos fill it
+    config = dataclasses.replace(config, update=update, rollout=rollout)
+    check_config(config)  # 4 prompts x 2 videos
     monkeypatch.setenv("WORLD_SIZE", "2")
-    warn_of_idle_accumulation(dataclasses.replace(config, update=update, rollout=rollout))
-    assert (
-        "at most 4 videos an iteration, so gradients are scaled by 0.5; with 2 processes give it 4"
-        in capsys.readouterr().out
-    )
+    with pytest.raises(
+        ValueError, match=r"^update\.optimizer_steps: expected at most 4, the videos.* got 8$"
+    ):
+        check_config(config)
 
 
 @pytest.mark.parametrize(

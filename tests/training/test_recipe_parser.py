@@ -128,6 +128,21 @@ def test_a_commands_own_options(parse: Callable[..., Any]) -> None:
     assert "repeats" in parse(arguments=("--options.repeats", "x"), options=Options)
 
 
+def test_a_check_sees_all_but_the_classes_before_these_are_looked_at(tmp_path: Path) -> None:
+    file, seen = tmp_path / "a.yaml", []
+    file.write_text(RECIPE.replace("ShapesPolicy", "NoPolicy"))
+    words = ["--config", str(file), "--policy.init_args.fused", "true", "--seed", "-0"]
+    words += ["--reward=fastgrpo.NoJudge", "--rollout.eta", "0.3", "--reward.noise", "0.1"]
+
+    def check(values: Any) -> None:
+        seen.append((values.prompts, values.seed, values.rollout.eta))
+        raise ValueError("enough")
+
+    with pytest.raises(SystemExit):
+        parse_config(words, check=check)
+    assert seen == [(PromptsConfig(train="captions.txt"), 0, 0.3)]
+
+
 def test_help_and_print_config_end_with_code_0(
     parse: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -213,6 +228,10 @@ def test_help_and_print_config_end_with_code_0(
             "{class_path: fastgrpo.config.RolloutConfig}}}",
             ["expected a subclass of fastgrpo.rewards.vlm.engine.Engine, got fastgrpo.config."],
         ),
+        (
+            "update: {gradient_accumulation: 4}",
+            ["earlier version", "replace update.gradient_accumulation by update.optimizer_steps, "],
+        ),
         ("{", ["line 1"]),
         ("[" * 9999, ["nested too deeply"]),
         ("- 1\n", ["config"]),
@@ -233,6 +252,10 @@ def test_what_is_wrong_in_a_file_is_named_in_one_line(
     ("arguments", "parts"),
     [
         (("--rollout.heigth", "3"), ["--rollout.heigth"]),
+        (
+            ("--update.gradient_accumulation", "4"),
+            ["--update.gradient_accumulation", "write update.optimizer_steps, "],
+        ),
         (("--rollout.height", "tall"), ["rollout.height", "int", "tall"]),
         (("--rollout.height", "0"), ["rollout.height", "at least 1", "0"]),
         (("--config", "no_such_file.yaml"), ["no_such_file.yaml"]),

@@ -22,13 +22,13 @@ from fastgrpo.training.run_folder import (
     claim,
     differences,
     find_checkpoint,
-    is_used,
     lock_folder,
     note_saved,
     open_log,
     resume_command,
     write_record,
 )
+from fastgrpo.training.used_folder import has_traces, is_used, refuse_used
 
 
 @pytest.fixture
@@ -54,8 +54,11 @@ def test_a_used_folder_is_claimed_only_to_go_on(tmp_path: Path, one_rank: Any) -
         (used / trace).parent.mkdir(parents=True)
         (used / trace).write_text("1")
         assert is_used(used)
+        assert has_traces(used) == trace.startswith("checkpoints/")
         with pytest.raises(FileExistsError, match=r"--resume auto.*--name") as caught:
             claim(used, "never")
+        with pytest.raises(FileExistsError, match=re.escape(str(caught.value))):
+            refuse_used(used, "never")
         assert str(used) in str(caught.value)
         claim(used, "auto").close()
 

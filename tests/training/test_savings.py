@@ -29,6 +29,7 @@ from fastgrpo.training.update import (
     accumulate_gradients,
     known_gradients,
     micro_batch,
+    trained_rows,
 )
 from fastgrpo.training.weights import WITHOUT_ADAPTERS
 
@@ -248,7 +249,7 @@ def test_on_policy_it_is_the_joint_backward_but_for_the_rounding_of_the_states(
         assert known.stats == joint.stats
         assert known.stats.ratios == [1.0]
         assert known.loss == joint.loss
-        batch, bounds = micro_batch(rollout, [transition]), {}
+        batch, bounds = micro_batch(rollout, *trained_rows(rollout, [transition])), {}
         for branch, share in (("cond", 3.0), ("uncond", -2.0)):
             one, other = known.watched.gradients[branch], joint.watched.gradients[branch]
             bounds[branch] = allowed_difference(rollout, batch, other, share, 7.0)
@@ -262,8 +263,7 @@ def test_on_policy_it_is_the_joint_backward_but_for_the_rounding_of_the_states(
                 policy,
                 rollout,
                 batch.latents,
-                batch.sample_indices,
-                batch.steps,
+                batch.index,
                 conditional=branch == "cond",
             ).flatten()
             arriving = (
@@ -302,7 +302,7 @@ def test_wan(make_wan: Any, dtype: torch.dtype, lora: LoRA | None, micro_batch_s
     known, joint = both_ways(policy, rollout, transitions, cfg, on_policy=True)
     assert known.stats.ratios == joint.stats.ratios == [1.0] * len(transitions)
     assert known.loss == joint.loss
-    batch = micro_batch(rollout, transitions)
+    batch = micro_batch(rollout, *trained_rows(rollout, transitions))
     for branch, share in (("cond", 3.0), ("uncond", -2.0)):
         one, other = known.watched.gradients[branch], joint.watched.gradients[branch]
         assert (
@@ -311,9 +311,7 @@ def test_wan(make_wan: Any, dtype: torch.dtype, lora: LoRA | None, micro_batch_s
         ).all()
 
     trained = [p for p in policy.transformer.parameters() if p.requires_grad]
-    velocities = branch_velocities(
-        policy, rollout, batch.latents, batch.sample_indices, batch.steps
-    )
+    velocities = branch_velocities(policy, rollout, batch.latents, batch.index)
     gradients = known_gradients(rollout, batch, cfg, micro_batch_size / 7.0, velocities[0].dtype)
     plain = torch.autograd.grad(velocities, trained, gradients)
     assert same_bits(known.gradients, plain)  # type: ignore[arg-type]
@@ -337,10 +335,8 @@ def test_activations_of_one_branch_live_at_a_time(make_wan: Any, dtype: torch.dt
     rollout = sampled(policy, dtype, num_inference_steps=3)
     transitions = [TrainedTransition(0, 1, 1.5), TrainedTransition(2, 0, -0.5)]
     alone = Watched(policy, rollout)
-    batch = micro_batch(rollout, transitions[:1])
-    velocity = branch_velocity(
-        alone, rollout, batch.latents, batch.sample_indices, batch.steps, conditional=True
-    )  # type: ignore[arg-type]
+    batch = micro_batch(rollout, *trained_rows(rollout, transitions[:1]))
+    velocity = branch_velocity(alone, rollout, batch.latents, batch.index, conditional=True)  # type: ignore[arg-type]
     one_branch = alone.now
     velocity.sum().backward()
     assert alone.now == 0
@@ -371,13 +367,10 @@ def test_a_branch_alone_has_the_bits_it_has_beside_the_other(
 ) -> None:
     policy = make_wan()
     rollout = sampled(policy, dtype, num_inference_steps=3, micro_batch_size=micro_batch_size)
-    batch = micro_batch(
-        rollout,
-        [TrainedTransition(3, 1, 1.0), TrainedTransition(0, 0, 1.0), TrainedTransition(2, 1, 1.0)][
-            :micro_batch_size
-        ],
-    )
-    at = batch.latents, batch.sample_indices, batch.steps
+    transitions = [TrainedTransition(v, step, 1.0) for v, step in ((3, 1), (0, 0), (2, 1))]
+    rows = trained_rows(rollout, transitions[:micro_batch_size])
+    batch = micro_batch(rollout, *rows)
+    at = batch.latents, batch.index
     with torch.no_grad():
         together = branch_velocities(policy, rollout, *at)
         alone = [

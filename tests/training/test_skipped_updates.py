@@ -65,7 +65,7 @@ def test_what_is_not_finite_skips_the_step_and_touches_nothing(
         }
     before = copy.deepcopy((policy.transformer.state_dict(), optimizer.state_dict()))
     made: list[int] = []
-    cfg = UpdateConfig(gradient_accumulation=3)
+    cfg = UpdateConfig(num_best=2, num_worst=1, optimizer_steps=1)
     stats = update(
         policy, optimizer, rollout, [0, 1, 2], ADVANTAGES, cfg, after_step=lambda: made.append(1)
     )
@@ -83,16 +83,16 @@ def test_what_is_not_finite_skips_the_step_and_touches_nothing(
 def test_a_skipped_step_leaves_the_next_one_alone(tiny_policy: Any, one_rank: Any) -> None:
     policy = tiny_policy()
     rollout = small_rollout(policy)
-    cfg = UpdateConfig(gradient_accumulation=3, max_grad_norm=1e9)
+    cfg = UpdateConfig(num_best=1, num_worst=1, max_grad_norm=1e9)
     alone = Recorder(policy)
-    update(policy, alone, rollout, [3, 4, 5], ADVANTAGES, cfg)
+    update(policy, alone, rollout, [1, 4], ADVANTAGES, cfg)
     rollout.latents[0] = math.nan
     optimizer, made = Recorder(policy), []
     stats = update(
         policy,
         optimizer,
         rollout,
-        [0, 1, 2, 3, 4, 5],
+        [0, 1, 3, 4],
         ADVANTAGES,
         cfg,
         after_step=lambda: made.append(1),

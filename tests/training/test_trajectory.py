@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_training import small_rollout
 
-from fastgrpo.training.trajectory import branch_velocities
+from fastgrpo.training.trajectory import TransitionIndex, branch_velocities
 
 empty_rollout = functools.partial(small_rollout, sample=False, num_inference_steps=5)
 X = torch.randn(4, 3, 2, 2, 2, generator=torch.Generator().manual_seed(0))
@@ -21,20 +21,21 @@ def test_counts_and_coefficients_by_prompt_and_step(tiny_policy: Any) -> None:
     assert rollout.latents.shape == (9, 6, 3, 2, 2, 2)
     assert rollout.log_probs.shape == (9, 5)
     rollout.a, rollout.b, rollout.std = (
-        torch.arange(15, dtype=torch.float64).view(3, 5) + shift for shift in (0, 100, 200)
+        torch.arange(15.0).view(3, 5) + shift for shift in (0, 100, 200)
     )
-    at = torch.tensor([0, 2, 3, 8, 8]), torch.tensor([4, 0, 1, 2, 4])  # prompts 0, 0, 1, 2, 2
-    for shift, got in zip((0, 100, 200), rollout.coefficients(*at), strict=True):
+    index: TransitionIndex = rollout.index([0, 2, 3, 8, 8], [4, 0, 1, 2, 4])
+    assert index.prompts == [0, 0, 1, 2, 2]
+    assert (index.samples.tolist(), index.steps.tolist()) == ([0, 2, 3, 8, 8], [4, 0, 1, 2, 4])
+    for shift, got in zip((0, 100, 200), rollout.coefficients(index), strict=True):
         assert got.tolist() == [shift + n for n in (4.0, 0.0, 6.0, 12.0, 14.0)]
-        assert got.dtype == torch.float64
 
 
 @pytest.mark.parametrize("rounding", ["trunc", "none"])
 def test_branches_are_the_policys_own_velocities(tiny_policy: Any, rounding: str) -> None:
     policy = tiny_policy()
     rollout = empty_rollout(policy, ["a", "b", "c"], guidance_scale=3.0, timestep_rounding=rounding)
-    videos, steps = torch.tensor([7, 0, 3, 7]), torch.tensor([2, 2, 4, 1])
-    conditional, unconditional = branch_velocities(policy, rollout, X, videos, steps)
+    index = rollout.index([7, 0, 3, 7], [2, 2, 4, 1])
+    conditional, unconditional = branch_velocities(policy, rollout, X, index)
     # docs/method.md, section 1, for 5 steps and shift 5.
     exact = [1000 * 5 * t / (1 + 4 * t) for t in (0.6, 0.6, 0.2, 0.8)]
     times = torch.tensor([t // 1 for t in exact] if rounding == "trunc" else exact)
@@ -49,8 +50,8 @@ def test_without_guidance_there_is_one_branch_and_one_forward(tiny_policy: Any) 
     rollout = empty_rollout(policy, ["a"])
     assert rollout.unconditional is None
     policy.batch_sizes.clear()
-    at = torch.tensor([0, 1]), torch.tensor([0, 1])
-    _, unconditional = branch_velocities(policy, rollout, torch.zeros(2, 3, 2, 2, 2), *at)
+    at = torch.zeros(2, 3, 2, 2, 2), rollout.index([0, 1], [0, 1])
+    _, unconditional = branch_velocities(policy, rollout, *at)
     assert unconditional is None
     assert policy.batch_sizes == [2]
 
@@ -58,7 +59,7 @@ def test_without_guidance_there_is_one_branch_and_one_forward(tiny_policy: Any) 
 def test_bf16_runs_the_forward_and_leaves_the_weights(tiny_policy: Any) -> None:
     policy = tiny_policy()
     rollout = empty_rollout(policy, ["a"], guidance_scale=2.0)
-    at = X[:2], torch.tensor([0, 1]), torch.tensor([1, 1])
+    at = X[:2], rollout.index([0, 1], [1, 1])
     full = branch_velocities(policy, rollout, *at)
     rollout.compute_dtype = torch.bfloat16
     for exact, rounded in zip(full, branch_velocities(policy, rollout, *at), strict=True):
@@ -72,7 +73,7 @@ def test_bf16_runs_the_forward_and_leaves_the_weights(tiny_policy: Any) -> None:
 def test_branches_carry_gradients_to_the_weights(tiny_policy: Any) -> None:
     policy = tiny_policy()
     rollout = empty_rollout(policy, ["a"], guidance_scale=2.0)
-    at = torch.ones(1, 3, 2, 2, 2), torch.tensor([0]), torch.tensor([0])
+    at = torch.ones(1, 3, 2, 2, 2), rollout.index([0], [0])
     for branch in branch_velocities(policy, rollout, *at):
         assert branch is not None
         (gradient,) = torch.autograd.grad(branch.sum(), [policy.transformer.A])

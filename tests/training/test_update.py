@@ -5,7 +5,10 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+import random
+from collections import Counter
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,17 +20,21 @@ from fastgrpo.algorithm.seeds import derive_seed
 from fastgrpo.config import UpdateConfig
 from fastgrpo.training.trajectory import Rollout, branch_velocities
 from fastgrpo.training.update import (
+    TrainedRows,
     TrainedTransition,
     UpdateStatistics,
     accumulate_gradients,
+    kept_per_step,
     micro_batch,
+    share_among_steps,
+    trained_rows,
     trained_steps,
     transition_loss,
     update,
 )
 
 ADVANTAGES = {0: 1.5, 1: -0.5, 2: -1.0, 3: 0.25, 4: 7.0, 5: -6.5}  # the last two are clamped to 5
-FREE = {"max_grad_norm": 1e9, "clip_range": 0.02}
+FREE = {"max_grad_norm": 1e9, "clip_range": 0.02, "num_best": 2, "num_worst": 1}
 """No gradient is scaled down, and some of the ratios lie within the clip range."""
 
 
@@ -150,8 +157,10 @@ def test_gradient_is_that_of_the_objective(
     cfg = UpdateConfig(
         cfg_grad=cfg_grad,
         clip_range=clip_range,
-        gradient_accumulation=6,
+        optimizer_steps=1,
         max_grad_norm=1e9,
+        num_best=2,
+        num_worst=1,
         branchwise=not by,  # which takes the first step's weights for the rollout's
     )
     optimizer = Recorder(policy)
@@ -245,23 +254,61 @@ def test_a_pass_without_any_transition_gives_zero_gradients_and_not_none(tiny_po
     assert stats == UpdateStatistics()
 
 
-def test_chunks_of_the_accumulation_are_divided_alike(tiny_policy: Any, one_rank: Any) -> None:
-    """Five videos in twos: the last optimizer step has one video, and its loss is divided by two
-    all the same.
+def test_optimizer_steps_are_divided_alike(tiny_policy: Any, one_rank: Any) -> None:
+    """Five of six videos in three steps: the last has one video, and its loss is divided by two all
+    the same.
     """
     policy = tiny_policy()
     rollout = small_rollout(policy)
-    cfg = UpdateConfig(gradient_accumulation=2, **FREE)
+    cfg = UpdateConfig(optimizer_steps=3, **FREE)
     optimizer, chosen = Recorder(policy), [0, 1, 2, 4, 5]
     stats = update(policy, optimizer, rollout, chosen, ADVANTAGES, cfg)
     assert len(optimizer.seen) == len(stats.losses) == len(stats.grad_norms) == 3
     assert stats.skipped == [False] * 3
     assert stats.num_first == 2 * 3
-    for chunk, gradients in zip(([0, 1], [2, 4], [5]), optimizer.seen, strict=True):
+    for chunk, gradients in zip(([0, 4], [1, 5], [2]), optimizer.seen, strict=True):
         expected, _ = expected_gradients(
             policy, rollout, all_pairs(rollout, chunk, cfg), 2 * 3, cfg
         )
         assert_same_gradients(gradients, expected)
+
+
+@pytest.mark.parametrize(("kept", "optimizer_steps"), [(8, 1), (8, 2), (3, 2), (3, 5), (2, 8)])
+def test_a_videos_optimizer_step_depends_neither_on_ranks_nor_on_other_groups(
+    monkeypatch: pytest.MonkeyPatch, kept: int, optimizer_steps: int
+) -> None:
+    """Four groups; then with the third and half of the second missing."""
+    cfg = UpdateConfig(num_best=kept, num_worst=0, optimizer_steps=optimizer_steps)
+
+    def steps_of(chosen: Sequence[int], world_size: int) -> dict[int, int]:
+        found, share = {}, 4 // world_size
+        monkeypatch.setenv("WORLD_SIZE", str(world_size))
+        for rank in range(world_size):
+            monkeypatch.setenv("RANK", str(rank))
+            rollout: Any = SimpleNamespace(prompts=["a"] * share, num_generations=16)
+            assert kept_per_step(rollout, cfg) == share * kept / optimizer_steps
+            first = 16 * share * rank
+            own = [video - first for video in chosen if 0 <= video - first < 16 * share]
+            steps = share_among_steps(rollout, own, cfg)
+            assert len(steps) == optimizer_steps
+            assert all(videos == sorted(videos, key=own.index) for videos in steps)
+            found |= {v + first: step for step, videos in enumerate(steps) for v in videos}
+        return found
+
+    draw = random.Random(0)
+    chosen = [16 * group + i for group in range(4) for i in draw.sample(range(16), kept)]
+    fewer = [*chosen[:kept], *chosen[kept : kept + kept // 2], *chosen[3 * kept :]]
+    alone = steps_of(chosen, 1)
+    assert len(alone) == 4 * kept
+    sizes = Counter(alone.values())
+    assert len(sizes) == optimizer_steps
+    assert max(sizes.values()) - min(sizes.values()) <= 1
+    if kept % optimizer_steps == 0:  # then every group has its part in every step
+        size = kept // optimizer_steps
+        assert [alone[v] for v in chosen] == [i // size for i in range(kept)] * 4
+    for world_size in (1, 2, 4):
+        assert steps_of(chosen, world_size) == alone
+        assert steps_of(fewer, world_size) == {video: alone[video] for video in fewer}
 
 
 def test_the_second_optimizer_step_is_off_policy(tiny_policy: Any, one_rank: Any) -> None:
@@ -270,7 +317,7 @@ def test_the_second_optimizer_step_is_off_policy(tiny_policy: Any, one_rank: Any
     """
     policy = tiny_policy()
     rollout = small_rollout(policy, guidance_scale=3.0)
-    cfg = UpdateConfig(gradient_accumulation=3, **FREE)
+    cfg = UpdateConfig(optimizer_steps=2, **FREE)
     optimizer, between = Recorder(policy, lr=0.02), []
     stats = update(
         policy,
@@ -283,7 +330,7 @@ def test_the_second_optimizer_step_is_off_policy(tiny_policy: Any, one_rank: Any
     )
     assert stats.ratios[: stats.num_first] == [1.0] * 9
     assert 1.0 not in stats.ratios[stats.num_first :]
-    pairs = all_pairs(rollout, [3, 4, 5], cfg)
+    pairs = all_pairs(rollout, [2, 4, 5], cfg)
     expected, loss = expected_gradients(between[0], rollout, pairs, 9, cfg)
     assert_same_gradients(optimizer.seen[1], expected)
     assert stats.losses[1] == pytest.approx(loss, rel=1e-4)
@@ -299,9 +346,7 @@ def test_kl_pulls_to_the_reference(
     base = tiny_policy()
     rollout = small_rollout(base, guidance_scale=guidance_scale)
     policy, reference = moved(base, 0.05), moved(base, 0.1, seed=2)
-    cfg = UpdateConfig(
-        kl_coef=0.7, cfg_grad=cfg_grad, clip_range=0.02, gradient_accumulation=6, max_grad_norm=1e9
-    )
+    cfg = UpdateConfig(kl_coef=0.7, cfg_grad=cfg_grad, optimizer_steps=1, **FREE)
     optimizer, own, target = Recorder(policy), weights_of(policy), weights_of(reference)
     stats = update(
         policy, optimizer, rollout, [0, 1, 2, 3, 4, 5], ADVANTAGES, cfg, reference=target
@@ -322,7 +367,7 @@ def test_kl_pulls_to_the_reference(
 def test_kl_to_equal_weights_is_zero(tiny_policy: Any, one_rank: Any) -> None:
     policy = tiny_policy()
     rollout = small_rollout(policy, guidance_scale=3.0)
-    cfg = UpdateConfig(kl_coef=0.7, gradient_accumulation=6, max_grad_norm=1e9, branchwise=False)
+    cfg = UpdateConfig(kl_coef=0.7, optimizer_steps=1, **FREE, branchwise=False)
     first, second = Recorder(policy), Recorder(policy)
     stats = update(policy, first, rollout, [0, 1], ADVANTAGES, cfg, reference=weights_of(policy))
     update(policy, second, rollout, [0, 1], ADVANTAGES, cfg)
@@ -331,13 +376,29 @@ def test_kl_to_equal_weights_is_zero(tiny_policy: Any, one_rank: Any) -> None:
         torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
 
 
+def test_the_transitions_of_an_optimizer_step_come_to_the_device_at_once(tiny_policy: Any) -> None:
+    rollout = small_rollout(tiny_policy())  # three videos per prompt, two in a micro-batch
+    transitions = [TrainedTransition(*t) for t in ((5, 1, 0.5), (0, 4, -1.5), (3, 2, 2.0))]
+    rows: list[TrainedRows] = trained_rows(rollout, transitions, 5)
+    assert [row.index.prompts for row in rows] == [[1, 0], [1, 0], [0, 0]]
+    assert [row.index.samples.tolist() for row in rows] == [[5, 0], [3, 0], [0, 0]]
+    assert [row.index.steps.tolist() for row in rows] == [[1, 4], [2, 0], [0, 0]]
+    assert [row.advantages.tolist() for row in rows] == [[0.5, -1.5], [2.0, 0.0], [0.0, 0.0]]
+    valid = [[True, True], [True, False], [False, False]]
+    assert [row.valid_mask.tolist() for row in rows] == valid
+    assert trained_rows(rollout, []) == []
+    batch = micro_batch(rollout, rows[1])
+    assert torch.equal(batch.next_latents[0], rollout.latents[3, 3])
+    assert batch.latents[1].abs().max() == 0
+
+
 def test_advantages_are_clamped(tiny_policy: Any) -> None:
     policy = tiny_policy()
     rollout = small_rollout(policy)
     grads = []
     for advantage, bound in ((9.0, 5.0), (5.0, 5.0), (9.0, 20.0), (-9.0, 5.0)):
-        batch = micro_batch(rollout, [TrainedTransition(0, 1, advantage)])
-        at = batch.latents, batch.sample_indices, batch.steps
+        batch = micro_batch(rollout, *trained_rows(rollout, [TrainedTransition(0, 1, advantage)]))
+        at = batch.latents, batch.index
         velocities = branch_velocities(policy, rollout, *at)
         loss, _ = transition_loss(rollout, batch, *velocities, None, UpdateConfig(adv_clip=bound))
         grads.append(torch.autograd.grad(loss, policy.transformer.parameters())[0])
@@ -397,7 +458,7 @@ def test_the_share_is_rounded_down_to_at_least_one(
 def test_videos_of_a_group_train_steps_of_their_own(tiny_policy: Any, one_rank: Any) -> None:
     policy = tiny_policy()
     rollout = small_rollout(policy, num_inference_steps=16, num_generations=8, micro_batch_size=16)
-    cfg, advantages = UpdateConfig(gradient_accumulation=16), dict.fromkeys(range(16), 1.0)
+    cfg, advantages = UpdateConfig(optimizer_steps=1), dict.fromkeys(range(16), 1.0)
     steps = update(policy, Recorder(policy), rollout, range(16), advantages, cfg).steps
     by_video = [tuple(steps[i : i + 9]) for i in range(0, 16 * 9, 9)]
     assert len({*by_video}) > 12
@@ -422,7 +483,7 @@ def test_a_window_trains_by_the_same_objective(tiny_policy: Any, one_rank: Any) 
     rollout = small_rollout(base, sde_window="single", guidance_scale=3.0)
     policy, cfg = (
         moved(base, 0.02),
-        UpdateConfig(gradient_accumulation=6, **FREE, branchwise=False),
+        UpdateConfig(optimizer_steps=1, **FREE, branchwise=False),
     )
     optimizer = Recorder(policy)
     stats = update(policy, optimizer, rollout, range(6), ADVANTAGES, cfg)

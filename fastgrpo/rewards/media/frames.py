@@ -10,6 +10,7 @@ too; it keeps the size of a clip made here with the defaults, since that lies in
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -224,14 +225,18 @@ def patches(clip: Clip) -> tuple[Tensor, tuple[int, int, int]]:
         over t, then blocks of 2 x 2 patches, which the model merges into one token.
     """
     frames = clip.frames
-    mean, std = (
-        torch.tensor(values, device=frames.device).view(3, 1, 1) * 255 for values in (_MEAN, _STD)
-    )
+    mean, std = _normalisation(frames.device)
     pixels = (frames.float() - mean).div_(std)
     t, h, w = len(frames) // _PAIR, frames.shape[2] // _PATCH, frames.shape[3] // _PATCH
     pixels = pixels.view(t, _PAIR, 3, h // _MERGE, _MERGE, _PATCH, w // _MERGE, _MERGE, _PATCH)
     rows = pixels.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(t * h * w, 3 * _PAIR * _PATCH**2)
     return rows, (t, h, w)
+
+
+@functools.cache
+def _normalisation(device: torch.device) -> list[Tensor]:
+    """Mean and standard deviation of pixels, [3, 1, 1] each. Made once: a GPU's host would wait."""
+    return [torch.tensor(values, device=device).view(3, 1, 1) * 255 for values in (_MEAN, _STD)]
 
 
 def seconds_per_grid(clip: Clip) -> float:

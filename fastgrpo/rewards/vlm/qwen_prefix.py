@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from fastgrpo.rewards.media.frames import patches, seconds_per_grid
+from fastgrpo.rewards.vlm import qwen_windows
 from fastgrpo.rewards.vlm.engine import Clip, Decoding, Reply
 from fastgrpo.rewards.vlm.qwen_chat import CHARACTERS, NEXT_CHARACTERS, ChatTokens
 
@@ -74,10 +75,11 @@ def draw(logits: Tensor, temperature: float, uniform: Tensor) -> Tensor:
         return logits.argmax(-1)
     # From the largest down: divided by a tiny temperature, it would be infinite.
     above = logits.double() - logits.amax(-1, keepdim=True)
-    cumulative = torch.softmax(above / temperature, -1).cumsum(-1)
+    # On the CPU: a GPU adds up in any order, and refuses to under runtime.deterministic.
+    cumulative = torch.softmax(above / temperature, -1).cpu().cumsum(-1)
     level = uniform[:, None].to(cumulative) * cumulative[:, -1:]
     drawn = torch.searchsorted(cumulative, level, right=True)
-    return drawn[:, 0].clamp_(max=logits.shape[-1] - 1)
+    return drawn[:, 0].clamp_(max=logits.shape[-1] - 1).to(logits.device)
 
 
 def compute_prefixes(
@@ -86,10 +88,12 @@ def compute_prefixes(
     """Run the vision tower and the language model, each once, over clips of one size."""
     parts = [patches(Clip(clip.frames.to(device), clip.fps)) for clip in clips]
     pixels = torch.cat([pixels for pixels, _ in parts])
-    grids = torch.tensor([grid for _, grid in parts], device=device)
     visual, config = module.model.visual, module.config.vision_config
-    tokens = visual(pixels.to(visual.dtype), grid_thw=grids).pooler_output
     t, h, w = parts[0][1]
+    # Nothing is computed of the grids themselves any more.
+    arguments = qwen_windows.tower_arguments(visual.config, (t, h, w), len(clips), device)
+    grids = torch.tensor([grid for _, grid in parts])
+    tokens = visual(pixels.to(visual.dtype), grid_thw=grids, **arguments).pooler_output
     grid = (t, h // config.spatial_merge_size, w // config.spatial_merge_size)
     intervals = [config.tokens_per_second * seconds_per_grid(clip) for clip in clips]
     placed = [

@@ -16,8 +16,8 @@ from .. import checks
 from ..dispatch import triton
 
 PREFETCH_BYTES = 24 * 1024
-"""Shared memory for each warp of a backward program: eight such warps live on an H100's SM at a
-time, by their registers.
+"""Shared memory for each warp of a backward program, at most. At the models' sizes it is half of
+that or less, so that 16 warps or more live on an H100's SM at a time.
 """
 
 
@@ -43,10 +43,14 @@ def strided(value: Tensor | None) -> tuple[Tensor | None, int, int]:
 
 
 def modulations(x: Tensor, given: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Gate, scale and shift as views of one dtype: [B, 1, C], or [B, L, C] if one is per token.
+    """Gate, scale and shift as views of one dtype of at most 32 bits: [B, 1, C], or [B, L, C] if
+    one is per token.
 
     Autograd sums over what is expanded here. It does so in fp32: 16-bit values are widened first.
     """
+    row = (x.shape[0], 1, x.shape[2])
+    if all(_is_row(value, row, x) for value in given.values()):  # what blocks give: soon known
+        return given
     views = {name: checks.modulation(name, value, x) for name, value in given.items()}
     tokens = x.shape[1] if any(view.shape[1] != 1 for view in views.values()) else 1
     size = x.shape[0] * tokens * x.shape[2]
@@ -54,17 +58,47 @@ def modulations(x: Tensor, given: dict[str, Tensor]) -> dict[str, Tensor]:
         value.requires_grad and value.element_size() == 2 and value.numel() < size
         for value in given.values()
     )
-    if summed or len({value.dtype for value in given.values()}) > 1:
+    dtypes = {value.dtype for value in given.values()}
+    if summed or len(dtypes) > 1 or torch.float64 in dtypes:
         views = {name: checks.modulation(name, value.float(), x) for name, value in given.items()}
-    return {name: view.expand(-1, tokens, -1) for name, view in views.items()}
+    return {
+        name: view if view.shape[1] == tokens else view.expand(-1, tokens, -1)
+        for name, view in views.items()
+    }
+
+
+def _is_row(value: Any, shape: tuple[int, ...], x: Tensor) -> bool:
+    """True for fp32 [B, 1, C] where x is."""
+    return (
+        isinstance(value, Tensor)
+        and value.dtype == torch.float32
+        and value.shape == shape
+        and value.device == x.device
+    )
 
 
 def row_constants(x: Tensor, values: int) -> dict[str, Any]:
-    """C, the block that holds a row, and the fewest warps (at most 16) with `values` per thread."""
+    """How a kernel holds a row: C, its two pieces, the channels that a thread loads at once, and
+    the fewest warps (at most 16) with `values` per thread.
+
+    The pieces are those of triton_rows.py. WIDTH, 16 bytes of x, holds for every operand: the
+    compiler lays a row out by the widest load of the kernel, the order of the row's sums follows
+    the layout, and no other operand's dtype may change it.
+    """
     C = x.shape[2]
     num_warps = min(triton.next_power_of_2(triton.cdiv(C, 32 * values)), 16)
-    block = triton.next_power_of_2(C)
-    return {"C": C, "BLOCK": block, "num_warps": num_warps, "enable_fp_fusion": False}
+    threads = 32 * num_warps
+    head = max(1 << C.bit_length() - 1, threads)
+    tail = max(triton.next_power_of_2(C - head), threads) if head < C else 0
+    return {
+        "C": C,
+        "HEAD": head,
+        "TAIL": tail,
+        "WIDTH": 16 // x.element_size(),
+        "THREADS": threads,
+        "num_warps": num_warps,
+        "enable_fp_fusion": False,
+    }
 
 
 def stages(x: Tensor, constants: dict[str, Any], read: list[Tensor]) -> int:
@@ -75,6 +109,8 @@ def stages(x: Tensor, constants: dict[str, Any], read: list[Tensor]) -> int:
     if x.is_cuda:
         properties = torch.cuda.get_device_properties(x.device)
         space = getattr(properties, "shared_memory_per_block_optin", 48 * 1024)
-    row_bytes = constants["BLOCK"] * sum(tensor.element_size() for tensor in read)
+    row_bytes = (constants["HEAD"] + constants["TAIL"]) * sum(
+        tensor.element_size() for tensor in read
+    )
     prefetched = min(constants["num_warps"] * PREFETCH_BYTES, space - 8 * 1024) // row_bytes
     return 1 + min(prefetched, 2)

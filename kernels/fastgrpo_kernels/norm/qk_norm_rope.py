@@ -7,356 +7,33 @@ The mean is over all of a token's channels, or over one head's. The first R toke
 the rest out = y.
 
 Shapes: x is q [B, Lq, H, D] or k [B, Lk, H, D]; weight [H D] (across the heads: Wan) or [D] (per
-head: HunyuanVideo); cos, sin [R, D/2]. Forward: one program a token, its heads x channels in
-registers, programs of q and k in turn, so that a token's angles come from memory once. A thread
-holds pairs of neighbouring channels: the tile is loaded whole, 16 bytes a thread, and split into
-the even and the odd channels without leaving the registers.
+head: HunyuanVideo); cos, sin [R, D/2].
 
 Backward, with dy = the gradient turned back by the angle, xhat = x rstd and g = dy weight:
     dx      = rstd (g - xhat mean(g xhat))
     dweight = sum over B and L (and H, if per head) of dy xhat
-The forward keeps rstd: without it every program would wait for a second sum, with all its values
-in registers. A program walks through one part of L and keeps its share of dweight in registers;
-`column_sum` adds the parts up in a fixed order. The parts depend on L alone.
 """
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import checks
-from ..dispatch import jit, select_backend, tl, triton, triton_op
-from ..triton_reduce import column_sum
+from ..dispatch import call, register, select_backend
 from . import reference
-from .layout import aligned, strided
-
-MAX_PARTS, MIN_TOKENS = 264, 4
-"""Parts of L in a backward, for q and for k each: 528 programs, four for each of an H100's 132 SMs.
-Tokens of a part: one of few tokens costs more than it brings.
-"""
-VALUES, MAX_VALUES = 16, 32
-"""Values of a token in one thread's registers: VALUES with up to 8 warps, then MAX_VALUES."""
+from .triton_qk_norm_rope import empty_outputs
 
 
-# Kernels.
+def _fake(q: Tensor, k: Tensor, q_weight: Tensor, *_: Any) -> Any:
+    return empty_outputs(q, k, q_weight)
 
 
-@jit
-def _qk_norm_rope_fwd_kernel(
-    q,
-    k,
-    q_weight,
-    k_weight,
-    cos,
-    sin,
-    q_out,
-    k_out,
-    q_rstd,
-    k_rstd,
-    Lq,
-    Lk,
-    R,
-    q_b,
-    q_l,
-    k_b,
-    k_l,
-    angle_l,
-    angle_i,
-    eps,
-    H: tl.constexpr,
-    D: tl.constexpr,
-    ACROSS: tl.constexpr,
-    HEADS: tl.constexpr,
-    CHANNELS: tl.constexpr,
-):
-    program = tl.program_id(0)
-    sample, place = (program // (Lq + Lk)).to(tl.int64), program % (Lq + Lk)
-    # q and k in turn as far as both go, then the rest of the longer one.
-    both = tl.minimum(Lq, Lk)
-    paired = place < 2 * both
-    token = tl.where(paired, place // 2, place - both).to(tl.int64)
-    if tl.where(paired, place % 2 == 0, Lq > Lk):
-        row = sample * Lq + token
-        x, weight, out, rstds = q + sample * q_b + token * q_l, q_weight, q_out, q_rstd
-    else:
-        row = sample * Lk + token
-        x, weight, out, rstds = k + sample * k_b + token * k_l, k_weight, k_out, k_rstd
-
-    heads = tl.arange(0, HEADS)
-    offsets, mask = _tile(H, D, HEADS, CHANNELS)
-    x_tile = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32)
-    weight_even, weight_odd = _weight(weight, offsets, mask, ACROSS, HEADS, CHANNELS)
-    if ACROSS:
-        rstd = tl.rsqrt(tl.sum(x_tile * x_tile) / (H * D) + eps)
-        scale = rstd
-    else:
-        rstd = tl.rsqrt(tl.sum(x_tile * x_tile, axis=1) / D + eps)
-        scale = rstd[:, None]
-    even, odd = _split(x_tile, HEADS, CHANNELS)
-    even, odd = even * scale * weight_even, odd * scale * weight_odd
-    if cos is not None:
-        c, s = _angles(cos, sin, token, R, angle_l, angle_i, D, CHANNELS)
-        even, odd = even * c - odd * s, even * s + odd * c
-    tl.store(out + row * (H * D) + offsets, _join(even, odd, HEADS, CHANNELS), mask=mask)
-    if ACROSS:
-        tl.store(rstds + row, rstd)
-    else:
-        tl.store(rstds + row * H + heads, rstd, mask=heads < H)
-
-
-@jit
-def _qk_norm_rope_bwd_kernel(
-    dq_out,
-    dk_out,
-    q,
-    k,
-    q_weight,
-    k_weight,
-    cos,
-    sin,
-    q_rstd,
-    k_rstd,
-    dq,
-    dk,
-    partials,
-    Lq,
-    Lk,
-    R,
-    num_parts,
-    part_tokens,
-    dq_b,
-    dq_l,
-    dk_b,
-    dk_l,
-    q_b,
-    q_l,
-    k_b,
-    k_l,
-    angle_l,
-    angle_i,
-    H: tl.constexpr,
-    D: tl.constexpr,
-    ACROSS: tl.constexpr,
-    HEADS: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    NEEDS_WEIGHTS: tl.constexpr,
-):
-    program = tl.program_id(0)
-    part = (program // 2).to(tl.int64)  # of q where the program is even, of k where it is odd
-    sample, first = part // num_parts, part % num_parts * part_tokens
-    WIDTH: tl.constexpr = H * D if ACROSS else D
-    partial = partials + part * WIDTH
-    if program % 2 == 0:
-        first_row, last = sample * Lq, tl.minimum(first + part_tokens, Lq)
-        dout, x = dq_out + sample * dq_b, q + sample * q_b
-        dout_l, x_l = dq_l.to(tl.int64), q_l.to(tl.int64)
-        weight, rstds, dx = q_weight, q_rstd, dq
-    else:
-        first_row, last = sample * Lk, tl.minimum(first + part_tokens, Lk)
-        dout, x = dk_out + sample * dk_b, k + sample * k_b
-        dout_l, x_l = dk_l.to(tl.int64), k_l.to(tl.int64)
-        weight, rstds, dx = k_weight, k_rstd, dk
-        partial += tl.num_programs(0) // 2 * WIDTH
-
-    heads = tl.arange(0, HEADS)
-    offsets, mask = _tile(H, D, HEADS, CHANNELS)
-    dweight_even = tl.zeros((HEADS, CHANNELS // 2), tl.float32)
-    dweight_odd = tl.zeros((HEADS, CHANNELS // 2), tl.float32)
-    for token in range(first, last):
-        row = first_row + token
-        if ACROSS:
-            rstd = tl.load(rstds + row)
-        else:
-            rstd = tl.load(rstds + row * H + heads, mask=heads < H, other=0.0)[:, None]
-        dout_tile = tl.load(dout + token * dout_l + offsets, mask=mask, other=0.0).to(tl.float32)
-        x_tile = tl.load(x + token * x_l + offsets, mask=mask, other=0.0).to(tl.float32)
-        even, odd = _split(dout_tile, HEADS, CHANNELS)
-        x_even, x_odd = _split(x_tile, HEADS, CHANNELS)
-        if cos is not None:
-            c, s = _angles(cos, sin, token, R, angle_l, angle_i, D, CHANNELS)
-            even, odd = even * c + odd * s, odd * c - even * s
-        x_even, x_odd = x_even * rstd, x_odd * rstd
-        if NEEDS_WEIGHTS:
-            dweight_even += even * x_even
-            dweight_odd += odd * x_odd
-        # Read again for each token, from the cache: held through the loop it costs a program per SM
-        # its registers.
-        weight_even, weight_odd = _weight(weight, offsets, mask, ACROSS, HEADS, CHANNELS)
-        even, odd = even * weight_even, odd * weight_odd
-        dot = even * x_even + odd * x_odd
-        mean_dot = tl.sum(dot) / (H * D) if ACROSS else (tl.sum(dot, axis=1) / D)[:, None]
-        dx_even, dx_odd = rstd * (even - x_even * mean_dot), rstd * (odd - x_odd * mean_dot)
-        tl.store(dx + row * (H * D) + offsets, _join(dx_even, dx_odd, HEADS, CHANNELS), mask=mask)
-    if NEEDS_WEIGHTS:
-        dweight = _join(dweight_even, dweight_odd, HEADS, CHANNELS)
-        if ACROSS:
-            tl.store(partial + offsets, dweight, mask=mask)
-        else:
-            channels = tl.arange(0, CHANNELS)
-            tl.store(partial + channels, tl.sum(dweight, axis=0), mask=channels < D)
-
-
-@jit
-def _tile(H: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, CHANNELS: tl.constexpr):
-    """Offsets of a token's values, [HEADS, CHANNELS], and the mask of those that exist."""
-    heads, channels = tl.arange(0, HEADS)[:, None], tl.arange(0, CHANNELS)[None, :]
-    return heads * D + channels, (heads < H) & (channels < D)
-
-
-@jit
-def _split(tile, HEADS: tl.constexpr, CHANNELS: tl.constexpr):
-    """Even and odd channels of a tile."""
-    return tl.split(tl.reshape(tile, (HEADS, CHANNELS // 2, 2)))
-
-
-@jit
-def _join(even, odd, HEADS: tl.constexpr, CHANNELS: tl.constexpr):
-    """The inverse of `_split`."""
-    return tl.reshape(tl.join(even, odd), (HEADS, CHANNELS))
-
-
-@jit
-def _weight(
-    weight, offsets, mask, ACROSS: tl.constexpr, HEADS: tl.constexpr, CHANNELS: tl.constexpr
-):
-    """The weights of the even and of the odd channels. One [D] is read once per head, in the tile's
-    own layout.
-    """
-    if not ACROSS:
-        offsets = tl.broadcast_to(tl.arange(0, CHANNELS)[None, :], (HEADS, CHANNELS))
-    tile = tl.load(weight + offsets, mask=mask, other=0.0, eviction_policy="evict_last")
-    return _split(tile.to(tl.float32), HEADS, CHANNELS)
-
-
-@jit
-def _angles(cos, sin, token, R, angle_l, angle_i, D: tl.constexpr, CHANNELS: tl.constexpr):
-    """cos and sin of a token's pairs, [1, CHANNELS / 2]; 1 and 0, which change nothing, from token
-    R on.
-    """
-    pairs = tl.arange(0, CHANNELS // 2)
-    turned = (pairs < D // 2) & (token < R)
-    offsets = token * angle_l + pairs * angle_i
-    c = tl.load(cos + offsets, mask=turned, other=1.0, eviction_policy="evict_last")
-    s = tl.load(sin + offsets, mask=turned, other=0.0, eviction_policy="evict_last")
-    return c[None, :], s[None, :]
-
-
-# Launchers.
-
-
-def _token_constants(q: Tensor, weight: Tensor) -> dict[str, Any]:
-    """Constants of both kernels: a formula of H and D alone."""
-    H, D = q.shape[2:]
-    HEADS, CHANNELS = triton.next_power_of_2(H), triton.next_power_of_2(D)
-    per_lane = HEADS * CHANNELS // 32
-    num_warps = min(max(min(per_lane // VALUES, 8), per_lane // MAX_VALUES, 1), 32)
-    constants = {"H": H, "D": D, "ACROSS": weight.shape[0] == H * D}
-    return {**constants, "HEADS": HEADS, "CHANNELS": CHANNELS, "num_warps": num_warps}
-
-
-def _max_registers(q: Tensor, constants: dict[str, Any]) -> int:
-    """Registers that a thread of the backward kernel may use.
-
-    With 16-bit q and k the least that costs no spill, so that two or more programs fit an SM and
-    one loads while another waits for its sum; fp32 needs more, and has twice the bytes under way.
-    """
-    threads = 32 * constants["num_warps"]
-    values = constants["HEADS"] * constants["CHANNELS"] // threads
-    wanted = 255 if q.element_size() > 2 or values > MAX_VALUES else 96 if values <= VALUES else 128
-    return min(wanted, 65536 // threads)
-
-
-def _strides(*tensors: Tensor) -> tuple[list[Tensor], list[int]]:
-    """Tensors [B, L, H, D] as the kernels may read them; their strides of samples and tokens."""
-    laid = [strided(x.flatten(2)) for x in tensors]
-    return [x for x, _, _ in laid if x is not None], [step for _, *steps in laid for step in steps]
-
-
-def _angle_sizes(cos: Tensor | None) -> tuple[int, ...]:
-    """R, and the strides of both tables."""
-    return (0, 0, 0) if cos is None else (cos.shape[0], *cos.stride())
-
-
-def _outputs(q: Tensor, k: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """q', k', and fp32 [B, L, 1 or H] for each: 1 / root mean square; not yet written."""
-    groups = q.shape[2] * q.shape[3] // weight.shape[0]
-    q_rstd, k_rstd = (x.new_empty((*x.shape[:2], groups), dtype=torch.float32) for x in (q, k))
-    return q.new_empty(q.shape), k.new_empty(k.shape), q_rstd, k_rstd
-
-
-@triton_op("qk_norm_rope")
-def _forward(
-    q: Tensor,
-    k: Tensor,
-    q_weight: Tensor,
-    k_weight: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """q', k', contiguous, and 1 / root mean square of each row of q and of k. Both weights have one
-    dtype; cos and sin are fp32 and have the same strides.
-    """
-    outputs, programs = _outputs(q, k, q_weight), q.shape[0] * (q.shape[1] + k.shape[1])
-    if programs:
-        operands, strides = _strides(q, k)
-        weights = aligned(q_weight), aligned(k_weight)
-        sizes = (q.shape[1], k.shape[1], *_angle_sizes(cos)[:1], *strides, *_angle_sizes(cos)[1:])
-        with torch.cuda.device_of(q):
-            _qk_norm_rope_fwd_kernel[(programs,)](
-                *(*operands, *weights, cos, sin, *outputs, *sizes, eps),
-                **_token_constants(q, q_weight),
-            )
-    return outputs
-
-
-@_forward.register_fake
-def _(q: Tensor, k: Tensor, q_weight: Tensor, *_: Any) -> Any:
-    return _outputs(q, k, q_weight)
-
-
-@triton_op("qk_norm_rope_backward")
-def _backward(
-    gradients: list[Tensor], saved: list[Tensor | None], needs_weights: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k and their weights; the last two are empty, [0], unless needs_weights.
-
-    Args:
-        gradients: those of q' and k'.
-        saved: q, k, q_weight, k_weight, cos, sin and 1 / root mean square of q and of k.
-    """
-    q, k, q_weight, k_weight, cos, sin, *rstds = cast("list[Any]", saved)
-    dq, dk, longest = q.new_empty(q.shape), k.new_empty(k.shape), max(q.shape[1], k.shape[1])
-    part_tokens = max(MIN_TOKENS, triton.cdiv(longest, MAX_PARTS)) if needs_weights else 1
-    num_parts, width = triton.cdiv(longest, part_tokens), q_weight.shape[0] if needs_weights else 0
-    partials = q.new_empty((2, q.shape[0] * num_parts, width), dtype=torch.float32)
-    if partials.shape[1]:
-        operands, strides = _strides(*gradients, q, k)
-        weights, constants = (aligned(q_weight), aligned(k_weight)), _token_constants(q, q_weight)
-        R, *angle_strides = _angle_sizes(cos)
-        tensors = (*operands, *weights, cos, sin, *rstds, dq, dk, partials)
-        sizes = (q.shape[1], k.shape[1], R, num_parts, part_tokens, *strides, *angle_strides)
-        with torch.cuda.device_of(q):
-            _qk_norm_rope_bwd_kernel[(2 * partials.shape[1],)](
-                *(*tensors, *sizes),
-                **constants,
-                NEEDS_WEIGHTS=needs_weights,
-                maxnreg=_max_registers(q, constants),
-            )
-    dq_weight, dk_weight = (column_sum(half, q_weight.dtype)[0] for half in partials.split(1))
-    return dq, dk, dq_weight, dk_weight
-
-
-@_backward.register_fake
-def _(gradients: Any, saved: Any, needs_weights: bool) -> tuple[Tensor, ...]:
+def _backward_fake(gradients: Any, saved: Any, needs_weights: bool) -> tuple[Tensor, ...]:
     shapes = [x.shape if i < 2 or needs_weights else (0,) for i, x in enumerate(saved[:4])]
     return tuple(x.new_empty(shape) for x, shape in zip(saved, shapes, strict=False))
-
-
-# Autograd.
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -365,8 +42,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.set_materialize_grads(False)
 
 
-def _autograd(
-    ctx: Any, dq_out: Tensor | None, dk_out: Tensor | None, *_: None
+def _backward(
+    backend: str, ctx: Any, dq_out: Tensor | None, dk_out: Tensor | None, *_: None
 ) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors  # once: under checkpointing each reading is a recomputation
     gradients = [
@@ -374,11 +51,12 @@ def _autograd(
         for x, d in zip(saved, (dq_out, dk_out), strict=False)
     ]
     needs_weights = any(ctx.needs_input_grad[2:4])
-    dq, dk, *weights = _backward(gradients, list(saved), needs_weights)
+    dq, dk, *weights = call(backend, "qk_norm_rope_backward", gradients, list(saved), needs_weights)
     return dq, dk, *(weights if needs_weights else (None, None)), None, None, None
 
 
-_forward.register_autograd(_autograd, setup_context=_save)
+register("qk_norm_rope", _fake, _backward, _save)
+register("qk_norm_rope_backward", _backward_fake)
 
 
 def qk_norm_rope(
@@ -420,15 +98,17 @@ def qk_norm_rope(
     Returns:
         q' and k', contiguous, in the dtype of q, rounded once from fp32 (float64 for float64).
     """
-    if select_backend("qk_norm_rope", q, backend) == "reference":
+    selected = select_backend("qk_norm_rope", q, backend)
+    if selected == "reference":
         return reference.qk_norm_rope(q, k, q_weight, k_weight, cos, sin, eps=eps)
     checks.check_qk(q, k, q_weight, k_weight)
     checks.check_rotation(cos, sin, q, k)
-    if q_weight.dtype != k_weight.dtype:
+    if q_weight.dtype != k_weight.dtype or q_weight.dtype == torch.float64:
         q_weight, k_weight = q_weight.float(), k_weight.float()
     if cos is not None and sin is not None:
         cos, sin = cos.detach().float(), sin.detach().float()
         if cos.stride() != sin.stride():
             cos, sin = cos.contiguous(), sin.contiguous()
-    q_out, k_out, _, _ = _forward(q, k, q_weight, k_weight, cos, sin, eps)
+    arguments = q, k, q_weight, k_weight, cos, sin, eps
+    q_out, k_out, _, _ = call(selected, "qk_norm_rope", *arguments)
     return q_out, k_out

@@ -10,7 +10,9 @@ Eqs. 1 and 2 of the paper; docs/method.md, section 1.
 Shapes: B samples of P elements, [B, ...] viewed as [B, P]; a, b, s [B]; T tiles per sample. The
 noise is made in registers from (seed, step, element), so bf16 velocities and fp32 latents move 12
 bytes per element. Kernels: one program per tile, which leaves the tile's sum of squares; then a
-small one that adds them up to a log-probability.
+small one that adds them up to a log-probability. It is a launch of its own: for the last program of
+the first to do its work they would have to count themselves, in memory that is zero before each
+call, which takes a launch as well, or that calls share, which two streams must not.
 """
 
 from __future__ import annotations

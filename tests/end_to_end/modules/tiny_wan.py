@@ -86,7 +86,7 @@ def make_trainer(
     settings = {
         "num_best": 1,
         "num_worst": 1,
-        "gradient_accumulation": 4,
+        "optimizer_steps": 1,
         "learning_rate": 1e-3,
         "max_grad_norm": 1e9,
     } | (update or {})

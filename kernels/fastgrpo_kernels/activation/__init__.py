@@ -1,0 +1,1 @@
+"""The activation of a transformer's feed-forward layers."""
