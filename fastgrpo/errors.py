@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from typing import Any, NoReturn
 
 
@@ -16,6 +17,11 @@ INPUT_ERRORS = (ValueError, OSError)
 
 _LONGEST = 4000
 """Characters of a message that are shown."""
+
+_HEAD_START = 5.0
+"""Seconds that a silent rank waits before it ends. torchrun ends all ranks as soon as one has ended,
+the one that prints before it has printed, and does not let them wait when that one has ended.
+"""
 
 
 def require(ok: object, key: str, expected: str, got: object) -> None:
@@ -61,4 +67,6 @@ def fail(error: object) -> NoReturn:
     if os.environ.get("LOCAL_RANK", rank) == "0" or has_joined:
         prefix = "error:" if rank == "0" else f"error on rank {rank}:"
         print(prefix, one_line(error), file=sys.stderr)
+    else:
+        time.sleep(_HEAD_START)
     raise SystemExit(2)

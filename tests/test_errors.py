@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from fastgrpo.errors import UserError, fail, one_line, require
@@ -10,6 +12,9 @@ from fastgrpo.errors import UserError, fail, one_line, require
 def test_fail_speaks_once_a_node_and_ends_with_code_2(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The silent rank ends later: torchrun would end the one that speaks with it."""
+    waits: list[float] = []
+    monkeypatch.setattr(time, "sleep", waits.append)
     for rank, local, expected in (
         ("0", "0", "error: what is wrong\n"),
         ("1", "1", ""),
@@ -21,6 +26,8 @@ def test_fail_speaks_once_a_node_and_ends_with_code_2(
             fail("what is wrong")
         assert stop.value.code == 2
         assert capsys.readouterr().err == expected
+        assert bool(waits) == (not expected)
+        waits.clear()
 
 
 def test_require_names_key_expectation_and_value() -> None:
