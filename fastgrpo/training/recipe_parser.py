@@ -27,7 +27,6 @@ RENAMED = {
 """Modules that a `class_path` of version 0.1 names, and where their classes are now."""
 _CLASSES = ("policy", "reward")
 """Keys whose values are classes: to look at one imports it, and with it torch."""
-_PRINTING = ("-h", "--help", "--print_config")
 HELDOUT_FILE = "fastgrpo/shapes/heldout.txt"
 ACCUMULATION = "update.gradient_accumulation"
 """A key of version 0.1: videos of a process between two optimizer steps."""
@@ -67,7 +66,7 @@ def parse_config(
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     words = find_recipes(sys.argv[1:] if argv is None else argv)
     try:
-        if not any(word in words for word in _PRINTING):
+        if not any(map(_prints, words)):
             quick = _parser(options, without=_CLASSES)
             check(quick.instantiate(_parse(quick, _without_classes(words))))
         parser = _parser(options, **parser_kwargs)
@@ -121,6 +120,14 @@ def _parse(parser: jsonargparse.ArgumentParser, words: Sequence[str]) -> jsonarg
             require(is_section, key, "keys and their values", namespace[key])
     parser.validate(namespace, skip_unset=False)
     return namespace
+
+
+def _prints(word: str) -> bool:
+    """Whether an argument asks to print and to end: the help, that of a class
+    (`--policy.help CLASS`), or the configuration (`--print_config=skip_default`).
+    """
+    key = word.partition("=")[0]
+    return key in ("-h", "--help", "--print_config") or key.endswith(".help")
 
 
 def _without_classes(words: Sequence[str]) -> list[str]:

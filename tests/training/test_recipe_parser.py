@@ -146,13 +146,18 @@ def test_a_check_sees_all_but_the_classes_before_these_are_looked_at(tmp_path: P
 def test_help_and_print_config_end_with_code_0(
     parse: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    def refuse(values: Any) -> None:
+        raise ValueError("nothing is started that could be refused")
+
     _, text, _ = parse()
     for argument, expected in (
         ("--print_config", "num_generations: 16"),
+        ("--print_config=skip_default", "class_path: fastgrpo.shapes.judge.ShapesJudge"),
         ("--help", "the videos of one group"),
+        ("--policy.help=fastgrpo.shapes.policy.ShapesPolicy", "--policy.checkpoint"),
     ):
         with pytest.raises(SystemExit) as stop:
-            parse_config(["--config", str(tmp_path / "0.yaml"), argument])
+            parse_config(["--config", str(tmp_path / "0.yaml"), argument], check=refuse)
         assert stop.value.code == 0
         out = capsys.readouterr().out
         assert expected in out
