@@ -184,7 +184,8 @@ class UpdateConfig:
     """
     optimizer_steps: int = 2
     """Optimizer steps of an iteration, which share its chosen videos evenly: with 2, half of each
-    group's are trained before the weights move for the first time, half after.
+    group's are trained before the weights move for the first time, half after. With a divisor of
+    num_best + num_worst each process has an equal part in every step; with others some wait.
     """
     optimizer: Literal["adamw", "apex_fused_adam"] = "adamw"
     """torch's fused AdamW, or NVIDIA apex's FusedAdam."""
@@ -454,6 +455,13 @@ class TrainConfig:
             "rollout.num_generations",
             f"at least update.num_best + update.num_worst = {trained}",
             size,
+        )
+        kept = rollout.num_prompts * trained
+        require(
+            update.optimizer_steps <= kept,
+            "update.optimizer_steps",
+            f"at most {kept}, the videos kept (rollout.num_prompts x (num_best + num_worst))",
+            update.optimizer_steps,
         )
 
     @property

@@ -135,6 +135,13 @@ INVALID = [
     ),
     (
         TrainConfig,
+        {"rollout": RolloutConfig(num_prompts=2), "update": UpdateConfig(optimizer_steps=17)},
+        "update.optimizer_steps",
+        "at most 16, the videos kept",
+        17,
+    ),
+    (
+        TrainConfig,
         {
             "runtime": RuntimeConfig(deterministic=True),
             "parallel": ParallelConfig(compile=True),

@@ -8,7 +8,6 @@ from fastgrpo_kernels.dispatch import select_backend
 from fastgrpo.algorithm.self_paced import check_pacing
 from fastgrpo.config import TrainConfig
 from fastgrpo.distributed import collectives, sharding
-from fastgrpo.errors import require
 from fastgrpo.interfaces import Policy, RewardModel
 from fastgrpo.planning.memory import check_fits
 from fastgrpo.training.optimizer import import_fused_adam
@@ -39,16 +38,7 @@ def check_config(config: TrainConfig) -> tuple[list[str], list[str]]:
             f"rollout.num_prompts: expected a multiple of the {ranks} processes, which share them, "
             f"got {cfg.num_prompts}"
         )
-    update = config.update
-    kept = cfg.num_prompts // ranks * (update.num_best + update.num_worst)
-    require(
-        update.optimizer_steps <= kept,
-        "update.optimizer_steps",
-        f"at most {kept}, the videos that a process keeps (rollout.num_prompts / {ranks} processes "
-        "x (num_best + num_worst))",
-        update.optimizer_steps,
-    )
-    if update.optimizer == "apex_fused_adam":
+    if config.update.optimizer == "apex_fused_adam":
         import_fused_adam()
     check_trackers(config.tracking.trackers)
     train_prompts = checked_prompts(config.policy, config.prompts.train, "prompts.train")

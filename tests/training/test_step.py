@@ -446,7 +446,7 @@ collectives.stop()
 """
 
 
-@pytest.mark.parametrize(("num_ranks", "optimizer_steps"), [(2, 1), (4, 2)])
+@pytest.mark.parametrize(("num_ranks", "optimizer_steps"), [(2, 8), (4, 2)])
 def test_ranks_make_the_step_of_one(
     run_ranks: Callable[..., list[Any]],
     make: Callable[..., Trainer],
@@ -456,7 +456,8 @@ def test_ranks_make_the_step_of_one(
     """Four prompts on two and on four ranks against one, with the same settings; then with no score
     for any video of the last two prompts, whose ranks keep step all the same.
 
-    Three videos a group are kept, which two optimizer steps on four ranks cannot share evenly.
+    Three videos a group are kept, which two optimizer steps on four ranks cannot share evenly. Two
+    ranks keep six each, and in some of eight steps one of them has none.
     """
     both = [CAPTIONS[:4], [*CAPTIONS[:2], "an unseen cow", "an unseen horse"]]
     rollout = ROLLOUT | {"num_prompts": 4}
