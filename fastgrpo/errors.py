@@ -19,8 +19,8 @@ _LONGEST = 4000
 """Characters of a message that are shown."""
 
 _HEAD_START = 5.0
-"""Seconds that a silent rank waits before it ends. torchrun ends all ranks as soon as one has ended,
-the one that prints before it has printed, and does not let them wait when that one has ended.
+"""Seconds that a silent rank waits before it ends. torchrun ends all ranks when the first one has
+ended: that is to be the one that prints, and then the others wait no longer.
 """
 
 
