@@ -15,6 +15,7 @@ from torch import Tensor
 from benchmarks import ops
 from benchmarks.common import cases, rows, timing, verdicts
 from benchmarks.peers import dancegrpo, operations
+from fastgrpo.algorithm.sde import sigma_schedule
 
 CPU = torch.device("cpu")
 TRANSITION = ("latents", "next_latents", "velocity", "velocity_uncond")
@@ -197,10 +198,17 @@ def test_other_peers_get_a_number_if_they_compute_the_operation(
     assert rows_of["forward", "right"]["peers"] == ""
 
 
-def test_a_trainers_step_and_loss_are_those_of_its_checkout(tmp_path: Path) -> None:
+def test_a_trainers_step_and_loss_are_those_of_its_checkout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """DanceGRPO's sampler and loss, written out by the test: noise at the step's deviation, and the
-    loss at a ratio of one.
+    loss at a ratio of one. The schedule, which the trainer makes once a rollout, is not made in
+    every step that is timed.
     """
+    made: list[int] = []
+    monkeypatch.setattr(
+        operations, "sigma_schedule", lambda n, s: made.append(n) or sigma_schedule(n, s)
+    )
     script = tmp_path / "fastvideo" / "train_grpo_wan_2_1.py"
     script.parent.mkdir()
     names = [name for name in dancegrpo.NAMES if name != "flux_step"]
@@ -224,6 +232,7 @@ def test_a_trainers_step_and_loss_are_those_of_its_checkout(tmp_path: Path) -> N
     value, again = loss.compute(inputs)
     torch.testing.assert_close(again, log_prob)
     assert float(value) == pytest.approx(-float(inputs["advantages"].mean()), abs=1e-6)
+    assert len(made) <= 1
 
 
 def test_libraries_that_are_not_installed_are_no_peers() -> None:
