@@ -95,6 +95,25 @@ def test_times_are_medians_per_call(monkeypatch: pytest.MonkeyPatch) -> None:
     assert timing.copy_bandwidth(CPU, numel=1000) == pytest.approx(2 * 4000 / 2e-6 / 1e9)
 
 
+def test_implementations_are_timed_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine that is ten times slower for the third of five turns."""
+    turns: list[float] = []
+
+    def measure(case: Any, compute: Any, *_: Any) -> timing.Timing:
+        is_eager = compute is case.eager
+        turns.append(2.0 if is_eager else 1.0)
+        us = turns[-1] * (10 if turns.count(turns[-1]) == 3 else 1)
+        return timing.Timing(us, us, "wall")
+
+    monkeypatch.setattr(ops, "time_direction", measure)
+    (case,) = (case for case in cases.cases("tiny") if case.op == "branch_gradient")
+    monkeypatch.setattr(ops, "BACKENDS", {"cpu": ("reference",)})
+    ((_, name, timings, _), _) = ops.measure_case(case, CPU, (), False, 0.1)
+    assert turns == [1.0, 2.0] * 5
+    assert name == "reference"
+    assert {name: taken.us for name, taken in timings.items()} == {"reference": 1.0, "eager": 2.0}
+
+
 def a_row(**changes: Any) -> ops.OpMeasurement:
     given = {f.name: 1.0 for f in dataclasses.fields(ops.OpMeasurement)} | {
         "op": "sde_step",
