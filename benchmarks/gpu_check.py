@@ -2,7 +2,7 @@
 ten: whether the training forward has the rollout's bits, the kernels under sanitizers, then speed.
 
     python benchmarks/gpu_check.py                   # on the GPU machine, in the repository's root
-    python benchmarks/gpu_check.py                   # the same again: what is left
+    python benchmarks/gpu_check.py --budget 200      # the same again: what is left, in so many s
     python benchmarks/gpu_check.py --only g0 ops     # some parts, whatever was done before
     python benchmarks/gpu_check.py --dry-run         # anywhere: what it would run, in its order
     python benchmarks/gpu_check.py --tiny            # a CPU: the same order at tiny sizes
@@ -13,7 +13,7 @@ written as it goes beside the log and the CSV files (rows that name GPU, version
 copy of all goes to $OUT where that is set. The next start leaves out what was right, begins with
 what has not been run yet, and runs last what failed or was cut off; --fresh forgets all of it. On
 the same machine the folder is still there. On a fresh one, carry it: copy what came back into
-build/gpu_check and name that among the carried paths.
+build/gpu_check and name that among the carried paths. --tiny has a folder of its own.
 
 Made for a bare machine without a network: torch 2.11, triton 3.6, Python 3.12, nvcc. Nothing is
 installed; the package is read where it lies, in kernels/, and built there at every start. The
@@ -356,12 +356,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = _parse(arguments)
     if chosen.touch:
         return touch(chosen.touch)
-    parts = plan(FOLDER, chosen.tiny)
+    # What a CPU did at tiny sizes is not done on a GPU.
+    folder = FOLDER.with_name(f"{FOLDER.name}_tiny") if chosen.tiny else FOLDER
+    parts = plan(folder, chosen.tiny)
     if unknown := sorted(set(chosen.only) - {part.name for part in parts}):
         names = ", ".join(part.name for part in parts)
         print(f"--only: expected names of {names}, got {', '.join(unknown)}", file=sys.stderr)
         return 2
-    before = {} if chosen.fresh else read_state(FOLDER)
+    before = {} if chosen.fresh else read_state(folder)
     if chosen.only:
         todo = [part for part in parts if part.name in chosen.only or not part.is_kept]
     else:
@@ -375,10 +377,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if importlib.util.find_spec("diffusers") is None:
         print(f"diffusers missing: tests that compare with its blocks will be red; {CARRY}")
     if chosen.fresh:
-        shutil.rmtree(FOLDER, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
     name = rows.device_name(torch.device("cpu" if chosen.tiny else "cuda"))
     about = rows.revision(), name
-    now = {o.name: o for o in run_plan(todo, FOLDER, chosen.budget, before, about)}
+    now = {o.name: o for o in run_plan(todo, folder, chosen.budget, before, about)}
     print(f"\n{name}, torch {torch.__version__}, Python {sys.version.split()[0]}, {about[0]}")
     table = [now.get(p.name) or before.get(p.name) for p in parts if p in todo or not chosen.only]
     found = [outcome for outcome in table if outcome is not None]

@@ -248,12 +248,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     found: list[Growth] = []
-    given = provenance(CPU)
+    given, path = provenance(CPU), csv_path(options.csv, CPU, "growth")
     for name in options.only:
         for row in rows_of(PARTS[name], given):
             print(table([row], COLUMNS, head=not found), flush=True)
             found.append(row)
-    write_csv(csv_path(options.csv, CPU, "growth"), found)
+        write_csv(path, found)  # a part that fails leaves those before it
     return 0
 
 

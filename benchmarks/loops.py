@@ -8,12 +8,16 @@ given are left out. Without any, it is this trainer alone at the micro-batches.
 
 Every loop samples and trains the same work on the embedded world's network on a CPU
 (benchmarks/peers/embedded.py): 4 prompts x 16 videos of 16 steps, then 32 videos x 9 steps in one
-optimizer step, without guidance, judge or decoding. What of a peer is run as it is and what is
-restated stands at the top of its file in benchmarks/peers. All are measured
+optimizer step, without guidance, judge or decoding. Ours computes the first step once for all
+passes of a group, which no peer does: 3 % fewer forwards at 8 a pass, 6 % at one, none at 16 and
+32. What of a peer is run as it is and what is restated stands at the top of its file in
+benchmarks/peers. All are measured
 
     at equal micro-batch   8, 16 and 32 videos (transitions) a pass, also where a peer has 1
     as they ship           this trainer: its recipe; DanceGRPO and Flow-Factory: one video a pass;
-                           UniRL: 4 sampled and 1 trained a pass, old log-probabilities again
+                           UniRL: 4 sampled and 1 trained a pass, old log-probabilities again. Only
+                           these: the work is the same, where Flow-Factory's recipe trains one step
+                           of a video and UniRL's 7 of 14
     this trainer at one video a pass too, which is the setting of the real models
 
 in turns in one process, a round after the other in changing order. A ratio is the median over the
@@ -189,7 +193,11 @@ def check(variant: Variant, world: World) -> None:
         for name in PHASES:
             getattr(variant.loop, name)()
         return
-    before = [p.detach().clone() for p in network.parameters()]
+
+    def sums() -> list[float]:  # of copies the peer's peak would have more
+        return [float(p.detach().double().sum()) for p in network.parameters()]
+
+    before = sums()
     work = {
         "rollout": world.num_videos * world.num_steps,
         "update": len(world.chosen) * world.trained_steps,
@@ -201,7 +209,7 @@ def check(variant: Variant, world: World) -> None:
             raise ValueError(
                 f"{name}: expected {times * work[name]} forwards of a video, got {got}"
             )
-    if all(torch.equal(old, p) for old, p in zip(before, network.parameters(), strict=True)):
+    if before == sums():
         raise ValueError("update: expected other weights, got the same")
 
 

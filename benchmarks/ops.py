@@ -51,6 +51,8 @@ DEFAULT_SIZES = {
     "cpu": ("shapes_16", "shapes_64"),
 }
 BACKENDS = {"cuda": ("triton", "cuda"), "cpu": ("cpp", "reference")}
+TURNS = {"cuda": 1, "cpu": 5}
+"""The implementations are timed in turns on a CPU, whose speed others change meanwhile."""
 SDE_OPS = ("sde_step", "sde_log_prob", "clipped_ratio_loss", "grpo_loss", "branch_gradient")
 """Held against G8; the others, the transformer's pointwise work, against G7."""
 PEERS = ("eager", "compile")
@@ -227,11 +229,17 @@ def measure_case(
     lacking = {(peer.name, d) for peer in others for d in {*case.bytes} - {*peer.directions}}
     found = []
     for direction in case.bytes:
-        timings = {
-            name: time_direction(case, compute, inputs, direction, device, seconds)
-            for name, compute in computes.items()
-            if (name, direction) not in lacking
+        turns: dict[str, list[timing.Timing]] = {
+            name: [] for name in computes if (name, direction) not in lacking
         }
+        num_turns = TURNS[device.type]
+        for _ in range(num_turns):
+            for name, of_name in turns.items():
+                one = time_direction(
+                    case, computes[name], inputs, direction, device, seconds / num_turns
+                )
+                of_name.append(one)
+        timings = {name: timing.middle(of_name) for name, of_name in turns.items()}
         for name in timings:
             has_error = direction == "forward" and name in BACKENDS[device.type]
             error = _log_prob_error(case, computes[name], inputs[0]) if has_error else None

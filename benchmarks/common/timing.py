@@ -37,6 +37,11 @@ class Timing:
     """"graph", "events" or "wall"."""
 
 
+def middle(timings: Sequence[Timing]) -> Timing:
+    """The median of several, by `us`."""
+    return sorted(timings, key=lambda timing: timing.us)[len(timings) // 2]
+
+
 def measure(prepare: Prepare, device: torch.device, seconds: float = 0.2) -> Timing:
     """Time one round of calls again and again for about so many seconds (and five rounds at the
     least), after a warm-up.

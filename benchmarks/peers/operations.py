@@ -17,6 +17,7 @@ import importlib
 import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -113,15 +114,17 @@ def _clipped(new: Tensor, old: Tensor, advantages: Tensor) -> Tensor:
     return torch.mean(torch.maximum(-advantages * ratio, -advantages * clipped))
 
 
-def _sigmas(like: Tensor) -> Tensor:
-    return sigma_schedule(NUM_STEPS, SHIFT).to(like.device, torch.float32)
+@cache
+def _sigmas(device: torch.device) -> Tensor:
+    """Made once: the trainers have theirs before the first step, so it is not in a step's time."""
+    return sigma_schedule(NUM_STEPS, SHIFT).to(device, torch.float32)
 
 
 def _dancegrpo(root: Path) -> tuple[Step, Any]:
     flux_step = dancegrpo.source(root)[0].flux_step
 
     def step(velocity: Tensor, latents: Tensor, following: Tensor | None) -> tuple[Tensor, Tensor]:
-        sigmas = _sigmas(latents)
+        sigmas = _sigmas(latents.device)
         found, _, log_prob = flux_step(
             velocity, latents, ETA, sigmas, STEP, following, grpo=True, sde_solver=True
         )
@@ -182,7 +185,7 @@ def _unirl(root: Path) -> tuple[Step, Any]:
     strategy = kernels.DanceSDEStrategy()
 
     def step(velocity: Tensor, latents: Tensor, following: Tensor | None) -> tuple[Tensor, Tensor]:
-        sigmas = _sigmas(latents)
+        sigmas = _sigmas(latents.device)
         found, log_prob, _ = strategy.denoise(
             velocity, latents, sigmas[STEP], sigmas[STEP + 1], eta=ETA, prev_sample=following
         )

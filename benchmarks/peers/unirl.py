@@ -3,7 +3,8 @@
 Its modules are imported. `WAN21DiffusionStage.diffuse`, `FlowGRPO.compute_loss_and_backward` (which
 replays all trained steps of a micro-batch before one backward) and `TrainStack.train` run as they
 are, with its Dance kernel. Restated: `TrainsideRolloutEngine.generate`'s loop over micro-batches,
-and the FSDP backend, of which one process needs zero_grad, clipping and the optimizer's step.
+`TrainStack.prepare_segment`'s with `replay` (it cannot replay fewer steps than were recorded), and
+the FSDP backend, of which one process needs zero_grad, clipping and the optimizer's step.
 
 In its favour: log-probabilities are those of the rollout (its recipes for Wan compute them again
 first, `old_logp_source: replay`; `replay` does that); trajectories stay in fp32.

@@ -129,6 +129,9 @@ def test_another_start_goes_on_with_what_is_left(
     assert start("--only", "red")[1][:2] == [("build", "begun"), ("red", "begun")]
     assert gpu_check.main(["--tiny", "--dry-run"]) == 0
     assert capsys.readouterr().out == "nothing is left\n"
+    # On a GPU nothing of it is done yet.
+    assert gpu_check.main(["--dry-run"]) == 0
+    assert "right (at most 20 s" in capsys.readouterr().out
     assert gpu_check.main(["--tiny", "--dry-run", "--fresh"]) == 0
     assert "late (at most 20 s, from 30 s on)" in capsys.readouterr().out
     assert gpu_check.main(["--tiny", "--only", "blue"]) == 2

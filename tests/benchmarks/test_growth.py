@@ -26,7 +26,14 @@ def test_powers_are_those_of_the_size_before() -> None:
 def test_a_part_as_a_command(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], read: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert growth.main(["--only", "prompts", "--csv", str(tmp_path)]) == 0
+    """One that fails costs no rows of those before it."""
+
+    def broken() -> growth.Found:
+        raise OSError("no processes")
+
+    monkeypatch.setitem(growth.PARTS, "ranks", broken)
+    with pytest.raises(OSError, match="no processes"):
+        growth.main(["--only", "prompts", "ranks", "--csv", str(tmp_path)])
     rows = read("cpu_growth.csv")
     assert [int(row["size"]) for row in rows] == [5000, 50_000, 500_000]
     assert all(float(row["seconds"]) > 0 for row in rows)

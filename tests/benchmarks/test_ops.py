@@ -15,6 +15,7 @@ from torch import Tensor
 from benchmarks import ops
 from benchmarks.common import cases, rows, timing, verdicts
 from benchmarks.peers import dancegrpo, operations
+from fastgrpo.algorithm.sde import sigma_schedule
 
 CPU = torch.device("cpu")
 TRANSITION = ("latents", "next_latents", "velocity", "velocity_uncond")
@@ -92,6 +93,25 @@ def test_times_are_medians_per_call(monkeypatch: pytest.MonkeyPatch) -> None:
     two_us = timing.Timing(2.0, 2.0, "wall")
     monkeypatch.setattr(timing, "measure", lambda prepare, device, seconds: two_us)
     assert timing.copy_bandwidth(CPU, numel=1000) == pytest.approx(2 * 4000 / 2e-6 / 1e9)
+
+
+def test_implementations_are_timed_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine that is ten times slower for the third of five turns."""
+    turns: list[float] = []
+
+    def measure(case: Any, compute: Any, *_: Any) -> timing.Timing:
+        is_eager = compute is case.eager
+        turns.append(2.0 if is_eager else 1.0)
+        us = turns[-1] * (10 if turns.count(turns[-1]) == 3 else 1)
+        return timing.Timing(us, us, "wall")
+
+    monkeypatch.setattr(ops, "time_direction", measure)
+    (case,) = (case for case in cases.cases("tiny") if case.op == "branch_gradient")
+    monkeypatch.setattr(ops, "BACKENDS", {"cpu": ("reference",)})
+    ((_, name, timings, _), _) = ops.measure_case(case, CPU, (), False, 0.1)
+    assert turns == [1.0, 2.0] * 5
+    assert name == "reference"
+    assert {name: taken.us for name, taken in timings.items()} == {"reference": 1.0, "eager": 2.0}
 
 
 def a_row(**changes: Any) -> ops.OpMeasurement:
@@ -197,10 +217,17 @@ def test_other_peers_get_a_number_if_they_compute_the_operation(
     assert rows_of["forward", "right"]["peers"] == ""
 
 
-def test_a_trainers_step_and_loss_are_those_of_its_checkout(tmp_path: Path) -> None:
+def test_a_trainers_step_and_loss_are_those_of_its_checkout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """DanceGRPO's sampler and loss, written out by the test: noise at the step's deviation, and the
-    loss at a ratio of one.
+    loss at a ratio of one. The schedule, which the trainer makes once a rollout, is not made in
+    every step that is timed.
     """
+    made: list[int] = []
+    monkeypatch.setattr(
+        operations, "sigma_schedule", lambda n, s: made.append(n) or sigma_schedule(n, s)
+    )
     script = tmp_path / "fastvideo" / "train_grpo_wan_2_1.py"
     script.parent.mkdir()
     names = [name for name in dancegrpo.NAMES if name != "flux_step"]
@@ -224,6 +251,7 @@ def test_a_trainers_step_and_loss_are_those_of_its_checkout(tmp_path: Path) -> N
     value, again = loss.compute(inputs)
     torch.testing.assert_close(again, log_prob)
     assert float(value) == pytest.approx(-float(inputs["advantages"].mean()), abs=1e-6)
+    assert len(made) <= 1
 
 
 def test_libraries_that_are_not_installed_are_no_peers() -> None:

@@ -112,6 +112,8 @@ def test_a_step_waits_where_it_says_and_takes_what_plan_says(
         ("fp32_products", "wrong dtype: expected"),
         ("fp32_stream", "between the blocks"),
         ("fp64_latents", "wrong dtype: fp64"),
+        ("fp64_gradient", "wrong dtype: fp64"),
+        ("fp32_vector_product", "wrong dtype: expected mv"),
         ("no_fake", "without_a_fake"),
     ],
 )

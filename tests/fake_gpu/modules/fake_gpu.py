@@ -33,7 +33,7 @@ _WAITING = {
 _COPIES = {"_to_copy", "copy_"}
 _INDEXING = {"index", "index_put", "index_put_", "_unsafe_index"}
 """They take indices on the host, and copy them to the device first."""
-_PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "convolution"}
+_PRODUCTS = {"mm", "addmm", "mv", "addmv", "bmm", "baddbmm", "addbmm", "convolution"}
 _ATTENTION = {
     "_scaled_dot_product_cudnn_attention",
     "_scaled_dot_product_efficient_attention",

@@ -69,6 +69,34 @@ def fp64_latents(_: Trainer) -> Any:
     return _in_the_sampling_loop(lambda velocity: (velocity.double() * 1.0).float())
 
 
+class _FP64Gradient(torch.autograd.Function):
+    """The identity, whose gradient passes through fp64."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return (gradient.double() * 1.0).to(gradient.dtype)
+
+
+def fp64_gradient(trainer: Trainer) -> Any:
+    """A backward pass in fp64 of a forward pass without any."""
+    network: Any = trainer.policy.transformer
+    network.blocks[0].register_forward_hook(lambda module, args, out: _FP64Gradient.apply(out))
+    return mock.MagicMock()
+
+
+def fp32_vector_product(_: Trainer) -> Any:
+    """A product of a matrix and a vector in fp32."""
+    return _in_the_sampling_loop(lambda velocity: velocity + _product(velocity.float()))
+
+
+def _product(values: Tensor) -> Tensor:
+    return (values.flatten(1) @ values.flatten()).sum()
+
+
 def no_fake(_: Trainer) -> Any:
     """An operator without a fake."""
     return _in_the_sampling_loop(lambda velocity: without_a_fake(velocity))
@@ -98,6 +126,8 @@ FAULTS: dict[str, Callable[[Trainer], Any]] = {
         fp32_products,
         fp32_stream,
         fp64_latents,
+        fp64_gradient,
+        fp32_vector_product,
         no_fake,
         item,
         kept_frames,

@@ -51,11 +51,10 @@ SMALL = {
 }
 
 
-FP64_IN = frozenset({"uniform", "box_muller", "gaussian_kl", "autograd"})
-"""Functions whose fp64 is meant: the first noise, once per video, and the KL's sum of squares. In
-the backward pass nobody can tell whose it is; there is none without some in a forward pass.
+FP64_IN = frozenset({"uniform", "box_muller", "gaussian_kl"})
+"""Functions whose fp64 is meant: the first noise, once per video, and the KL's sum of squares. With
+a KL the backward pass has some too, where nobody can tell whose it is.
 """
-
 
 STREAMS = ("blocks", "transformer_blocks", "single_transformer_blocks")
 """The lists of blocks that the latents' tokens go through."""
@@ -120,7 +119,8 @@ def run(
             policy.decode = lambda latents: latents.new_empty(len(latents), *size)
         dtype = compute_dtype(config.runtime, CUDA)
         products = {"rollout": dtype, "update": dtype, "decode": DTYPES[policy.vae_dtype]}
-        with FakeGPU(products, fp64_in=FP64_IN) as gpu:
+        fp64_in = FP64_IN | ({"autograd"} if config.update.kl_coef else set())
+        with FakeGPU(products, fp64_in=fp64_in) as gpu:
             judge = SlowJudge()
             with gpu.during("build"):
                 trainer = build(config, judge, dtype)
