@@ -49,10 +49,11 @@ void check_shape(const char* name, const Tensor& tensor, torch::headeronly::IntH
   STD_TORCH_CHECK(fits, name, ": expected another shape, got ", tensor.dim(), " axes and ", tensor.numel(), " elements");
 }
 
-// [B, L, C] like `like`, contiguous: a copy only if it is not. `kept` keeps a copy alive.
-const void* rows(const char* name, const std::optional<Tensor>& tensor, const Tensor& like, std::vector<Tensor>& kept) {
+// [B, L, C] like `like`, in `dtype`, contiguous: a copy only if it is not. `kept` keeps a copy alive.
+const void* rows(const char* name, const std::optional<Tensor>& tensor, const Tensor& like, Dtype dtype, std::vector<Tensor>& kept) {
   if (!tensor) return nullptr;
   check_shape(name, *tensor, like.sizes());
+  STD_TORCH_CHECK(dtype_of(name, *tensor) == dtype, name, ": expected the dtype of the other tokens, got ", toString(tensor->scalar_type()));
   kept.push_back(tensor->is_contiguous() ? *tensor : torch::stable::contiguous(*tensor));
   return kept.back().const_data_ptr();
 }
@@ -81,7 +82,7 @@ std::tuple<Tensor, Tensor, Tensor> gate_residual_ln_modulate(const Tensor& x, co
   GatedNorm t{};
   t.batch = x.size(0), t.tokens = x.size(1), t.channels = x.size(2), t.eps = static_cast<float>(eps);
   t.dtype = dtype_of("x", x), t.y_dtype = y ? dtype_of("y", *y) : t.dtype;
-  t.x = rows("x", x, x, kept), t.y = rows("y", y, x, kept);
+  t.x = rows("x", x, x, t.dtype, kept), t.y = rows("y", y, x, t.y_dtype, kept);
   if (gate || scale) {
     const Tensor& first = first_given(scale, gate);
     const int64_t length = first.dim() == 3 && first.size(1) == t.tokens ? t.tokens : 1;
@@ -113,8 +114,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gate_residual_ln_modulate_bac
   GatedNormBackward t{};
   t.batch = like.size(0), t.tokens = like.size(1), t.channels = like.size(2), t.parts = num_parts(t.tokens);
   t.dtype = dtype_of("dmodulated", like), t.y_dtype = y ? dtype_of("y", *y) : t.dtype;
-  t.dresidual = rows("dresidual", dresidual, like, kept), t.dmodulated = rows("dmodulated", dmodulated, like, kept);
-  t.residual = rows("residual", residual, like, kept), t.y = rows("y", y, like, kept);
+  t.dresidual = rows("dresidual", dresidual, like, t.dtype, kept), t.dmodulated = rows("dmodulated", dmodulated, like, t.dtype, kept);
+  t.residual = rows("residual", residual, like, t.dtype, kept), t.y = rows("y", y, like, t.y_dtype, kept);
   if (dmodulated) t.statistics = static_cast<const float*>(checked("statistics", *statistics, ScalarType::Float, 2 * t.batch * t.tokens, like));
   const std::optional<Tensor>& first = scale ? scale : gate;
   if (first) {

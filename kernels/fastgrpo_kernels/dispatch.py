@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 BACKENDS = ("cuda", "cpp", "triton", "reference")
 _CPU, _BOTH = ("cpp",), ("cpp", "cuda")
@@ -115,7 +116,11 @@ def _function(op: Any, backward: Any, setup_context: Any) -> Any:
         setup_context(ctx, arguments, output)
         return output
 
-    members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    # The ops of a backward have no gradient themselves: a second derivative is refused, not zero.
+    members = {
+        "forward": staticmethod(forward),
+        "backward": staticmethod(once_differentiable(backward)),
+    }
     return type(f"{op.name()}", (torch.autograd.Function,), members)
 
 
@@ -138,16 +143,23 @@ def _load_library() -> str:
     return ""
 
 
+def _is_registered(op: str, device: str) -> bool:
+    """Whether the library has an op for a device. One that was built from an older csrc/ may not
+    know the op, which torch's second question below takes for an error.
+    """
+    name = f"fastgrpo::{'gate_residual_ln_modulate' if op in _PARTS else op}"
+    return torch._C._dispatch_has_kernel(name) and (
+        torch._C._dispatch_has_kernel_for_dispatch_key(name, device.upper())
+    )
+
+
 _library_error = _load_library()
 # Asked once: torch.compile cannot trace the question.
 _registered = {
     (op, device)
     for op in COMPILED
     for device in ("cpu", "cuda")
-    if not _library_error
-    and torch._C._dispatch_has_kernel_for_dispatch_key(
-        f"fastgrpo::{'gate_residual_ln_modulate' if op in _PARTS else op}", device.upper()
-    )
+    if not _library_error and _is_registered(op, device)
 }
 
 
@@ -197,7 +209,8 @@ def unsupported_reason(backend: str, op: str, tensor: object) -> str:
     if device != wanted:
         return f"expected {wanted} tensors, got one on {tensor.device}"
     if not _library_error and (op, wanted) not in _registered:
-        return f"csrc/ was built without {wanted}, see python -m {__name__.rpartition('.')[0]}"
+        see = f"see python -m {__name__.rpartition('.')[0]}"
+        return f"csrc/ was built without {wanted}, or before it had {op}: {see}"
     return _library_error
 
 

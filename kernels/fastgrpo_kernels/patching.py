@@ -155,11 +155,11 @@ def _kept(rope: Any, x: Tensor, make: Callable[[], RotaryTables]) -> RotaryTable
     if type(x) is not Tensor or torch.compiler.is_compiling():
         return make()
     key = x.shape[2:], x.device
-    if getattr(rope, "kept_key", None) != key:
+    kept: tuple[Any, RotaryTables] | None = getattr(rope, "kept", None)
+    if kept is None or kept[0] != key:
         with torch.inference_mode(False), torch.no_grad():
-            rope.kept_tables, rope.kept_key = make(), key
-    tables: RotaryTables = rope.kept_tables
-    return tables
+            kept = rope.kept = key, make()
+    return kept[1]
 
 
 class FusedProcessor:
@@ -241,16 +241,19 @@ def _wan_transformer(
     hidden_states: Tensor,
     timestep: Tensor,
     encoder_hidden_states: Tensor,
+    encoder_hidden_states_image: Tensor | None = None,
     return_dict: bool = True,
-    **others: Any,
+    attention_kwargs: dict[str, Any] | None = None,
 ) -> Any:
     """WanTransformer3DModel.forward: latents [B, C, T, H, W], timesteps [B], text [B, L, D].
 
-    Any other argument goes through diffusers' own, over the same blocks.
+    Timesteps per token [B, T] (Wan 2.2 ti2v) and what else diffusers' own takes go through that,
+    over the same blocks.
     """
-    if timestep.dim() != 1 or any(value is not None for value in others.values()):
-        rest = {"return_dict": return_dict, **others}
-        return type(model).forward(model, hidden_states, timestep, encoder_hidden_states, **rest)
+    others = encoder_hidden_states_image, attention_kwargs
+    if timestep.dim() != 1 or any(value is not None for value in others):
+        given = hidden_states, timestep, encoder_hidden_states, encoder_hidden_states_image
+        return type(model).forward(model, *given, return_dict, attention_kwargs)
     sizes = [n // p for n, p in zip(hidden_states.shape[2:], model.config.patch_size, strict=True)]
     rope, conv = model.rope(hidden_states), model.patch_embedding
     if type(conv) is nn.Conv3d and set(conv.kernel_size) == {1}:  # each pixel a token
@@ -281,10 +284,13 @@ def _wan_block(
     temb: Tensor,
     rotary_emb: RotaryTables,
 ) -> Tensor:
-    """WanTransformerBlock.forward: video [B, L, C], text [B, T, C], temb [B, 6, C]."""
-    shift, scale, gate, ff_shift, ff_scale, ff_gate = (
-        block.scale_shift_table + temb.float()
-    ).chunk(6, dim=1)
+    """WanTransformerBlock.forward: video [B, L, C], text [B, T, C], temb [B, 6, C], or [B, L, 6, C]
+    with one timestep per token.
+    """
+    rows = (block.scale_shift_table + temb.float()).chunk(6, dim=-2)
+    if temb.dim() == 4:
+        rows = tuple(row.squeeze(2) for row in rows)
+    shift, scale, gate, ff_shift, ff_scale, ff_gate = rows
     x, norm2 = hidden_states, block.norm2
 
     y = block.attn1(ln_modulate(x, scale, shift, eps=block.norm1.eps), None, None, rotary_emb)

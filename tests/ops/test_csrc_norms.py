@@ -89,6 +89,20 @@ def test_threads_change_no_norm(ops: torch._ops._OpNamespace, dtype: torch.dtype
     assert same_bits(alone[:-1], [value[1:] for value in made[0][:-1]])
 
 
+@pytest.mark.usefixtures("ops")
+def test_a_second_derivative_is_refused() -> None:
+    """It would be zero without a word: the ops of the backward have no gradient."""
+    x, row = torch.randn(2, 3, 8).requires_grad_(), torch.randn(2, 1, 8)
+    q, weight = torch.randn(2, 3, 2, 4).requires_grad_(), torch.ones(8)
+    for leaf, out in (
+        (x, ln_modulate(x, row, row, backend="cpp")),
+        (q, qk_norm_rope(q, q, weight, weight, backend="cpp")[0]),
+    ):
+        (gradient,) = torch.autograd.grad(out.square().sum(), leaf, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            (gradient.square().sum() + leaf.sum()).backward()
+
+
 def test_refusals_of_norms(ops: torch._ops._OpNamespace) -> None:
     """Called directly, they raise rather than read out of bounds."""
     x, row, q = torch.zeros(2, 3, 8), torch.zeros(2, 1, 8), torch.zeros(2, 3, 2, 4)
@@ -107,6 +121,14 @@ def test_refusals_of_norms(ops: torch._ops._OpNamespace) -> None:
         (lambda: backward(None, x, x, None, x, row, row, [True, True]), "residual, statistics"),
         (lambda: backward(None, x, x, rstd, x, row, row, [True, True]), "statistics: expected 12"),
         (lambda: backward(None, x, x[:1], statistics, x, row, row, [True, True]), "residual: exp"),
+        (
+            lambda: backward(x.half(), x, x, statistics, x, row, row, [True, True]),
+            "dresidual: expected the dtype of the other tokens, got Half",
+        ),
+        (
+            lambda: backward(None, x, x.half(), statistics, x, row, row, [True, True]),
+            "residual: expected the dtype of the other tokens, got Half",
+        ),
         (lambda: turn(q, q, weight[:5], weight, None, None, 0.0), "weight: expected 8 or 4"),
         (
             lambda: turn(q, q[:, :2], weight, weight, table, table, 0.0),

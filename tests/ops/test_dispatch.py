@@ -71,6 +71,14 @@ def test_a_gpu_takes_triton_then_cuda_then_the_reference(
     assert "built without cuda" in dispatch.unsupported_reason("cuda", "grpo_loss", gpu_tensor)
 
 
+@needs_library
+def test_a_library_that_is_older_than_an_operation_is_no_error() -> None:
+    """`git pull` without a build: the package is imported, and the reference serves the op."""
+    assert dispatch._is_registered("sde_step", "cpu")
+    assert dispatch._is_registered("gate_residual", "cpu")
+    assert not dispatch._is_registered("an_operation_of_tomorrow", "cpu")
+
+
 def test_has_library_says_whether_the_compiled_operations_are_there() -> None:
     assert dispatch.has_library() == hasattr(torch.ops.fastgrpo, "sde_step")
 
