@@ -153,7 +153,7 @@ def test_relative_precision_far_from_zero() -> None:
         ulp = torch.ldexp(torch.ones_like(h), size.abs().clamp(min=tiny).frexp().exponent - 24)
         assert ((actual.double() - exact).abs() <= ulps * ulp)[finite].all()
         assert torch.equal(actual.isnan(), exact.isnan())
-        assert torch.equal(actual[~finite & ~exact.isnan()], exact[~finite & ~exact.isnan()].float())
+        assert torch.equal(actual[exact.isinf()], exact[exact.isinf()].float())
 
 
 def test_layouts_have_the_same_bits(norm_backend: str, device: str) -> None:
@@ -276,8 +276,8 @@ def test_a_feed_forward_layer(
     device: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The linear layer is called without its bias, or whole under an adapter; autocast leaves the
-    bias in fp32. Same bits without gradients.
+    """The linear layer is called without its bias, or whole on a CPU and under an adapter; autocast
+    leaves the bias in fp32. Same bits without gradients.
     """
     torch.manual_seed(0)
     layer = FeedForward(24, inner_dim=48, activation_fn="gelu-approximate").to(device)
@@ -301,7 +301,8 @@ def test_a_feed_forward_layer(
         out = layer(x)
         with torch.no_grad():
             assert torch.equal(layer(x), out)
-    assert set(seen) == (set() if norm_backend == "reference" else {(dtype, adapted)})
+    whole = adapted or norm_backend == "cpp"
+    assert set(seen) == (set() if norm_backend == "reference" else {(dtype, whole)})
     out.float().square().sum().backward()
     true = exact.double()(x.double())
     true.square().sum().backward()
