@@ -78,11 +78,25 @@ struct NormRopeBackward {
   int64_t parts;
 };
 
+// bias_gelu: rows of `channels` numbers, contiguous.
+struct BiasGelu {
+  const void *x, *bias;  // bias [channels], or null
+  void* out;
+  Dtype dtype, bias_dtype;  // dtype: of x and of the result
+  int64_t rows, channels;
+};
+struct BiasGeluBackward {
+  BiasGelu forward;  // `out` is unused
+  const void* dout;
+  void* dx;
+  float* dbias;  // [parts, channels], to be added up; or null
+};
+
 // Tokens that one part of a sum over tokens adds up. A constant: bits may depend on neither threads nor batch.
 constexpr int64_t PART_TOKENS = 64;
 
 // One instruction set's loops: of a transition over elements [begin, end) of a row, begin being a multiple of 4; they return a sum of
-// squared errors. Of norms over rows [begin, end), forward, and over parts of rows, backward; `scratch` holds 8 rows in fp32.
+// squared errors. Of the others over rows [begin, end), forward, and over parts of rows, backward; `scratch` holds 8 rows in fp32.
 struct CpuKernels {
   double (*step)(const Transition&, void* next_latents, int64_t row, int64_t begin, int64_t end);
   double (*squared_error)(const Transition&, int64_t row, int64_t begin, int64_t end);
@@ -91,6 +105,8 @@ struct CpuKernels {
   void (*gated_norm_backward)(const GatedNormBackward&, int64_t begin, int64_t end, float* scratch);
   void (*qk_norm)(const NormRope&, int64_t begin, int64_t end, float* scratch);
   void (*qk_norm_backward)(const NormRopeBackward&, int64_t begin, int64_t end, float* scratch);
+  void (*bias_gelu)(const BiasGelu&, int64_t begin, int64_t end);
+  void (*bias_gelu_backward)(const BiasGeluBackward&, int64_t begin, int64_t end);
 };
 constexpr int64_t SCRATCH_ROWS = 8;
 extern const CpuKernels cpu_plain, cpu_avx2, cpu_avx512;

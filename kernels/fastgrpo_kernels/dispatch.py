@@ -28,7 +28,7 @@ _CPU, _BOTH = ("cpp",), ("cpp", "cuda")
 COMPILED = {
     **dict.fromkeys(("sde_step", "sde_log_prob", "clipped_ratio_loss", "grpo_loss"), _BOTH),
     **dict.fromkeys(("gate_residual", "ln_modulate", "gate_residual_ln_modulate"), _CPU),
-    "qk_norm_rope": _CPU,
+    **dict.fromkeys(("qk_norm_rope", "bias_gelu"), _CPU),
 }
 """The ops of csrc/, and the backends by which it has them."""
 _PARTS = ("gate_residual", "ln_modulate")

@@ -367,14 +367,16 @@ def _gelu(module: Any, hidden_states: Tensor) -> Tensor:
 
 
 def _linear_gelu(linear: nn.Module, x: Tensor, gelu: Callable[[Tensor], Tensor]) -> Tensor:
-    """GELU of a linear layer's output; its bias is added on the way to the activation.
+    """GELU of a linear layer's output; on a GPU its bias is added on the way to the activation.
 
     Where plain PyTorch would serve, the layer adds its bias itself: apart it would be one pass
-    more. So does a layer with an adapter (LoRA), which adds to its output.
+    more. So it does on a CPU, where that is the faster by 1 % of a small network's forward, and so
+    does a layer with an adapter (LoRA), which adds to its output.
     """
-    if select_backend("bias_gelu", x) == "reference":
+    backend = select_backend("bias_gelu", x)
+    if backend == "reference":
         return gelu(linear(x))
-    if type(linear) is nn.Linear:
+    if type(linear) is nn.Linear and backend != "cpp":
         return bias_gelu(F.linear(x, linear.weight), linear.bias)
     return bias_gelu(linear(x), None)
 

@@ -123,11 +123,11 @@ def test_refusals_of_norms(ops: torch._ops._OpNamespace) -> None:
         (lambda: backward(None, x, x[:1], statistics, x, row, row, [True, True]), "residual: exp"),
         (
             lambda: backward(x.half(), x, x, statistics, x, row, row, [True, True]),
-            "dresidual: expected the dtype of the other tokens, got Half",
+            "dresidual: expected the dtype of the other rows, got Half",
         ),
         (
             lambda: backward(None, x, x.half(), statistics, x, row, row, [True, True]),
-            "residual: expected the dtype of the other tokens, got Half",
+            "residual: expected the dtype of the other rows, got Half",
         ),
         (lambda: turn(q, q, weight[:5], weight, None, None, 0.0), "weight: expected 8 or 4"),
         (

@@ -17,9 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..dispatch import operation, register, select_backend
-from . import reference
-from .triton_bias_gelu import forward
+from ..dispatch import call, register, select_backend
+from . import reference, triton_bias_gelu  # noqa: F401  the second registers the Triton ops
 
 
 def _fake(x: Tensor, bias: Tensor | None) -> Tensor:
@@ -40,7 +39,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(backend: str, ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
     x, bias = ctx.saved_tensors
     needs_bias = ctx.needs_input_grad[1]
-    dx, dbias = operation(backend, "bias_gelu_backward")(dout.contiguous(), x, bias, needs_bias)
+    dx, dbias = call(backend, "bias_gelu_backward", dout.contiguous(), x, bias, needs_bias)
     return dx, dbias if needs_bias else None
 
 
@@ -67,7 +66,11 @@ def bias_gelu(x: Tensor, bias: Tensor | None, *, backend: str | None = None) -> 
     Returns:
         x's shape and dtype, contiguous, rounded once from fp32 (float64 for float64 x).
     """
-    if select_backend("bias_gelu", x, backend) == "reference":
+    selected = select_backend("bias_gelu", x, backend)
+    if selected == "reference":
         return reference.bias_gelu(x, bias)
     reference.check_arguments(x, bias)
-    return forward(x.contiguous(), bias)
+    if bias is not None and bias.dtype == torch.float64:
+        bias = bias.float()
+    out: Tensor = call(selected, "bias_gelu", x.contiguous(), bias)
+    return out
