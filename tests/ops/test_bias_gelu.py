@@ -210,7 +210,10 @@ def test_csrc_refuses_what_it_cannot_read() -> None:
         (lambda: forward(x, bias[:7]), "bias: expected 8 elements, got 7"),
         (lambda: forward(x, bias.double()), "bias: expected float32, bfloat16 or float16"),
         (lambda: backward(x[:2], x, bias, True), "dout: expected another shape"),
-        (lambda: backward(x.half(), x, bias, True), "dout: expected the dtype of the other rows, got Half"),
+        (
+            lambda: backward(x.half(), x, bias, True),
+            "dout: expected the dtype of the other rows, got Half",
+        ),
     ):
         with pytest.raises(RuntimeError, match=words):
             call()
