@@ -1,4 +1,4 @@
-// Schemas, one line per operation. The reference.py of kernels/fastgrpo_kernels/sde/ and norm/ say what they compute; the files beside
+// Schemas, one line per operation. The reference.py of the folders of kernels/fastgrpo_kernels/ say what they compute; the files beside
 // them hold their fakes and their autograd.
 #include <torch/csrc/stable/library.h>
 
@@ -12,5 +12,7 @@ STABLE_TORCH_LIBRARY(fastgrpo, m) {
   m.def("gate_residual_ln_modulate_backward(Tensor? dresidual, Tensor? dmodulated, Tensor? residual, Tensor? statistics, Tensor? y, Tensor? gate, Tensor? scale, bool[] needed) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("qk_norm_rope(Tensor q, Tensor k, Tensor q_weight, Tensor k_weight, Tensor? cos, Tensor? sin, float eps) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("qk_norm_rope_backward(Tensor[] gradients, Tensor?[] saved, bool needs_weights) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("few_token_attention(Tensor q, Tensor k, Tensor v) -> Tensor");
+  m.def("few_token_attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v) -> (Tensor, Tensor, Tensor)");
   m.def("build_info() -> str");
 }
