@@ -79,7 +79,10 @@ template <int ROWS>
 FASTGRPO_INLINE void product_rows(const Left& a, const Rows& b, int64_t terms, int width, const Rows& out) {
   constexpr int PIECES = LANES / WIDTH;
   for (int first = 0; first < width; first += LANES) {
-    Vector sums[ROWS][PIECES] = {};
+    Vector sums[ROWS][PIECES];
+    for (int row = 0; row < ROWS; ++row) {
+      for (int piece = 0; piece < PIECES; ++piece) sums[row][piece] = Vector{};
+    }
     for (int64_t term = 0; term < terms; ++term) {
       const float* right = b.data + term * b.step + first;
       for (int row = 0; row < ROWS; ++row) {
@@ -87,7 +90,9 @@ FASTGRPO_INLINE void product_rows(const Left& a, const Rows& b, int64_t terms, i
         for (int piece = 0; piece < PIECES; ++piece) sums[row][piece] += left * *reinterpret_cast<const Vector*>(right + piece * WIDTH);
       }
     }
-    for (int row = 0; row < ROWS; ++row) memcpy(out.data + row * out.step + first, sums[row], sizeof(sums[row]));
+    for (int row = 0; row < ROWS; ++row) {
+      for (int piece = 0; piece < PIECES; ++piece) *reinterpret_cast<Vector*>(out.data + row * out.step + first + piece * WIDTH) = sums[row][piece];
+    }
   }
 }
 
