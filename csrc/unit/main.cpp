@@ -6,12 +6,14 @@
 void test_numbers(int stride);
 void test_cpu_kernels();
 void test_norms();
+void test_attention();
 __attribute__((weak)) void test_gpu_kernels();  // gpu.cpp may be left out
 
 int main(int count, char** arguments) {
   test_numbers(count > 1 ? std::atoi(arguments[1]) : 1);
   test_cpu_kernels();
   test_norms();
+  test_attention();
   if (test_gpu_kernels) test_gpu_kernels();
   std::printf(failures ? "%d checks failed\n" : "all checks passed\n", failures);
   return failures != 0;
