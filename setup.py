@@ -30,7 +30,13 @@ from setuptools.command.build_ext import build_ext
 CSRC = Path(__file__).resolve().parent / "csrc"
 LEVELS = ("cuda", "cpu", "none")
 CPU_SOURCES = (
-    *("bindings.cpp", "ops_cpu.cpp", "ops_norm_cpu.cpp", "ops_gelu_cpu.cpp"),
+    *(
+        "bindings.cpp",
+        "ops_cpu.cpp",
+        "ops_norm_cpu.cpp",
+        "ops_gelu_cpu.cpp",
+        "ops_attention_cpu.cpp",
+    ),
     *("cpu_plain.cpp", "cpu_avx2.cpp", "cpu_avx512.cpp"),
 )
 # The slowest first.

@@ -1,4 +1,4 @@
-// Schemas, one line per operation. The reference.py of kernels/fastgrpo_kernels/sde/, norm/ and activation/ say what they compute; the files beside
+// Schemas, one line per operation. The reference.py of the folders of kernels/fastgrpo_kernels/ say what they compute; the files beside
 // them hold their fakes and their autograd.
 #include <torch/csrc/stable/library.h>
 
@@ -14,5 +14,7 @@ STABLE_TORCH_LIBRARY(fastgrpo, m) {
   m.def("qk_norm_rope_backward(Tensor[] gradients, Tensor?[] saved, bool needs_weights) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("bias_gelu(Tensor x, Tensor? bias) -> Tensor");
   m.def("bias_gelu_backward(Tensor dout, Tensor x, Tensor? bias, bool needs_bias) -> (Tensor, Tensor)");
+  m.def("few_token_attention(Tensor q, Tensor k, Tensor v) -> Tensor");
+  m.def("few_token_attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v) -> (Tensor, Tensor, Tensor)");
   m.def("build_info() -> str");
 }

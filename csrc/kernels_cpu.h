@@ -1,8 +1,9 @@
 // The CPU's loops, written so that g++ vectorises them; included once per instruction set, with FASTGRPO_ISA as its name.
 //
-// Here the loops of a transition, in norm_cpu.h and gelu_cpu.h those of a transformer's pointwise work.
-// Only portable.h and headers that include nothing else may be included here: see there.
+// Here the loops of a transition, in norm_cpu.h and gelu_cpu.h those of a transformer's pointwise work, in attention_cpu.h those of its
+// attention. Only portable.h and headers that include nothing else may be included here: see there.
 
+#include "attention_cpu.h"
 #include "gelu_cpu.h"
 #include "launch.h"
 #include "norm_cpu.h"
@@ -117,6 +118,6 @@ void gradient(const Transition& t, float scale, void* grad, void* grad_uncond, i
 
 extern const CpuKernels FASTGRPO_ISA;
 const CpuKernels FASTGRPO_ISA = {&step, &squared_error, &gradient, &gated_norm, &gated_norm_backward, &qk_norm, &qk_norm_backward,
-                               &bias_gelu, &bias_gelu_backward};
+                               &bias_gelu, &bias_gelu_backward, &few_token_attention, &few_token_attention_backward};
 
 }  // namespace fastgrpo

@@ -92,11 +92,32 @@ struct BiasGeluBackward {
   float* dbias;  // [parts, channels], to be added up; or null
 };
 
+// Queries, keys or values [B, L, H, D] where they lie, a token's H D channels contiguous: strides in elements.
+struct Heads {
+  const void* data;
+  int64_t sample_stride, token_stride;
+};
+
+// few_token_attention: queries [B, queries, H, D], keys and values [B, keys, H, D], the result like the queries, contiguous.
+struct FewTokens {
+  Heads q, k, v;
+  void* out;
+  Dtype dtype;
+  int64_t batch, queries, keys, heads, channels;  // channels: of one head
+  float scale;
+};
+struct FewTokensBackward {
+  FewTokens forward;  // `out` is unused
+  Heads dout;
+  void *dq, *dk, *dv;  // contiguous
+};
+
 // Tokens that one part of a sum over tokens adds up. A constant: bits may depend on neither threads nor batch.
 constexpr int64_t PART_TOKENS = 64;
 
 // One instruction set's loops: of a transition over elements [begin, end) of a row, begin being a multiple of 4; they return a sum of
-// squared errors. Of the others over rows [begin, end), forward, and over parts of rows, backward; `scratch` holds 8 rows in fp32.
+// squared errors. Of the others over rows [begin, end), forward, and over parts of rows, backward; `scratch` holds 8 rows in fp32. Of
+// attention over heads [begin, end) of all samples; `scratch` holds attention_scratch() floats.
 struct CpuKernels {
   double (*step)(const Transition&, void* next_latents, int64_t row, int64_t begin, int64_t end);
   double (*squared_error)(const Transition&, int64_t row, int64_t begin, int64_t end);
@@ -107,8 +128,15 @@ struct CpuKernels {
   void (*qk_norm_backward)(const NormRopeBackward&, int64_t begin, int64_t end, float* scratch);
   void (*bias_gelu)(const BiasGelu&, int64_t begin, int64_t end);
   void (*bias_gelu_backward)(const BiasGeluBackward&, int64_t begin, int64_t end);
+  void (*few_token_attention)(const FewTokens&, int64_t begin, int64_t end, float* scratch);
+  void (*few_token_attention_backward)(const FewTokensBackward&, int64_t begin, int64_t end, float* scratch);
 };
 constexpr int64_t SCRATCH_ROWS = 8;
+// For a backward pass: q, k, v, the gradient and one result; keys and values transposed; two matrices [queries, keys]. 16: rows are filled up.
+inline int64_t attention_scratch(const FewTokens& t) {
+  const int64_t tokens = t.queries + t.keys, longest = t.queries > t.keys ? t.queries : t.keys;
+  return (2 * tokens + longest) * (t.channels + 16) + 2 * (t.channels + t.queries) * (t.keys + 16);
+}
 extern const CpuKernels cpu_plain, cpu_avx2, cpu_avx512;
 const CpuKernels& best_cpu_kernels();  // of this processor
 

@@ -1,5 +1,5 @@
 // The CPU's loops of gelu_cpu.h: against the formulas in float64, and every instruction set against the plain one, bit for bit.
-#include "instruction_sets.h"
+#include "loops.h"
 
 using namespace fastgrpo;
 

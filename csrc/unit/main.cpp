@@ -7,6 +7,7 @@ void test_numbers(int stride);
 void test_cpu_kernels();
 void test_norms();
 void test_gelu();
+void test_attention();
 __attribute__((weak)) void test_gpu_kernels();  // gpu.cpp may be left out
 
 int main(int count, char** arguments) {
@@ -14,6 +15,7 @@ int main(int count, char** arguments) {
   test_cpu_kernels();
   test_norms();
   test_gelu();
+  test_attention();
   if (test_gpu_kernels) test_gpu_kernels();
   std::printf(failures ? "%d checks failed\n" : "all checks passed\n", failures);
   return failures != 0;

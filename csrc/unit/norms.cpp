@@ -1,15 +1,11 @@
 // The CPU's loops of norm_cpu.h: against the formulas in float64, and every instruction set against the plain one, bit for bit.
-#include "instruction_sets.h"
+#include <algorithm>
+
+#include "loops.h"
 
 using namespace fastgrpo;
 
 namespace {
-
-// 8 ulps of the dtype, and of fp32 sums; `size` is the size of what was added up.
-bool near(float actual, double expected, Dtype dtype, double size) {
-  const double ulp = dtype == Dtype::float32 ? 0x1p-23 : dtype == Dtype::bfloat16 ? 0x1p-8 : 0x1p-11;
-  return std::abs(actual - expected) <= ulp * std::abs(expected) + 0x1p-18 * (size + 1.0);
-}
 
 // B samples of L tokens of n channels through all of gated_norm, forward and backward.
 void test_gated_norm(Numbers& numbers, Dtype dtype, Dtype modulation, int64_t n, bool per_token, int64_t shift) {

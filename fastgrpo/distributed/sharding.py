@@ -44,9 +44,10 @@ _ATTENTION = (
     "flash_attn_3::fwd",
     "flash_attn_3::_flash_attn_forward",
     "_diffusers_flash_attn_3::_flash_attn_forward",
+    "fastgrpo::few_token_attention",
 )
-"""Operators that compute attention: torch's own, those of the flash-attn packages 2 and 3, and
-diffusers' wrapper of the latter. Not all need to exist.
+"""Operators that compute attention: torch's own, those of the flash-attn packages 2 and 3,
+diffusers' wrapper of the latter, and fastgrpo_kernels' for a CPU. Not all need to exist.
 """
 
 COMPILATIONS = 64

@@ -15,6 +15,7 @@ from diffusers.models.attention_dispatch import (
     attention_backend,
     dispatch_attention_fn,
 )
+from fastgrpo_kernels.patching import FusedProcessor
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -149,7 +150,8 @@ def describe_attention(
     """
     config = transformer.config
     processors: list[Any] = [getattr(module, "processor", None) for module in transformer.modules()]
-    backend = next(p._attention_backend for p in processors if hasattr(p, "_attention_backend"))
+    processor = next(p for p in processors if hasattr(p, "_attention_backend"))
+    backend = processor._attention_backend
     names: dict[str, None] = {}
     for num_queries, num_keys in lengths:
         q, k = (
@@ -163,7 +165,10 @@ def describe_attention(
         )
         mask = torch.ones(batch_size, 1, 1, num_keys, dtype=torch.bool, device=device)
         with _Operators() as operators:
-            dispatch_attention_fn(q, k, k, attn_mask=mask if masked else None, backend=backend)
+            if isinstance(processor, FusedProcessor):
+                processor.attention(q, k, k, mask if masked else None)
+            else:
+                dispatch_attention_fn(q, k, k, attn_mask=mask if masked else None, backend=backend)
         names |= dict.fromkeys(n for n in operators.names if re.search("attention|attn|flash", n))
     return f"{getattr(backend, 'value', backend)} ({', '.join(names) or 'no fused kernel'})"
 

@@ -1,7 +1,8 @@
 """The operations of GRPO on flow-matching models, and the pointwise work of their transformers.
 
 They need torch, and Triton on a GPU. `sde/` has the step of a sampler, its log-probability and the
-loss; `norm/` and `activation/` the pointwise work of a transformer's block; `random/` the noise.
+loss; `norm/` and `activation/` the pointwise work of a transformer's block, `attention/` its
+attention over few tokens; `random/` the noise.
 The `reference.py` of each folder is the specification; `dispatch.py` selects the backend of a call:
 Triton, CUDA C++, C++ on the CPU, or the reference. README.md beside this folder shows how to use
 them in another trainer, and states which results have equal bits. The method: docs/method.md,
@@ -11,6 +12,7 @@ sections 1 and 2.
 from __future__ import annotations
 
 from .activation.bias_gelu import bias_gelu
+from .attention.few_tokens import few_token_attention
 from .norm.gate_residual_ln_modulate import (
     gate_residual,
     gate_residual_ln_modulate,
@@ -32,6 +34,7 @@ __all__ = [
     "bias_gelu",
     "branch_gradient",
     "clipped_ratio_loss",
+    "few_token_attention",
     "gate_residual",
     "gate_residual_ln_modulate",
     "gaussian_kl",

@@ -28,9 +28,11 @@ _CPU, _BOTH = ("cpp",), ("cpp", "cuda")
 COMPILED = {
     **dict.fromkeys(("sde_step", "sde_log_prob", "clipped_ratio_loss", "grpo_loss"), _BOTH),
     **dict.fromkeys(("gate_residual", "ln_modulate", "gate_residual_ln_modulate"), _CPU),
-    **dict.fromkeys(("qk_norm_rope", "bias_gelu"), _CPU),
+    **dict.fromkeys(("qk_norm_rope", "bias_gelu", "few_token_attention"), _CPU),
 }
 """The ops of csrc/, and the backends by which it has them."""
+WITHOUT_TRITON = ("few_token_attention",)
+"""Ops that this package has no Triton kernel for."""
 _PARTS = ("gate_residual", "ln_modulate")
 """Ops that are `gate_residual_ln_modulate` without one of its halves."""
 FORCED: str | None = os.environ.get("FASTGRPO_KERNELS") or None
@@ -63,16 +65,18 @@ def triton_op(name: str) -> Any:
 
 
 def register(name: str, fake: Any, backward: Any = None, setup_context: Any = None) -> None:
-    """Give an op its fake and its backward: the Triton op, and that of csrc/ if there is one.
+    """Give an op its fake and its backward: the Triton op and that of csrc/, as far as they exist.
 
     Args:
-        name: The op's, without a namespace. `triton_op(name)` must have defined it.
+        name: The op's, without a namespace. `triton_op(name)` must have defined it, except for the
+            ops WITHOUT_TRITON.
         fake: Shapes and dtypes of the results, from the arguments of the op.
         backward: backward(backend, ctx, *grads), or None for an op without a gradient. It may call
             `operation(backend, ...)` or `call(backend, ...)`.
         setup_context: As in torch.library.register_autograd.
     """
-    namespaces = {"triton": NAMESPACE}
+    without_triton = name.removesuffix("_backward") in WITHOUT_TRITON
+    namespaces = {} if without_triton else {"triton": NAMESPACE}
     if has_library() and hasattr(torch.ops.fastgrpo, name):
         namespaces["cpp"] = "fastgrpo"  # and "cuda": the op has one backward
     for backend, namespace in namespaces.items():
@@ -183,12 +187,18 @@ def select_backend(op: str, tensor: object, backend: str | None = None) -> str:
         source = "backend" if backend else "FASTGRPO_KERNELS"
         raise ValueError(f"{source}: expected one of {', '.join(BACKENDS)}, got {forced!r}")
     # FASTGRPO_KERNELS=cuda says nothing of the ops that csrc/ does not have for CUDA.
-    has_not = forced in _BOTH and forced not in COMPILED.get(op, ())
-    if forced is None or (backend is None and has_not):
+    if forced is None or (backend is None and not _has(forced, op)):
         return next(name for name in _order(tensor) if not unsupported_reason(name, op, tensor))
     if reason := unsupported_reason(forced, op, tensor):
         raise ValueError(f"{op}: the backend {forced!r} cannot serve this call: {reason}")
     return forced
+
+
+def _has(backend: str, op: str) -> bool:
+    """True if a backend has an op, here or elsewhere."""
+    if backend in _BOTH:
+        return backend in COMPILED.get(op, ())
+    return backend != "triton" or op not in WITHOUT_TRITON
 
 
 def unsupported_reason(backend: str, op: str, tensor: object) -> str:
@@ -199,6 +209,8 @@ def unsupported_reason(backend: str, op: str, tensor: object) -> str:
         return f"expected float32, bfloat16 or float16, got {tensor.dtype}"
     device = tensor.device.type
     if backend == "triton":
+        if not _has(backend, op):
+            return f"there is no Triton kernel for {op}"
         if device != "cuda" and not INTERPRETED:
             return f"Triton needs a GPU or TRITON_INTERPRET=1, got a tensor on {tensor.device}"
         return _triton_error

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .activation.bias_gelu import bias_gelu
+from .attention.few_tokens import few_token_attention
 from .dispatch import select_backend
 from .norm.gate_residual_ln_modulate import (
     gate_residual,
@@ -35,6 +36,11 @@ from .norm.gate_residual_ln_modulate import (
     ln_modulate,
 )
 from .norm.qk_norm_rope import qk_norm_rope
+
+FEW_TOKENS = 32
+"""Queries and keys up to which `few_token_attention` is ahead of torch's attention on a CPU, forward
+and backward (fp32, docs/performance.md).
+"""
 
 
 def patch(transformer: nn.Module) -> None:
@@ -182,8 +188,22 @@ class FusedProcessor:
         return qk_norm_rope(q, k, norm_q.weight, norm_k.weight, cos, sin, eps=norm_q.eps)
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """[B, L, H, D] each -> [B, L, H D]."""
+        """[B, L, H, D] each -> [B, L, H D].
+
+        On a CPU few tokens without a mask have an operation of their own, if diffusers' backend is
+        torch's attention: sizes decide, so that rollout and update choose alike.
+        """
+        few = mask is None and max(q.shape[1], k.shape[1]) <= FEW_TOKENS and self._is_native()
+        if few and select_backend("few_token_attention", q) == "cpp":
+            return few_token_attention(q, k, v).flatten(2)
         return self.attend(q, k, v, attn_mask=mask, backend=self._attention_backend).flatten(2)
+
+    def _is_native(self) -> bool:
+        """True if diffusers' backend is torch's scaled_dot_product_attention."""
+        backend = self._attention_backend
+        if backend is None:  # diffusers' own choice
+            backend = self.attend.__globals__["_AttentionBackendRegistry"].get_active_backend()[0]
+        return str(getattr(backend, "value", backend)) == "native"
 
 
 class FusedWanProcessor(FusedProcessor):

@@ -93,10 +93,11 @@ def test_unit(compiler: list[str], tmp_path: Path, sanitized: bool) -> None:
     """csrc/unit/: Philox, normals, exact sum, every instruction set's loops; sanitized also the
     GPU's kernels on an emulated GPU.
     """
-    sources = [f"unit/{name}.cpp" for name in ("cpu", "norms", "gelu", "numbers", "main")]
+    tested = ("cpu.cpp", "norms.cpp", "gelu.cpp", "attention.cpp", "main.cpp")
+    sources = [*(f"unit/{name}" for name in tested), "unit/numbers.cpp"]
     sources += ["cpu_plain.cpp", "cpu_avx2.cpp", "cpu_avx512.cpp"]
     levels = {"numbers.cpp": ("-O2",)}
-    levels |= dict.fromkeys(("cpu.cpp", "norms.cpp", "gelu.cpp", "main.cpp"), ("-O1",))
+    levels |= dict.fromkeys(tested, ("-O1",))
     if sanitized:
         sources.append("unit/gpu.cpp")
     objects = {source: str(tmp_path / source.replace("/", "_")) + ".o" for source in sources}

@@ -33,7 +33,7 @@ def gpu_tensor(monkeypatch: pytest.MonkeyPatch) -> OnGPU:
 
 @needs_library
 def test_a_cpu_takes_the_compiled_path_where_it_is_built() -> None:
-    assert [dispatch.select_backend(op, FLOAT32) for op in dispatch.COMPILED] == ["cpp"] * 9
+    assert [dispatch.select_backend(op, FLOAT32) for op in dispatch.COMPILED] == ["cpp"] * 10
 
 
 def test_a_cpu_without_the_library_takes_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,6 +95,9 @@ def test_the_environment_forces_only_the_ops_that_the_backend_has(
     assert dispatch.select_backend("ln_modulate", gpu_tensor) == (
         "triton" if dispatch.triton else "reference"
     )
+    monkeypatch.setattr(dispatch, "FORCED", "triton")
+    assert dispatch.select_backend("few_token_attention", gpu_tensor) == "reference"
+    monkeypatch.setattr(dispatch, "FORCED", "cuda")
     message = r"ln_modulate: .* serve this call: csrc/ has only sde_.*grpo_loss for cuda"
     with pytest.raises(ValueError, match=message):
         dispatch.select_backend("ln_modulate", gpu_tensor, "cuda")
@@ -151,6 +154,7 @@ def test_the_public_operations_take_the_argument() -> None:
         lambda **options: k.gate_residual_ln_modulate(x[None], x[None], None, x, x, **options),
         lambda **options: k.qk_norm_rope(x[None, None], x[None, None], x[0], x[0], **options),
         lambda **options: k.bias_gelu(x, None, **options),
+        lambda **options: k.few_token_attention(*3 * [x[None, None]], **options),
     ):
         with pytest.raises(ValueError, match="backend: expected one of"):
             call(backend="none")

@@ -1,4 +1,4 @@
-// What the tests of the CPU's loops share: random numbers as they are stored, and every instruction set that this processor has.
+// What the tests of the CPU's loops share: random tensors, the instruction sets of this processor, and how exact is exact.
 #pragma once
 
 #include "cases.h"
@@ -30,6 +30,12 @@ inline std::vector<Isa> instruction_sets() {
   }
 #endif
   return sets;
+}
+
+// 8 ulps of the dtype, and of fp32 sums; `size` is the size of what was added up.
+inline bool near(float actual, double expected, Dtype dtype, double size) {
+  const double ulp = dtype == Dtype::float32 ? 0x1p-23 : dtype == Dtype::bfloat16 ? 0x1p-8 : 0x1p-11;
+  return std::abs(actual - expected) <= ulp * std::abs(expected) + 0x1p-18 * (size + 1.0);
 }
 
 inline void expect_same(const char* who, const char* what, const Stored& actual, const Stored& plain) {
