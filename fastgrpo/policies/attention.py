@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import re
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -86,6 +86,12 @@ def set_attention(
         ) from error
 
 
+_plain: weakref.WeakKeyDictionary[Callable[..., Tensor], Callable[..., Tensor]] = (
+    weakref.WeakKeyDictionary()
+)
+"""What each function of `_as_in_training` is made from; a user's own wrappers are none of them."""
+
+
 def _ask_alike(backend: AttentionBackendName, alike: bool) -> None:
     """Let a backend of diffusers ask for the same with and without gradients, or not.
 
@@ -93,7 +99,7 @@ def _ask_alike(backend: AttentionBackendName, alike: bool) -> None:
     the function from there.
     """
     functions = _AttentionBackendRegistry._backends
-    plain = inspect.unwrap(functions[backend])
+    plain = _plain.get(functions[backend], functions[backend])
     functions[backend] = _as_in_training(plain) if alike else plain
 
 
@@ -115,6 +121,7 @@ def _as_in_training(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
             query = query.detach().requires_grad_()
             return attend(query=query, key=key, value=value, **options).detach()
 
+    _plain[run] = attend
     return run
 
 

@@ -301,6 +301,8 @@ def test_rotary_tables_are_those_of_diffusers_at_every_size(
         assert torch.equal(kept[0].cos.repeat_interleave(2, dim=1), cos)
         assert torch.equal(kept[0].sin.repeat_interleave(2, dim=1), sin)
         policy.velocity(*given).sum().backward()
+    policy.transformer.rope(latents.to("meta"))  # the same size on another device
+    assert policy.transformer.rope(latents).cos.device == CPU
 
 
 def test_every_block_runs_the_operations_and_the_tables_are_made_once(

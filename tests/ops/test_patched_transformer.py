@@ -76,3 +76,27 @@ def test_one_timestep_per_token(networks: tuple[Any, Any]) -> None:
     )
     for theirs, ours in zip(expected, got, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4 * float(theirs.abs().max()))
+
+
+def test_gradient_checkpointing_of_diffusers_runs_each_block_again(
+    networks: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network, calls = copy.deepcopy(networks[1]), []
+    gradients = []
+    for block in network.blocks:
+        forward = block.forward
+        monkeypatch.setattr(
+            block, "forward", lambda *a, _forward=forward: (calls.append(1), _forward(*a))[1]
+        )
+    for checkpointing in (False, True):
+        network.gradient_checkpointing = False
+        if checkpointing:
+            network.enable_gradient_checkpointing()
+        calls.clear()
+        with torch.no_grad():
+            network(*tensors())
+        assert len(calls) == 2, "without gradients nothing is kept, so nothing is run again"
+        out = network(*tensors()).sample
+        gradients.append(torch.autograd.grad(out.square().sum(), [*network.parameters()]))
+        assert len(calls) == (6 if checkpointing else 4)
+    assert all(map(torch.equal, *gradients))

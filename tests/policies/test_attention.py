@@ -6,6 +6,7 @@ rule is written out in `on_an_h100`, which serves meta tensors with the operator
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -100,6 +101,26 @@ def test_it_is_undone_and_never_nested() -> None:
         assert getattr(functions[native], "__wrapped__", None) is (plain if alike else None)
     _ask_alike(native, False)
     assert functions[native] is plain
+
+
+def test_a_wrapper_of_the_user_stays() -> None:
+    """Whatever wrote `__wrapped__` into it: only what _ask_alike has put around it goes."""
+    functions = attention_dispatch._AttentionBackendRegistry._backends
+    native, calls = AttentionBackendName.NATIVE, []
+    theirs = functions[native]
+
+    @functools.wraps(theirs)
+    def counted(*args: Any, **kwargs: Any) -> Tensor:
+        calls.append(1)
+        return theirs(*args, **kwargs)
+
+    functions[native] = counted
+    q = torch.randn(1, 8, 2, 16)
+    for alike in (True, False):
+        _ask_alike(native, alike)
+        dispatch_attention_fn(q, q, q, backend=native)
+    assert len(calls) == 2
+    assert functions[native] is counted
 
 
 def test_without_gradients_nothing_is_kept() -> None:
