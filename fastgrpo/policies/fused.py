@@ -27,10 +27,11 @@ def fuse(transformer: Any, fused: bool | Literal["auto"], device: torch.device) 
         device: Where it will run. On the meta device nothing runs.
 
     Returns:
-        Whether they are in. Warns of operations that are slower than diffusers' own.
+        Whether they are in. Warns of operations that are slower than diffusers' own, and where
+        `auto` leaves them out because they do not know this transformer.
 
     Raises:
-        UserError: The operations do not know this transformer.
+        UserError: The operations do not know this transformer, and `fused` is true.
     """
     serves = fused_serves(device)
     if not (serves if fused == "auto" else fused):
@@ -47,7 +48,10 @@ def fuse(transformer: Any, fused: bool | Literal["auto"], device: torch.device) 
     try:
         patch(transformer)
     except ValueError as error:
-        raise UserError(f"policy.fused: {error}; set it to false") from error
+        if fused != "auto":
+            raise UserError(f"policy.fused: {error}; set it to false") from error
+        warnings.warn(f"policy.fused: auto takes diffusers' own operations: {error}", stacklevel=2)
+        return False
     return True
 
 

@@ -276,7 +276,7 @@ def _wan_transformer(
         return type(model).forward(model, *given, return_dict, attention_kwargs)
     sizes = [n // p for n, p in zip(hidden_states.shape[2:], model.config.patch_size, strict=True)]
     rope, conv = model.rope(hidden_states), model.patch_embedding
-    if type(conv) is nn.Conv3d and set(conv.kernel_size) == {1}:  # each pixel a token
+    if _is_plain(conv, nn.Conv3d) and set(conv.kernel_size) == {1}:  # each pixel a token
         x = F.linear(hidden_states.flatten(2).transpose(1, 2), conv.weight.flatten(1), conv.bias)
     else:
         x = conv(hidden_states).flatten(2).transpose(1, 2).contiguous()
@@ -396,9 +396,15 @@ def _linear_gelu(linear: nn.Module, x: Tensor, gelu: Callable[[Tensor], Tensor])
     backend = select_backend("bias_gelu", x)
     if backend == "reference":
         return gelu(linear(x))
-    if type(linear) is nn.Linear and backend != "cpp":
+    if backend != "cpp" and _is_plain(linear, nn.Linear):
         return bias_gelu(F.linear(x, linear.weight), linear.bias)
     return bias_gelu(linear(x), None)
+
+
+def _is_plain(layer: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a layer does what its class does, without hooks (of offloading) or an adapter."""
+    hooked = layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer)
+    return type(layer) is kind and not hooked
 
 
 _FORWARDS: dict[str, Callable[..., Any]] = {

@@ -12,6 +12,9 @@ import torch
 from diffusers import WanTransformer3DModel
 from fastgrpo_kernels import patch
 
+from fastgrpo.errors import UserError
+from fastgrpo.policies.fused import fuse
+
 TOKENS = 3 * 2 * 3  # of latents [3, 4, 6] in patches of [1, 2, 2]
 
 
@@ -100,3 +103,34 @@ def test_gradient_checkpointing_of_diffusers_runs_each_block_again(
         gradients.append(torch.autograd.grad(out.square().sum(), [*network.parameters()]))
         assert len(calls) == (6 if checkpointing else 4)
     assert all(map(torch.equal, *gradients))
+
+
+def test_hooks_of_layers_are_called() -> None:
+    """Offloading hangs on them. With patches of one pixel the embedding is a linear layer."""
+    network = WanTransformer3DModel(
+        patch_size=(1, 1, 1),
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=4,
+        text_dim=8,
+        freq_dim=16,
+        ffn_dim=32,
+        num_layers=1,
+        rope_max_seq_len=32,
+    ).eval()
+    patch(network)
+    expected, calls = network(*tensors()).sample, []
+    layers = network.patch_embedding, network.blocks[0].ffn.net[0].proj
+    for layer in layers:
+        layer.register_forward_hook(lambda layer, *_: calls.append(layer))
+    torch.testing.assert_close(network(*tensors()).sample, expected)
+    assert calls == [*layers]
+
+
+def test_auto_leaves_what_it_does_not_know_as_it_is() -> None:
+    network = torch.nn.Linear(2, 2)
+    with pytest.warns(UserWarning, match="auto takes diffusers' own operations: .* got Linear"):
+        assert not fuse(network, "auto", torch.device("cpu"))
+    with pytest.raises(UserError, match="got Linear; set it to false"):
+        fuse(network, True, torch.device("cpu"))
