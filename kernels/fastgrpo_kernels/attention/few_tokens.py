@@ -46,9 +46,7 @@ register("few_token_attention", _fake, _backward, _save)
 register("few_token_attention_backward", _backward_fake)
 
 
-def few_token_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, backend: str | None = None
-) -> Tensor:
+def few_token_attention(q: Tensor, k: Tensor, v: Tensor, *, backend: str | None = None) -> Tensor:
     """softmax(q k^T / sqrt(D)) v of each head, without a mask.
 
     Differentiable in all three; each gradient has its input's dtype. A sample's bits depend on
