@@ -103,7 +103,7 @@ def test_gradcheck() -> None:
 
 @pytest.mark.parametrize("size", [1e2, 1e4, 1e9])
 def test_large_scores(size: float, attention: Attention) -> None:
-    """Of scores far apart the largest takes all; equal ones of any size share. Nothing overflows."""
+    """Of scores far apart the largest takes all; equal ones share, whatever their size."""
     k = torch.eye(4, 16)[None, :, None] * size
     q = (4 * torch.eye(4, 16)[[2, 0, 1]])[None, :, None]  # times 1 / sqrt(16)
     v = inputs(1, (3, 4), (1, 16))[2]
@@ -115,7 +115,7 @@ def test_large_scores(size: float, attention: Attention) -> None:
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_what_is_not_finite_stays_in_its_head(value: float, attention: Attention) -> None:
-    """A NaN or infinite query gives NaN in its own row, a key in all rows of its head, no others."""
+    """A NaN or infinite query gives NaN in its own row, a key in all rows of its head."""
     q, k, v, _ = inputs(2, (3, 5), (2, 16))
     wanted = attention(q, k, v)
     q[0, 1, 1, 2] = value
