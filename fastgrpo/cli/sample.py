@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import jsonargparse
 
 from fastgrpo.errors import fail
-from fastgrpo.evaluation.comparison import ComparisonOptions, compare_weights
+from fastgrpo.evaluation.options import ComparisonOptions
 from fastgrpo.training.trust import OPTION
 
 logger = logging.getLogger("fastgrpo")
@@ -35,7 +35,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     skip = {"run", "no_scores", "trust"}
     parser.add_class_arguments(ComparisonOptions, as_group=False, skip=skip)
     try:
-        folder = compare_weights(ComparisonOptions(**parser.parse_args(argv).as_dict()))
+        options = ComparisonOptions(**parser.parse_args(argv).as_dict())
+        from fastgrpo.evaluation.comparison import compare_weights
+
+        folder = compare_weights(options)
     except (jsonargparse.ArgumentError, ValueError, OSError) as error:
         fail(error)
     logger.info(f"videos, stills, scores and comparison.png: {folder}")

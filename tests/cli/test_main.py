@@ -4,6 +4,7 @@ what follows their name.
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -14,6 +15,8 @@ from typing import Any
 import pytest
 
 from fastgrpo import __main__ as entry
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -73,11 +76,10 @@ def test_anything_else_is_an_error_with_the_list(
 
 def test_help_lists_the_real_commands_without_importing_torch(tmp_path: Path) -> None:
     """In a process of its own, as a user starts it."""
-    root = Path(__file__).parents[2]
     done = subprocess.run(
         [sys.executable, "-X", "importtime", "-m", "fastgrpo"],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(root), str(root / "kernels")])},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])},
         capture_output=True,
         text=True,
         check=True,
@@ -87,3 +89,40 @@ def test_help_lists_the_real_commands_without_importing_torch(tmp_path: Path) ->
     assert all(len(words) > 20 for words in lines.values())
     assert "fastgrpo" in done.stderr
     assert " torch" not in done.stderr
+
+
+HELPED = """
+import contextlib, io, json, sys
+from fastgrpo.__main__ import commands, main
+
+heavy, found = {"torch", "diffusers", "transformers", "matplotlib", "sklearn"}, {}
+calls = [[name] for name in commands()] + [["evaluate", "sample"], ["evaluate", "vbench"]]
+for words in calls:
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        try:
+            main([*words, "--help"])
+        except SystemExit as stop:
+            code = stop.code
+    loaded = heavy & {*sys.modules}
+    heavy -= loaded  # the next command is not blamed
+    found[" ".join(words)] = [code, len(said.getvalue()), sorted(loaded)]
+print(json.dumps(found))
+"""
+
+
+def test_help_of_every_command_imports_nothing_heavy(tmp_path: Path) -> None:
+    """Of all in one process, after which none has loaded torch or what takes as long."""
+    done = subprocess.run(
+        [sys.executable, "-c", HELPED],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    found = json.loads(done.stdout)
+    assert {"train", "score", "serve_judge", "evaluate sample"} <= found.keys()
+    assert {name: (code, heavy) for name, (code, _, heavy) in found.items()} == dict.fromkeys(
+        found, (0, [])
+    )
+    assert all(length > 200 for _, length, _ in found.values())
