@@ -9,12 +9,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from diffusers.models.attention_dispatch import (
-    AttentionBackendName,
-    _AttentionBackendRegistry,
-    attention_backend,
-    dispatch_attention_fn,
-)
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -53,6 +47,12 @@ def set_attention(
         UserError: The backend is unknown, not installed, has no backward, or cannot take what
             reaches it under autocast.
     """
+    from diffusers.models.attention_dispatch import (
+        AttentionBackendName,
+        attention_backend,
+        dispatch_attention_fn,
+    )
+
     names = [*_TORCH_FLASH, *sorted(backend.value for backend in AttentionBackendName)]
     require(name in names, "policy.attention", f"one of {', '.join(names)}", name)
     if device.type == "cuda" and torch.are_deterministic_algorithms_enabled():
@@ -85,12 +85,14 @@ def set_attention(
         ) from error
 
 
-def _ask_alike(backend: AttentionBackendName, alike: bool) -> None:
-    """Let a backend of diffusers ask for the same with and without gradients, or not.
+def _ask_alike(backend: Any, alike: bool) -> None:
+    """Let an AttentionBackendName of diffusers ask for the same with and without gradients, or not.
 
     The place is diffusers' registry, since plain and fused processors, of every transformer, get
     the function from there.
     """
+    from diffusers.models.attention_dispatch import _AttentionBackendRegistry
+
     functions = _AttentionBackendRegistry._backends
     plain = inspect.unwrap(functions[backend])
     functions[backend] = _as_in_training(plain) if alike else plain
@@ -147,6 +149,8 @@ def describe_attention(
         batch_size: Videos per forward pass.
         masked: Whether it gets a mask over the keys.
     """
+    from diffusers.models.attention_dispatch import dispatch_attention_fn
+
     config = transformer.config
     processors: list[Any] = [getattr(module, "processor", None) for module in transformer.modules()]
     backend = next(p._attention_backend for p in processors if hasattr(p, "_attention_backend"))

@@ -22,8 +22,7 @@ import pytest
 import torch
 
 from fastgrpo.cli.score import main
-from fastgrpo.evaluation.options import ScoreOptions
-from fastgrpo.evaluation.score import GIVE_UP, JudgeLostError, score
+from fastgrpo.evaluation.score import GIVE_UP, JudgeLostError, ScoreOptions, score
 from fastgrpo.evaluation.score_file import describe_beside, judge_hash, replaced_beside
 from fastgrpo.rewards.media.frames import FrameSettings, make_clip
 from fastgrpo.rewards.media.video_files import read_video
