@@ -21,6 +21,7 @@ from fastgrpo.evaluation.options import EvaluationOptions
 from fastgrpo.evaluation.vbench_scores import SUFFIX
 from fastgrpo.evaluation.vbench_tables import compare_vbench
 from fastgrpo.training.trust import OPTION
+from fastgrpo.training.used_folder import require_run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(compare_vbench(**arguments["vbench"]))
             return 0
         options = EvaluationOptions(**arguments["sample"])
+        require_run(Path(options.run))  # before torch is loaded
         from fastgrpo.distributed import collectives
         from fastgrpo.evaluation.evaluation_videos import sample_evaluation
 

@@ -42,6 +42,7 @@ from fastgrpo.training.trust import (
     is_made_here,
     read_mapping,
 )
+from fastgrpo.training.used_folder import require_run
 from fastgrpo.training.validation import ValidationSet
 
 logger = logging.getLogger("fastgrpo")
@@ -126,12 +127,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises:
         FileNotFoundError, UserError: There is none, or it is no YAML of keys and values.
     """
-    path = folder / "config.yaml"
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"run: expected a run folder with config.yaml, found none at {path.parent}"
-        )
-    return read_mapping(path)
+    require_run(folder)
+    return read_mapping(folder / "config.yaml")
 
 
 def sampling_settings(
