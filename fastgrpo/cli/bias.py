@@ -16,7 +16,7 @@ from pathlib import Path
 import jsonargparse
 
 from fastgrpo.errors import fail
-from fastgrpo.evaluation.bias import BiasOptions, measure_bias
+from fastgrpo.evaluation.options import BiasOptions
 from fastgrpo.evaluation.score_rows import MEAN
 
 
@@ -51,7 +51,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_class_arguments(BiasOptions, as_group=False, skip={"scores", "names", "score"})
     try:
-        print(measure_bias(BiasOptions(**parser.parse_args(argv).as_dict())))
+        options = BiasOptions(**parser.parse_args(argv).as_dict())
+        from fastgrpo.evaluation.bias import measure_bias
+
+        print(measure_bias(options))
     except (jsonargparse.ArgumentError, ValueError, OSError) as error:
         fail(error)
     return 0

@@ -10,9 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fastgrpo.distributed import collectives
 from fastgrpo.errors import INPUT_ERRORS, fail
-from fastgrpo.evaluation.calibration import CalibrateOptions, calibrate
+from fastgrpo.evaluation.options import CalibrateOptions
 from fastgrpo.training.recipe_parser import parse_config
 
 
@@ -21,6 +20,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     config, config_yaml, options = parse_config(
         argv, CalibrateOptions, prog="python -m fastgrpo calibrate", description=__doc__
     )
+    from fastgrpo.distributed import collectives
+    from fastgrpo.evaluation.calibration import calibrate
+
     try:
         # Once for all the runs: a second group from the same store would find the first one's
         # addresses.

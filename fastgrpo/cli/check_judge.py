@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import jsonargparse
-import torch
 
 from fastgrpo.errors import fail
-from fastgrpo.rewards.vlm.endpoint_check import CHECKS
-from fastgrpo.rewards.vlm.served import ServerEngine
 
 
 def check(
@@ -29,6 +26,11 @@ def check(
     Returns:
         1 if a check fails, else 0.
     """
+    import torch
+
+    from fastgrpo.rewards.vlm.endpoint_check import CHECKS
+    from fastgrpo.rewards.vlm.served import ServerEngine
+
     engine = ServerEngine(
         (endpoint,), model, api_key_env, patience=patience, set_aside=patience / 10
     )

@@ -16,12 +16,12 @@ from pathlib import Path
 
 import jsonargparse
 
-from fastgrpo.distributed import collectives
 from fastgrpo.errors import fail
-from fastgrpo.evaluation.evaluation_videos import EvaluationOptions, sample_evaluation
+from fastgrpo.evaluation.options import EvaluationOptions
 from fastgrpo.evaluation.vbench_scores import SUFFIX
 from fastgrpo.evaluation.vbench_tables import compare_vbench
 from fastgrpo.training.trust import OPTION
+from fastgrpo.training.used_folder import require_run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,10 +45,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     try:
         arguments = parser.parse_args(argv).as_dict()
-        if arguments["action"] == "sample":
-            text = sample_evaluation(EvaluationOptions(**arguments["sample"]))
-        else:
-            text = compare_vbench(**arguments["vbench"])
+        if arguments["action"] == "vbench":
+            print(compare_vbench(**arguments["vbench"]))
+            return 0
+        options = EvaluationOptions(**arguments["sample"])
+        require_run(Path(options.run))  # before torch is loaded
+        from fastgrpo.distributed import collectives
+        from fastgrpo.evaluation.evaluation_videos import sample_evaluation
+
+        text = sample_evaluation(options)
     except (jsonargparse.ArgumentError, ValueError, OSError) as error:
         fail(error)
     if collectives.rank() == 0:

@@ -6,9 +6,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 
 from fastgrpo.errors import INPUT_ERRORS, fail
 from fastgrpo.training.trust import OPTION
+from fastgrpo.training.used_folder import require_run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,9 +28,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--trust", action="store_true", help=OPTION)
     options = parser.parse_args(argv)
-    from fastgrpo.training.export import export
-
     try:
+        require_run(Path(options.run))  # before torch is loaded
+        from fastgrpo.training.export import export
+
         folder = export(options.run, options.checkpoint, options.ema, options.output, options.trust)
     except INPUT_ERRORS as error:
         fail(error)

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 
 import jsonargparse
 
 from fastgrpo.errors import fail
-from fastgrpo.evaluation.comparison import ComparisonOptions, compare_weights
+from fastgrpo.evaluation.options import ComparisonOptions
 from fastgrpo.training.trust import OPTION
+from fastgrpo.training.used_folder import require_run
 
 logger = logging.getLogger("fastgrpo")
 
@@ -35,7 +37,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     skip = {"run", "no_scores", "trust"}
     parser.add_class_arguments(ComparisonOptions, as_group=False, skip=skip)
     try:
-        folder = compare_weights(ComparisonOptions(**parser.parse_args(argv).as_dict()))
+        options = ComparisonOptions(**parser.parse_args(argv).as_dict())
+        require_run(Path(options.run))  # before torch is loaded
+        from fastgrpo.evaluation.comparison import compare_weights
+
+        folder = compare_weights(options)
     except (jsonargparse.ArgumentError, ValueError, OSError) as error:
         fail(error)
     logger.info(f"videos, stills, scores and comparison.png: {folder}")

@@ -18,7 +18,7 @@ import jsonargparse
 import yaml
 
 from fastgrpo.errors import fail, require
-from fastgrpo.evaluation.score import ScoreOptions, score
+from fastgrpo.evaluation.options import ScoreOptions
 from fastgrpo.files import find_file
 from fastgrpo.training.trust import read_mapping
 
@@ -45,7 +45,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         given = parsed.reward.clone().as_dict().get("init_args")
         values = parser.instantiate(parsed).as_dict()
         values.pop("config")
-        done, failed = score(ScoreOptions(**values), given)
+        options = ScoreOptions(**values)
+        from fastgrpo.evaluation.score import score
+
+        done, failed = score(options, given)
     except (jsonargparse.ArgumentError, yaml.YAMLError, ValueError, TypeError, OSError) as error:
         fail(error)
     except RuntimeError as error:  # of a judge: lost on the way, or out of memory

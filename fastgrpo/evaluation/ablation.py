@@ -24,7 +24,7 @@ from fastgrpo.evaluation.figures import save_figure
 from fastgrpo.evaluation.report.run_record import NAMES_OF_THE_RUN, read_runs
 from fastgrpo.evaluation.score_file import judge_hash
 from fastgrpo.evaluation.tables import render_table, write_csv
-from fastgrpo.training.checkpoint import list_checkpoints
+from fastgrpo.training.checkpoint_names import list_checkpoints
 from fastgrpo.training.run_folder import differences
 from fastgrpo.training.signals import stop_on_signals
 from fastgrpo.training.trust import check_links

@@ -14,8 +14,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from matplotlib.figure import Figure
-
 from fastgrpo.evaluation import figures
 from fastgrpo.training.tracking import Row
 
@@ -172,7 +170,7 @@ def absences(cells: Sequence[CellResult], iterations: int, iteration: int | None
     return lines
 
 
-def curves(cells: Sequence[CellResult], stages: Sequence[str], iteration: int) -> Figure:
+def curves(cells: Sequence[CellResult], stages: Sequence[str], iteration: int) -> figures.Figure:
     """Validation mean of each stage over iterations: for each mode the mean over the seeds of the
     table, and a band of one standard deviation.
     """

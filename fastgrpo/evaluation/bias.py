@@ -5,12 +5,10 @@ cluster the prompts, write tables and figures (Eq. 3; the mathematics is in kapp
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
-from fastgrpo.errors import UserError, require
+from fastgrpo.errors import require
 from fastgrpo.evaluation.bias_tables import (
     bias_rows,
     bias_table,
@@ -21,10 +19,9 @@ from fastgrpo.evaluation.bias_tables import (
 )
 from fastgrpo.evaluation.figures import save_figure
 from fastgrpo.evaluation.kappa import N_INIT, cluster_all, directions, measure_all, typical
+from fastgrpo.evaluation.options import BiasOptions
 from fastgrpo.evaluation.prompt_embeddings import Encoder, Vectors, embed_prompts, read_matrix
-from fastgrpo.evaluation.score import Device, select_device
 from fastgrpo.evaluation.score_rows import (
-    MEAN,
     ScoredRow,
     left_out_lines,
     match_rows,
@@ -34,58 +31,6 @@ from fastgrpo.evaluation.score_rows import (
 )
 from fastgrpo.evaluation.tables import write_csv, write_json
 from fastgrpo.training.trust import check_links
-
-
-@dataclass(frozen=True)
-class BiasOptions:
-    """What `measure_bias` measures.
-
-    Attributes:
-        scores: A file of scores for each judge.
-        names: Names of the judges, in the same order; by default those of the files.
-        score: A stage, a component, or `mean` of all stages; one for all judges, or one for each.
-            The score of a row {"score": x} is the stage `score`.
-        embeddings: Of the prompts, .npy: a row for each row of the first file of scores.
-        text_encoder: Folder or hub id of a UMT5 encoder (a model of transformers, or a pipeline of
-            diffusers, such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers); it embeds the prompts whose
-            embeddings OUTPUT does not have yet.
-        revision: Of the hub id.
-        clusters: Numbers of clusters, first:last, or one number.
-        seed: Of k-means for the tables and clusters, and of the shuffles.
-        num_seeds: Seeds, from `seed` on, over which the range of κ is shown.
-        batch_size: Prompts that the encoder gets at a time.
-        device: Where the encoder runs; auto takes a GPU if there is one.
-        output: Folder to write to; by default `bias` beside the first file of scores.
-    """
-
-    scores: Sequence[Path]
-    names: Sequence[str] | None = None
-    score: Sequence[str] = (MEAN,)
-    embeddings: Path | None = None
-    text_encoder: str | None = None
-    revision: str | None = None
-    clusters: str = "10:20"
-    seed: int = 0
-    num_seeds: int = 5
-    batch_size: int = 8
-    device: Device = "auto"
-    output: Path | None = None
-
-    def __post_init__(self) -> None:
-        for key in ("num_seeds", "batch_size"):
-            require(getattr(self, key) >= 1, key, "at least 1", getattr(self, key))
-        in_range = 0 <= self.seed <= 2**32 - self.num_seeds
-        require(in_range, "seed", "an integer in [0, 2^32 - num_seeds]", self.seed)
-        alone = self.revision is not None and self.text_encoder is None
-        require(not alone, "revision", "none without a text_encoder", self.revision)
-        if self.embeddings is not None and self.text_encoder is not None:
-            raise UserError("embeddings: expected those or a text_encoder, got both")
-        expected = f"one for all or one for each of {len(self.scores)} files of scores"
-        require(len(self.score) in (1, len(self.scores)), "score", expected, len(self.score))
-
-    @property
-    def folder(self) -> Path:
-        return self.output or self.scores[0].parent / "bias"
 
 
 def measure_bias(options: BiasOptions) -> str:
@@ -183,6 +128,9 @@ def _vectors_of(
     require(not without, "prompts", expected, f"{without} videos without")
     encoder = None
     if options.text_encoder is not None:
+        # torch and transformers are loaded only for an encoder.
+        from fastgrpo.evaluation.score import select_device
+
         device = select_device(options.device)
         encoder = Encoder(options.text_encoder, options.revision, device)
     kept = options.folder / "embeddings.safetensors"

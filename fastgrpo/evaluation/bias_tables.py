@@ -9,7 +9,6 @@ from textwrap import shorten
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from fastgrpo.evaluation import figures
 from fastgrpo.evaluation.figures import COLORS, FAINT, MARKERS
@@ -122,7 +121,7 @@ def bias_rows(
     return {"kappa": over, "clusters": within}
 
 
-def kappa_figure(judges: Judges) -> Figure:
+def kappa_figure(judges: Judges) -> figures.Figure:
     """κ over the cluster means by the number of clusters, one line per judge; its range over seeds
     is shaded, what chance reaches is dotted.
     """
@@ -143,7 +142,7 @@ def kappa_figure(judges: Judges) -> Figure:
     return figure
 
 
-def cluster_figure(judges: Judges, labels: Labels) -> Figure:
+def cluster_figure(judges: Judges, labels: Labels) -> figures.Figure:
     """Each judge's scores by cluster: boxes with whiskers to 1.5 times their height, the mean as a
     marker, the mean of the means dashed.
     """

@@ -6,7 +6,6 @@ import dataclasses
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
@@ -14,8 +13,9 @@ import yaml
 from fastgrpo.algorithm.self_paced import calibrated_threshold, smooth
 from fastgrpo.config import TrainConfig
 from fastgrpo.distributed import collectives
-from fastgrpo.errors import UserError, require
+from fastgrpo.errors import UserError
 from fastgrpo.evaluation.figures import save_figure
+from fastgrpo.evaluation.options import CalibrateOptions
 from fastgrpo.evaluation.report.run_figures import topics
 from fastgrpo.evaluation.report.run_record import RunRecord
 from fastgrpo.training.loop import run
@@ -27,24 +27,6 @@ logger = logging.getLogger("fastgrpo")
 
 DECIDES = ("policy", "reward", "prompts", "rollout", "scoring", "update", "seed")
 """Sections of a configuration that decide the rewards of a stage that is trained alone."""
-
-
-@dataclass(frozen=True)
-class CalibrateOptions:
-    """Calibration of the thresholds."""
-
-    iterations: int = 50
-    """Iterations on each stage alone."""
-    fraction: float = 0.7
-    """Share of a stage's gain at which the next stage opens."""
-    smoothing_window: int = 10
-    """Iterations of the moving average."""
-
-    def __post_init__(self) -> None:
-        require(self.iterations >= 1, "options.iterations", "at least 1", self.iterations)
-        require(0 < self.fraction <= 1, "options.fraction", "a number in (0, 1]", self.fraction)
-        window = self.smoothing_window
-        require(window >= 1, "options.smoothing_window", "at least 1", window)
 
 
 def calibrate(config: TrainConfig, config_yaml: str, options: CalibrateOptions) -> int:

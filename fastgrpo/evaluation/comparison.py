@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from fastgrpo.config import TrainConfig
 from fastgrpo.distributed import collectives
+from fastgrpo.evaluation.options import ComparisonOptions
 from fastgrpo.evaluation.report.contact_sheet import contact_sheet
 from fastgrpo.interfaces import Policy, RewardModel
 from fastgrpo.rewards.queue import ScoringQueue
@@ -17,7 +17,6 @@ from fastgrpo.training.loop import compute_dtype
 from fastgrpo.training.preflight import checked_prompts
 from fastgrpo.training.sample_files import save_samples
 from fastgrpo.training.sampling import (
-    SamplingOptions,
     Unscored,
     find_checkpoint,
     joined,
@@ -35,36 +34,6 @@ from fastgrpo.training.trust import check_links
 from fastgrpo.training.validation import ValidationSet, sample_validation
 
 logger = logging.getLogger("fastgrpo")
-
-
-@dataclass(frozen=True)
-class ComparisonOptions(SamplingOptions):
-    """What `compare_weights` samples.
-
-    Attributes:
-        run: A run folder.
-        checkpoint: Name of one of its checkpoints, such as iteration_000050, or the path of one;
-            its average of the weights is sampled if it has one.
-        prompts: Text file, one prompt per line; by default the run's validation prompts.
-        num_videos: Only the first so many prompts.
-        num_inference_steps: Steps of the sampler; by default the run's.
-        height: In pixels; by default the run's.
-        width: In pixels; by default the run's.
-        num_frames: By default the run's.
-        sde: Sampler on the training schedule.
-        seed: Of the noise; by default the run's.
-        output: Folder for the videos, which replace those that an earlier call made with the same
-            settings; by default <run>/samples/<checkpoint>_<sampler>, and what else differs from
-            the run's own settings.
-        trust: As `trust.OPTION` says.
-        scheduler: training: the schedule of training. pipeline: the scheduler that the model's own
-            diffusers pipeline has; in one process.
-        no_scores: Do not let the run's judge score the videos. A judge that cannot be loaded leaves
-            them without scores too, with a note.
-    """
-
-    scheduler: Literal["training", "pipeline"] = "training"
-    no_scores: bool = False
 
 
 def compare_weights(options: ComparisonOptions) -> Path:

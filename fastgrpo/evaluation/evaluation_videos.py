@@ -26,6 +26,7 @@ from tqdm import tqdm
 from fastgrpo.algorithm.seeds import derive_seed
 from fastgrpo.config import RolloutConfig
 from fastgrpo.distributed import collectives
+from fastgrpo.evaluation.options import EvaluationOptions
 from fastgrpo.evaluation.vbench_prompts import (
     EvaluationPrompt,
     read_evaluation_prompts,
@@ -40,7 +41,6 @@ from fastgrpo.training.rollout import sample_videos, start_rollout
 from fastgrpo.training.sample_files import write_video
 from fastgrpo.training.sampling import (
     BASE,
-    SamplingOptions,
     find_checkpoint,
     joined,
     keep_settings,
@@ -53,31 +53,6 @@ from fastgrpo.training.sampling import (
 from fastgrpo.training.trust import check_links
 
 logger = logging.getLogger("fastgrpo")
-
-
-@dataclass(frozen=True)
-class EvaluationOptions(SamplingOptions):
-    """What `sample_evaluation` samples.
-
-    Attributes:
-        run: A run folder.
-        checkpoint: Name of one of the run's checkpoints, or the path of one; its average of the
-            weights is sampled if it has one. Or `base`, the weights that training starts from.
-        prompts: VBench's VBench_full_info.json; or prompts of your own (text, .jsonl, .parquet). A
-            name that no file can have is changed: slashes to underscores, cut, and a hash added.
-        num_videos: Videos of each prompt; by default 5, and 25 of the prompts of
-            temporal_flickering, as VBench asks.
-        num_inference_steps: Steps of the sampler; by default the recipe's.
-        height: In pixels; by default the recipe's.
-        width: In pixels; by default the recipe's.
-        num_frames: By default the recipe's. VBench is for videos shorter than 5 seconds.
-        sde: Sampler on the training schedule.
-        seed: All videos' seeds follow from it; by default the recipe's.
-        output: Folder to write to; by default <run>/evaluation/<checkpoint>_<prompts>.
-        trust: As `trust.OPTION` says.
-    """
-
-    prompts: str = "VBench_full_info.json"
 
 
 @dataclass(frozen=True)

@@ -12,14 +12,14 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.legend import Legend
-from matplotlib.ticker import MaxNLocator
+
+if TYPE_CHECKING:  # matplotlib is loaded only to draw
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.legend import Legend
 
 Series = tuple[list[int], list[float]]
 """Iterations and values."""
@@ -117,6 +117,8 @@ def series(rows: Sequence[Mapping[str, Any]], key: str) -> Series:
 
 def save_figure(figure: Figure, stem: Path) -> None:
     """Write `<stem>.png` (160 dpi) and `<stem>.svg`; the same figure gives the same bytes."""
+    import matplotlib
+
     figure.savefig(f"{stem}.png", dpi=160, metadata={"Software": None})
     # Without a salt, the ids in the file are random.
     with matplotlib.rc_context({"svg.hashsalt": "fastgrpo"}):
@@ -140,6 +142,8 @@ def new_figure(
     rows: int, width: float, height: float, columns: int = 1, sharex: bool = False
 ) -> tuple[Figure, list[Axes]]:
     """An empty figure of `width` x `height` inches and its axes, row by row."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
     return figure, list(figure.subplots(rows, columns, sharex=sharex, squeeze=False).flat)
 
@@ -184,6 +188,8 @@ def finish(
     axes: Axes, title: str, ylabel: str, xlabel: str = "iteration", legend: bool = True
 ) -> None:
     """Give axes that have been drawn their title, labels, legend and the style of all figures."""
+    from matplotlib.ticker import MaxNLocator
+
     entries = len(axes.get_legend_handles_labels()[0]) if legend else 0
     pad = 6 + 16 * math.ceil(entries / 3)
     text: dict[str, Any] = {"parse_math": False}  # a name with dollars is no formula

@@ -7,21 +7,20 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from tqdm import tqdm
-from transformers import UMT5EncoderModel
 
 from fastgrpo.errors import UserError, require
 from fastgrpo.files import atomic_write, find_file
 from fastgrpo.hub import fetch_files
-from fastgrpo.policies.model_files import load_part, load_tokenizer
-from fastgrpo.policies.text_cache import fingerprint
+
+if TYPE_CHECKING:  # embeddings that are given or kept are read without torch
+    import torch
 
 MAX_TOKENS = 512
 """Of a prompt; the rest is cut off, with a warning."""
@@ -45,6 +44,8 @@ class Encoder:
 
     @property
     def dtype(self) -> torch.dtype:
+        import torch
+
         return torch.bfloat16 if self.device.type == "cuda" else torch.float32
 
     def folders(self) -> tuple[Path, Path]:
@@ -76,6 +77,8 @@ class Encoder:
             "max_tokens": str(MAX_TOKENS),
         }
         if Path(self.name).expanduser().is_dir():
+            from fastgrpo.policies.text_cache import fingerprint
+
             model, tokenizer = self.folders()
             known |= {"text_encoder": fingerprint(model), "tokenizer": fingerprint(tokenizer)}
         return known
@@ -86,6 +89,10 @@ class Encoder:
         Raises:
             FileNotFoundError, UserError: There is none, or it is another model.
         """
+        from transformers import UMT5EncoderModel
+
+        from fastgrpo.policies.model_files import load_part, load_tokenizer
+
         folder, words = self.folders()
         try:
             # A decoder's tensors may be beside the encoder's.
@@ -172,13 +179,14 @@ def embed_prompts(
     return np.stack([table[prompt] for prompt in prompts])
 
 
-@torch.no_grad()
 def mean_embeddings(
     encoder: Any, tokenizer: Any, prompts: Sequence[str], batch_size: int
 ) -> Vectors:
     """The mean of the encoder's last hidden state over the tokens that are not padding, the end
     token among them: [n, D] float32. Warns if prompts are cut to MAX_TOKENS.
     """
+    import torch
+
     # Prompts of similar length together, so that little is padding.
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     vectors = np.empty((len(prompts), encoder.config.d_model), np.float32)
@@ -192,7 +200,8 @@ def mean_embeddings(
             max_length=MAX_TOKENS,
             return_tensors="pt",
         ).to(encoder.device)
-        hidden = encoder(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+        with torch.no_grad():
+            hidden = encoder(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
         weights = batch.attention_mask.unsqueeze(-1).float()
         mean = (hidden.last_hidden_state.float() * weights).sum(1) / weights.sum(1)
         vectors[chosen] = mean.cpu().numpy()

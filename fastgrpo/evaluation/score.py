@@ -8,64 +8,30 @@ from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from tqdm import tqdm
 
 from fastgrpo.errors import UserError, require
+from fastgrpo.evaluation.options import Device, ScoreOptions
 from fastgrpo.evaluation.score_file import Key, Row, identify, open_scores, replaced_beside
 from fastgrpo.evaluation.video_prompts import list_videos, match_prompts
 from fastgrpo.interfaces import RewardModel
 from fastgrpo.rewards.media.frames import clip_of_frames, frame_indices
-from fastgrpo.rewards.media.video_files import Decoder, Limits, read_video
+from fastgrpo.rewards.media.video_files import read_video
 from fastgrpo.rewards.vlm.engine import Clip
 from fastgrpo.rewards.vlm.judge import FAILED, Reading, StageJudge
 from fastgrpo.training.sampling import local_contents
 
 GIVE_UP = 16
 """Videos in a row to which the judge gave no reply, after which it counts as lost."""
-Device = Literal["auto", "cpu", "cuda"]
 Seen = tuple[Clip, str] | str
 """A file's frames and what decoded them, or why there are none."""
 T = TypeVar("T")
 R = TypeVar("R")
-
-
-@dataclass(frozen=True)
-class ScoreOptions:
-    """What `score` scores, and how.
-
-    Attributes:
-        videos: A folder (its video files, sorted by name, without those in its folders), a .txt
-            file with one path per line, or one video.
-        prompts: A text, .jsonl or .parquet file (or hub data set) with one prompt per video, in
-            the same order; or by the videos' names: a .json or .jsonl file of {"video": name,
-            "prompt": text}, a .json file of {name: text}, or the samples.json of saved samples.
-        output: The file of rows. Rows that are there are kept, and not scored again, unless the
-            video has other bytes now.
-        reward: The judge: a class by its dotted path, and its arguments.
-        device: Where the judge runs and the frames lie; auto takes a GPU if there is one.
-        decoder: auto decodes with DALI if it is installed and takes the file, else with PyAV.
-        batch_size: Videos that the judge gets at a time.
-        readers: Threads that decode ahead of the judge, up to two batches.
-        retry_failed: Score the videos again whose rows have an error.
-        limits: The most that a file may have.
-    """
-
-    videos: str
-    prompts: str
-    output: str
-    reward: RewardModel
-    device: Device = "auto"
-    decoder: Decoder = "auto"
-    batch_size: int = 8
-    readers: int = 2
-    retry_failed: bool = False
-    limits: Limits = Limits()  # noqa: RUF009  (frozen)
 
 
 class JudgeLostError(RuntimeError):

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from fastgrpo.errors import UserError, require
@@ -234,7 +233,7 @@ def _interval(low: float | None, high: float | None, sign: str = "") -> str:
     return "–" if low is None else f"[{_number(low, sign)}, {_number(high, sign)}]"
 
 
-def stage_figure(sets: Mapping[str, Floats], content: Mapping[str, Any]) -> Figure:
+def stage_figure(sets: Mapping[str, Floats], content: Mapping[str, Any]) -> figures.Figure:
     """A violin for each stage and set: the density of the scores [n, K], the mean as a marker, its
     95 % interval as a bar.
     """

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from fastgrpo.evaluation import figures
 from fastgrpo.evaluation.score_rows import name_files
@@ -108,7 +107,7 @@ def score_table(runs: Mapping[str, Scores], values: Values, format: Format) -> s
     return render_table(lines, format, totals=totals)
 
 
-def score_figure(runs: Mapping[str, Scores], values: Values) -> Figure:
+def score_figure(runs: Mapping[str, Scores], values: Values) -> figures.Figure:
     """Bars of every dimension and total, one colour per run."""
     rows = score_rows(runs, values)
     places, height = np.arange(len(rows)), 0.8 / len(runs)

@@ -9,12 +9,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from diffusers.models.attention_dispatch import (
-    AttentionBackendName,
-    _AttentionBackendRegistry,
-    attention_backend,
-    dispatch_attention_fn,
-)
 from fastgrpo_kernels.patching import FusedProcessor
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
@@ -54,6 +48,12 @@ def set_attention(
         UserError: The backend is unknown, not installed, has no backward, or cannot take what
             reaches it under autocast.
     """
+    from diffusers.models.attention_dispatch import (
+        AttentionBackendName,
+        attention_backend,
+        dispatch_attention_fn,
+    )
+
     names = [*_TORCH_FLASH, *sorted(backend.value for backend in AttentionBackendName)]
     require(name in names, "policy.attention", f"one of {', '.join(names)}", name)
     if device.type == "cuda" and torch.are_deterministic_algorithms_enabled():
@@ -92,12 +92,14 @@ _plain: weakref.WeakKeyDictionary[Callable[..., Tensor], Callable[..., Tensor]] 
 """What each function of `_as_in_training` is made from; a user's own wrappers are none of them."""
 
 
-def _ask_alike(backend: AttentionBackendName, alike: bool) -> None:
-    """Let a backend of diffusers ask for the same with and without gradients, or not.
+def _ask_alike(backend: Any, alike: bool) -> None:
+    """Let an AttentionBackendName of diffusers ask for the same with and without gradients, or not.
 
     The place is diffusers' registry, since plain and fused processors, of every transformer, get
     the function from there.
     """
+    from diffusers.models.attention_dispatch import _AttentionBackendRegistry
+
     functions = _AttentionBackendRegistry._backends
     plain = _plain.get(functions[backend], functions[backend])
     functions[backend] = _as_in_training(plain) if alike else plain
@@ -155,6 +157,8 @@ def describe_attention(
         batch_size: Videos per forward pass.
         masked: Whether it gets a mask over the keys.
     """
+    from diffusers.models.attention_dispatch import dispatch_attention_fn
+
     config = transformer.config
     processors: list[Any] = [getattr(module, "processor", None) for module in transformer.modules()]
     processor = next(p for p in processors if hasattr(p, "_attention_backend"))

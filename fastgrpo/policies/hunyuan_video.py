@@ -6,14 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import (
-    AutoencoderKLHunyuanVideo,
-    HunyuanVideoPipeline,
-    HunyuanVideoTransformer3DModel,
-)
-from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
 from torch import Tensor, nn
-from transformers import CLIPTextModel, LlamaModel
 
 from fastgrpo.distributed.collectives import CPU
 from fastgrpo.errors import require
@@ -51,13 +44,6 @@ class HunyuanVideoPolicy(DiffusersPolicy):
     this.
     """
 
-    pipeline_class = HunyuanVideoPipeline
-    part_classes = {  # noqa: RUF012
-        "transformer": HunyuanVideoTransformer3DModel,
-        "vae": AutoencoderKLHunyuanVideo,
-        "text_encoder": LlamaModel,
-        "text_encoder_2": CLIPTextModel,
-    }
     # Attention and feed-forward of the dual-stream blocks, then of the single-stream ones, where
     # proj_out ends both.
     lora_targets = (
@@ -66,9 +52,39 @@ class HunyuanVideoPolicy(DiffusersPolicy):
         *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
         *("proj_mlp", "proj_out"),
     )
-    prompt_template = DEFAULT_PROMPT_TEMPLATE["template"]
-    template_length = DEFAULT_PROMPT_TEMPLATE["crop_start"]
     attends_with_mask = True
+
+    @property
+    def pipeline_class(self) -> Any:
+        from diffusers import HunyuanVideoPipeline
+
+        return HunyuanVideoPipeline
+
+    @property
+    def part_classes(self) -> dict[str, Any]:
+        from diffusers import AutoencoderKLHunyuanVideo, HunyuanVideoTransformer3DModel
+        from transformers import CLIPTextModel, LlamaModel
+
+        return {
+            "transformer": HunyuanVideoTransformer3DModel,
+            "vae": AutoencoderKLHunyuanVideo,
+            "text_encoder": LlamaModel,
+            "text_encoder_2": CLIPTextModel,
+        }
+
+    @property
+    def prompt_template(self) -> str:
+        return str(self._template["template"])
+
+    @property
+    def template_length(self) -> int:
+        return int(self._template["crop_start"])
+
+    @property
+    def _template(self) -> dict[str, Any]:
+        from diffusers.pipelines.hunyuan_video import pipeline_hunyuan_video
+
+        return dict(pipeline_hunyuan_video.DEFAULT_PROMPT_TEMPLATE)
 
     def compression(self) -> Compression:
         transformer, vae = self.configs["transformer"], self.configs["vae"]

@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from diffusers.utils import logging
 
 from fastgrpo.errors import UserError, require
 from fastgrpo.hub import fetch_files, require_weights
@@ -158,6 +156,8 @@ def load_text_pipeline(
     Raises:
         FileNotFoundError, UserError: As `load_part`.
     """
+    import transformers
+
     folder = fetch(model, revision, TEXT_FILES)
     # One by one: the pipeline would fill what the files lack with random numbers.
     parts: dict[str, Any] = {"transformer": None, "vae": None}
@@ -185,6 +185,8 @@ def load_tokenizer(folder: Path) -> Any:
     (https://github.com/huggingface/transformers/issues/45488). T5TokenizerFast, Wan's, loses the
     bytes of characters that the vocabulary lacks.
     """
+    import transformers
+
     is_fast = (folder / "tokenizer.json").is_file()
     kind: Any = transformers.PreTrainedTokenizerFast if is_fast else transformers.AutoTokenizer
     try:
@@ -198,6 +200,8 @@ def load_tokenizer(folder: Path) -> Any:
 @contextmanager
 def quiet_diffusers() -> Iterator[None]:
     """Silence diffusers' warnings about what is as it should be."""
+    from diffusers.utils import logging
+
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:

@@ -19,8 +19,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
-from accelerate import init_empty_weights
-from diffusers.video_processor import VideoProcessor
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -102,18 +100,34 @@ class DiffusersPolicy(Policy):
     lora: LoRA | None = None
     """Train a LoRA instead of all weights."""
 
-    pipeline_class: ClassVar[Any]
-    """The class of the pipeline, as model_index.json must name it."""
-    part_classes: ClassVar[dict[str, Any]]
-    """The classes of its transformer, VAE and text encoders, by their names in model_index.json."""
     lora_targets: ClassVar[tuple[str, ...]]
     """Ends of names of the linear layers in the blocks that LoRA takes by default."""
-    prompt_template: ClassVar[str] = "{}"
-    """What the pipeline puts around a prompt."""
-    template_length: ClassVar[int] = 0
-    """Tokens of the template that the pipeline cuts off again."""
     attends_with_mask: ClassVar[bool] = False
     """Whether several videos at a time attend with a mask over the text."""
+
+    # Properties, since diffusers takes seconds to import: a recipe is read, and its help shown,
+    # without it.
+    @property
+    @abstractmethod
+    def pipeline_class(self) -> Any:
+        """The class of the pipeline, as model_index.json must name it."""
+
+    @property
+    @abstractmethod
+    def part_classes(self) -> dict[str, Any]:
+        """The classes of its transformer, VAE and text encoders, by their names in
+        model_index.json.
+        """
+
+    @property
+    def prompt_template(self) -> str:
+        """What the pipeline puts around a prompt."""
+        return "{}"
+
+    @property
+    def template_length(self) -> int:
+        """Tokens of the template that the pipeline cuts off again."""
+        return 0
 
     def __post_init__(self) -> None:
         for name in ("fps", "max_sequence_length"):
@@ -299,6 +313,8 @@ class DiffusersPolicy(Policy):
             return
         config = dict(self.transformer.config)
         config.pop("_name_or_path", None)  # a place on this machine
+        from accelerate import init_empty_weights
+
         with init_empty_weights():  # `transformer` itself may be sharded
             whole = self.part_classes["transformer"].from_config(config)
         whole.load_state_dict(weights, assign=True)
@@ -358,5 +374,7 @@ class DiffusersPolicy(Policy):
 
 def to_frames(video: Tensor) -> Tensor:
     """Frames [T, 3, H, W] fp32 in [0, 1] of what a VAE decoded, [1, 3, T, H, W] about [-1, 1]."""
+    from diffusers.video_processor import VideoProcessor
+
     frames: Tensor = VideoProcessor().postprocess_video(video.float(), output_type="pt")
     return frames[0]

@@ -6,10 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
-from diffusers.utils import is_ftfy_available
 from torch import Tensor
-from transformers import UMT5EncoderModel
 
 from fastgrpo.errors import require
 from fastgrpo.interfaces import Conditioning
@@ -36,13 +33,24 @@ class WanPolicy(DiffusersPolicy):
     negative_prompt: str = NEGATIVE_PROMPT
     """The text of the unconditional branch, which `encode` knows as ""."""
 
-    pipeline_class = WanPipeline
-    part_classes = {  # noqa: RUF012
-        "transformer": WanTransformer3DModel,
-        "vae": AutoencoderKLWan,
-        "text_encoder": UMT5EncoderModel,
-    }
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
+
+    @property
+    def pipeline_class(self) -> Any:
+        from diffusers import WanPipeline
+
+        return WanPipeline
+
+    @property
+    def part_classes(self) -> dict[str, Any]:
+        from diffusers import AutoencoderKLWan, WanTransformer3DModel
+        from transformers import UMT5EncoderModel
+
+        return {
+            "transformer": WanTransformer3DModel,
+            "vae": AutoencoderKLWan,
+            "text_encoder": UMT5EncoderModel,
+        }
 
     def compression(self) -> Compression:
         transformer, vae = self.configs["transformer"], self.configs["vae"]
@@ -100,6 +108,8 @@ class WanPolicy(DiffusersPolicy):
 
     def cleaning(self) -> dict[str, str]:
         """The pipeline cleans prompts with ftfy where that is installed."""
+        from diffusers.utils import is_ftfy_available
+
         return {"cleaning": "ftfy" if is_ftfy_available() else "without ftfy"}
 
     def check_configs(self, folder: Path, configs: dict[str, Any]) -> None:

@@ -7,10 +7,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from diffusers import WanTransformer3DModel
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -25,8 +24,10 @@ SHIPPED_CHECKPOINT = Path(__file__).resolve().parent / "checkpoint"
 _POSITION_CHANNELS = 2
 
 
-def new_transformer() -> WanTransformer3DModel:
-    """An untrained network of the embedded world's size."""
+def new_transformer() -> Any:
+    """An untrained network, a WanTransformer3DModel, of the embedded world's size."""
+    from diffusers import WanTransformer3DModel
+
     return WanTransformer3DModel(
         patch_size=(1, 1, 1),
         num_attention_heads=4,
@@ -63,7 +64,7 @@ class ShapesPolicy(Policy):
             they are compiled, on a GPU with Triton and on a CPU with csrc/.
     """
 
-    transformer: WanTransformer3DModel
+    transformer: Any
     fps: int = 4
 
     def __init__(
@@ -91,6 +92,8 @@ class ShapesPolicy(Policy):
 
     def load(self, device: torch.device) -> None:
         """Load transformer and codec onto `device`, in eval mode."""
+        from diffusers import WanTransformer3DModel
+
         folder = SHIPPED_CHECKPOINT if self.checkpoint is None else Path(self.checkpoint)
         if not folder.is_dir():
             raise FileNotFoundError(f"policy.checkpoint: expected a folder, found none at {folder}")
@@ -120,7 +123,7 @@ class ShapesPolicy(Policy):
         self.use(self.transformer, self._codec, torch.device("meta"))
         return conditioning
 
-    def use(self, transformer: WanTransformer3DModel, codec: Codec, device: torch.device) -> None:
+    def use(self, transformer: Any, codec: Codec, device: torch.device) -> None:
         """Take a network and a codec that are already in memory, instead of `load`."""
         self.transformer = transformer.to(device).eval()
         self.is_fused = fuse(self.transformer, self.fused, device)
@@ -148,6 +151,8 @@ class ShapesPolicy(Policy):
         """Write these weights for `WanTransformer3DModel.from_pretrained(folder)` and for
         `ShapesPolicy(folder)`.
         """
+        from diffusers import WanTransformer3DModel
+
         with torch.device("meta"):
             whole = WanTransformer3DModel.from_config(self.transformer.config)
         whole.load_state_dict(weights, assign=True)

@@ -48,12 +48,12 @@ from fastgrpo.distributed.collectives import (
 )
 from fastgrpo.errors import UserError, one_line, require
 from fastgrpo.files import naming, remove, sync
+from fastgrpo.training.checkpoint_names import PREFIX, list_checkpoints
 
 logger = logging.getLogger("fastgrpo")
 
 _MOST_BYTES = 2**26
 """Of a state or a manifest."""
-_PREFIX = "iteration_"
 _REFUSED = ".refused"
 _STATE = "state.json"
 _METADATA = ".metadata"
@@ -102,7 +102,7 @@ def save(
     Raises:
         OSError: Names the file or folder that could not be written.
     """
-    final = folder / f"{_PREFIX}{iteration:06d}"
+    final = folder / f"{PREFIX}{iteration:06d}"
     partial = folder / f".partial-{final.name}"
     task = f"checkpoint {final.name}"
     try:
@@ -177,7 +177,7 @@ def newest(folder: Path) -> Path | None:
                 _point_latest(folder, name)
         if not problems:
             return folder / name
-    refused = gather(any(folder.glob(f"{_PREFIX}*{_REFUSED}*")))[0]
+    refused = gather(any(folder.glob(f"{PREFIX}*{_REFUSED}*")))[0]
     if refused:
         raise UserError(
             f"resume: every checkpoint in {folder} is damaged; they are kept as *{_REFUSED}. "
@@ -212,17 +212,6 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     state = _read_json(path)
     require(isinstance(state, dict), str(path), "keys and their values", state)
     return dict(state)
-
-
-def iteration_of(checkpoint: Path) -> int:
-    """The iteration that a checkpoint was written after.
-
-    Raises:
-        UserError: Its folder has another name than `save` gave it.
-    """
-    number = checkpoint.name.removeprefix(_PREFIX)
-    require(number.isdecimal(), "checkpoint", f"a folder {_PREFIX}NNNNNN", checkpoint.name)
-    return int(number)
 
 
 def prune(folder: Path, keep: int) -> None:
@@ -357,13 +346,6 @@ class _Planner(DefaultLoadPlanner):
 def parts(checkpoint: Path) -> set[str]:
     """The top-level keys of a checkpoint's state dict: model, optimizer, and ema if it has one."""
     return {key.split(".")[0] for key in _Reader(checkpoint).read_metadata().state_dict_metadata}
-
-
-def list_checkpoints(folder: Path) -> list[Path]:
-    """The finished checkpoints, newest first; not yet verified."""
-    found = [p for p in folder.glob(f"{_PREFIX}*") if p.is_dir() and not p.is_symlink()]
-    finished = [p for p in found if p.name.removeprefix(_PREFIX).isdecimal()]
-    return sorted(finished, key=iteration_of, reverse=True)
 
 
 def verify(checkpoint: Path, part: int = 0, num_parts: int = 1) -> None:

@@ -18,6 +18,7 @@ from fastgrpo.files import atomic_folder
 from fastgrpo.policies.lora import has_lora
 from fastgrpo.policies.model_files import fetch
 from fastgrpo.training import checkpoint
+from fastgrpo.training.checkpoint_names import iteration_of
 from fastgrpo.training.sampling import open_run
 from fastgrpo.training.tracking import Row, read_metrics, stage_names
 from fastgrpo.training.trust import check_links
@@ -49,7 +50,7 @@ def export(
             average; the folder is not new, or cannot be written.
     """
     config, path = open_run(run, checkpoint_name, trust)
-    iteration = checkpoint.iteration_of(path)
+    iteration = iteration_of(path)
     folder = Path(output or Path(run) / "export" / f"{path.name}{'_ema' * ema}")
     if not trust and not output:
         check_links(Path(run), "export")

@@ -22,6 +22,7 @@ from fastgrpo.errors import INPUT_ERRORS, UserError, fail, one_line, require
 from fastgrpo.files import FULL, atomic_folder
 from fastgrpo.rewards.queue import ScoringQueue
 from fastgrpo.training import checkpoint, preflight, run_folder
+from fastgrpo.training.checkpoint_names import iteration_of
 from fastgrpo.training.pacing_note import log_pacing
 from fastgrpo.training.signals import StopRequest, stop_on_signals
 from fastgrpo.training.step import RolloutInterrupted, Trainer
@@ -59,7 +60,7 @@ class Progress:
         """
         if found is None:
             return cls(done=0, row={"iteration": 0}, state={})
-        state, done = checkpoint.read_state(found), checkpoint.iteration_of(found)
+        state, done = checkpoint.read_state(found), iteration_of(found)
         saved = state.pop("iteration", done)  # earlier versions did not write it
         key = f"{found / 'state.json'}: iteration"
         require(saved == done, key, f"{done}, as its folder is called", saved)

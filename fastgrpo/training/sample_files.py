@@ -9,18 +9,19 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
 
 from fastgrpo.errors import UserError, require
 from fastgrpo.files import atomic_write
 from fastgrpo.training.prompts import checked_text
 from fastgrpo.training.trust import inside
+
+if TYPE_CHECKING:  # a report reads samples without torch
+    from torch import Tensor
 
 
 def save_samples(
@@ -51,6 +52,8 @@ def save_samples(
     Raises:
         ValueError: Shapes, lengths or dtype do not fit, or a video is not finite.
     """
+    import torch
+
     frames = _to_uint8(videos)
     table = None if scores is None else torch.as_tensor(scores, dtype=torch.float64).tolist()
     require(len(prompts) == len(frames), "samples", f"{len(frames)} prompts", len(prompts))
@@ -173,6 +176,8 @@ def format_scores(scores: Sequence[float | None] | None) -> str:
 
 def _to_uint8(videos: Tensor) -> NDArray[np.uint8]:
     """[N, T, 3, H, W] -> [N, T, H, W, 3] uint8 on the host; floats are rounded to 256 levels."""
+    import torch
+
     ok = videos.ndim == 5 and videos.shape[2] == 3 and 0 not in videos.shape[1:]
     require(ok, "samples", "videos [N, T, 3, H, W]", list(videos.shape))
     if videos.is_floating_point():

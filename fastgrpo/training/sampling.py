@@ -12,9 +12,8 @@ import json
 import logging
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import yaml
@@ -30,6 +29,7 @@ from fastgrpo.interfaces import Policy, RewardModel
 from fastgrpo.policies.text_cache import fingerprint
 from fastgrpo.rewards.queue import ScoringQueue
 from fastgrpo.training import checkpoint, run_folder
+from fastgrpo.training.checkpoint_names import list_checkpoints
 from fastgrpo.training.decode import decode
 from fastgrpo.training.loop import compute_dtype
 from fastgrpo.training.recipe_parser import parse_config
@@ -42,6 +42,7 @@ from fastgrpo.training.trust import (
     is_made_here,
     read_mapping,
 )
+from fastgrpo.training.used_folder import require_run
 from fastgrpo.training.validation import ValidationSet
 
 logger = logging.getLogger("fastgrpo")
@@ -50,38 +51,6 @@ BASE = "base"
 """In place of a checkpoint: the weights that training starts from."""
 WEIGHTS = ("model", "checkpoint", "base")
 """Arguments of a policy or a judge that name a hub id or a folder of weights."""
-
-
-@dataclass(frozen=True)
-class SamplingOptions:
-    """What a command samples. Whatever is None is as the run or recipe has it."""
-
-    run: str
-    checkpoint: str = "latest"
-    prompts: str | None = None
-    num_videos: int | None = None
-    num_inference_steps: int | None = None
-    height: int | None = None
-    width: int | None = None
-    num_frames: int | None = None
-    sde: Literal["dance", "flow", "linear", "cps", "ode"] = "ode"
-    seed: int | None = None
-    output: str | None = None
-    trust: bool = False
-
-    def __post_init__(self) -> None:
-        wanted = self.num_videos is None or self.num_videos >= 1
-        require(wanted, "num_videos", "at least 1", self.num_videos)
-
-    def rollout(self, config: TrainConfig) -> RolloutConfig:
-        """How to sample one video per prompt, checked against the policy."""
-        keys = ("num_inference_steps", "height", "width", "num_frames")
-        given = {key: getattr(self, key) for key in keys if getattr(self, key) is not None}
-        cfg = dataclasses.replace(
-            config.rollout, sde=self.sde, sde_window="all", num_generations=1, **given
-        )
-        config.policy.latent_shape(cfg.height, cfg.width, cfg.num_frames)
-        return cfg
 
 
 class Unscored(RewardModel):
@@ -109,7 +78,7 @@ def find_checkpoint(name: str, folder: Path) -> Path:
     """The folder of the checkpoint of this name in a run folder, or of this path, verified; of the
     newest for `latest`.
     """
-    saved = checkpoint.list_checkpoints(folder / "checkpoints")
+    saved = list_checkpoints(folder / "checkpoints")
     places = list(dict.fromkeys([folder / "checkpoints" / name, Path(name)]))
     # Not by the link of that name, which need not be there.
     for place in saved[:1] if name == "latest" else places:
@@ -158,12 +127,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises:
         FileNotFoundError, UserError: There is none, or it is no YAML of keys and values.
     """
-    path = folder / "config.yaml"
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"run: expected a run folder with config.yaml, found none at {path.parent}"
-        )
-    return read_mapping(path)
+    require_run(folder)
+    return read_mapping(folder / "config.yaml")
 
 
 def sampling_settings(

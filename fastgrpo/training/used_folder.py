@@ -26,6 +26,18 @@ def has_traces(folder: Path) -> bool:
     return any(path.name.startswith(("iteration_", "latest")) for path in found)
 
 
+def require_run(folder: Path) -> None:
+    """Check that a folder is that of a run.
+
+    Raises:
+        FileNotFoundError: It has no config.yaml.
+    """
+    if not (folder / "config.yaml").is_file():
+        raise FileNotFoundError(
+            f"run: expected a run folder with config.yaml, found none at {folder}"
+        )
+
+
 def refuse_used(folder: Path, resume: str) -> None:
     """Check that a start loses nothing of an earlier run.
 

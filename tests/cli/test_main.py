@@ -4,6 +4,7 @@ what follows their name.
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -14,6 +15,8 @@ from typing import Any
 import pytest
 
 from fastgrpo import __main__ as entry
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -73,11 +76,10 @@ def test_anything_else_is_an_error_with_the_list(
 
 def test_help_lists_the_real_commands_without_importing_torch(tmp_path: Path) -> None:
     """In a process of its own, as a user starts it."""
-    root = Path(__file__).parents[2]
     done = subprocess.run(
         [sys.executable, "-X", "importtime", "-m", "fastgrpo"],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(root), str(root / "kernels")])},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])},
         capture_output=True,
         text=True,
         check=True,
@@ -87,3 +89,48 @@ def test_help_lists_the_real_commands_without_importing_torch(tmp_path: Path) ->
     assert all(len(words) > 20 for words in lines.values())
     assert "fastgrpo" in done.stderr
     assert " torch" not in done.stderr
+
+
+HELPED = """
+import contextlib, io, json, sys
+from fastgrpo.__main__ import commands, main
+
+heavy, found = {"torch", "diffusers", "transformers", "matplotlib", "sklearn"}, {}
+calls = [[name, "--help"] for name in commands()]
+calls += [["evaluate", action, "--help"] for action in ("sample", "vbench")]
+calls += [[*words, "nowhere"] for words in (["report"], ["sample"], ["export"], ["stages"])]
+calls += [["evaluate", action, "nowhere"] for action in ("sample", "vbench")]
+for words in calls:
+    with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.redirect_stderr(said):
+        try:
+            code = main(words)
+        except SystemExit as stop:
+            code = stop.code
+    loaded = heavy & {*sys.modules}
+    heavy -= loaded  # the next command is not blamed
+    found[" ".join(words)] = [code, said.getvalue(), sorted(loaded)]
+print(json.dumps(found))
+"""
+
+
+def test_help_and_a_folder_that_is_not_there_import_nothing_heavy(tmp_path: Path) -> None:
+    """Of all commands in one process, after which none has loaded torch or what takes as long."""
+    done = subprocess.run(
+        [sys.executable, "-c", HELPED],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    found = json.loads(done.stdout)
+    assert {"train --help", "score --help", "evaluate sample --help"} <= found.keys()
+    for words, (code, said, heavy) in found.items():
+        assert heavy == [], words
+        if words.endswith("--help"):
+            assert code == 0, words
+            assert len(said) > 200, words
+        else:
+            assert code == 2, words
+            assert said.startswith("error: "), words
+            assert "nowhere" in said, words

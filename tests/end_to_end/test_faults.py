@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastgrpo.shapes.policy import ShapesPolicy
-from fastgrpo.training import checkpoint
+from fastgrpo.training.checkpoint_names import list_checkpoints
 
 Train = Callable[..., Any]
 
@@ -91,7 +91,7 @@ def contents(folder: Path) -> list[str]:
 def test_all_checkpoints_damaged(tmp_path: Path, train: Train, stopped: Path) -> None:
     """Exit code 2 and clear words, twice over; nothing is deleted, nothing is trained."""
     shutil.copytree(stopped, tmp_path / "run", symlinks=True)
-    for whole in checkpoint.list_checkpoints(tmp_path / "run" / "checkpoints"):
+    for whole in list_checkpoints(tmp_path / "run" / "checkpoints"):
         flip(whole / "__0_0.distcp")
     before = contents(tmp_path / "run")
     for _ in range(2):

@@ -13,7 +13,8 @@ import yaml
 
 from fastgrpo.config import PacingConfig, PromptsConfig, TrainConfig
 from fastgrpo.evaluation import calibration
-from fastgrpo.evaluation.calibration import CalibrateOptions, calibrate, require_same
+from fastgrpo.evaluation.calibration import calibrate, require_same
+from fastgrpo.evaluation.options import CalibrateOptions
 
 
 def test_the_default_window_and_fraction(

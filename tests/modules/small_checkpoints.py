@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from fastgrpo.training import checkpoint
-from fastgrpo.training.checkpoint import iteration_of, newest, read_state, save
+from fastgrpo.training.checkpoint import newest, read_state, save
+from fastgrpo.training.checkpoint_names import iteration_of
 
 
 def tensors_of(iteration: int) -> dict[str, Any]:

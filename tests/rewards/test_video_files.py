@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 from written_videos import Frames, moving, write
 
 from fastgrpo.rewards.media import video_files
-from fastgrpo.rewards.media.video_files import Limits, Video, constant_rate, read_video
+from fastgrpo.rewards.media.limits import Limits
+from fastgrpo.rewards.media.video_files import Video, constant_rate, read_video
 
 
 def grey(values: Iterable[int], height: int = 32, width: int = 48) -> list[Frames]:

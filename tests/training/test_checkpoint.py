@@ -19,7 +19,8 @@ from small_checkpoints import blank, load, state_of, tensors_of, write
 from torch import nn
 
 from fastgrpo.training import checkpoint
-from fastgrpo.training.checkpoint import list_checkpoints, load_weights, save, verify
+from fastgrpo.training.checkpoint import load_weights, save, verify
+from fastgrpo.training.checkpoint_names import list_checkpoints
 
 
 def assert_equal(got: Any, expected: Any) -> None:
@@ -340,7 +341,7 @@ def test_two_ranks_write_one_checkpoint_and_load_it(
     script = f"""
 import json, pathlib, torch
 from fastgrpo.distributed import collectives
-from fastgrpo.training import checkpoint
+from fastgrpo.training import checkpoint, checkpoint_names
 from fastgrpo.config import RuntimeConfig
 collectives.start(RuntimeConfig(device="cpu"))
 folder = pathlib.Path({str(tmp_path)!r})
@@ -355,7 +356,7 @@ for _ in range(2):
     tensors = {{"model": {{"w": torch.zeros(4, 4)}}}}
     path = checkpoint.newest(folder)
     checkpoint.load(path, tensors)
-    found = [checkpoint.iteration_of(path), checkpoint.read_state(path)]
+    found = [checkpoint_names.iteration_of(path), checkpoint.read_state(path)]
     answers.append([found, tensors["model"]["w"].mean().item(), checkpoint.hashed])
     collectives.gather(None)
     if collectives.rank() == 0:
@@ -371,4 +372,4 @@ collectives.stop()
     for answers, share in zip((first, second), shares, strict=True):
         assert answers[1] == [[2, {"i": 2}], 2.0, share]
         assert answers[2][:2] == [[1, {"i": 1}], 1.0]
-    assert checkpoint.list_checkpoints(tmp_path) == [tmp_path / "iteration_000001"]
+    assert list_checkpoints(tmp_path) == [tmp_path / "iteration_000001"]

@@ -20,14 +20,13 @@ from torch.distributed.checkpoint.metadata import Metadata
 from fastgrpo.errors import one_line
 from fastgrpo.training import checkpoint
 from fastgrpo.training.checkpoint import (
-    iteration_of,
-    list_checkpoints,
     parts,
     prune,
     read_state,
     save,
     verify,
 )
+from fastgrpo.training.checkpoint_names import iteration_of, list_checkpoints
 
 
 class Payload:

@@ -21,9 +21,10 @@ from fastgrpo.config import (
     TrainConfig,
 )
 from fastgrpo.distributed import collectives, sharding
+from fastgrpo.evaluation.options import SamplingOptions
 from fastgrpo.shapes.judge import ShapesJudge
 from fastgrpo.training import checkpoint, sampling
-from fastgrpo.training.sampling import SamplingOptions, Unscored
+from fastgrpo.training.sampling import Unscored
 from fastgrpo.training.trust import sign
 
 CPU = torch.device("cpu")

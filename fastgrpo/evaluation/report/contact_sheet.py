@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from fastgrpo.errors import UserError
@@ -69,6 +68,8 @@ def contact_sheet(
 
 def _text(text: str, size: int) -> Image.Image:
     """Lines of text on white."""
+    import matplotlib  # it has the font
+
     path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
     font = ImageFont.truetype(path, size)
     text = "\n".join(line[:_MAX_LETTERS] for line in text.split("\n"))

@@ -10,15 +10,16 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
-
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING, Any
 
 from fastgrpo.algorithm.self_paced import smooth
 from fastgrpo.evaluation.figures import COLORS, INK, Line, Panel, Series, draw, indexed_line, series
 from fastgrpo.evaluation.report.run_record import RunRecord
 from fastgrpo.training.pacing_note import describe_distances
 from fastgrpo.training.tracking import Row
+
+if TYPE_CHECKING:  # matplotlib is loaded only to draw
+    from matplotlib.figure import Figure
 
 Runs = Sequence[RunRecord]
 PHASES = ("rollout", "reward", "update")

@@ -15,7 +15,7 @@ from fastgrpo.algorithm.self_paced import smooth
 from fastgrpo.config import PacingConfig
 from fastgrpo.errors import UserError, require
 from fastgrpo.evaluation.figures import series
-from fastgrpo.training.checkpoint import list_checkpoints
+from fastgrpo.training.checkpoint_names import list_checkpoints
 from fastgrpo.training.pacing_note import Distance, distances
 from fastgrpo.training.tracking import Row, read_metrics, stage_names
 from fastgrpo.training.trust import RECORD, check_links, read_mapping

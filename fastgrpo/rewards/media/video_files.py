@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import av
 import numpy as np
@@ -23,8 +23,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastgrpo.errors import UserError, require
+from fastgrpo.errors import UserError
 from fastgrpo.rewards.media import dali
+from fastgrpo.rewards.media.limits import Decoder, Limits
 
 CONTAINERS = "mov,matroska,webm,avi,flv,asf,mpegts,mpeg,ogg,ivf,gif,apng"
 """libavformat's demuxers that may read a file. Not among them: playlists, which open other files;
@@ -34,27 +35,6 @@ _IMAGE_BRANDS = ("avif", "avis", "heic", "heix", "hevc", "hevx", "mif1", "msf1")
 """Images that the demuxer of MP4 reads too. Their transparency is in a track of its own."""
 _ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 """libavcodec's own decoders of these skip the plane of transparency."""
-Decoder = Literal["auto", "dali", "pyav"]
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What a file may have; any other is refused before its frames are decoded."""
-
-    min_frames: int = 2
-    """A shorter one is no video."""
-    max_frames: int = 100_000
-    """Frames in the file."""
-    max_pixels: int = 4096 * 2304
-    """Of a frame."""
-    max_seconds: float = 3600.0
-    """From the first frame to the last."""
-    max_bytes: int = 8 * 2**30
-    """Of the file, and of the decoded frames that are kept."""
-
-    def __post_init__(self) -> None:
-        for key, value in vars(self).items():
-            require(0 < value < math.inf, f"limits.{key}", "a positive number", value)
 
 
 @dataclass(frozen=True)
@@ -116,7 +96,7 @@ def read_video(
     *,
     decoder: Decoder = "auto",
     device: torch.device | str = "cpu",
-    limits: Limits = Limits(),
+    limits: Limits = Limits(),  # noqa: B008  (frozen)
 ) -> Video:
     """Decode some frames of a file.
 

@@ -12,11 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import torch
-
 from fastgrpo.errors import UserError, require
 from fastgrpo.rewards.vlm.endpoints import is_loopback, read_key
-from fastgrpo.rewards.vlm.engine import Engine
 
 GRACE = 10
 """Seconds after a signal in which our own server still answers what it has begun."""
@@ -111,9 +108,11 @@ class JudgeServer:
 
     def _serve(self, token: str) -> None:
         """Our own server. Its address is bound at once and listens when the model is loaded."""
+        import torch
         import uvicorn
 
         from fastgrpo.rewards.server.app import Connection, create_app
+        from fastgrpo.rewards.vlm.engine import Engine
 
         options = self.options | {"model": self.model, "revision": self.revision}
         engine: Callable[..., Engine]
