@@ -27,17 +27,6 @@ ONE_UPDATE = [
     "--checkpoint.interval 1",
     "--checkpoint.keep 9",
 ]
-# The report's four figures take three times as long as the run.
-FORKED = """
-import contextlib, io, json
-import fastgrpo.cli.train as command
-
-command.write_report = lambda folder: folder
-out = io.StringIO()
-with contextlib.redirect_stdout(out):
-    code = command.main({argv!r})
-print(json.dumps([code, out.getvalue()]))
-"""
 FROM_VIDEOS = (
     "reward",
     "rewards/",
@@ -61,14 +50,14 @@ def finish(job: subprocess.Popen[str], seconds: float = 120) -> str:
 
 
 @pytest.fixture(scope="module")
-def train_on_two(run_ranks: Any, tiny: Any) -> Callable[..., str]:
+def train_on_two(forked: Any, tiny: Any) -> Callable[..., str]:
     """train_on_two(folder, *overrides): a tiny run on two forked ranks; what both printed."""
 
     def train(folder: Path, *overrides: str) -> str:
-        argv = tiny(folder, *overrides)
-        (one, out_of_one), (other, out_of_other) = run_ranks(FORKED.format(argv=argv))
-        assert (one, other) == (0, 0)
-        return out_of_one + out_of_other
+        job = forked(["train", *tiny(folder, *overrides)], folder.parent, 2)
+        out: str = job.finish()
+        assert job.returncode == 0, out
+        return out
 
     return train
 
@@ -92,16 +81,16 @@ def one_rank_run(tmp_path_factory: pytest.TempPathFactory, train: Callable[..., 
 
 @pytest.fixture(scope="module")
 def two_ranks_run(
-    tmp_path_factory: pytest.TempPathFactory, tiny: Callable[..., list[str]], torchrun: Any
+    tmp_path_factory: pytest.TempPathFactory, tiny: Callable[..., list[str]], forked: Any
 ) -> Path:
-    """The same by two ranks, under torchrun.
+    """The same by two ranks.
 
     Six videos of a prompt in micro-batches of four: each rank has other neighbours and padding.
     """
     folder = tmp_path_factory.mktemp("ranks") / "two"
     argv = tiny(folder, *ONE_UPDATE)
-    job = torchrun(argv, 2, folder.parent)
-    out = finish(job)
+    job = forked(["train", *argv], folder.parent, 2)
+    out = job.finish()
     assert job.returncode == 0, out
     assert out.count("iteration     1 ") == 1, "one rank speaks"
     return folder
