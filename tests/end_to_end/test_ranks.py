@@ -4,7 +4,6 @@ hang when the ranks differ.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
@@ -247,28 +246,14 @@ def test_a_rank_whose_judge_fails_ends_the_job_with_a_checkpoint(
 @pytest.mark.slow
 @pytest.mark.parametrize("stopped", [0, 1])
 def test_a_rank_that_is_stopped_is_named(
-    tmp_path: Path, tiny: Any, torchrun: Any, stopped: int
+    tmp_path: Path, tiny: Any, forked: Any, stopped: int
 ) -> None:
     argv = ["--iterations 500 --checkpoint.interval 1 --runtime.timeout_minutes 0.15"]
-    job = torchrun(tiny(tmp_path / "run", *argv), 2, tmp_path)
-    for line in job.stdout:
-        if line.startswith("iteration     2 "):
-            break
-    (tasks,) = Path(f"/proc/{job.pid}/task").glob(str(job.pid))
-    workers = [int(pid) for pid in (tasks / "children").read_text().split()]
-    by_rank = {
-        int(dict(e.partition("=")[::2] for e in env.split("\0"))["RANK"]): pid
-        for pid in workers
-        if "RANK=" in (env := Path(f"/proc/{pid}/environ").read_text())
-    }
-    os.kill(by_rank[stopped], signal.SIGSTOP)
-    try:
-        out = finish(job)
-    finally:
-        for pid in workers:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-    assert job.returncode != 0
+    job = forked(["train", *tiny(tmp_path / "run", *argv)], tmp_path, 2)
+    job.wait_for("iteration     2 ")
+    os.kill(job.processes[stopped].pid, signal.SIGSTOP)
+    out = job.finish(120)
+    assert job.processes[1 - stopped].exitcode > 0
     assert f"no answer from rank {stopped}, which" in out
     assert "no checkpoint of it: RanksLost" in out
     assert "--resume auto" in out

@@ -345,7 +345,7 @@ def test_sigkill_at_random_moments(
         "--iterations 4 --checkpoint.interval 1 --checkpoint.keep 2",
         MANY_STATES,
     )
-    assert kill_until_done(background, argv, tmp_path / "run", 4, draw, longest=1.5) >= 1
+    assert kill_until_done(background, argv, tmp_path / "run", 4, draw, longest=1.0) >= 1
     assert_same_end(tmp_path / "run", uninterrupted["many states"].folder)
     rows = [
         json.loads(line)["iteration"]
