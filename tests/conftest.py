@@ -33,6 +33,15 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests" / "modules"))
 
 
+LONGEST = ("ops/test_ahead_of_time.py", "shapes/test_pretrain.py", "fake_gpu/test_step.py")
+"""Files with a test of minutes, which would otherwise be the last to end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest first: at the end both workers have short ones to share."""
+    items.sort(key=lambda item: not item.path.as_posix().endswith(LONGEST))
+
+
 class TinyNetwork(nn.Module):
     """v = f(x A + 0.001 t B + sum over tokens of (text C)) over P elements and text [B, 2, 4], f(h)
     = h / (1 + |h|).

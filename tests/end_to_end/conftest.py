@@ -8,7 +8,6 @@ import contextlib
 import io
 import json
 import logging
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ranks
 import torch
 import yaml
 from safetensors.torch import load_file
@@ -191,22 +191,29 @@ def environment() -> dict[str, str]:
 
 
 @pytest.fixture(scope="session")
-def background() -> Callable[[Sequence[str]], Any]:
-    """background(argv): the trainer in a process of its own that has all imports done, to be
-    killed; a multiprocessing.Process.
+def forked() -> Callable[..., ranks.Job]:
+    """forked(argv, folder, world_size=None): `python -m fastgrpo ARGV`, or ranks as under torchrun,
+    in processes that have all imports done, a ranks.Job; training without its figures.
     """
-    server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(
-        [
-            "fastgrpo.cli.train",
-            "fastgrpo.shapes.policy",
-            "fastgrpo.shapes.judge",
-            "diffusers.optimization",
-        ]
-    )
+    from bare_train import main
+
+    def begin(
+        argv: Sequence[object], folder: Path, world_size: int | None = None, main: ranks.Main = main
+    ) -> ranks.Job:
+        return ranks.start_job(main, words([*map(str, argv)]), folder, world_size)
+
+    return begin
+
+
+@pytest.fixture(scope="session")
+def background() -> Callable[[Sequence[str]], Any]:
+    """background(argv): the trainer without its figures in a process of its own that has all
+    imports done, to be killed; a multiprocessing.Process.
+    """
+    from bare_train import train
 
     def begin(argv: Sequence[str]) -> Any:
-        process = server.Process(target=fastgrpo.cli.train.main, args=(words(argv),))
+        process = ranks.server.Process(target=train, args=(words(argv),))
         process.start()
         return process
 

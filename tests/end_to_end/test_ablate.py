@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import csv
 import json
-import multiprocessing
 import os
 import shlex
 import shutil
@@ -20,6 +19,7 @@ from typing import Any
 import bare_train
 import numpy as np
 import pytest
+import ranks
 
 from fastgrpo import __main__ as command_line
 from fastgrpo.evaluation import ablation
@@ -52,15 +52,12 @@ class Forked:
 
 
 @pytest.fixture(scope="module")
-def run_ablate(
-    tiny: Callable[..., list[str]], start: Callable[..., Any], background: Callable[..., Any]
-) -> Ablate:
+def run_ablate(tiny: Callable[..., list[str]], start: Callable[..., Any]) -> Ablate:
     """run_ablate(folder, *options, watch=..., forked=True): its outcome, and the cells it started,
     forked unless it shall do that itself.
 
     watch(cell, process) is called now and then while a cell runs.
     """
-    server = multiprocessing.get_context("forkserver")  # `background` has told it what to import
 
     def call(
         folder: Path,
@@ -74,7 +71,7 @@ def run_ablate(
             started.append(cell.folder.name)
             cell.log.parent.mkdir(exist_ok=True, parents=True)
             cell.log.touch()
-            process = server.Process(target=bare_train.main, args=(list(cell.arguments),))
+            process = ranks.server.Process(target=bare_train.train, args=(list(cell.arguments),))
             process.start()
             return Forked(process, lambda: watch(cell, process))
 

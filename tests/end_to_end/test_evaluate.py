@@ -9,13 +9,12 @@ import fcntl
 import json
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import av
+import half_written
 import pytest
 import torch
 import yaml
@@ -57,20 +56,6 @@ NAMES = {
     for prompt, count in ((STILL, 25), (MOVING, 5), (OTHER, 5))
     for index in range(count)
 }
-HALF_WRITTEN = """
-import os, signal, sys
-from fastgrpo import __main__
-from fastgrpo.evaluation import evaluation_videos
-own, calls = evaluation_videos.write_video, []
-def write_video(path, frames, fps):
-    own(path, frames, fps)
-    calls.append(path)
-    if len(calls) == 7:
-        os.truncate(path, os.path.getsize(path) // 2)
-        os.kill(os.getpid(), signal.SIGKILL)
-evaluation_videos.write_video = write_video
-__main__.main(sys.argv[1:])
-"""
 RECIPES = Path(__file__).resolve().parents[2] / "fastgrpo" / "recipes"
 Command = Callable[..., Any]
 
@@ -111,22 +96,17 @@ def sampled(
     return out
 
 
-def on_two_ranks(
-    folder: Path, environment: dict[str, str], *argv: object
-) -> subprocess.CompletedProcess[str]:
-    """`evaluate sample` under torchrun, in a folder."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command = ["--nproc-per-node", "2", "-m", "fastgrpo", "evaluate", "sample"]
-    job = subprocess.run(
-        [*torchrun, *command, *map(str, argv)],
-        cwd=folder,
-        env=environment,
-        text=True,
-        capture_output=True,
-        timeout=300,
-    )
-    assert job.returncode == 0, job.stderr
-    return job
+@pytest.fixture(scope="module")
+def on_two_ranks(forked: Any) -> Callable[..., list[str]]:
+    """on_two_ranks(folder, ...): `evaluate sample` by two ranks, in a folder; the lines printed."""
+
+    def run(folder: Path, *argv: object) -> list[str]:
+        job = forked(["evaluate", "sample", *argv], folder, 2)
+        out: str = job.finish()
+        assert job.returncode == 0, out
+        return out.splitlines()
+
+    return run
 
 
 def contents(out: Path) -> dict[str, bytes]:
@@ -243,7 +223,7 @@ def test_killed_while_it_writes(
     run: Path,
     info: Path,
     evaluate: Command,
-    environment: dict[str, str],
+    forked: Any,
     tmp_path: Path,
 ) -> None:
     """SIGKILL with the seventh video half written: six whole ones; the next call ends as if nothing
@@ -253,13 +233,9 @@ def test_killed_while_it_writes(
         tmp_path / "out",
         ["evaluate", "sample", str(run), "--prompts", str(info), "--output"],
     )
-    killed = subprocess.run(
-        [sys.executable, "-c", HALF_WRITTEN, *argv, str(out)],
-        env=environment,
-        capture_output=True,
-        timeout=400,
-    )
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    killed = forked([*argv, out], tmp_path, main=half_written.main)
+    said = killed.finish()
+    assert killed.returncode == -signal.SIGKILL, said
     assert len(contents(out)) == 6
     assert contents(out).items() <= contents(sampled).items()
     outcome = evaluate(*argv[2:], out)
@@ -270,11 +246,11 @@ def test_killed_while_it_writes(
 
 
 def test_two_ranks_make_the_same(
-    sampled: Path, run: Path, info: Path, environment: dict[str, str], tmp_path: Path
+    sampled: Path, run: Path, info: Path, on_two_ranks: Any, tmp_path: Path
 ) -> None:
-    options = [run, "--prompts", info, "--output", tmp_path / "out"]
-    job = on_two_ranks(tmp_path, environment, *options)
-    assert job.stdout.strip() == f"35 videos, 35 of them new: {tmp_path / 'out' / 'videos'}"
+    said = on_two_ranks(tmp_path, run, "--prompts", info, "--output", tmp_path / "out")
+    lines = [line for line in said if " of them new" in line]
+    assert lines == [f"35 videos, 35 of them new: {tmp_path / 'out' / 'videos'}"]
     assert contents(tmp_path / "out") == contents(sampled)
     assert (tmp_path / "out" / "seeds.jsonl").read_text() == (sampled / "seeds.jsonl").read_text()
 
@@ -365,9 +341,7 @@ def test_prompts_and_settings_of_ones_own(
 
 
 @pytest.mark.slow
-def test_a_model_sharded_over_ranks(
-    wan_folder: Path, environment: dict[str, str], tmp_path: Path
-) -> None:
+def test_a_model_sharded_over_ranks(wan_folder: Path, on_two_ranks: Any, tmp_path: Path) -> None:
     """A tiny Wan pipeline in parts on two ranks, guidance on, captions embedded first; a caption
     with a slash; the second call adds one.
     """
@@ -388,8 +362,8 @@ def test_a_model_sharded_over_ranks(
     options = [".", "--checkpoint=base", "--prompts=mine.txt", "--output=out", "--trust"]
     made = []
     for count in (1, 2):
-        job = on_two_ranks(tmp_path, environment, *options, f"--num_videos={count}")
-        assert f"{3 * count} videos, 3 of them new" in job.stdout
+        said = on_two_ranks(tmp_path, *options, f"--num_videos={count}")
+        assert any(line.startswith(f"{3 * count} videos, 3 of them new") for line in said)
         made.append(contents(tmp_path / "out"))
     assert made[0].items() <= made[1].items()
     assert len(set(made[1].values())) == 6

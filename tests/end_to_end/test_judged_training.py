@@ -224,7 +224,7 @@ PROMPTS = [
 
 @pytest.fixture(scope="module")
 def judged(
-    wan_folder: Path, torchrun: Any, tmp_path_factory: pytest.TempPathFactory
+    wan_folder: Path, forked: Any, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., Path]:
     """judged(name, recipe, engine): an iteration of a recipe with the tiny Wan, and its judge with
     other arguments; the run folder.
@@ -247,11 +247,9 @@ def judged(
         own = {"policy": policy, "prompts": prompts, "reward": reward}
         overlay.write_text(yaml.safe_dump(SMALL | own))
         argv = ["--config", f"fastgrpo/recipes/{recipe}.yaml", "--config", str(overlay)]
-        job = torchrun([*argv, "--output_dir", str(common), "--name", name], 2, common)
-        try:
-            out, _ = job.communicate(timeout=300)
-        finally:
-            job.kill()
+        argv += ["--output_dir", str(common), "--name", name]
+        job = forked(["train", *argv], common, 2)
+        out = job.finish()
         assert job.returncode == 0, out
         return common / name
 

@@ -4,7 +4,6 @@ hang when the ranks differ.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
@@ -27,17 +26,6 @@ ONE_UPDATE = [
     "--checkpoint.interval 1",
     "--checkpoint.keep 9",
 ]
-# The report's four figures take three times as long as the run.
-FORKED = """
-import contextlib, io, json
-import fastgrpo.cli.train as command
-
-command.write_report = lambda folder: folder
-out = io.StringIO()
-with contextlib.redirect_stdout(out):
-    code = command.main({argv!r})
-print(json.dumps([code, out.getvalue()]))
-"""
 FROM_VIDEOS = (
     "reward",
     "rewards/",
@@ -61,14 +49,14 @@ def finish(job: subprocess.Popen[str], seconds: float = 120) -> str:
 
 
 @pytest.fixture(scope="module")
-def train_on_two(run_ranks: Any, tiny: Any) -> Callable[..., str]:
+def train_on_two(forked: Any, tiny: Any) -> Callable[..., str]:
     """train_on_two(folder, *overrides): a tiny run on two forked ranks; what both printed."""
 
     def train(folder: Path, *overrides: str) -> str:
-        argv = tiny(folder, *overrides)
-        (one, out_of_one), (other, out_of_other) = run_ranks(FORKED.format(argv=argv))
-        assert (one, other) == (0, 0)
-        return out_of_one + out_of_other
+        job = forked(["train", *tiny(folder, *overrides)], folder.parent, 2)
+        out: str = job.finish()
+        assert job.returncode == 0, out
+        return out
 
     return train
 
@@ -92,16 +80,16 @@ def one_rank_run(tmp_path_factory: pytest.TempPathFactory, train: Callable[..., 
 
 @pytest.fixture(scope="module")
 def two_ranks_run(
-    tmp_path_factory: pytest.TempPathFactory, tiny: Callable[..., list[str]], torchrun: Any
+    tmp_path_factory: pytest.TempPathFactory, tiny: Callable[..., list[str]], forked: Any
 ) -> Path:
-    """The same by two ranks, under torchrun.
+    """The same by two ranks.
 
     Six videos of a prompt in micro-batches of four: each rank has other neighbours and padding.
     """
     folder = tmp_path_factory.mktemp("ranks") / "two"
     argv = tiny(folder, *ONE_UPDATE)
-    job = torchrun(argv, 2, folder.parent)
-    out = finish(job)
+    job = forked(["train", *argv], folder.parent, 2)
+    out = job.finish()
     assert job.returncode == 0, out
     assert out.count("iteration     1 ") == 1, "one rank speaks"
     return folder
@@ -258,28 +246,14 @@ def test_a_rank_whose_judge_fails_ends_the_job_with_a_checkpoint(
 @pytest.mark.slow
 @pytest.mark.parametrize("stopped", [0, 1])
 def test_a_rank_that_is_stopped_is_named(
-    tmp_path: Path, tiny: Any, torchrun: Any, stopped: int
+    tmp_path: Path, tiny: Any, forked: Any, stopped: int
 ) -> None:
     argv = ["--iterations 500 --checkpoint.interval 1 --runtime.timeout_minutes 0.15"]
-    job = torchrun(tiny(tmp_path / "run", *argv), 2, tmp_path)
-    for line in job.stdout:
-        if line.startswith("iteration     2 "):
-            break
-    (tasks,) = Path(f"/proc/{job.pid}/task").glob(str(job.pid))
-    workers = [int(pid) for pid in (tasks / "children").read_text().split()]
-    by_rank = {
-        int(dict(e.partition("=")[::2] for e in env.split("\0"))["RANK"]): pid
-        for pid in workers
-        if "RANK=" in (env := Path(f"/proc/{pid}/environ").read_text())
-    }
-    os.kill(by_rank[stopped], signal.SIGSTOP)
-    try:
-        out = finish(job)
-    finally:
-        for pid in workers:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-    assert job.returncode != 0
+    job = forked(["train", *tiny(tmp_path / "run", *argv)], tmp_path, 2)
+    job.wait_for("iteration     2 ")
+    os.kill(job.processes[stopped].pid, signal.SIGSTOP)
+    out = job.finish(120)
+    assert job.processes[1 - stopped].exitcode > 0
     assert f"no answer from rank {stopped}, which" in out
     assert "no checkpoint of it: RanksLost" in out
     assert "--resume auto" in out

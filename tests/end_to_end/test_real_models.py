@@ -1,7 +1,7 @@
 """The whole command line on tiny pipelines in diffusers' format, with the recipes of the real
 models: only the sizes are small.
 
-embed, train under torchrun with FSDP2, export, diffusers' own loading; stops, other numbers of
+embed, train on two ranks with FSDP2, export, diffusers' own loading; stops, other numbers of
 processes, LoRA, HunyuanVideo, sample.
 """
 
@@ -11,7 +11,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -81,34 +80,25 @@ def arguments(tmp_path_factory: pytest.TempPathFactory) -> Arguments:
     return words
 
 
-@pytest.fixture
-def job(torchrun: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
-    """job(argv, ranks): a training job that has to succeed; what it printed."""
-    return lambda argv, ranks=2: finish(torchrun(argv, ranks, tmp_path_factory.mktemp("cwd")))
-
-
-def finish(process: subprocess.Popen[str]) -> str:
-    try:
-        out, _ = process.communicate(timeout=300)
-    finally:
-        process.kill()
-    assert process.returncode == 0, out
-    return out
-
-
-def kill(process: subprocess.Popen[str]) -> None:
-    """SIGKILL to torchrun and to its workers, which have sessions of their own and would live on
-    without it.
+@pytest.fixture(scope="module")
+def command(forked: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
+    """command("export", ..., ranks=None): `python -m fastgrpo export ...`, or under torchrun, that
+    has to succeed; both outputs.
     """
-    workers = [
-        pid
-        for task in Path(f"/proc/{process.pid}/task").iterdir()
-        for pid in (task / "children").read_text().split()
-    ]
-    assert len(workers) == 2
-    for pid in (process.pid, *map(int, workers)):
-        os.kill(pid, signal.SIGKILL)
-    process.communicate(timeout=60)
+
+    def run(*argv: object, ranks: int | None = None) -> str:
+        job = forked(argv, tmp_path_factory.mktemp("cwd"), ranks)
+        out: str = job.finish()
+        assert job.returncode == 0, out
+        return out
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def job(command: Callable[..., str]) -> Callable[..., str]:
+    """job(argv, ranks): a training job that has to succeed; what it printed."""
+    return lambda argv, ranks=2: command("train", *argv, ranks=ranks)
 
 
 def fastgrpo(environment: dict[str, str], *argv: object, code: int = 0) -> str:
@@ -168,7 +158,7 @@ def make_video(pipe: Any, **options: Any) -> torch.Tensor:
 def wan_run(
     wan_folder: Path,
     arguments: Arguments,
-    torchrun: Any,
+    job: Any,
     environment: dict[str, str],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
@@ -178,7 +168,7 @@ def wan_run(
     assert "5 prompts ready" in fastgrpo(
         environment, "embed", *argv
     )  # four prompts and the negative one
-    out = finish(torchrun(argv, 2, run.parent))
+    out = job(argv)
     assert re.search(r"5 prompts ready in \S+, 0 of them new", out), (
         "training takes them from the disk"
     )
@@ -232,12 +222,12 @@ def test_export_refuses(wan_run: Path, start: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_sample(wan_run: Path, environment: dict[str, str], tmp_path: Path) -> None:
+def test_sample(wan_run: Path, command: Any, environment: dict[str, str], tmp_path: Path) -> None:
     """Both schedulers, other sizes, a judge whose module is not there; under torchrun the same
     videos as in one process.
     """
     args = ("--num_videos", 3, "--num_inference_steps", 2)
-    said = fastgrpo(environment, "sample", wan_run, *args, "--output", tmp_path / "one")
+    said = command("sample", wan_run, *args, "--output", tmp_path / "one")
     assert re.search(r"trained +visual_quality 0\.\d+", said)
     for name in ("base", "trained"):
         assert len(list((tmp_path / "one" / name).glob("*.mp4"))) == 3
@@ -269,24 +259,7 @@ def test_sample(wan_run: Path, environment: dict[str, str], tmp_path: Path) -> N
         is None
     )
     assert (tmp_path / "own" / "comparison.png").stat().st_size > 1000
-    torchrun = [
-        str(Path(sys.executable).with_name("torchrun")),
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "-m",
-        "fastgrpo",
-    ]
-    command = [
-        *torchrun,
-        "sample",
-        str(wan_run),
-        *map(str, args),
-        "--output",
-        str(tmp_path / "two"),
-    ]
-    two = subprocess.run(command, env=environment, text=True, capture_output=True, timeout=300)
-    assert two.returncode == 0, two.stderr
+    command("sample", wan_run, *args, "--output", tmp_path / "two", ranks=2)
     for one in sorted((tmp_path / "one").glob("*/*.png")):
         assert (
             one.read_bytes() == (tmp_path / "two" / one.relative_to(tmp_path / "one")).read_bytes()
@@ -297,34 +270,28 @@ def test_sample(wan_run: Path, environment: dict[str, str], tmp_path: Path) -> N
 def test_killed_and_resumed(
     wan_folder: Path,
     arguments: Arguments,
-    torchrun: Any,
+    forked: Any,
     job: Any,
     tmp_path: Path,
     assert_same_end: Any,
 ) -> None:
-    """SIGKILL of launcher and workers in the second and in the third iteration: the same end, bit
-    for bit, as without.
+    """SIGKILL of both ranks in the second and in the third iteration: the same end, bit for bit, as
+    without. (The launcher's death: test_resume.py.)
     """
     argv = {
-        name: arguments("wan2.1_t2v_1.3b", wan_folder, tmp_path / name, "--iterations", "4")
+        name: arguments("wan2.1_t2v_1.3b", wan_folder, tmp_path / name, "--iterations", "3")
         for name in ("whole", "killed")
     }
     job(argv["whole"])
     for line in ("iteration     1 ", "iteration     2 "):
-        process = torchrun([*argv["killed"], "--resume", "auto"], 2, tmp_path)
-        said = ""
-        for text in process.stdout:
-            said += text
-            if text.startswith(line):
-                break
-        else:
-            raise AssertionError(said)
-        kill(process)
+        killed = forked(["train", *argv["killed"], "--resume", "auto"], tmp_path, 2)
+        killed.wait_for(line)
+        killed.kill()
     assert re.search(
-        r"resume: going on after iteration [123]\n", job([*argv["killed"], "--resume", "auto"])
+        r"resume: going on after iteration [12]\n", job([*argv["killed"], "--resume", "auto"])
     )
     assert_same_end(tmp_path / "whole", tmp_path / "killed")
-    assert_exact_and_learning(tmp_path / "killed", 4)
+    assert_exact_and_learning(tmp_path / "killed", 3)
 
 
 @pytest.mark.slow
@@ -365,7 +332,7 @@ def test_lora(
     wan_folder: Path,
     arguments: Arguments,
     job: Any,
-    environment: dict[str, str],
+    command: Any,
     tmp_path: Path,
     tensors: Any,
 ) -> None:
@@ -390,7 +357,7 @@ def test_lora(
     )
     assert "transformer/ (for diffusers' load_lora_weights)" in said
     assert_exact_and_learning(tmp_path / "run", 2)
-    fastgrpo(environment, "export", tmp_path / "run")
+    command("export", tmp_path / "run")
     export = tmp_path / "run" / "export" / "iteration_000002"
     assert sorted(path.name for path in export.iterdir()) == [
         "README.md",
@@ -417,9 +384,7 @@ def test_lora(
     }
     assert loaded.keys() == kept.keys()
     assert all(torch.equal(loaded[name], kept[name]) for name in kept)
-    fastgrpo(
-        environment, "sample", tmp_path / "run", "--num_videos", 1, "--output", tmp_path / "sampled"
-    )
+    command("sample", tmp_path / "run", "--num_videos", 1, "--output", tmp_path / "sampled")
     before, after = (
         next((tmp_path / "sampled" / name).glob("*.png")).read_bytes()
         for name in ("base", "trained")
@@ -435,7 +400,7 @@ def test_hunyuan_video(
     hunyuan_folder: Path,
     arguments: Arguments,
     job: Any,
-    environment: dict[str, str],
+    command: Any,
     tmp_path: Path,
     tensors: Any,
 ) -> None:
@@ -443,11 +408,11 @@ def test_hunyuan_video(
     request.
     """
     argv = arguments("hunyuanvideo", hunyuan_folder, tmp_path / "run", "--update.ema_decay", "0.5")
-    fastgrpo(environment, "embed", *argv)
+    command("embed", *argv)
     job(argv)
     assert_exact_and_learning(tmp_path / "run", 2)
-    fastgrpo(environment, "export", tmp_path / "run", "--ema")
-    fastgrpo(environment, "export", tmp_path / "run")
+    command("export", tmp_path / "run", "--ema")
+    command("export", tmp_path / "run")
     average, last = (tmp_path / "run" / "export" / f"iteration_000002{end}" for end in ("_ema", ""))
     kept = tensors(tmp_path / "run" / "checkpoints" / "latest")
     for folder, part in ((average, "ema"), (last, "model")):
@@ -458,8 +423,7 @@ def test_hunyuan_video(
     )
     transformer = HunyuanVideoTransformer3DModel.from_pretrained(average)
     make_video(HunyuanVideoPipeline.from_pretrained(hunyuan_folder, transformer=transformer))
-    fastgrpo(
-        environment,
+    command(
         "sample",
         tmp_path / "run",
         "--num_videos",

@@ -345,7 +345,7 @@ def test_sigkill_at_random_moments(
         "--iterations 4 --checkpoint.interval 1 --checkpoint.keep 2",
         MANY_STATES,
     )
-    assert kill_until_done(background, argv, tmp_path / "run", 4, draw, longest=1.5) >= 1
+    assert kill_until_done(background, argv, tmp_path / "run", 4, draw, longest=1.0) >= 1
     assert_same_end(tmp_path / "run", uninterrupted["many states"].folder)
     rows = [
         json.loads(line)["iteration"]
@@ -362,21 +362,20 @@ def test_sigkill_at_random_moments_many_times(
     background: Any,
     assert_same_end: Any,
 ) -> None:
-    """Checkpoints are most of such a run's time, and are hit most often: 40 iterations, killed
-    until they are done.
+    """Checkpoints are most of such a run's time, and are hit most often: 24 iterations, killed
+    until they are done, after an eighth of their time on average.
     """
-    arguments = [
-        "--iterations 40 --checkpoint.interval 1 --checkpoint.keep 2",
-        MANY_STATES,
-    ]
+    arguments = ["--iterations 24 --checkpoint.interval 1 --checkpoint.keep 2", MANY_STATES]
+    begun = time.monotonic()
     expected = train(tmp_path / "expected", *arguments)
+    longest = (time.monotonic() - begun) / 4
     draw = random.Random(int.from_bytes(os.urandom(4), "little"))
     hits = kill_until_done(
-        background, tiny(tmp_path / "run", *arguments), tmp_path / "run", 60, draw, longest=2.5
+        background, tiny(tmp_path / "run", *arguments), tmp_path / "run", 40, draw, longest
     )
     assert hits >= 10
     assert_same_end(tmp_path / "run", expected.folder)
-    assert [row["iteration"] for row in expected.rows] == list(range(41))
+    assert [row["iteration"] for row in expected.rows] == list(range(25))
 
 
 @pytest.mark.slow
@@ -385,32 +384,38 @@ def test_sigkill_of_a_whole_job(
     tmp_path: Path,
     tiny: Callable[..., list[str]],
     torchrun: Any,
+    forked: Any,
     train: Train,
     assert_same_end: Any,
     ranks: int,
 ) -> None:
     """The same through torchrun: launcher and workers die together, as on a machine that loses
-    power.
+    power. Then three times all ranks, without a launcher, whose start takes longer than the run.
     """
-    argv = tiny(tmp_path / "run", "--iterations 12 --checkpoint.interval 1")
+    settings = "--iterations 12 --checkpoint.interval 1"
+    argv = [*tiny(tmp_path / "run", settings), "--resume auto"]
     draw = random.Random(ranks)
-    for _ in range(4):
-        job = torchrun([*argv, "--resume auto"], ranks, tmp_path)
-        wait_for(job, "iteration ")
+    job = torchrun(argv, ranks, tmp_path)
+    wait_for(job, "iteration ")
+    time.sleep(draw.uniform(0.0, 2.0))
+    # torchrun's workers have sessions of their own: killing the launcher's group would let them run
+    # to the end.
+    workers = [
+        pid
+        for task in Path(f"/proc/{job.pid}/task").iterdir()
+        for pid in (task / "children").read_text().split()
+    ]
+    assert len(workers) == ranks
+    for pid in (job.pid, *map(int, workers)):
+        os.kill(pid, signal.SIGKILL)
+    job.communicate(timeout=300)
+    for _ in range(3):
+        job = forked(["train", *argv], tmp_path, ranks)
+        job.wait_for("iteration ")
         time.sleep(draw.uniform(0.0, 2.0))
-        # torchrun's workers have sessions of their own: killing the launcher's group would let them
-        # run to the end.
-        workers = [
-            pid
-            for task in Path(f"/proc/{job.pid}/task").iterdir()
-            for pid in (task / "children").read_text().split()
-        ]
-        assert len(workers) == ranks
-        for pid in (job.pid, *map(int, workers)):
-            os.kill(pid, signal.SIGKILL)
-        job.communicate(timeout=300)
-    job = torchrun([*argv, "--resume auto"], ranks, tmp_path)
-    out, _ = job.communicate(timeout=400)
+        job.kill()
+    job = forked(["train", *argv], tmp_path, ranks)
+    out = job.finish()
     assert job.returncode == 0, out
     rows = [
         json.loads(line)["iteration"]
@@ -418,14 +423,10 @@ def test_sigkill_of_a_whole_job(
     ]
     assert rows == list(range(13))
     if ranks == 1:
-        train(tmp_path / "expected", "--iterations 12 --checkpoint.interval 1")
+        train(tmp_path / "expected", settings)
     else:
-        job = torchrun(
-            tiny(tmp_path / "expected", "--iterations 12 --checkpoint.interval 1"),
-            ranks,
-            tmp_path,
-        )
-        out, _ = job.communicate(timeout=400)
+        job = forked(["train", *tiny(tmp_path / "expected", settings)], tmp_path, ranks)
+        out = job.finish()
         assert job.returncode == 0, out
     assert_same_end(tmp_path / "run", tmp_path / "expected")
 

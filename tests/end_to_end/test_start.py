@@ -39,9 +39,14 @@ def run_python(argv: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize(
-    "entry", [[str(ROOT / "fastgrpo" / "train.py")], ["-m", "fastgrpo.train"]], ids=["path", "-m"]
+    ("place", "entry"),
+    [
+        ("repository", [str(ROOT / "fastgrpo" / "train.py")]),
+        ("folder of a user", [str(ROOT / "fastgrpo" / "train.py")]),
+        ("folder of a user", ["-m", "fastgrpo.train"]),
+    ],
+    ids=["repository, path", "user, path", "user, -m"],
 )
-@pytest.mark.parametrize("place", ["repository", "folder of a user"])
 def test_by_path_and_by_name(entry: list[str], place: str, tmp_path: Path) -> None:
     """Names in the working directory are found, and the package's folders shadow nothing: by path,
     Python would look for `training` and `evaluation` in fastgrpo/ first.

@@ -2,8 +2,8 @@
 the sizes of the real models.
 
 The compiler runs in its own process: in this one the kernels are interpreted (tests/conftest.py).
-`python benchmarks/common/ahead_of_time.py` prints the same for all sizes and variants; the slow
-test asserts it.
+`python benchmarks/common/ahead_of_time.py` prints the same for all sizes and variants, which the
+slow test compiles.
 """
 
 from __future__ import annotations
@@ -274,7 +274,8 @@ def test_an_interpreted_kernel_is_not_compiled() -> None:
 
 
 @pytest.mark.slow
-def test_all_sizes_and_variants() -> None:
-    found = json.loads(run(COMMAND, 0, 1))
+def test_all_variants() -> None:
+    """At the first size; without variants, the three have no faults in the tests of `report`."""
+    found = json.loads(run([*COMMAND, "--sizes", SIZES[0]], 0, 1))
     assert (found["not_launched"], found["broken"]) == ([], {})
     assert {k["kernel"]: k["faults"] for k in found["kernels"] if k["faults"]} == {}

@@ -44,6 +44,7 @@ OPS = {
     ),
     "fused without gate": Op(("x", "y", "scale", "shift"), without_gate, ("residual", "modulated")),
 }
+OTHERS = ("ln_modulate", "gate_residual", "fused without gate")
 
 
 @pytest.fixture(params=OPS)
@@ -164,22 +165,24 @@ CASES = [
     ((FP16, FP16, FP16), "hunyuan", 100),
     ((BF16, BF16, FP32), "affine", 48),
 ]
-DTYPES = itertools.product((FP32, BF16, FP16), (FP32, BF16), (FP32, BF16))
-EVERY = itertools.product(DTYPES, LAYOUTS, (48, 100))
+# Every layout in all dtypes with the fused operation, and in turn with one of the others: with each
+# of these, every two of layout, width and the three dtypes meet.
+EVERY = [
+    pytest.param(op, (x, y, m), layout, (48, 100)[width % 2], marks=pytest.mark.slow)
+    for (i, x), (j, y), (k, m), (n, layout) in itertools.product(
+        enumerate((FP32, BF16, FP16)), *[[*enumerate((FP32, BF16))]] * 2, enumerate(LAYOUTS)
+    )
+    for op, width in (("fused", i + j + k + n), (OTHERS[(i + j + k + n) % 3], j + n))
+]
 
 
 @pytest.mark.parametrize(
-    ("dtypes", "layout", "C"),
-    [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in EVERY)],
+    ("op", "dtypes", "layout", "C"),
+    [*((op, *case) for op in OPS for case in CASES), *EVERY],
+    indirect=["op"],
 )
 def test_forward_and_gradients_against_float64(
-    dtypes: Any,
-    layout: str,
-    C: int,
-    op: Op,
-    norm_backend: str,
-    device: str,
-    as_exact_as_eager: AsExactAsEager,
+    dtypes: Any, layout: str, C: int, op: Op, norm_backend: str, device: str, as_exact_as_eager: Any
 ) -> None:
     """dtypes: of x, of y, and of the modulation."""
     assert_as_exact(op, tensors(layout, (2, 5, C), device, dtypes), as_exact_as_eager)

@@ -1,18 +1,24 @@
-"""The trainer without its figures, which take three times as long as a tiny run: an empty
-report.html in their place.
+"""The commands, the trainer without its figures, which take three times as long as a tiny run: an
+empty report.html in their place.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NoReturn
 
-import fastgrpo.cli.train
+import fastgrpo.__main__
 import fastgrpo.evaluation.report.page
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str]) -> int:
+    """`python -m fastgrpo ARGV`."""
     fastgrpo.evaluation.report.page.write_report = empty_report
-    raise SystemExit(fastgrpo.cli.train.main(argv))
+    return fastgrpo.__main__.main(argv)
+
+
+def train(argv: list[str]) -> NoReturn:
+    raise SystemExit(main(["train", *argv]))
 
 
 def empty_report(run: Path) -> Path:
