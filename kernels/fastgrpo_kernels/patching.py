@@ -21,7 +21,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from types import MethodType
-from typing import Any
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,8 @@ from .norm.gate_residual_ln_modulate import (
     ln_modulate,
 )
 from .norm.qk_norm_rope import qk_norm_rope
+
+_Layer = TypeVar("_Layer", bound=nn.Module)
 
 FEW_TOKENS = 32
 """Queries and keys up to which `few_token_attention` takes no longer than torch's attention on a
@@ -407,7 +409,7 @@ def _linear_gelu(linear: nn.Module, x: Tensor, gelu: Callable[[Tensor], Tensor])
     return bias_gelu(linear(x), None)
 
 
-def _is_plain(layer: nn.Module, kind: type[nn.Module]) -> bool:
+def _is_plain(layer: nn.Module, kind: type[_Layer]) -> TypeGuard[_Layer]:
     """Whether a layer does what its class does, without hooks (of offloading) or an adapter."""
     hooked = layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer)
     return type(layer) is kind and not hooked
