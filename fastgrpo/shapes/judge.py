@@ -23,7 +23,14 @@ from torch import Tensor
 from fastgrpo.errors import require
 from fastgrpo.interfaces import RewardModel
 from fastgrpo.shapes.captions import caption_indices, parse_caption
-from fastgrpo.shapes.render import NUM_FRAMES, PALETTE, SHAPE_COUNT, SIZE, STEPS, shape_coverage
+from fastgrpo.shapes.render import (
+    NUM_FRAMES,
+    PALETTE,
+    SHAPE_COUNT,
+    SIZE,
+    STEPS,
+    every_shape_coverage,
+)
 
 _TINY = 1e-9
 _HAZE = 0.12  # brightness that counts as background: the codec leaves ripples of this height
@@ -79,7 +86,7 @@ def _pixel_grid(like: Tensor) -> tuple[Tensor, Tensor]:
 def _template_offsets() -> Tensor:
     """[3, 2]: each shape's centre of energy relative to the centre at which it is drawn."""
     middle = torch.full((SHAPE_COUNT, 2), (SIZE - 1) / 2, dtype=torch.float64)
-    energy = shape_coverage(torch.arange(SHAPE_COUNT), middle).flatten(1) ** 2
+    energy = every_shape_coverage(middle).flatten(1) ** 2
     return _centroid(energy) - middle
 
 
@@ -129,8 +136,7 @@ def measure(videos: Tensor) -> Measurements:
 
     # Its shape, against the templates drawn at the same centre.
     centres = centre[:, :, None] - _template_offsets().to(centre)
-    kinds = torch.arange(SHAPE_COUNT, device=pixels.device).expand(centres.shape[:-1])
-    templates = shape_coverage(kinds, centres).flatten(3)  # [B, T, 3, N]
+    templates = every_shape_coverage(centres).flatten(3)  # [B, T, 3, N]
     norms = (templates**2).sum(-1).sqrt() * (bright_in**2).sum(-1).sqrt()[..., None] + _TINY
     velocity, unsteadiness = _uniform_motion(centre)
     return Measurements(

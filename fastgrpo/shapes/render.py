@@ -62,18 +62,39 @@ def shape_coverage(shapes: Tensor, centres: Tensor) -> Tensor:
     Returns:
         [*N, H, W] in [0, 1].
     """
+    every = centres[..., None, :].expand(*centres.shape[:-1], SHAPE_COUNT, 2)
+    chosen = shapes[..., None, None, None].expand(*shapes.shape, 1, SIZE, SIZE)
+    return every_shape_coverage(every).gather(-3, chosen).squeeze(-3)
+
+
+def every_shape_coverage(centres: Tensor) -> Tensor:
+    """As `shape_coverage`, of each of the shapes: [*N, 3, H, W] of centres [*N, 3, 2]."""
     axis = torch.arange(SIZE, dtype=centres.dtype, device=centres.device)
-    x = (axis - centres[..., 0, None, None]).expand(*centres.shape[:-1], SIZE, SIZE)
-    y = (axis[:, None] - centres[..., 1, None, None]).expand(*centres.shape[:-1], SIZE, SIZE)
-    ax, ay = x.abs(), y.abs()
-    square = torch.maximum(ax, ay) - 2.3
-    cross = torch.minimum(torch.maximum(ax - 3.3, ay - 1.15), torch.maximum(ax - 1.15, ay - 3.3))
-    # Upright triangle: apex (0, -3.2), base from (-3.3, 3.2) to (3.3, 3.2); the slanted sides'
-    # normal is (6.4, -3.3)/7.2.
-    triangle = torch.maximum(y - 3.2, (6.4 * ax - 3.3 * (y + 3.2)) / 7.2)
-    kind = shapes[..., None, None]
-    distance = torch.where(kind == 0, square, torch.where(kind == 1, cross, triangle))
-    return (0.5 - distance / EDGE).clamp(0.0, 1.0)
+    x, y = axis - centres[..., 0, None, None], axis[:, None] - centres[..., 1, None, None]
+    ax, ay = x.abs(), y.abs()  # [*N, 3, 1, W] and [*N, 3, H, 1]
+    distances = (
+        _square(ax[..., 0, :, :], ay[..., 0, :, :]),
+        _cross(ax[..., 1, :, :], ay[..., 1, :, :]),
+        _triangle(ax[..., 2, :, :], y[..., 2, :, :]),
+    )
+    return (0.5 - torch.stack(distances, dim=-3) / EDGE).clamp(0.0, 1.0)
+
+
+def _square(ax: Tensor, ay: Tensor) -> Tensor:
+    """Distance in pixels from the outline, negative inside, of |x| and |y| from the centre."""
+    return torch.maximum(ax, ay) - 2.3
+
+
+def _cross(ax: Tensor, ay: Tensor) -> Tensor:
+    """As `_square`."""
+    return torch.minimum(torch.maximum(ax - 3.3, ay - 1.15), torch.maximum(ax - 1.15, ay - 3.3))
+
+
+def _triangle(ax: Tensor, y: Tensor) -> Tensor:
+    """As `_square`, of |x| and y. Upright: apex (0, -3.2), base from (-3.3, 3.2) to (3.3, 3.2);
+    the slanted sides' normal is (6.4, -3.3)/7.2.
+    """
+    return torch.maximum(y - 3.2, (6.4 * ax - 3.3 * (y + 3.2)) / 7.2)
 
 
 def start_positions(directions: Tensor, generator: torch.Generator) -> Tensor:
