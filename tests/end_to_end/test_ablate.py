@@ -275,7 +275,7 @@ def test_a_killed_cell_is_named_and_gone_on_with(
 
     asked = [
         "--iterations",
-        "15",
+        "10",
         "--checkpoint.interval",
         "1",
         *words(modes=["joint", "one_stage"], seeds=[3]),
@@ -296,7 +296,7 @@ def test_a_killed_cell_is_named_and_gone_on_with(
     undisturbed = train(
         tmp_path / "joint",
         "--iterations",
-        "15",
+        "10",
         "--checkpoint.interval",
         "1",
         "--seed",

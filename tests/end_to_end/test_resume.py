@@ -454,7 +454,7 @@ def test_sigterm_and_sigint_and_the_command_that_is_printed(
     stopped by Ctrl-C; its command finishes.
     """
     (tmp_path / "train.txt").write_text("\n".join(map(str, train_captions())))
-    arguments = ["--iterations 40 --prompts.train train.txt"]
+    arguments = ["--iterations 24 --prompts.train train.txt"]
     # Looked for in the working directory, and in need of quotes.
     relative = ["--output_dir", "runs", "--name", "my run"]
     job = torchrun([*tiny(tmp_path / "runs" / "my run", *arguments), *relative], 1, tmp_path)
@@ -469,7 +469,7 @@ def test_sigterm_and_sigint_and_the_command_that_is_printed(
         assert (
             tmp_path / "runs" / "my run" / "checkpoints" / "latest"
         ).resolve().name == f"iteration_{done:06d}"
-        assert done < 40
+        assert done < 24
         command = said.split("Go on with: ")[1]
         assert shlex.split(command)[-2:] == ["--resume", "auto"]
         job = subprocess.Popen(
@@ -484,5 +484,5 @@ def test_sigterm_and_sigint_and_the_command_that_is_printed(
         )
     out, _ = job.communicate(timeout=300)
     assert job.returncode == 0, out
-    train(tmp_path / "expected", "--iterations 40")
+    train(tmp_path / "expected", "--iterations 24")
     assert_same_end(tmp_path / "runs" / "my run", tmp_path / "expected")
