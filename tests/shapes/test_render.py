@@ -78,6 +78,19 @@ def test_the_triangle_points_up_and_the_others_are_symmetric() -> None:
     assert triangle[:8].sum() < 0.5 * triangle[8:].sum()
 
 
+def test_every_shape_where_it_stands() -> None:
+    """Each shape at its own centre, with the bits of the shape alone."""
+    centres = 16 * torch.rand(4, 3, 2, generator=_seeded(2), dtype=torch.float64)
+    alone = r.shape_coverage(torch.arange(3).expand(4, 3), centres)
+    assert torch.equal(r.every_shape_coverage(centres), alone)
+    one = r.every_shape_coverage(torch.tensor([[7.0, 7.0], [7.5, 7.5], [8.0, 8.0]]))
+    # The square's core is 4.6 pixels wide with ramps of EDGE; a pixel at its centre is covered.
+    assert one.shape == (3, 16, 16)
+    assert one[0, 7, 7] == 1.0
+    assert one[0, 7, 9] == pytest.approx(0.5 + 0.3 / 1.4)
+    assert one[0, 7, 12] == 0.0
+
+
 def test_nothing_is_cut_at_the_border() -> None:
     chosen = INDICES.repeat(40, 1)
     starts = r.start_positions(chosen[:, 2], _seeded(1))
