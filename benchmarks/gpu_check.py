@@ -365,11 +365,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     before = {} if chosen.fresh else read_state(folder)
     if chosen.only:
-        todo = [part for part in parts if part.name in chosen.only or not part.is_kept]
+        pending = [part for part in parts if part.name in chosen.only or not part.is_kept]
     else:
-        todo = in_order(parts, before)
+        pending = in_order(parts, before)
     if chosen.dry_run:
-        print("\n".join(map(_described, todo)) or "nothing is left")
+        print("\n".join(map(_described, pending)) or "nothing is left")
         return 0
     if not chosen.tiny and not torch.cuda.is_available():
         print("expected a GPU, found none; --dry-run says what would be run", file=sys.stderr)
@@ -380,9 +380,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         shutil.rmtree(folder, ignore_errors=True)
     name = rows.device_name(torch.device("cpu" if chosen.tiny else "cuda"))
     about = rows.revision(), name
-    now = {o.name: o for o in run_plan(todo, folder, chosen.budget, before, about)}
+    now = {o.name: o for o in run_plan(pending, folder, chosen.budget, before, about)}
     print(f"\n{name}, torch {torch.__version__}, Python {sys.version.split()[0]}, {about[0]}")
-    table = [now.get(p.name) or before.get(p.name) for p in parts if p in todo or not chosen.only]
+    table = [
+        now.get(p.name) or before.get(p.name) for p in parts if p in pending or not chosen.only
+    ]
     found = [outcome for outcome in table if outcome is not None]
     for done in found:
         earlier = f"earlier, at {done.commit}" if done.name not in now else ""

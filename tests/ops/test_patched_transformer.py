@@ -18,11 +18,9 @@ from fastgrpo.policies.fused import fuse
 TOKENS = 3 * 2 * 3  # of latents [3, 4, 6] in patches of [1, 2, 2]
 
 
-@pytest.fixture(scope="module")
-def networks() -> tuple[Any, Any]:
-    """A network as diffusers made it, and the same one patched."""
-    torch.manual_seed(0)
-    plain = WanTransformer3DModel(
+def new_network(patch_size: tuple[int, int, int]) -> WanTransformer3DModel:
+    return WanTransformer3DModel(
+        patch_size=patch_size,
         num_attention_heads=2,
         attention_head_dim=16,
         in_channels=4,
@@ -33,6 +31,13 @@ def networks() -> tuple[Any, Any]:
         num_layers=2,
         rope_max_seq_len=32,
     ).eval()
+
+
+@pytest.fixture(scope="module")
+def networks() -> tuple[Any, Any]:
+    """A network as diffusers made it, and the same one patched."""
+    torch.manual_seed(0)
+    plain = new_network((1, 2, 2))
     patched = copy.deepcopy(plain)
     patch(patched)
     return plain, patched
@@ -107,18 +112,7 @@ def test_gradient_checkpointing_of_diffusers_runs_each_block_again(
 
 def test_hooks_of_layers_are_called() -> None:
     """Offloading hangs on them. With patches of one pixel the embedding is a linear layer."""
-    network = WanTransformer3DModel(
-        patch_size=(1, 1, 1),
-        num_attention_heads=2,
-        attention_head_dim=16,
-        in_channels=4,
-        out_channels=4,
-        text_dim=8,
-        freq_dim=16,
-        ffn_dim=32,
-        num_layers=1,
-        rope_max_seq_len=32,
-    ).eval()
+    network = new_network((1, 1, 1))
     patch(network)
     expected, calls = network(*tensors()).sample, []
     layers = network.patch_embedding, network.blocks[0].ffn.net[0].proj
