@@ -49,8 +49,9 @@ register("few_token_attention_backward", _backward_fake)
 def few_token_attention(q: Tensor, k: Tensor, v: Tensor, *, backend: str | None = None) -> Tensor:
     """softmax(q k^T / sqrt(D)) v of each head, without a mask.
 
-    Differentiable in all three; each gradient has its input's dtype. A sample's bits depend on
-    nothing else in the batch, nor on threads; with and without gradients they are the same.
+    Differentiable in all three; each gradient has its input's dtype. With `cpp` a sample's bits
+    depend on nothing else in the batch, nor on threads; with and without gradients they are the
+    same.
 
     Args:
         q: Queries [B, Lq, H, D], any float dtype.
